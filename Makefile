@@ -1,0 +1,45 @@
+# Everything runs in a virtual environment of its own, with the versions in constraints.txt.
+#   make quickstart   photographs -> teacher -> family of students -> scores and a picture
+#   make test         format, lint, types, tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+ARGS ?=
+
+.PHONY: setup quickstart quickstart-short test format lint types unit clean
+
+setup: $(READY)
+
+$(READY): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip setuptools wheel
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+quickstart: setup
+	$(BIN)/distill train recipes/quickstart.yaml $(ARGS)
+
+# The same job with a tenth of the steps: does everything run, not how good it gets.
+quickstart-short: setup
+	$(BIN)/distill train recipes/quickstart.yaml --fresh --plain --name quickstart-short $(ARGS) \
+		schedule.steps=20 teacher:stages.0.steps=20 teacher:stages.1.steps=10 teacher:stages.1.gram.teacher=base@10 teacher:stages.1.gram.refresh=5
+
+test: format lint types unit
+
+format: setup
+	$(BIN)/ruff format --check .
+
+lint: setup
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+unit: setup
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,83 @@
+"""What a step costs: floating-point operations per network and phase, from shapes alone.
+
+A multiply-add counts as two. Only matrix products and convolutions are counted; they are over 95% of the work of every network here.
+Training costs three forward passes. The plan uses ratios of these numbers; measured times may replace them.
+"""
+
+from dataclasses import dataclass
+
+from students.catalog import BackboneSpec, count_parameters
+from students.convnext import ConvNeXtSpec
+from teacher.heads import HeadShape
+from teacher.vit import ViTSpec
+
+TRAINING_FACTOR = 3.0  # forward, gradient of the inputs, gradient of the weights
+PROTOTYPE_PASSES = 6.0  # the chunked cross-entropy multiplies six times; two of them against the teacher's prototypes
+SINKHORN_PASSES = 4.0  # three iterations and the last row normalisation
+
+
+@dataclass(frozen=True)
+class CropShapes:
+    """Pixels per side and number of the crops of one image, and the masked patches expected per image."""
+
+    global_size: int
+    local_size: int
+    num_locals: int
+    masked_per_image: float
+
+
+def backbone_tflops(spec: BackboneSpec, size: int) -> float:
+    """Teraflops of one forward pass on one crop of ``size`` pixels."""
+    if isinstance(spec, ConvNeXtSpec):
+        return _convnext_flops(spec, size) / 1e12
+    return _vit_flops(spec, size) / 1e12
+
+
+def _vit_flops(spec: ViTSpec, size: int) -> float:
+    tokens = (size // spec.patch) ** 2 + 1 + spec.registers
+    matrices = 4 * spec.width**2 + (3 if spec.ffn == "swiglu" else 2) * spec.width * spec.ffn_width
+    attention = 4 * tokens**2 * spec.width
+    embedding = 2 * (size // spec.patch) ** 2 * spec.in_channels * spec.patch**2 * spec.width
+    return embedding + spec.depth * (2 * tokens * matrices + attention)
+
+
+def _convnext_flops(spec: ConvNeXtSpec, size: int) -> float:
+    side = size // 4
+    flops = 2.0 * side**2 * 16 * spec.in_channels * spec.widths[0]
+    for stage, (depth, width) in enumerate(zip(spec.depths, spec.widths, strict=True)):
+        if stage:
+            side //= 2
+            flops += 2.0 * side**2 * 4 * spec.widths[stage - 1] * width
+        flops += depth * 2.0 * side**2 * (49 * width + 8 * width**2)
+    return flops
+
+
+def _head_flops(head: HeadShape, rows: float) -> float:
+    return 2.0 * rows * (head.width * head.hidden + head.hidden**2 + head.hidden * head.bottleneck)
+
+
+def teaching_tflops(spec: BackboneSpec, dino: HeadShape, ibot: HeadShape, crops: CropShapes) -> float:
+    """Teraflops of a frozen teacher on one image: two global crops, class and masked-patch bottlenecks."""
+    heads = _head_flops(dino, 2) + _head_flops(ibot, crops.masked_per_image)
+    return 2 * backbone_tflops(spec, crops.global_size) + heads / 1e12
+
+
+def training_tflops(spec: BackboneSpec, dino: HeadShape, ibot: HeadShape, crops: CropShapes) -> float:
+    """Teraflops of one student's step on one image: all crops, heads, prototypes, Sinkhorn, backward."""
+    rows = 2 + crops.num_locals
+    forward = 2 * backbone_tflops(spec, crops.global_size)
+    forward += crops.num_locals * backbone_tflops(spec, crops.local_size)
+    heads = (_head_flops(dino, rows) + _head_flops(ibot, crops.masked_per_image)) / 1e12
+    logits = 2.0 * dino.prototypes * dino.bottleneck * (PROTOTYPE_PASSES * rows + SINKHORN_PASSES * 2)
+    logits += 2.0 * ibot.prototypes * ibot.bottleneck * (PROTOTYPE_PASSES + SINKHORN_PASSES) * crops.masked_per_image
+    return TRAINING_FACTOR * (forward + heads) + logits / 1e12
+
+
+def training_gib(spec: BackboneSpec, heads: tuple[HeadShape, ...], num_ranks: int, precision: str) -> float:
+    """GiB of weights, gradients, Adam moments and EMA on one rank under ZeRO-1; activations are not counted."""
+    parameters = count_parameters(spec) + sum(
+        head.width * head.hidden + head.hidden**2 + head.bottleneck * (head.hidden + head.prototypes) for head in heads
+    )
+    here = 2 * (2 if precision == "bf16" else 4)
+    sharded = (4 + 4 + 4 + 4) / num_ranks
+    return parameters * (here + sharded) / 2**30

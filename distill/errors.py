@@ -1,0 +1,47 @@
+"""Errors a person can act on: one line that names the value and what is allowed, and one that says the next move."""
+
+
+class UserError(Exception):
+    """A failure with a message for the user, a fix, and an exit code."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, fix: str = "") -> None:
+        """Keep the message and the next move apart so that the command line can print both."""
+        super().__init__(message)
+        self.message = message
+        self.fix = fix
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Survive the trip from a worker process with the fix attached."""
+        return _rebuild, (type(self), self.message, self.fix)
+
+
+def _rebuild(kind: type["UserError"], message: str, fix: str) -> "UserError":
+    return kind(message, fix=fix)
+
+
+class RecipeError(UserError):
+    """The recipe or the command line is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class PlanError(UserError):
+    """The recipe is legal but cannot run on this many ranks."""
+
+    exit_code = 2
+
+
+class DataError(UserError):
+    """Images are missing, empty or broken."""
+
+
+class CheckpointError(UserError):
+    """Saved state is missing, damaged or belongs to another recipe."""
+
+
+class SetupError(UserError):
+    """The machine lacks something: a device, a library, disk space."""
+
+    exit_code = 3

@@ -1,0 +1,68 @@
+"""After the last step: scores, the picture, ``summary.json``. Run again on a finished run, it writes the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from distill.data.index import ImageIndex
+from distill.data.photographs import photograph_paths
+from distill.evaluate import evaluate_run
+from distill.export import read_backbone
+from distill.features import draw
+from distill.metrics import StatusFile, read_rows, write_json
+from distill.prepare import BUILTIN_PHOTOGRAPHS, read_job
+from distill.recipe import FamilyRecipe
+
+NUM_PHOTOGRAPHS = 4  # rows of the picture
+MAX_SIDE = 384  # pixels; larger photographs are reduced first
+
+
+def finish(run_folder: Path) -> dict[str, Any]:
+    """Scores teacher and students, draws ``features.png``, writes ``summary.json`` and the final status."""
+    job = read_job(run_folder)
+    status_file = StatusFile(run_folder)
+    status = status_file.read()
+    assert status is not None, "a run that ended has a status"
+    from dataclasses import replace
+
+    status_file.write(replace(status, state="evaluating"))
+    timing = json.loads((run_folder / "timing.json").read_text())
+    is_family = isinstance(job.recipe, FamilyRecipe)
+    names = [student.name for student in job.recipe.students] if isinstance(job.recipe, FamilyRecipe) else []
+    last = [phase.name for phase in status.phases][-1]
+    summary: dict[str, Any] = {
+        "teacher": {},
+        "students": {name: {"loss": read_rows(run_folder, name)[-1].loss} for name in names},
+        "images_per_s": timing[last]["images"] / timing[last]["s"],
+        "phases_s": {name: entry["s"] for name, entry in timing.items()},
+    }
+    write_json(run_folder / "summary.json", summary)
+    summary = evaluate_run(run_folder)
+    teacher_folder = job.teacher_paths[0] if is_family else run_folder / "teacher"
+    networks = {"teacher": read_backbone(teacher_folder)[0]}
+    networks |= {name: read_backbone(run_folder / "students" / name)[0] for name in names}
+    draw(networks, _photographs(run_folder, job.recipe.data.sources[0].path), run_folder / "features.png")
+    status_file.write(replace(status, state="finished", work_done=1.0, eta_s=0.0))
+    return summary
+
+
+def _photographs(run_folder: Path, source: str) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """A few photographs to look at: the bundled ones whole, or the first images of the user's own."""
+    if source == BUILTIN_PHOTOGRAPHS:
+        paths = photograph_paths()
+        chosen = [paths[name] for name in ("astronaut", "chelsea", "coffee", "rocket")]
+    else:
+        held_out = run_folder / "data" / "held_out.npz"
+        index = ImageIndex.load(held_out if held_out.is_file() else run_folder / "data" / "train.npz")
+        step = max(1, len(index.paths) // NUM_PHOTOGRAPHS)
+        chosen = [Path(path) for path in index.paths[::step][:NUM_PHOTOGRAPHS]]
+    images = []
+    for path in chosen:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+            image.thumbnail((MAX_SIDE, MAX_SIDE))
+            images.append(np.asarray(image))
+    return images

@@ -1,0 +1,190 @@
+"""Everything that happens once, before any process starts: recipe read, images indexed, run folder written.
+
+What can be wrong with a recipe, a folder of images or a world size is found here, in one process, with one clear line each.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from distill.assemble import TeacherShape, load_teacher, plan_family, plan_pretraining, shape_of_recipe
+from distill.data.index import ImageIndex, build_index, split
+from distill.data.photographs import write_tiles
+from distill.errors import CheckpointError
+from distill.metrics import write_json
+from distill.plan import Plan
+from distill.recipe import (
+    DataSpec,
+    FamilyRecipe,
+    TeacherRecipe,
+    load_job,
+    recipe_hash,
+    resolved_yaml,
+)
+
+BUILTIN_PHOTOGRAPHS = "builtin:photographs"
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What the user asked for, enough to read the recipes again in another process."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    run_folder: str
+    resume_command: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prepared run: recipes, hash, and where the teacher is or will be."""
+
+    request: JobRequest
+    recipe: FamilyRecipe | TeacherRecipe
+    teacher_recipe: TeacherRecipe | None
+    data_fingerprint: str
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.request.run_folder)
+
+    @property
+    def resume_command(self) -> str:
+        return self.request.resume_command
+
+    @property
+    def hash(self) -> str:
+        """Identifies everything that decides the result: both recipes and the images."""
+        hashes = [recipe_hash(self.recipe), self.data_fingerprint]
+        if self.teacher_recipe is not None:
+            hashes.append(recipe_hash(self.teacher_recipe))
+        return "-".join(hashes)
+
+    @property
+    def teacher_paths(self) -> tuple[Path, Path]:
+        """The teacher's folder and its heads file."""
+        if not isinstance(self.recipe, FamilyRecipe) or self.recipe.teacher.weights is None:
+            return self.run_folder / "teacher", self.run_folder / "teacher" / "heads.safetensors"
+        weights = Path(self.recipe.teacher.weights)
+        heads = self.recipe.teacher.heads
+        return weights, Path(heads) if heads else weights / "heads.safetensors"
+
+    @property
+    def pretrains(self) -> TeacherRecipe | None:
+        """The recipe of the teacher that this run trains, if it trains one."""
+        return self.recipe if isinstance(self.recipe, TeacherRecipe) else self.teacher_recipe
+
+
+def read_job(run_folder: Path) -> Job:
+    """The job that ``prepare`` wrote; every rank reads it."""
+    stored = json.loads((run_folder / "job.json").read_text())
+    request = JobRequest(**{**stored["request"], "overrides": tuple(stored["request"]["overrides"])})
+    recipe, teacher_recipe = load_job(request.recipe, request.overrides)
+    return Job(request, recipe, teacher_recipe, stored["data_fingerprint"])
+
+
+def check_job(recipe: FamilyRecipe | TeacherRecipe, teacher_recipe: TeacherRecipe | None, num_ranks: int) -> tuple[Plan, ...]:
+    """The plans of all phases for ``num_ranks`` ranks, pretraining first.
+
+    Raises:
+        PlanError: the recipe cannot run on this many ranks.
+        CheckpointError: a teacher's files are missing or do not fit.
+    """
+    plans = []
+    pretrained = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
+    if pretrained is not None:
+        plans.append(plan_pretraining(pretrained, num_ranks))
+    if isinstance(recipe, FamilyRecipe):
+        plans.append(plan_family(recipe, teacher_shape(recipe, teacher_recipe), num_ranks))
+    return tuple(plans)
+
+
+def teacher_shape(recipe: FamilyRecipe, teacher_recipe: TeacherRecipe | None) -> TeacherShape:
+    """Shapes of the family's teacher, from its recipe or its files."""
+    if teacher_recipe is not None:
+        return shape_of_recipe(teacher_recipe)
+    import torch
+
+    weights = Path(str(recipe.teacher.weights))
+    heads = Path(recipe.teacher.heads) if recipe.teacher.heads else weights / "heads.safetensors"
+    return load_teacher(recipe, weights, heads, torch.device("cpu"))[1]
+
+
+def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[str], None]) -> Job:
+    """Writes the run folder of a job that can start.
+
+    ``fresh`` removes what an earlier run of this name left, except nothing outside the folder.
+
+    Raises:
+        RecipeError, PlanError, DataError, CheckpointError: with one clear line; an existing run is not touched.
+    """
+    recipe, teacher_recipe = load_job(request.recipe, request.overrides)
+    plans = check_job(recipe, teacher_recipe, num_ranks)
+    run_folder = Path(request.run_folder)
+    tiles = run_folder.parent / ".photographs"
+    train, held_out = _indices(recipe.data, tiles, say)
+    teacher_train = train
+    if teacher_recipe is not None and teacher_recipe.data.sources != recipe.data.sources:
+        teacher_train, _ = _indices(teacher_recipe.data, tiles, say)
+    if fresh and run_folder.exists():
+        _refuse_foreign_folder(run_folder)
+        shutil.rmtree(run_folder)
+    data = run_folder / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    train.save(data / "train.npz")
+    teacher_train.save(data / "teacher.npz")
+    if held_out is not None:
+        held_out.save(data / "held_out.npz")
+    for leftover in ("failure.json", "status.json") if not (run_folder / "checkpoints").is_dir() else ("failure.json",):
+        (run_folder / leftover).unlink(missing_ok=True)
+    fingerprint = f"{train.fingerprint}-{teacher_train.fingerprint}"
+    job = Job(request, recipe, teacher_recipe, fingerprint)
+    (run_folder / "recipe.resolved.yaml").write_text(resolved_yaml(recipe))
+    if teacher_recipe is not None:
+        (run_folder / "teacher_recipe.resolved.yaml").write_text(resolved_yaml(teacher_recipe))
+    write_json(run_folder / "plan.json", plans[-1].to_json())
+    write_json(run_folder / "env.json", _environment())
+    write_json(run_folder / "job.json", {"request": asdict(request), "data_fingerprint": fingerprint})
+    return job
+
+
+def _refuse_foreign_folder(run_folder: Path) -> None:
+    if not (run_folder / "job.json").is_file() and any(run_folder.iterdir()):
+        raise CheckpointError(
+            f"{run_folder}: not a run folder of distill, so --fresh does not remove it",
+            fix="Choose another --name or --out.",
+        )
+
+
+def _indices(data: DataSpec, tiles: Path, say: Callable[[str], None]) -> tuple[ImageIndex, ImageIndex | None]:
+    """Training and held-out images. The bundled photographs come with their split; other folders are split per class."""
+    started = time.monotonic()
+    paths = [source.path for source in data.sources]
+    if paths == [BUILTIN_PHOTOGRAPHS]:
+        train_folder, held_out_folder = write_tiles(tiles)
+        train = build_index([train_folder], max_bad_fraction=0.0)
+        held_out: ImageIndex | None = build_index([held_out_folder], max_bad_fraction=0.0)
+    else:
+        index = build_index([Path(path) for path in paths], max_bad_fraction=data.max_bad_fraction)
+        train, held_out = (index, None) if index.labels is None else split(index, data.held_out)
+    say(f"images: {len(train.paths)} to train on, {0 if held_out is None else len(held_out.paths)} held out "
+        f"({time.monotonic() - started:.1f} s)")
+    return train, held_out
+
+
+def _environment() -> dict[str, Any]:
+    names: Sequence[str] = ("torch", "deepspeed", "nvidia-dali-cuda120", "numpy", "safetensors", "pydantic")
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "packages": {name: version(name) for name in names},
+    }

@@ -1,0 +1,161 @@
+"""Numbers out of the loop at the logging interval, and the answer to "save? stop?" that all ranks share.
+
+Between intervals nothing is read from the device and nothing is sent. At an interval each network's group averages its numbers (one
+all-reduce), and the world agrees on one small vector: stop asked for, save due, worst loader wait.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from distill.metrics import (
+    CheckpointStatus,
+    MetricsRow,
+    MetricsWriter,
+    NetworkStatus,
+    PhaseStatus,
+    RunState,
+    Status,
+    StatusFile,
+    drop_after,
+    work_done,
+)
+
+if TYPE_CHECKING:
+    from distill.loop import Phase
+
+LOG_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the world agreed to do after this step."""
+
+    save: bool
+    stop: bool
+
+
+class Recorder:
+    """Writes metrics and status; one per process, the same calls on every rank."""
+
+    def __init__(
+        self,
+        run_folder: Path,
+        phases: Sequence[PhaseStatus],
+        world_rank: int,
+        stop_asked: Callable[[], bool],
+        save_every_s: float | None,
+        save_every_steps: int | None,
+        resume_command: str,
+        device: torch.device,
+    ) -> None:
+        self._run_folder, self._world_rank, self._stop_asked, self._device = run_folder, world_rank, stop_asked, device
+        self._save_every_s, self._save_every_steps = save_every_s, save_every_steps
+        self._file = StatusFile(run_folder)
+        previous = self._file.read() if world_rank == 0 else None
+        started = previous.started_unix if previous else time.time()
+        self.status = Status(
+            state="preparing",
+            started_unix=started,
+            updated_unix=time.time(),
+            phases=tuple(phases),
+            last_checkpoint=previous.last_checkpoint if previous else None,
+            resume_command=resume_command,
+        )
+        self._writers: dict[str, MetricsWriter] = {}
+        self._last_save = time.monotonic()
+        self._images_seen = 0
+
+    def start(self, phase: "Phase", start_step: int) -> None:
+        """Begins a phase at ``start_step``; metrics past that point (of a run that died) are dropped."""
+        names = [p.name for p in self.status.phases]
+        for pupil in phase.pupils:
+            if pupil.placement.first_rank == self._world_rank:
+                drop_after(self._run_folder, pupil.name, phases=names, phase=phase.name, step=start_step)
+                self._writers[pupil.name] = MetricsWriter(self._run_folder, pupil.name)
+        networks = {p.name: NetworkStatus(tuple(p.world_ranks), "training") for p in phase.plan.placements}
+        self.show("training", phase=phase.name, step=start_step, networks=networks, phase_started_unix=time.time())
+        self._phase_start_step = self._interval_step = start_step
+        self._phase_started = self._interval_started = time.monotonic()
+        self._marks = self._read_clocks(phase)
+
+    def show(self, state: RunState, **changes: object) -> None:
+        """Changes the status; written by world rank 0."""
+        self.status = replace(self.status, state=state, updated_unix=time.time(), **changes)  # type: ignore[arg-type]
+        if self._world_rank == 0:
+            self._file.write(self.status)
+
+    def saved(self, phase: str, step: int, path: str) -> None:
+        """Notes a finished checkpoint and goes back to training."""
+        self._last_save = time.monotonic()
+        self.show("training", last_checkpoint=CheckpointStatus(phase, step, path, time.time()))
+
+    def record(self, phase: "Phase", step: int) -> Wishes:
+        """Counts a finished step; at the interval, and at the last step, writes numbers and asks the world what to do."""
+        if step % LOG_EVERY and step != phase.num_steps:
+            return Wishes(save=False, stop=False)
+        elapsed = max(1e-9, time.monotonic() - self._interval_started)
+        num_steps = step - self._interval_step
+        clocks = self._read_clocks(phase)
+        loader_s, exchange_s = (now - before for now, before in zip(clocks, self._marks, strict=True))
+        images_per_s = num_steps * phase.plan.images_global / elapsed
+        for pupil in phase.pupils:
+            values = pupil.read_metrics(wait=exchange_s / elapsed)
+            if pupil.name in self._writers:
+                row = MetricsRow(
+                    phase=phase.name,
+                    step=step,
+                    time_unix=time.time(),
+                    loss=values.pop("loss"),
+                    grad_norm=values.pop("grad_norm"),
+                    lr=pupil.rates(phase.first_step + step - 1).lr,
+                    wait=values.pop("wait"),
+                    images_per_s=images_per_s,
+                    skipped=int(values.pop("skipped")),
+                    terms=values,
+                )
+                self._writers[pupil.name].write(row)
+        wishes, loader_wait = self._agree(phase, step, loader_s / elapsed)
+        self._images_seen += num_steps * phase.plan.images_global
+        done = work_done(self.status.phases, phase.name, step)
+        before = work_done(self.status.phases, phase.name, self._phase_start_step)
+        phase_s = time.monotonic() - self._phase_started
+        self.show(
+            "training",
+            step=step,
+            step_s=elapsed / num_steps,
+            work_done=done,
+            eta_s=(1.0 - done) * phase_s / max(1e-9, done - before),
+            loader_wait=loader_wait,
+            images_per_s=images_per_s,
+        )
+        self._interval_started, self._interval_step, self._marks = time.monotonic(), step, clocks
+        return wishes
+
+    def finish_phase(self) -> None:
+        """Closes the phase's metric files."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
+
+    def take_images(self) -> int:
+        """Images trained on since the last call."""
+        taken, self._images_seen = self._images_seen, 0
+        return taken
+
+    def _read_clocks(self, phase: "Phase") -> tuple[float, float]:
+        return phase.loader.wait_s, phase.exchange.wait_s
+
+    def _agree(self, phase: "Phase", step: int, loader_wait: float) -> tuple[Wishes, float]:
+        """Collective over the world: one all-reduce of three numbers."""
+        due = self._save_every_steps is not None and step % self._save_every_steps < LOG_EVERY
+        due |= self._save_every_s is not None and time.monotonic() - self._last_save >= self._save_every_s
+        asks = torch.tensor([self._stop_asked(), due and self._world_rank == 0, loader_wait], device=self._device)
+        dist.all_reduce(asks, op=dist.ReduceOp.MAX)
+        stop, save, worst = asks.tolist()
+        return Wishes(save=bool(save), stop=bool(stop)), worst

@@ -1,0 +1,284 @@
+"""What one rank does from start to end: join the others, run the phases, write the results.
+
+    teacher recipe: its stages, then the teacher folder
+    family recipe:  the teacher's stages where it is to be trained, then the family phase, then the students' folders
+
+The run folder is prepared before (``distill.prepare``): indices and the resolved recipe are there. A checkpoint says in which phase and at
+which step to go on; phases before it are not repeated.
+"""
+
+import gc
+import json
+import os
+import signal
+import time
+import traceback
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from distill import checkpoint
+from distill.assemble import (
+    ONLINE,
+    Pretraining,
+    Site,
+    TeacherShape,
+    family_phase,
+    load_teacher,
+    plan_family,
+    plan_pretraining,
+    shape_of_recipe,
+)
+from distill.data.index import ImageIndex
+from distill.engine import Engine, prepare_deepspeed
+from distill.errors import SetupError, UserError
+from distill.export import ExportFacts, fingerprint, write_backbone, write_heads
+from distill.groups import make_groups
+from distill.loop import Phase, run_phase
+from distill.metrics import PhaseStatus, write_json
+from distill.prepare import Job, read_job
+from distill.recipe import FamilyRecipe, TeacherRecipe, recipe_hash
+from distill.record import Recorder
+from distill.saver import Saver, restore, saved_anchor
+from students.catalog import BackboneSpec
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # longer than any save or first step here; a dead peer fails at once
+FAMILY_PHASE = "family"
+FAILURE_FILE = "failure.json"
+
+
+@dataclass
+class StopFlag:
+    """Set by a signal, read by the loop at its logging interval."""
+
+    is_set: bool = False
+
+    def listen(self) -> None:
+        """Makes SIGINT and SIGTERM ask for a save and a stop; a repeat changes nothing."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._raise_flag)
+
+    def _raise_flag(self, number: int, frame: object) -> None:
+        self.is_set = True
+
+
+def entry(run_folder: str) -> None:
+    """``work``, with the reason of a failure left in the run folder for whoever started the rank."""
+    try:
+        work(run_folder)
+    except BaseException as error:
+        _write_failure(Path(run_folder), error)
+        raise
+
+
+def work(run_folder: str) -> None:
+    """Runs one rank of the job that was prepared in ``run_folder``; the launcher has set the usual rank variables."""
+    flag = StopFlag()
+    flag.listen()
+    job = read_job(Path(run_folder))
+    device = _device(job)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    try:
+        prepare_deepspeed(device.type)
+        _Run(job, device, flag).run()
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(job: Job) -> torch.device:
+    wanted = job.recipe.engine.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise SetupError("engine.device = cuda: no CUDA device on this machine", fix="Write `device: auto` or `device: cpu`.")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+class _Run:
+    """The phases of one job on one rank."""
+
+    def __init__(self, job: Job, device: torch.device, flag: StopFlag) -> None:
+        self.job, self.device = job, device
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        recipe, teacher_recipe = job.recipe, job.teacher_recipe
+        self.teacher_recipe = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
+        self.family = recipe if isinstance(recipe, FamilyRecipe) else None
+        self.hash = job.hash
+        self.checkpoints = job.run_folder / "checkpoints"
+        self.saved = checkpoint.find_latest(self.checkpoints, self.hash)
+        every = recipe.checkpoint
+        self.recorder = Recorder(
+            job.run_folder,
+            self._phases(),
+            self.rank,
+            lambda: flag.is_set,
+            every.every_s,
+            every.every_steps,
+            job.resume_command,
+            device,
+        )
+        self.saver = Saver(self.checkpoints, self.hash, every.keep, self.recorder)
+
+    def _phases(self) -> list[PhaseStatus]:
+        """All phases with their share of the work in teraflops."""
+        phases = []
+        if self.teacher_recipe is not None:
+            work = sum(plan_pretraining(self.teacher_recipe, self.num_ranks).load_tflops)
+            for stage in self.teacher_recipe.stages:
+                phases.append(PhaseStatus(stage.name, stage.steps, stage.steps * work, (ONLINE,)))
+        if self.family is not None:
+            plan = plan_family(self.family, self._teacher_shape(), self.num_ranks)
+            names = tuple(student.name for student in self.family.students)
+            steps = self.family.schedule.steps
+            phases.append(PhaseStatus(FAMILY_PHASE, steps, steps * sum(plan.load_tflops), names))
+        return phases
+
+    def _teacher_shape(self) -> TeacherShape:
+        if self.teacher_recipe is not None:
+            return shape_of_recipe(self.teacher_recipe)
+        assert self.family is not None, "a family recipe has a teacher"
+        return load_teacher(self.family, *self.job.teacher_paths, torch.device("cpu"))[1]
+
+    def run(self) -> None:
+        """Every phase that is not finished yet, then the results; returns early after a stop that was saved."""
+        order = [phase.name for phase in self.recorder.status.phases]
+        reached = order.index(self.saved[1].phase) if self.saved else 0
+        if self.teacher_recipe is not None and order[reached] != FAMILY_PHASE and not self._pretrain(order[reached:]):
+            return self._stopped()
+        if self.family is not None and not self._train_family():
+            return self._stopped()
+        self.recorder.show("exporting")
+        return None
+
+    def _stopped(self) -> None:
+        self.recorder.show("stopped", message="saved; run the same command to go on")
+
+    def _pretrain(self, names: list[str]) -> bool:
+        recipe = self.teacher_recipe
+        assert recipe is not None, "pretraining without a teacher recipe"
+        index = ImageIndex.load(self.job.run_folder / "data" / "teacher.npz")
+        site = Site(self.device, self.job.run_folder, index)
+        plan = plan_pretraining(recipe, self.num_ranks)
+        pretraining = Pretraining(recipe, plan, make_groups(plan, COLLECTIVE_TIMEOUT), site)
+        for stage in recipe.stages:
+            if stage.name not in names:
+                continue
+            resumed = self.saved if self.saved and self.saved[1].phase == stage.name else None
+            anchor = saved_anchor(resumed[0]) if resumed and stage.gram else None
+            phase = pretraining.phase(stage, anchor)
+            if resumed:
+                restore(phase, resumed[0])
+                pretraining.engine.copy_ema_to(pretraining.ema)
+            if not self._run_phase(phase, resumed[1].step if resumed else 0):
+                return False
+        weights = pretraining.engine.full("ema")
+        if self.rank == 0:
+            self._write_teacher(weights, pretraining.shape.spec)
+        dist.barrier()
+        return True
+
+    def _train_family(self) -> bool:
+        recipe = self.family
+        assert recipe is not None, "a family phase without a family recipe"
+        teacher, shape = load_teacher(recipe, *self.job.teacher_paths, self.device)
+        plan = plan_family(recipe, shape, self.num_ranks)
+        if self.rank == 0:
+            write_json(self.job.run_folder / "plan.json", plan.to_json())
+        index = ImageIndex.load(self.job.run_folder / "data" / "train.npz")
+        groups = make_groups(plan, COLLECTIVE_TIMEOUT)
+        phase = family_phase(recipe, FAMILY_PHASE, plan, groups, Site(self.device, self.job.run_folder, index), teacher, shape)
+        resumed = self.saved if self.saved and self.saved[1].phase == FAMILY_PHASE else None
+        if resumed:
+            restore(phase, resumed[0])
+        finished = self._run_phase(phase, resumed[1].step if resumed else 0)
+        if finished:
+            self._write_students(phase, recipe)
+        return finished
+
+    def _run_phase(self, phase: Phase, start_step: int) -> bool:
+        started = time.monotonic()
+        self.recorder.start(phase, start_step)
+        finished = run_phase(phase, self.recorder, self.saver, start_step)
+        if finished and start_step < phase.num_steps:
+            self.saver.save(phase, phase.num_steps)
+        self.recorder.finish_phase()
+        phase.loader.close()
+        if self.rank == 0:
+            note_time(self.job.run_folder, phase.name, time.monotonic() - started, self.recorder.take_images())
+        gc.collect()
+        return finished
+
+    def _write_teacher(self, weights: dict[str, torch.Tensor], spec: BackboneSpec) -> None:
+        recipe = self.teacher_recipe
+        assert recipe is not None, "a teacher folder without a teacher recipe"
+        steps = sum(stage.steps for stage in recipe.stages)
+        facts = ExportFacts(recipe.crops.global_.size, recipe.data.mean, recipe.data.std, self._provenance(recipe, steps))
+        folder = self.job.run_folder / "teacher"
+        write_heads(folder / "heads.safetensors", weights)
+        write_backbone(folder, _backbone_only(weights), spec, facts)
+
+    def _write_students(self, phase: Phase, recipe: FamilyRecipe) -> None:
+        """Every student's EMA as a folder, by the first rank of its group."""
+        specs = {student.name: student.backbone_spec() for student in recipe.students}
+        provenance = self._provenance(recipe, phase.num_steps)
+        provenance["teacher_fingerprint"] = fingerprint(phase.teacher.backbone.state_dict())
+        facts = ExportFacts(recipe.crops.global_.size, recipe.data.mean, recipe.data.std, provenance)
+        for pupil in phase.pupils:
+            engine: Engine = pupil.engine
+            weights = engine.full("ema")
+            if pupil.placement.first_rank == self.rank:
+                folder = self.job.run_folder / "students" / pupil.name
+                write_backbone(folder, _backbone_only(weights), specs[pupil.name], facts)
+        dist.barrier()
+
+    def _provenance(self, recipe: FamilyRecipe | TeacherRecipe, steps: int) -> dict[str, object]:
+        return {"recipe": recipe.name, "recipe_hash": recipe_hash(recipe), "steps": steps, "data": self.job.data_fingerprint}
+
+
+def _backbone_only(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("backbone."): tensor for name, tensor in weights.items() if name.startswith("backbone.")}
+
+
+def note_time(run_folder: Path, phase: str, seconds: float, num_images: int) -> None:
+    """Adds to the time and images of a phase in ``timing.json``; a run that was resumed adds up."""
+    path = run_folder / "timing.json"
+    timing = json.loads(path.read_text()) if path.is_file() else {}
+    before = timing.get(phase, {"s": 0.0, "images": 0})
+    timing[phase] = {"s": before["s"] + seconds, "images": before["images"] + num_images}
+    write_json(path, timing)
+
+
+def _write_failure(run_folder: Path, error: BaseException) -> None:
+    """Only the first rank to fail writes; the others fail because of it."""
+    known = isinstance(error, UserError)
+    text = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    facts = {
+        "rank": int(os.environ["RANK"]),
+        "message": text if known else f"rank {os.environ['RANK']}: {text.splitlines()[0]}",
+        "fix": error.fix if isinstance(error, UserError) else "",
+        "exit_code": error.exit_code if isinstance(error, UserError) else 1,
+        "traceback": traceback.format_exc(),
+    }
+    with suppress(FileExistsError):
+        with (run_folder / FAILURE_FILE).open("x") as file:
+            json.dump(facts, file, indent=2)
+
+
+def read_failure(run_folder: Path) -> UserError | None:
+    """Why the first rank failed, if one could say."""
+    path = run_folder / FAILURE_FILE
+    if not path.is_file():
+        return None
+    facts = json.loads(path.read_text())
+    error = UserError(facts["message"], fix=facts["fix"] or f"The traceback is in {path}; the same command resumes.")
+    error.exit_code = facts["exit_code"]
+    return error

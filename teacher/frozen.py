@@ -1,0 +1,121 @@
+"""A frozen network as a source of targets: crops in, bottlenecks out, in micro-batches of one fixed shape.
+
+The fixed shape (a padded last micro-batch) makes each image's targets independent of how many images a rank was given, so any
+division of the batch gives the same bits. Only what travels is computed: class bottlenecks, and iBOT bottlenecks of masked patches.
+The same class serves the frozen teacher of a family and the EMA network of pretraining, whose weights are replaced every step.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor, nn
+
+from teacher.batch import Backbone, CropBatch, Features, TeacherTargets, normalise
+from teacher.gram import resize_grid
+from teacher.heads import Head
+
+HEAD_ROWS = 256  # masked patches the iBOT head takes at once, the last block padded
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The Gram reference: a frozen backbone that looks at larger versions of the same crops."""
+
+    backbone: nn.Module
+    grid_hw: tuple[int, int]
+
+
+class FrozenTeacher(nn.Module):
+    """Backbone and heads without gradients.
+
+    Args:
+        backbone: any ``Backbone``.
+        dino_head: head on class tokens; its prototypes are what students' targets refer to.
+        ibot_head: head on patch tokens.
+        mean: RGB mean in [0, 1] that the backbone was trained with.
+        std: RGB standard deviation.
+        micro_images: images per forward pass (two global crops each).
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        dino_head: Head,
+        ibot_head: Head,
+        *,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        micro_images: int,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.dino_head = dino_head
+        self.ibot_head = ibot_head
+        self.anchor: Anchor | None = None
+        self.mean, self.std, self.micro_images = mean, std, micro_images
+        self.requires_grad_(False)
+        self.eval()
+
+    @torch.no_grad()
+    def teach(self, crops: CropBatch, masks: Bool[Tensor, "images 2 patches"]) -> TeacherTargets:
+        """Targets for every image of ``crops``: one backbone forward per image, none for an empty batch.
+
+        No communication.
+        """
+        num_images = crops.global_crops.shape[0]
+        class_rows, patch_rows = [], []
+        for start in range(0, num_images, self.micro_images):
+            stop = min(start + self.micro_images, num_images)
+            features = self._forward(self.backbone, crops.global_crops[start:stop])
+            class_rows.append(self.dino_head(features.class_token)[: 2 * (stop - start)])
+            wanted = masks[start:stop].flatten().nonzero().squeeze(1)
+            patch_rows.append(features.patch_tokens.flatten(0, 1).index_select(0, wanted))
+        if not class_rows:
+            return self._nothing(crops)
+        return TeacherTargets(
+            class_bottleneck=torch.cat(class_rows).unflatten(0, (num_images, 2)),
+            patch_bottleneck=self._ibot_bottleneck(torch.cat(patch_rows)),
+            anchor_patches=self._anchor_patches(crops.anchor_crops),
+        )
+
+    def _forward(self, backbone: nn.Module, crops: UInt8[Tensor, "images 2 3 height width"]) -> Features:
+        missing = self.micro_images - crops.shape[0]
+        pixels = normalise(crops.flatten(0, 1), self.mean, self.std, self.dino_head.prototypes.weight.dtype)
+        if missing:
+            pixels = torch.cat([pixels, pixels.new_zeros(2 * missing, *pixels.shape[1:])])
+        seer: Backbone = backbone  # type: ignore[assignment]  # nn.Module that satisfies the protocol
+        return seer(pixels)
+
+    def _ibot_bottleneck(self, masked: Float[Tensor, "masked width"]) -> Float[Tensor, "masked bottleneck"]:
+        padding = -masked.shape[0] % HEAD_ROWS
+        padded = torch.cat([masked, masked.new_zeros(padding, masked.shape[1])])
+        blocks = [self.ibot_head(block) for block in padded.split(HEAD_ROWS) if block.shape[0]]
+        if not blocks:
+            return masked.new_zeros(0, self.ibot_head.shape.bottleneck)
+        return torch.cat(blocks)[: masked.shape[0]]
+
+    def _anchor_patches(self, crops: Tensor | None) -> Tensor | None:
+        if self.anchor is None:
+            return None
+        assert crops is not None, "an anchor without anchor crops"
+        rows = []
+        for start in range(0, crops.shape[0], self.micro_images):
+            part = crops[start : start + self.micro_images]
+            features = self._forward(self.anchor.backbone, part)
+            patches = features.patch_tokens[: 2 * part.shape[0]]
+            rows.append(resize_grid(patches, features.grid_hw, self.anchor.grid_hw, "bicubic"))
+        return torch.cat(rows).unflatten(0, (crops.shape[0], 2))
+
+    def _nothing(self, crops: CropBatch) -> TeacherTargets:
+        weight = self.dino_head.prototypes.weight
+        anchor_patches = None
+        if self.anchor is not None:
+            seer: Backbone = self.anchor.backbone  # type: ignore[assignment]
+            patches = self.anchor.grid_hw[0] * self.anchor.grid_hw[1]
+            anchor_patches = weight.new_zeros(0, 2, patches, seer.width)
+        return TeacherTargets(
+            weight.new_zeros(0, 2, self.dino_head.shape.bottleneck),
+            weight.new_zeros(0, self.ibot_head.shape.bottleneck),
+            anchor_patches,
+        )

@@ -1,0 +1,84 @@
+"""The DINO and iBOT heads: an MLP to an L2-normalised bottleneck, then prototypes.
+
+A head is two modules because two different things are done with it: everybody computes the bottleneck, which is small and
+travels between ranks; only a trainee compares it with its prototypes, inside the loss.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from teacher.losses import cross_entropy
+from teacher.sinkhorn import Assignment
+
+NORM_EPS = 1e-6  # fp32 and bf16; an all-zero projection stays finite
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Input width, hidden width, bottleneck width and number of prototypes of one head."""
+
+    width: int
+    hidden: int
+    bottleneck: int
+    prototypes: int
+
+
+class Prototypes(nn.Module):
+    """The last layer of a head, and the cross-entropy taken against it.
+
+    The loss is this module's forward so that a sharding engine gathers the weight around it.
+    """
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.prototypes, shape.bottleneck))
+
+    def forward(
+        self,
+        student: Float[Tensor, "crops rows bottleneck"],
+        assignment: Assignment,
+        mixture: Float[Tensor, "crops targets"],
+        weights: Float[Tensor, " rows"],
+    ) -> Float[Tensor, ""]:
+        """Weighted sum of cross-entropies to the assignment; see ``teacher.losses.cross_entropy``."""
+        return cross_entropy(student, self.weight, assignment, mixture, weights)
+
+
+class Head(nn.Module):
+    """Three-layer MLP with GELU onto the unit sphere of the bottleneck, and its prototypes.
+
+    Source: DINOv3 report, Table 2 (8192-8192-512 for DINO, 8192-8192-384 for iBOT).
+    """
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.mlp = nn.Sequential(
+            nn.Linear(shape.width, shape.hidden),
+            nn.GELU(),
+            nn.Linear(shape.hidden, shape.hidden),
+            nn.GELU(),
+            nn.Linear(shape.hidden, shape.bottleneck),
+        )
+        self.prototypes = Prototypes(shape)
+
+    def forward(self, tokens: Float[Tensor, "*rows width"]) -> Float[Tensor, "*rows bottleneck"]:
+        """The L2-normalised bottleneck of each token."""
+        projected = self.mlp(tokens)
+        return F.normalize(projected.float(), dim=-1, eps=NORM_EPS).to(projected.dtype)
+
+
+def init_head_(head: Head, generator: torch.Generator) -> None:
+    """Draws the head's weights: truncated normal 0.02 for every matrix, zero biases.
+
+    Source: DINOv3 report, appendix (initialisation).
+    """
+    for module in head.mlp:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+            nn.init.zeros_(module.bias)
+    nn.init.trunc_normal_(head.prototypes.weight, std=0.02, generator=generator)
