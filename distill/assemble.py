@@ -306,5 +306,5 @@ def _loader(recipe: Recipe, plan: Plan, rank: int, site: Site, anchor_resolution
         images_global=plan.images_global,
         positions=plan.shares[rank],
         num_threads=recipe.data.num_threads,
-        start_step=0,
+        device=site.device,
     )

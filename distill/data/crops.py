@@ -1,0 +1,113 @@
+"""What happens to an image before the network sees it: crop windows and photometric parameters, computed outside the image library.
+
+All parameters of a sample come from its hash, so the pipeline that executes them needs no generator of its own.
+
+Values: METHOD section 2 (two global and N local crops, colour jitter 0.4/0.4/0.2/0.1 with p 0.8, grayscale p 0.2, blur p 1.0 / 0.1 / 0.5 with sigma
+0.1-2.0, solarise p 0.2 on the second global crop, threshold 128).
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.data.counter import hashes, uniforms
+
+NUM_GLOBAL = 2
+ASPECT = (3 / 4, 4 / 3)
+WINDOW_TRIES = 10  # as torchvision's RandomResizedCrop; the fallback is a central crop
+JITTER_PROBABILITY, GRAY_PROBABILITY = 0.8, 0.2
+BRIGHTNESS, CONTRAST, SATURATION, HUE_DEGREES = 0.4, 0.4, 0.2, 36.0
+BLUR_PROBABILITY_GLOBAL, BLUR_PROBABILITY_LOCAL, BLUR_SIGMA = (1.0, 0.1), 0.5, (0.1, 2.0)
+SOLARISE_PROBABILITY = (0.0, 0.2)
+DRAWS = 4 * WINDOW_TRIES + 10
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class CropSpec:
+    """Sizes (pixels), numbers and area ranges of the crops of one image."""
+
+    global_size: int
+    global_scale: tuple[float, float]
+    num_local: int
+    local_size: int
+    local_scale: tuple[float, float]
+    anchor_size: int | None
+    flip_probability: float
+
+    @property
+    def num_crops(self) -> int:
+        """Global and local crops together, without anchor crops."""
+        return NUM_GLOBAL + self.num_local
+
+
+@dataclass(frozen=True)
+class CropParameters:
+    """Parameters of the crops of some images, [images, crops, ...]."""
+
+    windows: Floats
+    """top, left, bottom, right in pixels; left and right swapped for a mirrored crop."""
+    photometric: Floats
+    """brightness, contrast, saturation, hue in degrees, blur sigma (0: none), solarise (0 or 1)."""
+
+
+def draw_parameters(
+    spec: CropSpec,
+    *,
+    seed: int,
+    step: int,
+    positions: NDArray[np.int64],
+    sample_ids: NDArray[np.int64],
+    hw: NDArray[np.int32],
+) -> CropParameters:
+    """Parameters of every crop of the images at ``positions``; ``hw`` are the images' heights and widths, [images, 2]."""
+    crops = np.arange(spec.num_crops)
+    words = hashes("crops", seed, step, positions[:, None], sample_ids[:, None], crops[None])
+    draws = uniforms(words, DRAWS)  # [images, crops, draws]
+    scales = np.array([spec.global_scale] * NUM_GLOBAL + [spec.local_scale] * spec.num_local)
+    windows = _windows(draws[..., : 4 * WINDOW_TRIES], hw, scales)
+    rest = draws[..., 4 * WINDOW_TRIES :]
+    mirrored = rest[..., 9] < spec.flip_probability
+    windows[mirrored] = windows[mirrored][:, [0, 3, 2, 1]]
+    return CropParameters(windows.astype(np.float32), _photometric(rest, spec).astype(np.float32))
+
+
+def _windows(draws: NDArray[np.float64], hw: NDArray[np.int32], scales: NDArray[np.float64]) -> NDArray[np.float64]:
+    """RandomResizedCrop: the first of ten windows of random area and aspect that fits, else the largest central one."""
+    tries = draws.reshape(*draws.shape[:2], WINDOW_TRIES, 4)
+    height, width = (hw[:, side].astype(float)[:, None, None] for side in (0, 1))
+    low, high = scales[None, :, None, 0], scales[None, :, None, 1]
+    area = height * width * (low + (high - low) * tries[..., 0])
+    aspect = np.exp(math.log(ASPECT[0]) + math.log(ASPECT[1] / ASPECT[0]) * tries[..., 1])
+    w, h = np.rint(np.sqrt(area * aspect)), np.rint(np.sqrt(area / aspect))
+    fits = (w >= 1) & (h >= 1) & (w <= width) & (h <= height)
+    first = fits.argmax(axis=2)[..., None]
+    any_fits = fits.any(axis=2)
+    pick = [np.take_along_axis(a, first, axis=2)[..., 0] for a in (w, h, tries[..., 2], tries[..., 3])]
+    w, h, top_u, left_u = pick
+    full_h, full_w = (np.broadcast_to(side[..., 0], w.shape) for side in (height, width))
+    central_w = np.clip(np.rint(full_h * ASPECT[1]), 1, full_w)
+    central_h = np.clip(np.rint(full_w / ASPECT[0]), 1, full_h)
+    w, h = np.where(any_fits, w, central_w), np.where(any_fits, h, central_h)
+    top = np.where(any_fits, np.floor(top_u * (full_h - h + 1)), (full_h - h) // 2)
+    left = np.where(any_fits, np.floor(left_u * (full_w - w + 1)), (full_w - w) // 2)
+    return np.stack([top, left, top + h, left + w], axis=-1)
+
+
+def _photometric(draws: NDArray[np.float64], spec: CropSpec) -> NDArray[np.float64]:
+    jitters = draws[..., 0] < JITTER_PROBABILITY
+    is_gray = draws[..., 1] < GRAY_PROBABILITY
+    spans = (BRIGHTNESS, CONTRAST, SATURATION)
+    brightness, contrast, saturation = (
+        1.0 + jitters * span * (2.0 * draws[..., 2 + i] - 1.0) for i, span in enumerate(spans)
+    )
+    hue = jitters * HUE_DEGREES * (2.0 * draws[..., 5] - 1.0)
+    blur_probability = np.array([*BLUR_PROBABILITY_GLOBAL, *[BLUR_PROBABILITY_LOCAL] * spec.num_local])
+    sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[..., 7]
+    blur = np.where(draws[..., 6] < blur_probability, sigma, 0.0)
+    solarise_probability = np.array([*SOLARISE_PROBABILITY, *[0.0] * spec.num_local])
+    solarise = draws[..., 8] < solarise_probability
+    return np.stack([brightness, contrast, np.where(is_gray, 0.0, saturation), hue, blur, solarise], axis=-1)

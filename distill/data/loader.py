@@ -1,0 +1,129 @@
+"""A rank's share of every batch, decoded ahead of the caller.
+
+The loader owns a DALI pipeline and the counter that feeds it. What a step holds is a function of (seed, step, positions); going to any step is
+a rebuild, not a replay.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distill.data.crops import NUM_GLOBAL, CropSpec, draw_parameters
+from distill.data.index import ImageIndex, find_undecodable
+from distill.data.pipeline import build_pipeline, source_outputs
+from distill.data.sampler import sample_ids
+from distill.errors import DataError
+from teacher.batch import CropBatch
+
+
+class Loader:
+    """Crops of the positions ``positions`` of each step's global batch. ``wait_s`` sums the time spent blocked."""
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        crops: CropSpec,
+        *,
+        seed: int,
+        images_global: int,
+        positions: range,
+        num_threads: int,
+        device: torch.device,
+    ) -> None:
+        self._index, self._crops, self._seed, self._images_global = index, crops, seed, images_global
+        self._positions = np.arange(positions.start, positions.stop)
+        self._num_threads, self._device = num_threads, device
+        self._pipeline: Any = None
+        self._next_fed = self._next_fetched = -1
+        self.wait_s = 0.0
+
+    def fetch(self, step: int) -> CropBatch:
+        """The crops of one step; the steps after it are prepared meanwhile.
+
+        Raises:
+            DataError: an image cannot be read or decoded; names the file.
+        """
+        if not len(self._positions):
+            return self._nothing()
+        started = time.perf_counter()
+        try:
+            if step != self._next_fetched:
+                self._rebuild(step)
+            outputs = [torch.from_dlpack(output.as_tensor()) for output in self._pipeline.run()]
+        except (RuntimeError, OSError) as error:
+            raise self._explain(step, error) from error
+        self._next_fetched = step + 1
+        num_crops = self._crops.num_crops
+        batch = CropBatch(
+            global_crops=torch.stack(outputs[:NUM_GLOBAL], dim=1),
+            local_crops=self._stack_locals(outputs[NUM_GLOBAL:num_crops]),
+            anchor_crops=torch.stack(outputs[num_crops:], dim=1) if outputs[num_crops:] else None,
+        )
+        self.wait_s += time.perf_counter() - started
+        return batch
+
+    def close(self) -> None:
+        """Lets go of the pipeline and its threads."""
+        self._pipeline = None
+        self._next_fetched = -1
+
+    def _rebuild(self, step: int) -> None:
+        self._next_fed = step
+        device_id = self._device.index if self._device.type == "cuda" else None
+        self._pipeline = build_pipeline(
+            self._crops, self._feed, len(self._positions), self._num_threads, device_id
+        )
+
+    def _feed(self) -> tuple[Any, ...]:
+        """The next batch's encoded images and parameters; called by DALI ahead of ``fetch``."""
+        step = self._next_fed
+        self._next_fed += 1
+        ids = self._ids(step)
+        parameters = draw_parameters(
+            self._crops,
+            seed=self._seed,
+            step=step,
+            positions=self._positions,
+            sample_ids=ids,
+            hw=self._index.hw[ids],
+        )
+        encoded = [np.fromfile(self._index.paths[i], np.uint8) for i in ids]
+        return source_outputs(encoded, parameters.windows, parameters.photometric)
+
+    def _ids(self, step: int) -> NDArray[np.int64]:
+        return sample_ids(self._seed, len(self._index.paths), step, self._images_global, self._positions)
+
+    def _explain(self, step: int, error: Exception) -> Exception:
+        """A broken image of this batch or of those prepared after it, or the error itself when every image can be decoded."""
+        self.close()
+        for candidate in range(step, self._next_fed):
+            found = find_undecodable([self._index.paths[i] for i in self._ids(candidate)])
+            if found is not None:
+                return DataError(
+                    f"{found[0]}: cannot be decoded any more ({found[1]})",
+                    fix="Restore or remove the file; the same command goes on from the last checkpoint.",
+                )
+        return error
+
+    def _stack_locals(self, crops: list[Tensor]) -> Tensor:
+        if crops:
+            return torch.stack(crops, dim=1)
+        size = self._crops.local_size
+        return torch.empty(len(self._positions), 0, 3, size, size, dtype=torch.uint8, device=self._device)
+
+    def _nothing(self) -> CropBatch:
+        """No images, with the right shapes for an exchange."""
+
+        def empty(num_crops: int, size: int) -> Tensor:
+            return torch.empty(0, num_crops, 3, size, size, dtype=torch.uint8, device=self._device)
+
+        crops = self._crops
+        return CropBatch(
+            empty(NUM_GLOBAL, crops.global_size),
+            empty(crops.num_local, crops.local_size),
+            None if crops.anchor_size is None else empty(NUM_GLOBAL, crops.anchor_size),
+        )

@@ -1,0 +1,148 @@
+"""The closed table of network names, and the way from a shape to a network and to a Hugging Face config and back."""
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from students.convnext import ConvNeXt, ConvNeXtSpec, init_convnext_
+from teacher.rope import ROPE_BASE
+from teacher.vit import NORM_EPS, ViT, ViTSpec, init_vit_
+
+BackboneSpec = ViTSpec | ConvNeXtSpec
+
+CATALOG: Mapping[str, BackboneSpec] = MappingProxyType(
+    {
+        "vits16": ViTSpec(384, 12, 6, 1536),
+        "vits16plus": ViTSpec(384, 12, 6, 1536, ffn="swiglu"),
+        "vitb16": ViTSpec(768, 12, 12, 3072),
+        "vitl16": ViTSpec(1024, 24, 16, 4096),
+        "vith16plus": ViTSpec(1280, 32, 20, 5120, ffn="swiglu"),
+        "vit7b16": ViTSpec(4096, 40, 32, 8192, ffn="swiglu", qv_bias=False),
+        "convnext_tiny": ConvNeXtSpec((3, 3, 9, 3), (96, 192, 384, 768)),
+        "convnext_small": ConvNeXtSpec((3, 3, 27, 3), (96, 192, 384, 768)),
+        "convnext_base": ConvNeXtSpec((3, 3, 27, 3), (128, 256, 512, 1024)),
+        "convnext_large": ConvNeXtSpec((3, 3, 27, 3), (192, 384, 768, 1536)),
+    }
+)
+
+
+def build_backbone(spec: BackboneSpec) -> nn.Module:
+    """The network of a shape, with uninitialised class and register tokens: load weights or call ``init_weights_``."""
+    return ViT(spec) if isinstance(spec, ViTSpec) else ConvNeXt(spec)
+
+
+def init_weights_(backbone: nn.Module, generator: torch.Generator) -> None:
+    """Fresh weights drawn from ``generator``, the published way for each kind of network.
+
+    Raises:
+        ValueError: the network is neither a ViT nor a ConvNeXt of ours.
+    """
+    if isinstance(backbone, ViT):
+        init_vit_(backbone, generator)
+    elif isinstance(backbone, ConvNeXt):
+        init_convnext_(backbone, generator)
+    else:
+        raise ValueError(f"{type(backbone).__name__}: only ViT and ConvNeXt have a known initialisation")
+
+
+def count_parameters(spec: BackboneSpec) -> int:
+    """Number of parameters, from shapes alone."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build_backbone(spec).parameters())
+
+
+def hf_config(spec: BackboneSpec) -> dict[str, Any]:
+    """``config.json`` of a Hugging Face folder for this shape; loads in transformers 4.57 and 5.x."""
+    shared = {"image_size": 224, "num_channels": spec.in_channels, "drop_path_rate": 0.0, "initializer_range": 0.02}
+    shared |= {"dtype": "float32", "transformers_version": "4.57.3"}
+    if isinstance(spec, ConvNeXtSpec):
+        return {
+            "architectures": ["DINOv3ConvNextModel"],
+            "model_type": "dinov3_convnext",
+            "depths": list(spec.depths),
+            "hidden_sizes": list(spec.widths),
+            "hidden_act": "gelu",
+            "layer_norm_eps": 1e-6,
+            "layer_scale_init_value": spec.layerscale_init,
+            **shared,
+        }
+    is_gated = spec.ffn == "swiglu"
+    return {
+        "architectures": ["DINOv3ViTModel"],
+        "model_type": "dinov3_vit",
+        "patch_size": spec.patch,
+        "hidden_size": spec.width,
+        "intermediate_size": spec.ffn_width,
+        "num_hidden_layers": spec.depth,
+        "num_attention_heads": spec.heads,
+        "num_register_tokens": spec.registers,
+        "use_gated_mlp": is_gated,
+        "hidden_act": "silu" if is_gated else "gelu",
+        "query_bias": spec.qv_bias,
+        "key_bias": False,
+        "value_bias": spec.qv_bias,
+        "proj_bias": True,
+        "mlp_bias": True,
+        "layer_norm_eps": NORM_EPS,
+        "layerscale_value": 1.0,
+        "rope_theta": ROPE_BASE,
+        "attention_dropout": 0.0,
+        "pos_embed_shift": None,
+        "pos_embed_jitter": None,
+        "pos_embed_rescale": 2.0,
+        **shared,
+    }
+
+
+def spec_from_hf_config(config: Mapping[str, Any]) -> BackboneSpec:
+    """The shape that a ``config.json`` describes.
+
+    Raises:
+        ValueError: the model type is another one, or a value asks for something these networks do not do.
+    """
+    kind = config.get("model_type")
+    if kind == "dinov3_convnext":
+        return ConvNeXtSpec(tuple(config["depths"]), tuple(config["hidden_sizes"]), config["num_channels"])
+    if kind != "dinov3_vit":
+        raise ValueError(f"model_type = {kind!r}: must be dinov3_vit or dinov3_convnext")
+    is_gated = config["use_gated_mlp"]
+    fixed = {
+        "key_bias": False,
+        "proj_bias": True,
+        "mlp_bias": True,
+        "hidden_act": "silu" if is_gated else "gelu",
+        "rope_theta": ROPE_BASE,
+        "value_bias": config["query_bias"],
+    }
+    for key, wanted in fixed.items():
+        if config[key] != wanted:
+            raise ValueError(f"{key} = {config[key]!r}: must be {wanted!r} for this network")
+    return ViTSpec(
+        width=config["hidden_size"],
+        depth=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        ffn_width=config["intermediate_size"],
+        patch=config["patch_size"],
+        ffn="swiglu" if is_gated else "mlp",
+        qv_bias=config["query_bias"],
+        registers=config["num_register_tokens"],
+        in_channels=config["num_channels"],
+    )
+
+
+def preprocessor_config(size: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
+    """``preprocessor_config.json``: rescale, resize with antialias, normalise; read by transformers 4.57 and 5.x."""
+    return {
+        "image_processor_type": "DINOv3ViTImageProcessorFast",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 2,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(mean),
+        "image_std": list(std),
+    }

@@ -1,0 +1,218 @@
+"""The DINOv3 vision transformer: pre-norm blocks with LayerScale, axial RoPE on patch tokens, one class and some register tokens.
+
+Parameter names are the flat names of the published Hugging Face files, so a state dict is a file and nothing is translated.
+Token order: class, registers, patches. Source: DINOv3 report, section 3.2 and Table 2.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from teacher.batch import Features
+from teacher.rope import rope_angles, rotate
+
+NORM_EPS = 1e-5
+Angles = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ViTSpec:
+    """Shape of a vision transformer."""
+
+    width: int
+    depth: int
+    heads: int
+    ffn_width: int
+    patch: int = 16
+    ffn: Literal["mlp", "swiglu"] = "mlp"
+    qv_bias: bool = True
+    registers: int = 4
+    in_channels: int = 3
+    untie_local_norm: bool = False
+    layerscale_init: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or (self.width // self.heads) % 4:
+            raise ValueError(
+                f"width {self.width} with {self.heads} heads: the width of a head must be a whole multiple of 4 (RoPE)"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Pixels per patch side."""
+        return self.patch
+
+
+class Embeddings(nn.Module):
+    """Pixels to tokens: patch convolution, mask token, class and register tokens in front."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.empty(1, 1, spec.width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.width))
+        self.register_tokens = nn.Parameter(torch.empty(1, spec.registers, spec.width))
+        self.patch_embeddings = nn.Conv2d(spec.in_channels, spec.width, spec.patch, spec.patch)
+
+    def forward(
+        self, pixels: Float[Tensor, "rows channels height width"], masks: Bool[Tensor, "rows patches"] | None
+    ) -> Float[Tensor, "rows tokens embed"]:
+        patches = self.patch_embeddings(pixels).flatten(2).transpose(1, 2)  # [rows, patches, embed]
+        if masks is not None:
+            patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
+        rows = patches.shape[0]
+        return torch.cat([self.cls_token.expand(rows, -1, -1), self.register_tokens.expand(rows, -1, -1), patches], dim=1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; keys have no bias."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.num_heads = spec.heads
+        self.q_proj = nn.Linear(spec.width, spec.width, bias=spec.qv_bias)
+        self.k_proj = nn.Linear(spec.width, spec.width, bias=False)
+        self.v_proj = nn.Linear(spec.width, spec.width, bias=spec.qv_bias)
+        self.o_proj = nn.Linear(spec.width, spec.width)
+
+    def forward(self, tokens: Float[Tensor, "rows tokens embed"], angles: Angles) -> Float[Tensor, "rows tokens embed"]:
+        query, key, value = (
+            projection(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )  # [rows, heads, tokens, head_dim]
+        attended = F.scaled_dot_product_attention(rotate(query, *angles), rotate(key, *angles), value)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two layers with GELU."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(spec.width, spec.ffn_width)
+        self.down_proj = nn.Linear(spec.ffn_width, spec.width)
+
+    def forward(self, tokens: Float[Tensor, "rows tokens embed"]) -> Float[Tensor, "rows tokens embed"]:
+        return self.down_proj(F.gelu(self.up_proj(tokens)))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(spec.width, spec.ffn_width)
+        self.up_proj = nn.Linear(spec.width, spec.ffn_width)
+        self.down_proj = nn.Linear(spec.ffn_width, spec.width)
+
+    def forward(self, tokens: Float[Tensor, "rows tokens embed"]) -> Float[Tensor, "rows tokens embed"]:
+        return self.down_proj(F.silu(self.gate_proj(tokens)) * self.up_proj(tokens))
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.full((spec.width,), spec.layerscale_init))
+
+    def forward(self, tokens: Float[Tensor, "rows tokens embed"]) -> Float[Tensor, "rows tokens embed"]:
+        return tokens * self.lambda1
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each normalised before and scaled after."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(spec.width, eps=NORM_EPS)
+        self.attention = Attention(spec)
+        self.layer_scale1 = LayerScale(spec)
+        self.norm2 = nn.LayerNorm(spec.width, eps=NORM_EPS)
+        self.mlp = SwiGLU(spec) if spec.ffn == "swiglu" else Mlp(spec)
+        self.layer_scale2 = LayerScale(spec)
+
+    def forward(self, tokens: Float[Tensor, "rows tokens embed"], angles: Angles) -> Float[Tensor, "rows tokens embed"]:
+        tokens = tokens + self.layer_scale1(self.attention(self.norm1(tokens), angles))
+        return tokens + self.layer_scale2(self.mlp(self.norm2(tokens)))
+
+
+class ViT(nn.Module):
+    """A vision transformer that satisfies ``teacher.batch.Backbone``."""
+
+    def __init__(self, spec: ViTSpec) -> None:
+        super().__init__()
+        self.spec, self.width, self.stride = spec, spec.width, spec.patch
+        self.embeddings = Embeddings(spec)
+        self.layer = nn.ModuleList(Block(spec) for _ in range(spec.depth))
+        self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
+        if spec.untie_local_norm:
+            self.local_cls_norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
+
+    def tokens(
+        self,
+        pixels: Float[Tensor, "rows channels height width"],
+        masks: Bool[Tensor, "rows patches"] | None = None,
+        *,
+        rope_scale: float = 1.0,
+    ) -> Float[Tensor, "rows tokens embed"]:
+        """All tokens after the last block, before the final norm."""
+        spec = self.spec
+        grid_hw = pixels.shape[2] // spec.patch, pixels.shape[3] // spec.patch
+        angles = rope_angles(grid_hw, spec.width // spec.heads, rope_scale, pixels.device)
+        tokens = self.embeddings(pixels, masks)
+        for block in self.layer:
+            tokens = block(tokens, angles)
+        return tokens
+
+    def forward(
+        self,
+        pixels: Float[Tensor, "rows channels height width"],
+        masks: Bool[Tensor, "rows patches"] | None = None,
+        *,
+        rope_scale: float = 1.0,
+        is_local: bool = False,
+    ) -> Features:
+        """Normalised class and patch tokens; masked patches are replaced by the mask token.
+
+        ``is_local`` uses the separate class norm of local crops where the network has one.
+
+        Raises:
+            ValueError: a side is not a multiple of the patch.
+        """
+        height, width = pixels.shape[2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"crop of {height} x {width} px: sides must be multiples of the patch, {self.stride}")
+        tokens = self.tokens(pixels, masks, rope_scale=rope_scale)
+        normed = self.norm(tokens)
+        class_token = normed[:, 0]
+        if is_local and self.spec.untie_local_norm:
+            class_token = self.local_cls_norm(tokens[:, 0])
+        return Features(
+            class_token=class_token,
+            patch_tokens=normed[:, 1 + self.spec.registers :],
+            grid_hw=(height // self.stride, width // self.stride),
+        )
+
+
+def init_vit_(vit: ViT, generator: torch.Generator) -> None:
+    """Fresh weights: linear and convolution layers truncated normal 0.02, class and register tokens normal 0.02.
+
+    Source: METHOD section 1.1 (released code uses the same values).
+    """
+    for module in vit.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, LayerScale):
+            nn.init.constant_(module.lambda1, vit.spec.layerscale_init)
+    nn.init.normal_(vit.embeddings.cls_token, std=0.02, generator=generator)
+    nn.init.normal_(vit.embeddings.register_tokens, std=0.02, generator=generator)
+    nn.init.zeros_(vit.embeddings.mask_token)
