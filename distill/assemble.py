@@ -81,10 +81,10 @@ def plan_family(recipe: FamilyRecipe, teacher: "TeacherShape", num_ranks: int) -
     for student in recipe.students:
         spec = student.backbone_spec()
         heads = student_heads(
-            spec.width, teacher.dino, teacher.ibot, student.heads.dino_hidden, student.heads.ibot_hidden
+            spec.width, teacher.dino, teacher.ibot, student.head_widths.dino_hidden, student.head_widths.ibot_hidden
         )
         ranks = None if student.ranks == "auto" else student.ranks
-        works.append(Work(student.name, training_tflops(spec, *heads, shapes), ranks))
+        works.append(Work(student.label, training_tflops(spec, *heads, shapes), ranks))
     cost = teaching_tflops(teacher.spec, teacher.dino, teacher.ibot, shapes)
     return make_plan(works, cost, recipe.schedule.batch, num_ranks)
 
@@ -245,18 +245,18 @@ def family_phase(
         student_grid = grid_of(spec, size)
         if student_grid[0] > grid_hw[0]:
             raise CheckpointError(
-                f"students.{student.name}: its {student_grid} patch grid is finer than the teacher's {grid_hw}",
+                f"students.{student.label}: its {student_grid} patch grid is finer than the teacher's {grid_hw}",
                 fix="Choose a student whose stride is at least the teacher's patch size.",
             )
         heads = student_heads(
-            spec.width, shape.dino, shape.ibot, student.heads.dino_hidden, student.heads.ibot_hidden
+            spec.width, shape.dino, shape.ibot, student.head_widths.dino_hidden, student.head_widths.ibot_hidden
         )
-        network = build_network(spec, *heads, seeded(recipe.seed, student.name))
-        engine = _engine(network, recipe, plan, student.name, groups, site.device, masks_input=False)
+        network = build_network(spec, *heads, seeded(recipe.seed, student.label))
+        engine = _engine(network, recipe, plan, student.label, groups, site.device, masks_input=False)
         lr = recipe.schedule.lr
         if student.lr is not None:
             lr = lr.model_copy(update={"peak": student.lr})
-        pupils.append(Pupil(student.name, placement, engine, _student_rates(recipe, lr)))
+        pupils.append(Pupil(student.label, placement, engine, _student_rates(recipe, lr)))
     return Phase(
         name=name,
         num_steps=recipe.schedule.steps,

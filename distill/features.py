@@ -94,7 +94,7 @@ def fit(
 @torch.inference_mode()
 def patch_features(
     backbone: nn.Module,
-    photograph: UInt8[np.ndarray, "height width 3"],
+    photograph: UInt8[np.ndarray, "photo_height photo_width 3"],
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Float[Tensor, "grid_height grid_width width"]:

@@ -1,6 +1,8 @@
 """After the last step: scores, the picture, ``summary.json``. Run again on a finished run, it writes the same."""
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ from distill.prepare import BUILTIN_PHOTOGRAPHS, read_job
 from distill.recipe import FamilyRecipe
 
 NUM_PHOTOGRAPHS = 4  # rows of the picture
-MAX_SIDE = 384  # pixels; larger photographs are reduced first
 
 
 def finish(run_folder: Path) -> dict[str, Any]:
@@ -26,12 +27,9 @@ def finish(run_folder: Path) -> dict[str, Any]:
     status_file = StatusFile(run_folder)
     status = status_file.read()
     assert status is not None, "a run that ended has a status"
-    from dataclasses import replace
-
-    status_file.write(replace(status, state="evaluating"))
+    status_file.write(replace(status, state="evaluating", updated_unix=time.time()))
     timing = json.loads((run_folder / "timing.json").read_text())
-    is_family = isinstance(job.recipe, FamilyRecipe)
-    names = [student.name for student in job.recipe.students] if isinstance(job.recipe, FamilyRecipe) else []
+    names = [student.label for student in job.recipe.students] if isinstance(job.recipe, FamilyRecipe) else []
     last = [phase.name for phase in status.phases][-1]
     summary: dict[str, Any] = {
         "teacher": {},
@@ -40,12 +38,13 @@ def finish(run_folder: Path) -> dict[str, Any]:
         "phases_s": {name: entry["s"] for name, entry in timing.items()},
     }
     write_json(run_folder / "summary.json", summary)
-    summary = evaluate_run(run_folder)
-    teacher_folder = job.teacher_paths[0] if is_family else run_folder / "teacher"
-    networks = {"teacher": read_backbone(teacher_folder)[0]}
+    summary = evaluate_run(run_folder, teacher_folder=job.teacher_paths[0])
+    networks = {"teacher": read_backbone(job.teacher_paths[0])[0]}
     networks |= {name: read_backbone(run_folder / "students" / name)[0] for name in names}
-    draw(networks, _photographs(run_folder, job.recipe.data.sources[0].path), run_folder / "features.png")
-    status_file.write(replace(status, state="finished", work_done=1.0, eta_s=0.0))
+    data = job.recipe.data
+    photographs = _photographs(run_folder, data.sources[0].path)
+    draw(networks, photographs, run_folder / "features.png", mean=data.mean, std=data.std)
+    status_file.write(replace(status, state="finished", updated_unix=time.time(), work_done=1.0, eta_s=0.0))
     return summary
 
 
@@ -62,7 +61,5 @@ def _photographs(run_folder: Path, source: str) -> list[np.ndarray[Any, np.dtype
     images = []
     for path in chosen:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-            image.thumbnail((MAX_SIDE, MAX_SIDE))
-            images.append(np.asarray(image))
+            images.append(np.asarray(ImageOps.exif_transpose(opened).convert("RGB")))
     return images

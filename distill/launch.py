@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from distill.prepare import JobRequest
 
 STOPPED_EXIT_CODE = 130  # the shell's convention for a program ended by Ctrl-C
+SAVE_HINT = "Ctrl-C saves and stops"
 PREPARED_WAIT_S = 1800.0  # indexing a large folder may take minutes
 
 
@@ -41,7 +42,7 @@ class Options:
 def run(recipe: str, overrides: list[str], options: Options) -> int:
     """Prepares and runs a job; the exit code says how it ended: 0 finished, 1 failed, 130 stopped and saved."""
     from distill.prepare import JobRequest
-    from distill.recipe import load_job
+    from distill.recipe_file import load_job
 
     parsed, _ = load_job(recipe, overrides)
     run_folder = options.out / (options.name or parsed.name)
@@ -75,7 +76,7 @@ def _run_locally(request: "JobRequest", options: Options, num_ranks: int) -> int
     live = console.is_terminal and not options.plain
     job = prepare(request, num_ranks=num_ranks, fresh=options.fresh, say=console.print)
     done = threading.Event()
-    watching = {"live": live, "console": console, "stop": done}
+    watching = {"live": live, "console": console, "stop": done, "since_unix": time.time(), "hint": SAVE_HINT}
     screen = threading.Thread(target=watch, args=(job.run_folder,), kwargs=watching, daemon=True)
     agent = _Agent(job.run_folder, num_ranks)
     with _CtrlC() as interrupts:
@@ -105,7 +106,7 @@ def _run_as_rank(request: "JobRequest", options: Options) -> int:
     console = Console()
     job = prepare(request, num_ranks=num_ranks, fresh=options.fresh, say=console.print)
     done = threading.Event()
-    watching = {"live": False, "console": console, "stop": done}
+    watching = {"live": False, "console": console, "stop": done, "since_unix": time.time()}
     screen = threading.Thread(target=watch, args=(job.run_folder,), kwargs=watching, daemon=True)
     ready.touch()
     try:

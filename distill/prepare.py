@@ -25,10 +25,9 @@ from distill.recipe import (
     DataSpec,
     FamilyRecipe,
     TeacherRecipe,
-    load_job,
     recipe_hash,
-    resolved_yaml,
 )
+from distill.recipe_file import TEACHER_PREFIX, find_recipe, load_job, resolved_yaml
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 
@@ -147,13 +146,24 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
         (run_folder / leftover).unlink(missing_ok=True)
     fingerprint = f"{train.fingerprint}-{teacher_train.fingerprint}"
     job = Job(request, recipe, teacher_recipe, fingerprint)
-    (run_folder / "recipe.resolved.yaml").write_text(resolved_yaml(recipe))
-    if teacher_recipe is not None:
-        (run_folder / "teacher_recipe.resolved.yaml").write_text(resolved_yaml(teacher_recipe))
+    _write_recipes(job)
     write_json(run_folder / "plan.json", plans[-1].to_json())
     write_json(run_folder / "env.json", _environment())
     write_json(run_folder / "job.json", {"request": asdict(request), "data_fingerprint": fingerprint})
     return job
+
+
+def _write_recipes(job: Job) -> None:
+    """The recipe as given and as resolved, and the same of the teacher's recipe where there is one."""
+    source = find_recipe(job.request.recipe)
+    folder = job.run_folder
+    own = [text for text in job.request.overrides if not text.startswith(TEACHER_PREFIX)]
+    shutil.copyfile(source, folder / "recipe.yaml")
+    (folder / "recipe.resolved.yaml").write_text(resolved_yaml(str(source), own, job.recipe))
+    if job.teacher_recipe is not None and isinstance(job.recipe, FamilyRecipe):
+        theirs = [text.removeprefix(TEACHER_PREFIX) for text in job.request.overrides if text not in own]
+        path = source.parent / str(job.recipe.teacher.train)
+        (folder / "teacher.resolved.yaml").write_text(resolved_yaml(str(path), theirs, job.teacher_recipe))
 
 
 def _refuse_foreign_folder(run_folder: Path) -> None:

@@ -137,7 +137,7 @@ class _Run:
                 phases.append(PhaseStatus(stage.name, stage.steps, stage.steps * work, (ONLINE,)))
         if self.family is not None:
             plan = plan_family(self.family, self._teacher_shape(), self.num_ranks)
-            names = tuple(student.name for student in self.family.students)
+            names = tuple(student.label for student in self.family.students)
             steps = self.family.schedule.steps
             phases.append(PhaseStatus(FAMILY_PHASE, steps, steps * sum(plan.load_tflops), names))
         return phases
@@ -228,7 +228,7 @@ class _Run:
 
     def _write_students(self, phase: Phase, recipe: FamilyRecipe) -> None:
         """Every student's EMA as a folder, by the first rank of its group."""
-        specs = {student.name: student.backbone_spec() for student in recipe.students}
+        specs = {student.label: student.backbone_spec() for student in recipe.students}
         provenance = self._provenance(recipe, phase.num_steps)
         provenance["teacher_fingerprint"] = fingerprint(phase.teacher.backbone.state_dict())
         facts = ExportFacts(recipe.crops.global_.size, recipe.data.mean, recipe.data.std, provenance)

@@ -84,8 +84,9 @@ def test_knn__equals_the_definition(
 
 def test_knn__a_tie_goes_to_the_more_similar_class() -> None:
     train = torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.4]])
-    near_first = knn(train, torch.tensor([1, 0, 0, 1]), train[:1] * 0 + 1.0, torch.tensor([1]), 4)
-    assert near_first == 1.0
+    labels = torch.tensor([0, 0, 1, 1])
+    assert knn(train, labels, torch.tensor([[1.0, 1.0]]), torch.tensor([1]), 4) == 1.0
+    assert knn(train, labels, torch.tensor([[1.0, 0.0]]), torch.tensor([0]), 4) == 1.0
 
 
 def test_knn__sees_differences_that_fp32_cosines_lose() -> None:

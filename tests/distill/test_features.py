@@ -14,7 +14,7 @@ from distill.features import (
     principal_components,
     turn_towards,
 )
-from students.catalog import build_backbone, init_weights_
+from students.catalog import BackboneSpec, build_backbone, init_weights_
 from students.convnext import ConvNeXtSpec
 from teacher.vit import ViTSpec
 
@@ -22,7 +22,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def small_backbones() -> dict[str, torch.nn.Module]:
-    specs = {
+    specs: dict[str, BackboneSpec] = {
         "vit": ViTSpec(width=16, depth=1, heads=2, ffn_width=32, patch=8),
         "conv": ConvNeXtSpec(depths=(1, 1, 1), widths=(8, 8, 16)),
     }
