@@ -17,9 +17,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -36,6 +37,9 @@ from distill.metrics import (
     Status,
     StatusFile,
 )
+
+if TYPE_CHECKING:
+    from distill.plan import Plan
 
 REFRESH_S = 0.25  # of the live panel and of looking for events
 PROGRESS_FRACTION = 0.1  # a plain progress line at least this often ...
@@ -548,3 +552,25 @@ def _number(value: float) -> str:
 
 def _rate(value: float) -> str:
     return f"{value:.1f}" if value < 10 else f"{_steps(round(value))}"
+
+
+def plan_table(plan: "Plan") -> Table:
+    """Placement, slices and teacher shares of a plan, a row per network and one for the teaching."""
+    busy = f"busy at most {plan.utilisation:.0%} (even shares: {plan.utilisation_even:.0%})"
+    table = Table(title=f"{plan.num_ranks} ranks, {plan.images_global} images a step, {busy}", title_justify="left")
+    for column in ("network", "ranks", "images per rank"):
+        table.add_column(column)
+    for placement in plan.placements:
+        ranks = placement.world_ranks
+        shown = str(ranks.start) if len(ranks) == 1 else f"{ranks.start}-{ranks.stop - 1}"
+        table.add_row(placement.name, shown, _sizes(placement.slices))
+    table.add_row("teaching", f"0-{plan.num_ranks - 1}", _sizes(plan.shares))
+    if plan.notes:
+        table.caption, table.caption_justify = "; ".join(plan.notes), "left"
+    return table
+
+
+def _sizes(parts: Sequence[range]) -> str:
+    """Sizes of ranges, runs of equal ones counted: ``2 x 32, 17``."""
+    runs = [(size, len(list(group))) for size, group in groupby(len(part) for part in parts)]
+    return ", ".join(f"{count} x {size}" if count > 1 else str(size) for size, count in runs)

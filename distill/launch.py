@@ -50,7 +50,7 @@ def run(recipe: str, overrides: list[str], options: Options) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _run_as_rank(request, options)
     wanted = options.processes or parsed.engine.processes
-    return _run_locally(request, options, _count_processes(wanted))
+    return _run_locally(request, options, count_processes(wanted))
 
 
 def resume_command() -> str:
@@ -59,7 +59,7 @@ def resume_command() -> str:
     return shlex.join(["distill", *words])
 
 
-def _count_processes(wanted: int | str) -> int:
+def count_processes(wanted: int | str) -> int:
     """Local processes: as asked, or one per GPU, or one on a machine without."""
     if wanted != "auto":
         return int(wanted)

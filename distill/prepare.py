@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.assemble import TeacherShape, load_teacher, plan_family, plan_pretraining, shape_of_recipe
-from distill.data.index import ImageIndex, build_index, split
-from distill.data.photographs import write_tiles
+from distill.data.index import ImageIndex, build_index, list_images, split
+from distill.data.photographs import photograph_paths, write_tiles
 from distill.errors import CheckpointError
 from distill.metrics import write_json
 from distill.plan import Plan
@@ -115,6 +115,21 @@ def teacher_shape(recipe: FamilyRecipe, teacher_recipe: TeacherRecipe | None) ->
     weights = Path(str(recipe.teacher.weights))
     heads = Path(recipe.teacher.heads) if recipe.teacher.heads else weights / "heads.safetensors"
     return load_teacher(recipe, weights, heads, torch.device("cpu"))[1]
+
+
+def check_data(recipe: FamilyRecipe | TeacherRecipe, teacher_recipe: TeacherRecipe | None) -> dict[str, int]:
+    """Number of images of every source that the job reads, by path.
+
+    Raises:
+        DataError: a source is missing or holds no image.
+    """
+    recipes = [recipe] if teacher_recipe is None else [recipe, teacher_recipe]
+    paths = dict.fromkeys(source.path for each in recipes for source in each.data.sources)
+    return {path: _count_images(path) for path in paths}
+
+
+def _count_images(path: str) -> int:
+    return len(photograph_paths()) if path == BUILTIN_PHOTOGRAPHS else len(list_images(Path(path)))
 
 
 def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[str], None]) -> Job:

@@ -354,3 +354,23 @@ def _render(document: Document, problems: Sequence[Problem]) -> str:
     unique = list(dict.fromkeys(text for _, text in placed))
     count = f"{len(unique)} problem{'s' if len(unique) > 1 else ''} in {document.label}."
     return "\n".join([*unique, count])
+
+
+def copy_recipe(recipe: str, target: Path) -> list[Path]:
+    """Copies a recipe to ``target`` and the teacher recipe it names beside it; returns what was written.
+
+    Raises:
+        RecipeError: a file is in the way.
+    """
+    source = find_recipe(recipe)
+    loaded = load_recipe(source)
+    copies = {target: source}
+    if isinstance(loaded, FamilyRecipe) and loaded.teacher.train is not None:
+        copies[target.parent / loaded.teacher.train] = source.parent / loaded.teacher.train
+    for path in copies:
+        if path.exists():
+            raise RecipeError(f"{path}: exists already", fix="Choose another name; nothing was written.")
+    for path, original in copies.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(original.read_text())
+    return list(copies)

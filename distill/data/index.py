@@ -82,7 +82,7 @@ def build_index(
     Raises:
         DataError: a folder is missing or holds no image, or more than ``max_bad_fraction`` of the files are broken (one always may be).
     """
-    files = [(source, path) for source in sources for path in _list_images(source)]
+    files = [(source, path) for source in sources for path in list_images(source)]
     is_full_check = len(files) <= FULL_CHECK_FILES
     sizes: list[tuple[int, int] | str] = []
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
@@ -105,7 +105,12 @@ def build_index(
     return ImageIndex(tuple(str(path) for _, path, _ in good), hw, labels, class_names)
 
 
-def _list_images(source: Path) -> list[Path]:
+def list_images(source: Path) -> list[Path]:
+    """Absolute paths of the image files below a folder, sorted.
+
+    Raises:
+        DataError: it is not a folder, or holds no image.
+    """
     if not source.is_dir():
         raise DataError(f"data.sources: {source} is not a folder", fix="Give the path of a folder with images.")
     found = [path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]

@@ -1,0 +1,288 @@
+"""The verbs: parse, call, print, set the exit code. Imports nothing heavy until a verb needs it.
+
+Exit codes: 0 done, 1 failed, 2 wrong recipe or usage, 3 the machine lacks something, 130 stopped by Ctrl-C and saved.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from distill.errors import DataError, RecipeError, UserError
+
+HELP = """Train a whole family of vision backbones from one frozen teacher, in one job.
+
+New here?  distill doctor → distill recipes copy quickstart my.yaml → distill check my.yaml → distill train my.yaml
+"""
+app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+recipes_app = typer.Typer(help="List, show and copy the built-in recipes.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes", rich_help_panel="Before you train")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Values to replace, such as schedule.batch=32; teacher:KEY=VALUE for the teacher's recipe. Give them after the options.",
+    ),
+]
+DataOption = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Train on the images of this folder.")]
+GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, help="Local processes: GPUs, or CPU processes.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder for run folders.")]
+NameOption = Annotated[str | None, typer.Option("--name", help="Name of the run folder; by default the recipe's.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over: remove what an earlier run of this name left.")]
+PlainOption = Annotated[bool, typer.Option("--plain", help="Lines instead of a live screen.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and ends the process with its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(words, prog_name="distill", standalone_mode=True)
+    except UserError as error:
+        report(error, is_debug="--debug" in words)
+        sys.exit(error.exit_code)
+
+
+def report(error: UserError, *, is_debug: bool) -> None:
+    """The message and the next move, on standard error."""
+    if is_debug:
+        traceback.print_exc()
+    sys.stderr.write(error.message + "\n")
+    if error.fix:
+        sys.stderr.write(f"Fix: {error.fix}\n")
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def _say(text: str) -> None:
+    Console().print(text, highlight=False, markup=False)
+
+
+def _version(is_wanted: bool) -> None:
+    if is_wanted:
+        sys.stdout.write(f"distill {version('distill-family')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+def _with_data(recipe: str, overrides: Sequence[str] | None, data: Path | None) -> list[str]:
+    """Overrides with ``--data`` applied to the recipe and to the teacher's recipe it may name."""
+    texts = list(overrides or [])
+    if data is None:
+        return texts
+    if not data.is_dir():
+        raise DataError(f"--data {data}: not a folder", fix="Give a folder with images.")
+    source = f"data.sources=[{{path: {json.dumps(str(data.absolute()))}}}]"
+    from distill.recipe_file import load_job
+
+    _, teacher = load_job(recipe, texts)
+    return [*texts, source, *([f"teacher:{source}"] if teacher is not None else [])]
+
+
+def _start(
+    recipe: str,
+    overrides: Sequence[str] | None,
+    data: Path | None,
+    gpus: int | None,
+    out: Path,
+    name: str | None,
+    *,
+    fresh: bool,
+    plain: bool,
+) -> None:
+    from distill.launch import Options, run
+
+    options = Options(processes=gpus, out=out, name=name, fresh=fresh, plain=plain)
+    raise typer.Exit(run(recipe, _with_data(recipe, overrides, data), options))
+
+
+@app.command(rich_help_panel="Train")
+def train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    data: DataOption = None,
+    gpus: GpusOption = None,
+    out: OutOption = Path("runs"),
+    name: NameOption = None,
+    fresh: FreshOption = False,
+    plain: PlainOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Distil every student of a recipe in one job. Run the same command again to resume."""
+    _start(recipe, overrides, data, gpus, out, name, fresh=fresh, plain=plain)
+
+
+@app.command(rich_help_panel="Train")
+def pretrain(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    data: DataOption = None,
+    gpus: GpusOption = None,
+    out: OutOption = Path("runs"),
+    name: NameOption = None,
+    fresh: FreshOption = False,
+    plain: PlainOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Train a teacher: self-supervised, then Gram anchoring."""
+    from distill.recipe import TeacherRecipe
+    from distill.recipe_file import load_job
+
+    loaded, _ = load_job(recipe, list(overrides or []))
+    if not isinstance(loaded, TeacherRecipe):
+        raise RecipeError(f"{recipe}: a family recipe has no stages to pretrain", fix=f"Use distill train {recipe}.")
+    _start(recipe, overrides, data, gpus, out, name, fresh=fresh, plain=plain)
+
+
+@app.command(rich_help_panel="Train")
+def watch(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], plain: PlainOption = False) -> None:
+    """Show a running or finished job; needs only its run folder."""
+    import threading
+
+    from distill.console import watch as follow
+
+    if not (run / "job.json").is_file():
+        raise UserError(f"{run}: not a run folder", fix="Give a folder such as runs/quickstart.")
+    console = Console()
+    try:
+        follow(run, live=console.is_terminal and not plain, console=console, stop=threading.Event())
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+@app.command(rich_help_panel="Before you train")
+def check(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    data: DataOption = None,
+    gpus: GpusOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Validate a recipe, its data and its plan; name the line that is wrong and the likely fix."""
+    from distill.prepare import check_data, check_job
+    from distill.recipe_file import load_job
+
+    loaded, teacher = load_job(recipe, _with_data(recipe, overrides, data))
+    num_ranks = _num_ranks(loaded.engine.processes, gpus)
+    plans = check_job(loaded, teacher, num_ranks)
+    facts = check_data(loaded, teacher)
+    if as_json:
+        _print_json({"recipe": loaded.name, "ranks": num_ranks, "sources": facts, "plan": plans[-1].to_json()})
+        return
+    for source, count in facts.items():
+        _say(f"{source}: {count} images")
+    _say(f"{loaded.name}: good for {num_ranks} ranks; nothing was started.")
+
+
+@app.command(rich_help_panel="Before you train")
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    ranks: Annotated[int | None, typer.Option("--ranks", min=1, help="Number of ranks; by default this machine's.")] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Who trains where, who teaches how much. Trains nothing, needs no GPU."""
+    from distill.console import plan_table
+    from distill.prepare import check_job
+    from distill.recipe_file import load_job
+
+    loaded, teacher = load_job(recipe, list(overrides or []))
+    plans = check_job(loaded, teacher, _num_ranks(loaded.engine.processes, ranks))
+    if as_json:
+        _print_json(plans[-1].to_json())
+        return
+    for each in plans:
+        Console().print(plan_table(each))
+
+
+def _num_ranks(processes: int | str, asked: int | None) -> int:
+    from distill.launch import count_processes
+
+    return count_processes(asked or processes)
+
+
+@app.command("eval", rich_help_panel="Results")
+def evaluate(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")],
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Score students and teacher on held-out images by k-NN, and draw their features."""
+    from distill.console import scores_table
+    from distill.finish import finish
+
+    if not (run / "job.json").is_file():
+        raise UserError(f"{run}: not a run folder", fix="Give a folder such as runs/quickstart.")
+    summary = finish(run)
+    if as_json:
+        _print_json(summary)
+    else:
+        Console().print(scores_table(summary))
+
+
+@app.command(rich_help_panel="Before you train")
+def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:  # noqa: ARG001  # read by main
+    """Check devices, libraries, decoders and disk; say how to fix what fails."""
+    from distill.doctor import examine
+
+    findings = examine()
+    if as_json:
+        _print_json([finding.to_json() for finding in findings])
+    else:
+        for finding in findings:
+            _say(f"{'ok ' if finding.is_ok else 'BAD'}  {finding.what}: {finding.found}")
+            if finding.fix:
+                _say(f"     Fix: {finding.fix}")
+    if not all(finding.is_ok for finding in findings):
+        raise typer.Exit(3)
+
+
+@recipes_app.command("list")
+def list_recipes(as_json: JsonOption = False) -> None:
+    """Names of the built-in recipes and what each is for."""
+    from distill.recipe_file import builtin_recipes
+
+    titles = {name: path.read_text().splitlines()[0].removeprefix("# ") for name, path in builtin_recipes().items()}
+    if as_json:
+        _print_json(titles)
+        return
+    for name, title in titles.items():
+        _say(f"{name:22} {title}")
+
+
+@recipes_app.command("show")
+def show_recipe(recipe: RecipeArgument) -> None:
+    """Print a recipe."""
+    from distill.recipe_file import find_recipe
+
+    sys.stdout.write(find_recipe(recipe).read_text())
+
+
+@recipes_app.command("copy")
+def copy_recipe(recipe: RecipeArgument, target: Annotated[Path, typer.Argument(metavar="FILE")]) -> None:
+    """Copy a recipe, and the teacher recipe it names, to files of your own."""
+    from distill.recipe_file import copy_recipe as copy
+
+    for path in copy(recipe, target):
+        _say(f"wrote {path}")
