@@ -119,7 +119,10 @@ def make_plan(works: Sequence[Work], teaching_tflops: float, images_global: int,
     student_load = [
         sum(cost[p.name] * len(p.slice_of(rank)) for p in placements if rank in p.world_ranks) for rank in range(num_ranks)
     ]
-    shares = fill_shares(student_load, teaching_tflops, images_global)
+    if all(len(p.slices) == num_ranks for p in placements):
+        shares = placements[0].slices  # nothing to fill, and nothing has to travel
+    else:
+        shares = fill_shares(student_load, teaching_tflops, images_global)
     even = split_evenly(images_global, num_ranks)
     return Plan(
         images_global=images_global,

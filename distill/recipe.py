@@ -96,6 +96,7 @@ class ArchSpec(Section):
     patch: int | None = science(None, ge=2)
     ffn: Literal["mlp", "swiglu"] | None = science(None)
     ffn_width: int | None = science(None, ge=8)
+    layerscale: float | None = science(None, gt=0.0)
     depths: Ints | None = science(None)
     widths: Ints | None = science(None)
 
@@ -116,11 +117,19 @@ class ArchSpec(Section):
 
         if self.arch == "convnext":
             assert self.depths is not None and self.widths is not None, "checked by the rules"
-            return ConvNeXtSpec(self.depths, self.widths)
+            return ConvNeXtSpec(self.depths, self.widths, layerscale_init=self.layerscale or 1e-6)
         if self.arch == "vit":
             assert self.width is not None and self.depth is not None and self.heads is not None, "checked by the rules"
             ffn_width = self.ffn_width or 4 * self.width
-            return ViTSpec(self.width, self.depth, self.heads, ffn_width, self.stride, self.ffn or "mlp")
+            return ViTSpec(
+                self.width,
+                self.depth,
+                self.heads,
+                ffn_width,
+                self.stride,
+                self.ffn or "mlp",
+                layerscale_init=self.layerscale or 1e-5,
+            )
         return CATALOG[self.arch]
 
 
@@ -385,8 +394,9 @@ def _arch_rules(loc: Loc, spec: ArchSpec) -> Iterator[Problem]:
     for key in needed:
         if getattr(spec, key) is None:
             yield (*loc, "arch"), f"arch {spec.arch!r} is a free size: it needs {key!r}"
-    allowed = {"vit": (*vit, "patch", "ffn", "ffn_width"), "convnext": convnext}.get(spec.arch, ())
-    for key in (*vit, "patch", "ffn", "ffn_width", *convnext):
+    optional = ("patch", "ffn", "ffn_width")
+    allowed = {"vit": (*vit, *optional, "layerscale"), "convnext": (*convnext, "layerscale")}.get(spec.arch, ())
+    for key in (*vit, *optional, "layerscale", *convnext):
         if key not in allowed and getattr(spec, key) is not None:
             yield (*loc, key), f"{key!r} does not apply to arch {spec.arch!r}"
     if spec.arch == "vit" and spec.width and spec.heads and (spec.width % spec.heads or spec.width // spec.heads % 4):

@@ -1,0 +1,217 @@
+"""Claims about several processes, on real gloo groups and real engines with tiny networks."""
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distill.engine import Engine, EngineSettings, StepRates, prepare_deepspeed
+from distill.exchange import Exchange, lesson_for
+from distill.groups import make_groups
+from distill.plan import Plan, Work, make_plan
+from distill.pupil import Pupil, TaughtBy
+from teacher.batch import CropBatch
+from teacher.frozen import FrozenTeacher
+from teacher.losses import koleo_sum
+from teacher.sinkhorn import sinkhorn
+from teacher.trainee import Objective, StepScalars, Trainee, TraineeTraits
+from tests.ranks import on_ranks
+from tests.teacher.test_trainee import MEAN, STD, network
+
+IMAGES = 32
+SCALARS = StepScalars(Objective(1.0, 1.0, 0.1, 1.0), 1.0, 1.0)
+RATES = StepRates(lr=1e-3, lr_prototypes=1e-3, weight_decay=0.04, ema_momentum=0.9)
+
+
+def batch_of(step: int) -> tuple[CropBatch, Tensor]:
+    """The whole global batch of a step, the same on every rank."""
+    generator = torch.Generator().manual_seed(100 + step)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    crops = CropBatch(draw(IMAGES, 2, 3, 16, 16), draw(IMAGES, 2, 3, 8, 8))
+    return crops, torch.rand(IMAGES, 2, 4, generator=generator) < 0.3
+
+
+def take(tensor: Tensor, parts: tuple[range, ...]) -> Tensor:
+    return torch.cat([tensor[p.start : p.stop] for p in parts]) if parts else tensor[:0]
+
+
+def train_family(works: list[Work], num_steps: int, zero: int, precision: str, bad: tuple[str, int] | None = None) -> dict[str, Any]:
+    """Losses and EMA of every student this rank trains, through exchange, engines and pupils as in the loop."""
+    prepare_deepspeed("cpu")
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    plan = make_plan(works, 1.0, IMAGES, num_ranks)
+    groups = make_groups(plan, timedelta(seconds=60))
+    taught = FrozenTeacher(*network(2), mean=MEAN, std=STD, micro_images=4)
+    exchange = Exchange(plan, rank, groups.exchange, torch.device("cpu"))
+    pupils = [make_pupil(plan, groups, p.name, zero, precision) for p in plan.placements if rank in p.world_ranks]
+    losses: dict[str, list[float]] = {pupil.name: [] for pupil in pupils}
+    for step in range(num_steps):
+        crops, masks = batch_of(step)
+        share = plan.shares[rank]
+        part = slice(share.start, share.stop)
+        mine = CropBatch(crops.global_crops[part], crops.local_crops[part])
+        targets = taught.teach(mine, masks[part])
+        delivery = exchange.deliver(mine, targets, take(masks, exchange.needs), masks.sum(dim=2).numpy())
+        for pupil in pupils:
+            lesson = lesson_for(delivery, pupil.placement, rank, (2, 2), IMAGES)
+            if bad == (pupil.name, step):
+                with torch.no_grad():
+                    next(iter(pupil.engine.module.dino_head.parameters()))[0, 0] = float("nan")
+            pupil.learn(lesson, TaughtBy(taught.dino_head, taught.ibot_head, 0.07), SCALARS, step)
+            losses[pupil.name].append(pupil.read_metrics(wait=0.0)["loss"])
+    return {
+        "losses": losses,
+        "ema": {pupil.name: pupil.engine.full("ema") for pupil in pupils},
+        "skipped": {pupil.name: pupil.engine.num_skipped for pupil in pupils},
+        "received_bytes": exchange.received_bytes,
+    }
+
+
+def make_pupil(plan: Plan, groups: Any, name: str, zero: int, precision: str) -> Pupil:
+    placement = next(p for p in plan.placements if p.name == name)
+    group = groups.by_network[name]
+    traits = TraineeTraits(masks_input=False, mean=MEAN, std=STD)
+    trainee = Trainee(*network(sum(map(ord, name))), traits, group, len(placement.slices), placement.koleo_is_local)
+    settings = EngineSettings(zero, precision, 3.0, len(placement.slice_of(groups.world_rank)))
+    return Pupil(name, placement, Engine(trainee, group, groups.alone, settings), lambda step: RATES)
+
+
+def merged(results: list[dict[str, Any]], key: str, name: str) -> Any:
+    return next(result[key][name] for result in results if name in result[key])
+
+
+FAMILY = [Work("a", 3.0), Work("b", 2.0), Work("c", 1.0)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """Three students in one process."""
+    return on_ranks(1, train_family, FAMILY, 4, 1, "fp32")[0]
+
+
+@pytest.mark.parametrize(("num_ranks", "zero"), [(2, 1), (3, 2), (5, 1)])
+def test_family__many_processes_equal_one(num_ranks: int, zero: int, alone: dict[str, Any]) -> None:
+    results = on_ranks(num_ranks, train_family, FAMILY, 4, zero, "fp32")
+    for name in "abc":
+        # fp32 sums in another order; measured 1e-7, four steps of AdamW included
+        assert merged(results, "losses", name) == pytest.approx(alone["losses"][name], rel=2e-6)
+        for key, tensor in merged(results, "ema", name).items():
+            torch.testing.assert_close(tensor, alone["ema"][name][key], rtol=0, atol=2e-5)
+
+
+def test_family__a_student_with_siblings_equals_the_student_alone(alone: dict[str, Any]) -> None:
+    single = on_ranks(1, train_family, [Work("b", 2.0)], 4, 1, "fp32")[0]
+    assert single["losses"]["b"] == alone["losses"]["b"]
+    assert all(torch.equal(single["ema"]["b"][key], tensor) for key, tensor in alone["ema"]["b"].items())
+
+
+def test_family__a_fault_of_one_student_leaves_the_others_bit_equal(alone: dict[str, Any]) -> None:
+    hurt = on_ranks(1, train_family, FAMILY, 4, 1, "fp32", ("b", 2))[0]
+    assert hurt["skipped"] == {"a": 0, "b": 2, "c": 0}
+    assert all(tensor.isfinite().all() for tensor in hurt["ema"]["b"].values())
+    for name in "ac":
+        assert hurt["losses"][name] == alone["losses"][name]
+        assert all(torch.equal(hurt["ema"][name][key], tensor) for key, tensor in alone["ema"][name].items())
+
+
+def test_family__bf16_follows_fp32(alone: dict[str, Any]) -> None:
+    half = on_ranks(2, train_family, FAMILY, 4, 1, "bf16")
+    for name in "abc":
+        assert merged(half, "losses", name) == pytest.approx(alone["losses"][name], rel=2e-2)  # 8 bits of mantissa
+
+
+def test_exchange__receives_exactly_what_the_rank_trains_on() -> None:
+    results = on_ranks(2, train_family, FAMILY, 1, 1, "fp32")
+    plan = make_plan(FAMILY, 1.0, IMAGES, 2)
+    _, masks = batch_of(0)
+    per_image = masks.sum(dim=(1, 2))
+    for rank, result in enumerate(results):
+        foreign = [i for part in plan.needs(rank) for i in part if i not in plan.shares[rank]]
+        pixels = 2 * 3 * 16 * 16 + 2 * 3 * 8 * 8
+        expected = len(foreign) * (pixels + 2 * 6 * 4) + sum(int(per_image[i]) for i in foreign) * 6 * 4
+        assert result["received_bytes"] == expected
+
+
+def sinkhorn_and_koleo(num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's columns, KoLeo sum and KoLeo gradient for an uneven split of some rows."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(num_rows, 6, dtype=torch.float64, generator=generator)
+    prototypes = torch.randn(9, 6, dtype=torch.float64, generator=generator)
+    borders = [num_rows * part // num_ranks for part in range(num_ranks + 1)]
+    start, stop = borders[rank], borders[rank + 1]
+    group = dist.group.WORLD if num_ranks > 1 else None
+    assignment = sinkhorn(rows[start:stop], prototypes, 0.07, group)
+    own = rows[start:stop].clone().requires_grad_()
+    loss = koleo_sum(own, 4, start, num_rows, group)
+    (grad,) = torch.autograd.grad(loss, own)
+    return assignment.columns(0, 9), loss.detach(), grad
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_losses__over_ranks_equal_one_process(num_ranks: int) -> None:
+    (columns, loss, grad), *_ = on_ranks(1, sinkhorn_and_koleo, 11)
+    parts = on_ranks(num_ranks, sinkhorn_and_koleo, 11)
+    torch.testing.assert_close(torch.cat([p[0] for p in parts]), columns, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(sum(p[1] for p in parts), loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([p[2] for p in parts]), grad, rtol=1e-12, atol=1e-15)
+
+
+def state_on(num_ranks_before: int) -> dict[str, Tensor]:
+    """The full state of one engine over all ranks after two steps."""
+    prepare_deepspeed("cpu")
+    plan = make_plan([Work("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size())
+    groups = make_groups(plan, timedelta(seconds=60))
+    pupil = make_pupil(plan, groups, "a", 1, "fp32")
+    assert dist.get_world_size() == num_ranks_before
+    train_one(pupil, plan, range(2))
+    return pupil.engine.state()
+
+
+def train_one(pupil: Pupil, plan: Plan, steps: range) -> list[float]:
+    taught = FrozenTeacher(*network(2), mean=MEAN, std=STD, micro_images=4)
+    losses, rank = [], dist.get_rank()
+    exchange = Exchange(plan, rank, dist.group.WORLD, torch.device("cpu"))  # type: ignore[arg-type]
+    assert plan.is_local
+    for step in steps:
+        crops, masks = batch_of(step)
+        part = slice(plan.shares[rank].start, plan.shares[rank].stop)
+        mine = CropBatch(crops.global_crops[part], crops.local_crops[part])
+        delivery = exchange.deliver(mine, taught.teach(mine, masks[part]), masks[part], masks.sum(dim=2).numpy())
+        lesson = lesson_for(delivery, pupil.placement, rank, (2, 2), IMAGES)
+        pupil.learn(lesson, TaughtBy(taught.dino_head, taught.ibot_head, 0.07), SCALARS, step)
+        losses.append(pupil.read_metrics(wait=0.0)["loss"])
+    return losses
+
+
+def go_on_from(state: dict[str, Tensor]) -> tuple[list[float], dict[str, Tensor]]:
+    prepare_deepspeed("cpu")
+    plan = make_plan([Work("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size())
+    pupil = make_pupil(plan, make_groups(plan, timedelta(seconds=60)), "a", 1, "fp32")
+    pupil.engine.load_state(state)
+    restored = pupil.engine.state()
+    assert all(torch.equal(restored[key], tensor) for key, tensor in state.items())
+    return train_one(pupil, plan, range(2, 4)), pupil.engine.state()
+
+
+def train_through() -> tuple[list[float], dict[str, Tensor]]:
+    prepare_deepspeed("cpu")
+    plan = make_plan([Work("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size())
+    pupil = make_pupil(plan, make_groups(plan, timedelta(seconds=60)), "a", 1, "fp32")
+    return train_one(pupil, plan, range(4)), pupil.engine.state()
+
+
+def test_state__two_ranks_go_on_as_two_bitwise_and_as_three_closely() -> None:
+    losses, final = on_ranks(2, train_through)[0]
+    state = on_ranks(2, state_on, 2)[0]
+    same_losses, same_final = on_ranks(2, go_on_from, state)[0]
+    assert same_losses == losses[2:]
+    assert all(torch.equal(same_final[key], tensor) for key, tensor in final.items())
+    other_losses, _ = on_ranks(3, go_on_from, state)[0]
+    assert other_losses == pytest.approx(losses[2:], rel=2e-6)

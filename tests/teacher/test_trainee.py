@@ -1,0 +1,169 @@
+"""The whole objective against plain loops over images, crops and patches in float64, and where gradients go."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from teacher.batch import CropBatch, LessonBatch, normalise
+from teacher.frozen import Anchor, FrozenTeacher
+from teacher.heads import Head, HeadShape, init_head_
+from teacher.sinkhorn import sinkhorn
+from teacher.trainee import Objective, StepScalars, Trainee, TraineeTraits
+from teacher.vit import ViT, ViTSpec, init_vit_
+
+SPEC = ViTSpec(width=16, depth=1, heads=2, ffn_width=32, patch=8, layerscale_init=0.5)
+HEAD = HeadShape(width=16, hidden=12, bottleneck=6, prototypes=20)
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.25)
+IMAGES, LOCALS = 5, 3
+
+
+def network(seed: int) -> tuple[nn.Module, Head, Head]:
+    generator = torch.Generator().manual_seed(seed)
+    vit = ViT(SPEC)
+    init_vit_(vit, generator)
+    heads = Head(HEAD), Head(HEAD)
+    for head in heads:
+        init_head_(head, generator)
+    return vit, *heads
+
+
+def teacher(micro_images: int = 2) -> FrozenTeacher:
+    return FrozenTeacher(*network(2), mean=MEAN, std=STD, micro_images=micro_images)
+
+
+def trainee(*, masks_input: bool = False) -> Trainee:
+    return Trainee(*network(1), TraineeTraits(masks_input, MEAN, STD), None, 1, koleo_is_local=True)
+
+
+def crops(images: int = IMAGES, *, with_anchor: bool = False) -> CropBatch:
+    generator = torch.Generator().manual_seed(9)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    anchors = draw(images, 2, 3, 32, 32) if with_anchor else None
+    return CropBatch(draw(images, 2, 3, 16, 16), draw(images, LOCALS, 3, 8, 8), anchors)
+
+
+def masks(images: int = IMAGES) -> Tensor:
+    drawn = torch.rand(images, 2, 4, generator=torch.Generator().manual_seed(4)) < 0.4
+    drawn[0, 0] = False  # a crop without a mask
+    return drawn
+
+
+def lesson(taught: FrozenTeacher, images: int = IMAGES) -> LessonBatch:
+    batch = crops(images, with_anchor=taught.anchor is not None)
+    targets = taught.teach(batch, masks(images))
+    return LessonBatch(batch, masks(images), targets, (2, 2), 0, images)
+
+
+def assignments(batch: LessonBatch, taught: FrozenTeacher):  # type: ignore[no-untyped-def]
+    rows = batch.targets.class_bottleneck.transpose(0, 1).flatten(0, 1)
+    return (
+        sinkhorn(rows, taught.dino_head.prototypes.weight, 0.07),
+        sinkhorn(batch.targets.patch_bottleneck, taught.ibot_head.prototypes.weight, 0.07),
+    )
+
+
+def ce(bottleneck: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
+    return -(target * torch.log_softmax(prototypes @ bottleneck / 0.1, 0)).sum()
+
+
+def test_trainee__loss_equals_loops_over_images_crops_and_patches() -> None:
+    taught, learner = teacher().double(), trainee().double()
+    taught.anchor = Anchor(network(3)[0].double(), (2, 2))
+    batch = lesson(taught)
+    dino, ibot = assignments(batch, taught)
+    weights = Objective(dino=1.0, ibot=0.7, koleo=0.1, local=0.5, gram=2.0)
+    losses = learner(batch, dino, ibot, StepScalars(weights, 1.0, 1.0))
+
+    pixels = normalise(batch.crops.global_crops, MEAN, STD, torch.float64)
+    local_pixels = normalise(batch.crops.local_crops, MEAN, STD, torch.float64)
+    p, q = dino.columns(0, 20).view(2, IMAGES, 20), ibot.columns(0, 20)
+    seen = [[learner.backbone(pixels[i, c][None]) for c in range(2)] for i in range(IMAGES)]
+    expected_dino, expected_ibot, expected_gram = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    row = 0
+    for i in range(IMAGES):
+        students = [learner.dino_head(seen[i][c].class_token[0]) for c in range(2)]
+        students += [learner.dino_head(learner.backbone(local_pixels[i, c][None]).class_token[0]) for c in range(LOCALS)]
+        for s, student in enumerate(students):
+            for t in range(2):
+                if s != t:
+                    weight = 1.0 if s < 2 else weights.local
+                    expected_dino += weight * ce(student, learner.dino_head.prototypes.weight, p[t, i])
+        for c in range(2):
+            total, count = 0.0, int(batch.masks[i, c].sum())
+            for patch in batch.masks[i, c].nonzero().flatten().tolist():
+                student = learner.ibot_head(seen[i][c].patch_tokens[0, patch])
+                total = total + ce(student, learner.ibot_head.prototypes.weight, q[row]) / count
+                row += 1
+            expected_ibot = expected_ibot + total / (2 * IMAGES)
+            a = nn.functional.normalize(seen[i][c].patch_tokens[0], dim=1)
+            b = nn.functional.normalize(batch.targets.anchor_patches[i, c], dim=1)
+            expected_gram = expected_gram + ((a @ a.T - b @ b.T) ** 2).mean() / (2 * IMAGES)
+    expected_dino = expected_dino / (IMAGES * (2 + 2 * LOCALS))
+    assert row == len(q)
+    tight = {"rtol": 1e-6, "atol": 0.0}  # normalise() and RoPE compute in fp32
+    torch.testing.assert_close(losses.parts["dino"], expected_dino.detach(), **tight)
+    torch.testing.assert_close(losses.parts["ibot"], expected_ibot.detach(), **tight)
+    torch.testing.assert_close(losses.parts["gram"], expected_gram.detach(), **tight)
+    parts = losses.parts
+    total = parts["dino"] + 0.7 * parts["ibot"] + 0.1 * parts["koleo"] + 2.0 * parts["gram"]
+    torch.testing.assert_close(losses.total.detach(), total, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("masks_input", [False, True])
+def test_trainee__gradients_reach_every_trainable_parameter_and_no_frozen_one(masks_input: bool) -> None:
+    taught, learner = teacher(), trainee(masks_input=masks_input)
+    taught.anchor = Anchor(network(3)[0].requires_grad_(False), (2, 2))
+    batch = lesson(taught)
+    losses = learner(batch, *assignments(batch, taught), StepScalars(Objective(1.0, 1.0, 0.1, 1.0, 2.0), 1.0, 1.0))
+    losses.total.backward()
+    idle = [name for name, p in learner.named_parameters() if p.grad is None or not p.grad.any()]
+    # the mask token is unused where the input is not masked
+    assert idle == ([] if masks_input else ["backbone.embeddings.mask_token"])
+    assert all(p.grad is None and not p.requires_grad for p in taught.parameters())
+    assert all(p.grad is None for p in taught.anchor.backbone.parameters())
+
+
+def test_trainee__a_zero_weight_leaves_the_term_out() -> None:
+    taught = teacher()
+    batch = lesson(taught)
+    losses = trainee()(batch, *assignments(batch, taught), StepScalars(Objective(1.0, 0.0, 0.0, 1.0), 1.0, 1.0))
+    assert set(losses.parts) == {"dino"}
+
+
+def test_trainee__a_coarser_map_is_compared_on_the_teachers_grid() -> None:
+    taught = teacher()
+    batch = lesson(taught)
+    coarse = replace(SPEC, patch=16)
+    vit = ViT(coarse)
+    init_vit_(vit, torch.Generator().manual_seed(1))
+    pixels_16 = CropBatch(batch.crops.global_crops, torch.zeros(IMAGES, 0, 3, 16, 16, dtype=torch.uint8))
+    batch = replace(batch, crops=pixels_16)
+    learner = Trainee(vit, *network(1)[1:], TraineeTraits(False, MEAN, STD), None, 1, koleo_is_local=True)
+    losses = learner(batch, *assignments(batch, taught), StepScalars(Objective(1.0, 1.0, 0.0, 1.0), 1.0, 1.0))
+    assert losses.total.isfinite()
+
+
+def test_teach__does_not_depend_on_how_many_images_a_rank_has() -> None:
+    taught = teacher(micro_images=4)
+    batch, drawn = crops(), masks()
+    whole = taught.teach(batch, drawn)
+    for border in (1, 2, 4):
+        first = taught.teach(CropBatch(batch.global_crops[:border], batch.local_crops[:border]), drawn[:border])
+        second = taught.teach(CropBatch(batch.global_crops[border:], batch.local_crops[border:]), drawn[border:])
+        assert torch.equal(whole.class_bottleneck, torch.cat([first.class_bottleneck, second.class_bottleneck]))
+        assert torch.equal(whole.patch_bottleneck, torch.cat([first.patch_bottleneck, second.patch_bottleneck]))
+
+
+@pytest.mark.parametrize("images", [0, 1, 5])
+def test_teach__one_forward_per_image(images: int) -> None:
+    taught, seen = teacher(micro_images=1), []
+    taught.backbone.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[0]))
+    targets = taught.teach(crops(images), masks(5)[:images])
+    assert seen == [2] * images  # both global crops of one image at a time
+    assert targets.class_bottleneck.shape == (images, 2, 6)
+    assert targets.patch_bottleneck.shape == (int(masks(5)[:images].sum()), 6)
