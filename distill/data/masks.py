@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.data.counter import hashes, uniforms
+from distill.data.counter import Hash, hashes, uniforms
 
 MIN_BLOCK_PATCHES = 4
 MIN_ASPECT = 0.3
@@ -63,7 +63,7 @@ def draw_masks(
     return torch.from_numpy(masks)
 
 
-def _grow(word: NDArray[np.uint64], count: int, grid_hw: tuple[int, int]) -> NDArray[np.bool_]:
+def _grow(word: Hash, count: int, grid_hw: tuple[int, int]) -> NDArray[np.bool_]:
     """One flat mask with exactly ``count`` patches: blocks while they fit, then single patches at random."""
     height, width = grid_hw
     mask = np.zeros((height, width), bool)

@@ -8,7 +8,7 @@ HSV; the order of the colour operations is fixed.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 from nvidia.dali import fn, pipeline_def, types
@@ -36,6 +36,7 @@ def build_pipeline(spec: CropSpec, source: Source, batch: int, num_threads: int,
         prefetch_queue_depth=PREFETCH,
         enable_conditionals=True,
     )
+    @no_type_check  # DALI rewrites this function's source and cannot look through a run-time type checker
     def graph() -> tuple[Any, ...]:
         encoded, *parameters = fn.external_source(source=source, num_outputs=1 + 2 * num_crops, batch=True)
         image = fn.decoders.image(encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB)
@@ -54,12 +55,14 @@ def build_pipeline(spec: CropSpec, source: Source, batch: int, num_threads: int,
     return pipeline
 
 
+@no_type_check
 def _resize(image: Any, window: Any, size: int) -> Any:
     return fn.resize(
         image, roi_start=window[:2], roi_end=window[2:], size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True
     )
 
 
+@no_type_check
 def _distort(crop: Any, photometric: Any, *, can_solarise: bool) -> Any:
     brightness, contrast, saturation, hue = (photometric[i] for i in range(4))
     if (brightness != 1.0) | (contrast != 1.0) | (saturation != 1.0) | (hue != 0.0):

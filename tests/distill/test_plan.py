@@ -60,7 +60,7 @@ def test_make_plan__published_family_reaches_the_published_bound() -> None:
     family = [("s", 0.18, 1), ("sp", 0.22, 1), ("b", 0.55, 1), ("l", 1.83, 2), ("hp", 4.93, 3)]
     plan = make_plan([Work(*each) for each in family], 7.10, 1920, 8)
     assert plan.utilisation_even == pytest.approx(0.73, abs=0.02)
-    assert plan.utilisation > 0.999
+    assert plan.utilisation > 0.997  # one image of teaching is 0.2% of a step
 
 
 def test_make_plan__one_network_on_all_ranks_is_local() -> None:

@@ -1,0 +1,120 @@
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from distill.data.index import ImageIndex, build_index, find_undecodable, split
+from distill.data.photographs import NAMES, write_tiles
+from distill.errors import DataError
+
+
+def paint(path: Path, size: tuple[int, int] = (24, 16), exif: Image.Exif | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    if exif is None:
+        image.save(path)
+    else:
+        image.save(path, exif=exif)
+    return path
+
+
+def test_build_index__classes_are_the_first_folders(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "cat/deep/2.jpg", "dog/1.webp"):
+        paint(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not an image")
+    index = build_index([tmp_path], max_bad_fraction=0.0)
+    assert index.class_names == ("cat", "dog")
+    assert index.labels is not None and index.labels.tolist() == [0, 0, 1]
+    assert index.hw.tolist() == [[16, 24]] * 3
+
+
+def test_build_index__no_classes_in_a_flat_folder(tmp_path: Path) -> None:
+    paint(tmp_path / "1.png")
+    paint(tmp_path / "cat" / "2.png")
+    assert build_index([tmp_path], max_bad_fraction=0.0).labels is None
+
+
+def test_build_index__sizes_are_after_exif_rotation(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    paint(tmp_path / "turned.jpg", (24, 16), exif)
+    assert build_index([tmp_path], max_bad_fraction=0.0).hw.tolist() == [[24, 16]]
+
+
+def test_build_index__names_a_broken_file_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for i in range(3):
+        paint(tmp_path / f"{i}.png")
+    whole = paint(tmp_path / "half.jpg", (400, 300)).read_bytes()
+    (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
+    with caplog.at_level(logging.WARNING):
+        index = build_index([tmp_path], max_bad_fraction=0.0)
+    assert len(index.paths) == 3
+    assert [r.getMessage() for r in caplog.records if "half.jpg: left out, cannot be decoded" in r.getMessage()]
+
+
+def test_build_index__too_many_broken_files_stop_it(tmp_path: Path) -> None:
+    paint(tmp_path / "good.png")
+    for i in range(2):
+        (tmp_path / f"bad{i}.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"bad0.jpg: cannot be decoded .*; 2 of 3 images are broken"):
+        build_index([tmp_path], max_bad_fraction=0.1)
+
+
+def test_build_index__missing_and_empty_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere is not a folder"):
+        build_index([tmp_path / "nowhere"], max_bad_fraction=0.0)
+    with pytest.raises(DataError, match="holds no images"):
+        build_index([tmp_path], max_bad_fraction=0.0)
+
+
+def test_save__load_gives_the_same_back(tmp_path: Path) -> None:
+    for labels in (np.array([0, 1], np.int32), None):
+        names = ("ä", "b") if labels is not None else ()
+        index = ImageIndex(("/x/ä 1.png", "/x/2.png"), np.array([[1, 2], [3, 4]], np.int32), labels, names)
+        index.save(tmp_path / "index.npz")
+        loaded = ImageIndex.load(tmp_path / "index.npz")
+        assert loaded.paths == index.paths and loaded.class_names == names
+        assert (loaded.labels is None) == (labels is None) and loaded.fingerprint == index.fingerprint
+
+
+def test_split__holds_out_a_part_of_every_class(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        for i in range(10):
+            paint(tmp_path / name / f"{i}.png")
+    train, held_out = split(build_index([tmp_path], max_bad_fraction=0.0), 0.2)
+    assert (len(train.paths), len(held_out.paths)) == (16, 4)
+    assert held_out.labels is not None and sorted(held_out.labels.tolist()) == [0, 0, 1, 1]
+    assert not set(train.paths) & set(held_out.paths)
+
+
+def test_split__refuses_a_class_of_one(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
+        paint(tmp_path / name)
+    with pytest.raises(DataError, match="class 'dog' has one image"):
+        split(build_index([tmp_path], max_bad_fraction=0.0), 0.2)
+
+
+def test_find_undecodable__gives_path_and_reason(tmp_path: Path) -> None:
+    good = paint(tmp_path / "good.png")
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"nonsense")
+    found = find_undecodable([str(good), str(bad)])
+    assert found is not None and found[0] == str(bad) and "identify" in found[1]
+    assert find_undecodable([str(good)]) is None
+
+
+def test_write_tiles__about_1500_in_a_checkerboard_written_once(tmp_path: Path) -> None:
+    train, held_out = write_tiles(tmp_path / "tiles")
+    names = [{str(p.relative_to(part)) for p in part.rglob("*.png")} for part in (train, held_out)]
+    assert len(names[0]) == 766 and len(names[1]) == 764 and not names[0] & names[1]
+    assert {Path(name).parts[0] for name in names[0]} == set(NAMES)
+    row, column = 3, 4
+    assert f"astronaut/r{row:02}c{column:02}.png" in names[1]
+    with Image.open(train / "retina" / "r00c00.png") as tile:
+        assert (tile.size, tile.mode) == ((64, 64), "RGB")
+    before = (train / "retina" / "r00c00.png").stat().st_mtime_ns
+    write_tiles(tmp_path / "tiles")
+    assert (train / "retina" / "r00c00.png").stat().st_mtime_ns == before
