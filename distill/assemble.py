@@ -1,7 +1,8 @@
 """Recipe and plan to the objects of a phase: what a rank builds before its loop starts.
 
-A family phase has a frozen teacher and its students. Pretraining has one network and its EMA in the teacher's place, on the same ranks,
-so that everything a rank teaches it also learns and nothing travels; its stages go on with the same engine.
+A family phase has a frozen teacher and its students. Pretraining has one network and its EMA in the
+teacher's place, on the same ranks, so that everything a rank teaches it also learns and nothing
+travels; its stages go on with the same engine.
 """
 
 from collections.abc import Callable
@@ -62,7 +63,9 @@ def crop_spec(recipe: Recipe, anchor_resolution: int | None) -> CropSpec:
 def crop_shapes(recipe: Recipe, grid_hw: tuple[int, int]) -> CropShapes:
     """Sizes and counts for the cost model; two global crops, each masked with the recipe's probability and mean ratio."""
     masked = 2 * recipe.masks.probability * sum(recipe.masks.ratio) / 2 * grid_hw[0] * grid_hw[1]
-    return CropShapes(recipe.crops.global_.size, recipe.crops.local.size, recipe.crops.local.count, masked)
+    return CropShapes(
+        recipe.crops.global_.size, recipe.crops.local.size, recipe.crops.local.count, masked
+    )
 
 
 def plan_pretraining(recipe: TeacherRecipe, num_ranks: int) -> Plan:
@@ -71,7 +74,9 @@ def plan_pretraining(recipe: TeacherRecipe, num_ranks: int) -> Plan:
     dino, ibot = _head_shapes(recipe, spec.width)
     shapes = crop_shapes(recipe, grid_of(spec, recipe.crops.global_.size))
     work = Work(ONLINE, training_tflops(spec, dino, ibot, shapes), num_ranks)
-    return make_plan([work], teaching_tflops(spec, dino, ibot, shapes), recipe.schedule.batch, num_ranks)
+    return make_plan(
+        [work], teaching_tflops(spec, dino, ibot, shapes), recipe.schedule.batch, num_ranks
+    )
 
 
 def plan_family(recipe: FamilyRecipe, teacher: "TeacherShape", num_ranks: int) -> Plan:
@@ -81,7 +86,11 @@ def plan_family(recipe: FamilyRecipe, teacher: "TeacherShape", num_ranks: int) -
     for student in recipe.students:
         spec = student.backbone_spec()
         heads = student_heads(
-            spec.width, teacher.dino, teacher.ibot, student.head_widths.dino_hidden, student.head_widths.ibot_hidden
+            spec.width,
+            teacher.dino,
+            teacher.ibot,
+            student.head_widths.dino_hidden,
+            student.head_widths.ibot_hidden,
         )
         ranks = None if student.ranks == "auto" else student.ranks
         works.append(Work(student.label, training_tflops(spec, *heads, shapes), ranks))
@@ -140,11 +149,18 @@ def _engine(
     return Engine(trainee.to(device), group, groups.alone, settings)
 
 
-def _frozen(network: tuple[torch.nn.Module, Head, Head], recipe: Recipe, device: torch.device) -> FrozenTeacher:
+def _frozen(
+    network: tuple[torch.nn.Module, Head, Head], recipe: Recipe, device: torch.device
+) -> FrozenTeacher:
     teacher = FrozenTeacher(
-        *network, mean=recipe.data.mean, std=recipe.data.std, micro_images=recipe.engine.teacher_micro_batch
+        *network,
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        micro_images=recipe.engine.teacher_micro_batch,
     )
-    return teacher.to(device, torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32)
+    return teacher.to(
+        device, torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+    )
 
 
 class Pretraining:
@@ -155,12 +171,18 @@ class Pretraining:
         self.recipe, self.plan, self.groups, self.site = recipe, plan, groups, site
         self.shape = shape_of_recipe(recipe)
         self.grid_hw = grid_of(self.shape.spec, recipe.crops.global_.size)
-        network = build_network(self.shape.spec, self.shape.dino, self.shape.ibot, seeded(recipe.seed, ONLINE))
-        copy = build_network(self.shape.spec, self.shape.dino, self.shape.ibot, seeded(recipe.seed, ONLINE))
+        network = build_network(
+            self.shape.spec, self.shape.dino, self.shape.ibot, seeded(recipe.seed, ONLINE)
+        )
+        copy = build_network(
+            self.shape.spec, self.shape.dino, self.shape.ibot, seeded(recipe.seed, ONLINE)
+        )
         self.engine = _engine(network, recipe, plan, ONLINE, groups, site.device, masks_input=True)
         self.ema = _frozen(copy, recipe, site.device)
 
-    def phase(self, stage: StageSpec, anchor_weights: dict[str, torch.Tensor] | None = None) -> Phase:
+    def phase(
+        self, stage: StageSpec, anchor_weights: dict[str, torch.Tensor] | None = None
+    ) -> Phase:
         """The phase of one stage; ``anchor_weights`` come from a checkpoint when the stage is resumed."""
         recipe, rank = self.recipe, self.groups.world_rank
         stages = list(recipe.stages)
@@ -170,9 +192,11 @@ class Pretraining:
         if gram is None:
             self.ema.anchor = None
         else:
-            self.ema.anchor = self._anchor(anchor_weights or load_file(self._snapshot(gram.teacher)))
+            self.ema.anchor = self._anchor(
+                anchor_weights or load_file(self._snapshot(gram.teacher))
+            )
         lr = stage.lr or recipe.schedule.lr
-        rates = _rates(recipe, lr, lambda step: recipe.schedule.ema, num_steps)
+        rates = _rates(recipe, lr, lambda _: recipe.schedule.ema, num_steps)
         objective = _objective(stage.objective, 0.0 if gram is None else gram.weight)
         pupil = Pupil(ONLINE, self.plan.placements[0], self.engine, rates)
         return Phase(
@@ -182,8 +206,12 @@ class Pretraining:
             plan=self.plan,
             world_rank=rank,
             grid_hw=self.grid_hw,
-            loader=_loader(recipe, self.plan, rank, self.site, None if gram is None else gram.resolution),
-            masks=StepMasks(recipe.masks, self.plan, rank, self.grid_hw, recipe.seed, self.site.device),
+            loader=_loader(
+                recipe, self.plan, rank, self.site, None if gram is None else gram.resolution
+            ),
+            masks=StepMasks(
+                recipe.masks, self.plan, rank, self.grid_hw, recipe.seed, self.site.device
+            ),
             teacher=self.ema,
             exchange=Exchange(self.plan, rank, self.groups.exchange, self.site.device),
             pupils=(pupil,),
@@ -199,7 +227,13 @@ class Pretraining:
             path = self._snapshot(f"{stage.name}@{step}")
             path.parent.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".part")
-            save_file({k: v.float().cpu().contiguous() for k, v in self.ema.backbone.state_dict().items()}, aside)
+            save_file(
+                {
+                    k: v.float().cpu().contiguous()
+                    for k, v in self.ema.backbone.state_dict().items()
+                },
+                aside,
+            )
             aside.rename(path)
         gram = stage.gram
         if gram and step % gram.refresh == 0 and step // gram.refresh <= gram.max_refreshes:
@@ -219,7 +253,9 @@ class Pretraining:
         return Anchor(backbone.to(self.site.device, dtype), self.grid_hw)
 
 
-def load_teacher(recipe: FamilyRecipe, folder: Path, heads: Path, device: torch.device) -> tuple[FrozenTeacher, TeacherShape]:
+def load_teacher(
+    recipe: FamilyRecipe, folder: Path, heads: Path, device: torch.device
+) -> tuple[FrozenTeacher, TeacherShape]:
     """A teacher from its folder and heads file.
 
     Raises:
@@ -227,11 +263,19 @@ def load_teacher(recipe: FamilyRecipe, folder: Path, heads: Path, device: torch.
     """
     backbone, spec = read_backbone(folder)
     dino, ibot = read_heads(heads, spec.width)
-    return _frozen((backbone, dino, ibot), recipe, device), TeacherShape(spec, dino.shape, ibot.shape)
+    return _frozen((backbone, dino, ibot), recipe, device), TeacherShape(
+        spec, dino.shape, ibot.shape
+    )
 
 
 def family_phase(
-    recipe: FamilyRecipe, name: str, plan: Plan, groups: Groups, site: Site, teacher: FrozenTeacher, shape: TeacherShape
+    recipe: FamilyRecipe,
+    name: str,
+    plan: Plan,
+    groups: Groups,
+    site: Site,
+    teacher: FrozenTeacher,
+    shape: TeacherShape,
 ) -> Phase:
     """The distillation phase: one engine per student this rank trains. Collective over the world."""
     rank = groups.world_rank
@@ -249,10 +293,16 @@ def family_phase(
                 fix="Choose a student whose stride is at least the teacher's patch size.",
             )
         heads = student_heads(
-            spec.width, shape.dino, shape.ibot, student.head_widths.dino_hidden, student.head_widths.ibot_hidden
+            spec.width,
+            shape.dino,
+            shape.ibot,
+            student.head_widths.dino_hidden,
+            student.head_widths.ibot_hidden,
         )
         network = build_network(spec, *heads, seeded(recipe.seed, student.label))
-        engine = _engine(network, recipe, plan, student.label, groups, site.device, masks_input=False)
+        engine = _engine(
+            network, recipe, plan, student.label, groups, site.device, masks_input=False
+        )
         lr = recipe.schedule.lr
         if student.lr is not None:
             lr = lr.model_copy(update={"peak": student.lr})
@@ -271,18 +321,23 @@ def family_phase(
         pupils=tuple(pupils),
         temperature=lambda step: schedule.teacher_temperature(recipe.schedule, step),
         scalars=_scalars(recipe, _objective(recipe.objective)),
-        after_step=lambda step: None,
+        after_step=lambda _: None,
     )
 
 
 def _student_rates(recipe: FamilyRecipe, lr: LrSpec) -> Callable[[int], StepRates]:
     num_steps = recipe.schedule.steps
     return _rates(
-        recipe, lr, lambda step: schedule.student_momentum(recipe.schedule.ema, step, num_steps), num_steps
+        recipe,
+        lr,
+        lambda step: schedule.student_momentum(recipe.schedule.ema, step, num_steps),
+        num_steps,
     )
 
 
-def _rates(recipe: Recipe, lr: LrSpec, momentum: Callable[[int], float], num_steps: int) -> Callable[[int], StepRates]:
+def _rates(
+    recipe: Recipe, lr: LrSpec, momentum: Callable[[int], float], num_steps: int
+) -> Callable[[int], StepRates]:
     settings = recipe.schedule
 
     def rates(step: int) -> StepRates:
@@ -298,7 +353,9 @@ def _scalars(recipe: Recipe, objective: Objective) -> Callable[[int], StepScalar
     return lambda step: StepScalars(objective, *schedule.rope_scales(bounds, recipe.seed, step))
 
 
-def _loader(recipe: Recipe, plan: Plan, rank: int, site: Site, anchor_resolution: int | None) -> Loader:
+def _loader(
+    recipe: Recipe, plan: Plan, rank: int, site: Site, anchor_resolution: int | None
+) -> Loader:
     return Loader(
         site.index,
         crop_spec(recipe, anchor_resolution),

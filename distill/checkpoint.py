@@ -1,9 +1,11 @@
 """Resumable state on disk: a folder of safetensors and a manifest, complete or absent.
 
-    checkpoints/gram-000040/{<network>.safetensors ..., manifest.json}     checkpoints/latest (a text file naming the folder)
+    checkpoints/gram-000040/{<network>.safetensors ..., manifest.json}     checkpoints/latest (a
+    text file naming the folder)
 
-Written aside, synced to disk, renamed; the manifest, with size and sha256 of every file, is written last inside the folder, before
-the rename. Tensors are whole and named, so any number of ranks and any placement can load them. No pickle.
+Written aside, synced to disk, renamed; the manifest, with size and sha256 of every file, is written
+last inside the folder, before the rename. Tensors are whole and named, so any number of ranks and
+any placement can load them. No pickle.
 """
 
 import hashlib
@@ -47,7 +49,11 @@ def staging_folder(folder: Path, phase: str, step: int) -> Path:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file, on disk when this returns."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        path,
+        {"format": "pt"},
+    )
     _sync(path)
 
 
@@ -61,7 +67,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except Exception as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({error})", fix="Delete this checkpoint folder to go on from the one before it."
+            f"{path}: cannot be read ({error})",
+            fix="Delete this checkpoint folder to go on from the one before it.",
         ) from error
 
 
@@ -69,7 +76,8 @@ def commit(folder: Path, phase: str, step: int, recipe_hash: str, keep: int) -> 
     """Turns the staging folder into a checkpoint, points ``latest`` at it, and removes all but the newest ``keep``."""
     staging = staging_folder(folder, phase, step)
     files: dict[str, dict[str, str | int]] = {
-        path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in sorted(staging.glob("*.safetensors"))
+        path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(staging.glob("*.safetensors"))
     }
     manifest = Manifest(FORMAT_VERSION, phase, step, recipe_hash, files)
     _write_text(staging / "manifest.json", json.dumps(asdict(manifest), indent=2))
@@ -79,7 +87,9 @@ def commit(folder: Path, phase: str, step: int, recipe_hash: str, keep: int) -> 
     staging.rename(final)
     _sync(folder)
     _write_text(folder / "latest", final.name)
-    others = [path for path in folder.iterdir() if (path / "manifest.json").is_file() and path != final]
+    others = [
+        path for path in folder.iterdir() if (path / "manifest.json").is_file() and path != final
+    ]
     others.sort(key=lambda path: (path / "manifest.json").stat().st_mtime_ns)
     for old in others[: max(0, len(others) - keep + 1)]:
         shutil.rmtree(old)
@@ -94,8 +104,14 @@ def find_latest(folder: Path, recipe_hash: str) -> tuple[Path, Manifest] | None:
     """
     if not folder.is_dir():
         return None
-    found = [path for path in folder.iterdir() if not path.name.startswith(".") and (path / "manifest.json").is_file()]
-    for path in sorted(found, key=lambda path: (path / "manifest.json").stat().st_mtime_ns, reverse=True):
+    found = [
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and (path / "manifest.json").is_file()
+    ]
+    for path in sorted(
+        found, key=lambda path: (path / "manifest.json").stat().st_mtime_ns, reverse=True
+    ):
         manifest = _read_manifest(path / "manifest.json")
         if manifest is None or not _is_whole(path, manifest):
             continue
@@ -119,7 +135,11 @@ def _read_manifest(path: Path) -> Manifest | None:
 def _is_whole(folder: Path, manifest: Manifest) -> bool:
     for name, facts in manifest.files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != facts["bytes"] or _sha256(path) != facts["sha256"]:
+        if (
+            not path.is_file()
+            or path.stat().st_size != facts["bytes"]
+            or _sha256(path) != facts["sha256"]
+        ):
             return False
     return True
 

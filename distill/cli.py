@@ -1,6 +1,7 @@
 """The verbs: parse, call, print, set the exit code. Imports nothing heavy until a verb needs it.
 
-Exit codes: 0 done, 1 failed, 2 wrong recipe or usage, 3 the machine lacks something, 130 stopped by Ctrl-C and saved.
+Exit codes: 0 done, 1 failed, 2 wrong recipe or usage, 3 the machine lacks something, 130 stopped by
+Ctrl-C and saved.
 """
 
 import json
@@ -20,11 +21,15 @@ HELP = """Train a whole family of vision backbones from one frozen teacher, in o
 
 New here?  distill doctor → distill recipes copy quickstart my.yaml → distill check my.yaml → distill train my.yaml
 """
-app = typer.Typer(help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False)
+app = typer.Typer(
+    help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
+)
 recipes_app = typer.Typer(help="List, show and copy the built-in recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Before you train")
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")]
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")
+]
 OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
@@ -32,11 +37,19 @@ OverridesArgument = Annotated[
         help="Values to replace, such as schedule.batch=32; teacher:KEY=VALUE for the teacher's recipe. Give them after the options.",
     ),
 ]
-DataOption = Annotated[Path | None, typer.Option("--data", metavar="DIR", help="Train on the images of this folder.")]
-GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, help="Local processes: GPUs, or CPU processes.")]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", metavar="DIR", help="Train on the images of this folder.")
+]
+GpusOption = Annotated[
+    int | None, typer.Option("--gpus", min=1, help="Local processes: GPUs, or CPU processes.")
+]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder for run folders.")]
-NameOption = Annotated[str | None, typer.Option("--name", help="Name of the run folder; by default the recipe's.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over: remove what an earlier run of this name left.")]
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="Name of the run folder; by default the recipe's.")
+]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Start over: remove what an earlier run of this name left.")
+]
 PlainOption = Annotated[bool, typer.Option("--plain", help="Lines instead of a live screen.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -149,12 +162,18 @@ def pretrain(
 
     loaded, _ = load_job(recipe, list(overrides or []))
     if not isinstance(loaded, TeacherRecipe):
-        raise RecipeError(f"{recipe}: a family recipe has no stages to pretrain", fix=f"Use distill train {recipe}.")
+        raise RecipeError(
+            f"{recipe}: a family recipe has no stages to pretrain",
+            fix=f"Use distill train {recipe}.",
+        )
     _start(recipe, overrides, data, gpus, out, name, fresh=fresh, plain=plain)
 
 
 @app.command(rich_help_panel="Train")
-def watch(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")], plain: PlainOption = False) -> None:
+def watch(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    plain: PlainOption = False,
+) -> None:
     """Show a running or finished job; needs only its run folder."""
     import threading
 
@@ -187,7 +206,14 @@ def check(
     plans = check_job(loaded, teacher, num_ranks)
     facts = check_data(loaded, teacher)
     if as_json:
-        _print_json({"recipe": loaded.name, "ranks": num_ranks, "sources": facts, "plan": plans[-1].to_json()})
+        _print_json(
+            {
+                "recipe": loaded.name,
+                "ranks": num_ranks,
+                "sources": facts,
+                "plan": plans[-1].to_json(),
+            }
+        )
         return
     for source, count in facts.items():
         _say(f"{source}: {count} images")
@@ -198,7 +224,10 @@ def check(
 def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    ranks: Annotated[int | None, typer.Option("--ranks", min=1, help="Number of ranks; by default this machine's.")] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option("--ranks", min=1, help="Number of ranks; by default this machine's."),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -224,7 +253,9 @@ def _num_ranks(processes: int | str, asked: int | None) -> int:
 
 @app.command("eval", rich_help_panel="Results")
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")
+    ],
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -263,7 +294,10 @@ def list_recipes(as_json: JsonOption = False) -> None:
     """Names of the built-in recipes and what each is for."""
     from distill.recipe_file import builtin_recipes
 
-    titles = {name: path.read_text().splitlines()[0].removeprefix("# ") for name, path in builtin_recipes().items()}
+    titles = {
+        name: path.read_text().splitlines()[0].removeprefix("# ")
+        for name, path in builtin_recipes().items()
+    }
     if as_json:
         _print_json(titles)
         return
@@ -280,7 +314,9 @@ def show_recipe(recipe: RecipeArgument) -> None:
 
 
 @recipes_app.command("copy")
-def copy_recipe(recipe: RecipeArgument, target: Annotated[Path, typer.Argument(metavar="FILE")]) -> None:
+def copy_recipe(
+    recipe: RecipeArgument, target: Annotated[Path, typer.Argument(metavar="FILE")]
+) -> None:
     """Copy a recipe, and the teacher recipe it names, to files of your own."""
     from distill.recipe_file import copy_recipe as copy
 

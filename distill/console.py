@@ -557,7 +557,10 @@ def _rate(value: float) -> str:
 def plan_table(plan: "Plan") -> Table:
     """Placement, slices and teacher shares of a plan, a row per network and one for the teaching."""
     busy = f"busy at most {plan.utilisation:.0%} (even shares: {plan.utilisation_even:.0%})"
-    table = Table(title=f"{plan.num_ranks} ranks, {plan.images_global} images a step, {busy}", title_justify="left")
+    table = Table(
+        title=f"{plan.num_ranks} ranks, {plan.images_global} images a step, {busy}",
+        title_justify="left",
+    )
     for column in ("network", "ranks", "images per rank"):
         table.add_column(column)
     for placement in plan.placements:

@@ -1,7 +1,8 @@
 """What a step costs: floating-point operations per network and phase, from shapes alone.
 
-A multiply-add counts as two. Only matrix products and convolutions are counted; they are over 95% of the work of every network here.
-Training costs three forward passes. The plan uses ratios of these numbers; measured times may replace them.
+A multiply-add counts as two. Only matrix products and convolutions are counted; they are over 95%
+of the work of every network here. Training costs three forward passes. The plan uses ratios of
+these numbers; measured times may replace them.
 """
 
 from dataclasses import dataclass
@@ -56,27 +57,44 @@ def _head_flops(head: HeadShape, rows: float) -> float:
     return 2.0 * rows * (head.width * head.hidden + head.hidden**2 + head.hidden * head.bottleneck)
 
 
-def teaching_tflops(spec: BackboneSpec, dino: HeadShape, ibot: HeadShape, crops: CropShapes) -> float:
+def teaching_tflops(
+    spec: BackboneSpec, dino: HeadShape, ibot: HeadShape, crops: CropShapes
+) -> float:
     """Teraflops of a frozen teacher on one image: two global crops, class and masked-patch bottlenecks."""
     heads = _head_flops(dino, 2) + _head_flops(ibot, crops.masked_per_image)
     return 2 * backbone_tflops(spec, crops.global_size) + heads / 1e12
 
 
-def training_tflops(spec: BackboneSpec, dino: HeadShape, ibot: HeadShape, crops: CropShapes) -> float:
+def training_tflops(
+    spec: BackboneSpec, dino: HeadShape, ibot: HeadShape, crops: CropShapes
+) -> float:
     """Teraflops of one student's step on one image: all crops, heads, prototypes, Sinkhorn, backward."""
     rows = 2 + crops.num_locals
     forward = 2 * backbone_tflops(spec, crops.global_size)
     forward += crops.num_locals * backbone_tflops(spec, crops.local_size)
     heads = (_head_flops(dino, rows) + _head_flops(ibot, crops.masked_per_image)) / 1e12
-    logits = 2.0 * dino.prototypes * dino.bottleneck * (PROTOTYPE_PASSES * rows + SINKHORN_PASSES * 2)
-    logits += 2.0 * ibot.prototypes * ibot.bottleneck * (PROTOTYPE_PASSES + SINKHORN_PASSES) * crops.masked_per_image
+    logits = (
+        2.0 * dino.prototypes * dino.bottleneck * (PROTOTYPE_PASSES * rows + SINKHORN_PASSES * 2)
+    )
+    logits += (
+        2.0
+        * ibot.prototypes
+        * ibot.bottleneck
+        * (PROTOTYPE_PASSES + SINKHORN_PASSES)
+        * crops.masked_per_image
+    )
     return TRAINING_FACTOR * (forward + heads) + logits / 1e12
 
 
-def training_gib(spec: BackboneSpec, heads: tuple[HeadShape, ...], num_ranks: int, precision: str) -> float:
+def training_gib(
+    spec: BackboneSpec, heads: tuple[HeadShape, ...], num_ranks: int, precision: str
+) -> float:
     """GiB of weights, gradients, Adam moments and EMA on one rank under ZeRO-1; activations are not counted."""
     parameters = count_parameters(spec) + sum(
-        head.width * head.hidden + head.hidden**2 + head.bottleneck * (head.hidden + head.prototypes) for head in heads
+        head.width * head.hidden
+        + head.hidden**2
+        + head.bottleneck * (head.hidden + head.prototypes)
+        for head in heads
     )
     here = 2 * (2 if precision == "bf16" else 4)
     sharded = (4 + 4 + 4 + 4) / num_ranks

@@ -10,7 +10,15 @@ from typing import Any
 
 MIN_FREE_GIB = 2.0
 OLDEST_TORCH = (2, 11)
-LIBRARIES = ("torch", "deepspeed", "pydantic", "safetensors", "ruamel.yaml", "scikit-image", "matplotlib")
+LIBRARIES = (
+    "torch",
+    "deepspeed",
+    "pydantic",
+    "safetensors",
+    "ruamel.yaml",
+    "scikit-image",
+    "matplotlib",
+)
 
 
 @dataclass(frozen=True)
@@ -29,14 +37,27 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Every finding; none of the checks changes anything on the machine."""
-    return [*(_library(name) for name in LIBRARIES), _torch(), _device(), _cores(), _decoder(), _gloo(), _disk(Path.cwd())]
+    return [
+        *(_library(name) for name in LIBRARIES),
+        _torch(),
+        _device(),
+        _cores(),
+        _decoder(),
+        _gloo(),
+        _disk(Path.cwd()),
+    ]
 
 
 def _library(name: str) -> Finding:
     try:
         return Finding(name, version(name), is_ok=True)
     except PackageNotFoundError:
-        return Finding(name, "not installed", is_ok=False, fix=f"pip install --constraint constraints.txt {name}")
+        return Finding(
+            name,
+            "not installed",
+            is_ok=False,
+            fix=f"pip install --constraint constraints.txt {name}",
+        )
 
 
 def _guarded(what: str, look: Callable[[], str], fix: str) -> Finding:
@@ -54,7 +75,9 @@ def _torch() -> Finding:
 
         numbers = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
         if numbers < OLDEST_TORCH:
-            raise RuntimeError(f"{torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}")
+            raise RuntimeError(
+                f"{torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}"
+            )
         return f"imports, {torch.__version__}"
 
     return _guarded("torch version", look, "pip install --constraint constraints.txt torch")
@@ -81,14 +104,15 @@ def _decoder() -> Finding:
         import io
 
         import numpy as np
-        from nvidia.dali import fn, pipeline_def
+        from nvidia.dali import fn
+        from nvidia.dali.pipeline import pipeline_def
         from PIL import Image
 
         buffer = io.BytesIO()
         Image.new("RGB", (8, 8), (200, 40, 40)).save(buffer, "PNG")
         encoded = np.frombuffer(buffer.getvalue(), np.uint8)
 
-        @pipeline_def(batch_size=1, num_threads=1, device_id=None)
+        @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # type: ignore[call-overload,untyped-decorator]  # None means CPU
         def graph() -> Any:
             return fn.decoders.image(fn.external_source(source=lambda: [encoded]))
 
@@ -97,23 +121,32 @@ def _decoder() -> Finding:
         (image,) = pipeline.run()
         return f"DALI {version('nvidia-dali-cuda120')} decodes on the CPU, {image.at(0).shape}"
 
-    return _guarded("image decoder", look, "pip install --constraint constraints.txt nvidia-dali-cuda120")
+    return _guarded(
+        "image decoder", look, "pip install --constraint constraints.txt nvidia-dali-cuda120"
+    )
 
 
 def _gloo() -> Finding:
     def look() -> str:
         import torch.distributed as dist
+        from torch._C._distributed_c10d import HashStore
 
-        store = dist.HashStore()
+        store = HashStore()
         dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         dist.barrier()
         dist.destroy_process_group()
         return "a process group starts and ends"
 
-    return _guarded("gloo", look, "Check that the host name resolves: `hostname -i` should print an address.")
+    return _guarded(
+        "gloo", look, "Check that the host name resolves: `hostname -i` should print an address."
+    )
 
 
 def _disk(folder: Path) -> Finding:
     free_gib = shutil.disk_usage(folder).free / 2**30
-    fix = "" if free_gib >= MIN_FREE_GIB else f"Free some space, or pass --out on another disk; {MIN_FREE_GIB:g} GiB are needed."
+    fix = (
+        ""
+        if free_gib >= MIN_FREE_GIB
+        else f"Free some space, or pass --out on another disk; {MIN_FREE_GIB:g} GiB are needed."
+    )
     return Finding("free disk", f"{free_gib:.1f} GiB", is_ok=free_gib >= MIN_FREE_GIB, fix=fix)

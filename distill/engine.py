@@ -1,15 +1,20 @@
 """DeepSpeed for one trained network on one group: backward, agreed step, EMA, full state in and out.
 
-Several engines live in one process, on groups that nest and overlap. DeepSpeed assumes that its engine owns the world, so:
+Several engines live in one process, on groups that nest and overlap. DeepSpeed assumes that its
+engine owns the world, so:
 
-- ``as_world`` makes the engine's group the world while the engine works, for every DeepSpeed collective and rank query;
-- stage 0 is never used (its gradient reduction reads a module global that the last engine wins), not even for a group of one;
+- ``as_world`` makes the engine's group the world while the engine works, for every DeepSpeed
+collective and rank query;
+- stage 0 is never used (its gradient reduction reads a module global that the last engine wins),
+not even for a group of one;
 - engines of one process are driven in the same order on every rank.
 
-The EMA lives beside the Adam moments of each shard: 1/N of the memory and no communication to update. Full tensors are read by
-one all-gather per parameter group from the flat shards; a parameter's place in the flat buffer is where its storage points.
+The EMA lives beside the Adam moments of each shard: 1/N of the memory and no communication to
+update. Full tensors are read by one all-gather per parameter group from the flat shards; a
+parameter's place in the flat buffer is where its storage points.
 
-A non-finite gradient norm (already reduced over the group, so every rank agrees) makes DeepSpeed skip the step.
+A non-finite gradient norm (already reduced over the group, so every rank agrees) makes DeepSpeed
+skip the step.
 """
 
 import os
@@ -59,7 +64,10 @@ def prepare_deepspeed(device_type: str) -> None:
     # CPU start-up would build a shared-memory kernel with a compiler (55 s); gloo does not need it.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(
-        dist_backend=dist.get_backend(), auto_mpi_discovery=False, dist_init_required=False, verbose=False
+        dist_backend=dist.get_backend(),
+        auto_mpi_discovery=False,
+        dist_init_required=False,
+        verbose=False,
     )
 
 
@@ -67,7 +75,11 @@ class Engine:
     """One trained network, its optimizer and its EMA, sharded over ``group``."""
 
     def __init__(
-        self, module: nn.Module, group: dist.ProcessGroup, self_group: dist.ProcessGroup, settings: EngineSettings
+        self,
+        module: nn.Module,
+        group: dist.ProcessGroup,
+        self_group: dist.ProcessGroup,
+        settings: EngineSettings,
     ) -> None:
         """Wraps ``module``; collective over ``group`` (every rank of it, no other)."""
         import deepspeed
@@ -78,7 +90,11 @@ class Engine:
         optimizer = torch.optim.AdamW(_parameter_groups(module), lr=0.0, betas=BETAS, fused=fused)
         with as_world(self._mpu):
             self._engine, self._zero, _, _ = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=_config(settings), mpu=self._mpu, dist_init_required=False
+                model=module,
+                optimizer=optimizer,
+                config=_config(settings),
+                mpu=self._mpu,
+                dist_init_required=False,
             )
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._shards: list[Tensor] = list(self._zero.single_partition_of_fp32_groups)
@@ -146,7 +162,11 @@ class Engine:
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on, independent of the layout: ``kind/name`` and ``step``. Communication as ``full``, four times."""
-        tensors = {f"{kind}/{name}": tensor for kind in STATE_KINDS for name, tensor in self.full(kind).items()}
+        tensors = {
+            f"{kind}/{name}": tensor
+            for kind in STATE_KINDS
+            for name, tensor in self.full(kind).items()
+        }
         tensors["step"] = self._states[0]["step"].reshape(1).clone()
         return tensors
 
@@ -155,7 +175,10 @@ class Engine:
         """The reverse of ``state``, for any number of ranks. No communication."""
         group_rank = dist.get_rank(self.group)
         for index, flat in enumerate(self._zero.bit16_groups_flat):
-            own = slice(group_rank * self._shards[index].numel(), (group_rank + 1) * self._shards[index].numel())
+            own = slice(
+                group_rank * self._shards[index].numel(),
+                (group_rank + 1) * self._shards[index].numel(),
+            )
             for kind in STATE_KINDS:
                 whole = torch.zeros(flat.numel(), dtype=torch.float32, device=flat.device)
                 for parameter in self._zero.bit16_groups[index]:
@@ -205,7 +228,9 @@ def _all_gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
     if num_ranks == 1:
         return shard.clone()
     whole = torch.empty(num_ranks * shard.numel(), dtype=shard.dtype, device=shard.device)
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed in torch 2.13
+    gather = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )  # renamed in torch 2.13
     gather(whole, shard, group=group)
     return whole
 
@@ -239,16 +264,35 @@ class _GroupLayout:
     get_pipeline_model_parallel_world_size = get_model_parallel_world_size
 
 
-_GROUP_ARGUMENT = {"all_reduce": 2, "inference_all_reduce": 2, "all_reduce_coalesced": 2, "all_gather_coalesced": 2}
-_GROUPED = {*_GROUP_ARGUMENT, "barrier", "monitored_barrier", "all_gather", "all_gather_into_tensor", "all_gather_object"}
+_GROUP_ARGUMENT = {
+    "all_reduce": 2,
+    "inference_all_reduce": 2,
+    "all_reduce_coalesced": 2,
+    "all_gather_coalesced": 2,
+}
+_GROUPED = {
+    *_GROUP_ARGUMENT,
+    "barrier",
+    "monitored_barrier",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+}
 _GROUPED |= {"reduce_scatter", "reduce_scatter_tensor", "all_to_all_single", "all_to_all"}
-_ROOTED = {"broadcast": "src", "broadcast_object_list": "src", "reduce": "dst", "gather": "dst", "scatter": "src"}
+_ROOTED = {
+    "broadcast": "src",
+    "broadcast_object_list": "src",
+    "reduce": "dst",
+    "gather": "dst",
+    "scatter": "src",
+}
 
 
 class _GroupAsWorld:
     """DeepSpeed's communication backend with one group in place of the world.
 
-    Collectives that name no group, or name the world, use the group; a root given as a rank of the small world is translated.
+    Collectives that name no group, or name the world, use the group; a root given as a rank of the
+    small world is translated.
     """
 
     def __init__(self, backend: Any, group: dist.ProcessGroup) -> None:

@@ -1,8 +1,9 @@
 """Teacher targets and crops to the ranks that train on them. The only traffic between groups.
 
-Each rank receives exactly the positions its students need, by one all-to-all with uneven splits per tensor. Every rank computes all
-splits from the plan and the step's mask counts, so no sizes are sent. What is on the wire: uint8 crops, and bottlenecks in the
-teacher's dtype, class tokens and masked patches only. Masks are not sent: they are a function of (seed, step, position).
+Each rank receives exactly the positions its students need, by one all-to-all with uneven splits per
+tensor. Every rank computes all splits from the plan and the step's mask counts, so no sizes are
+sent. What is on the wire: uint8 crops, and bottlenecks in the teacher's dtype, class tokens and
+masked patches only. Masks are not sent: they are a function of (seed, step, position).
 """
 
 import time
@@ -34,7 +35,9 @@ class Delivery:
 class Exchange:
     """Delivers each step's crops and targets according to one plan. ``wait_s`` and ``received_bytes`` accumulate."""
 
-    def __init__(self, plan: Plan, world_rank: int, group: dist.ProcessGroup, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, world_rank: int, group: dist.ProcessGroup, device: torch.device
+    ) -> None:
         self._plan, self._world_rank, self._group, self._device = plan, world_rank, group, device
         self.needs = plan.needs(world_rank)
         self.wait_s = 0.0
@@ -43,7 +46,9 @@ class Exchange:
         self._to = [_overlaps(share, plan.needs(rank)) for rank in range(plan.num_ranks)]
         self._from = [_overlaps(other, self.needs) for other in plan.shares]
 
-    def deliver(self, crops: CropBatch, targets: TeacherTargets, masks: Tensor, counts: Counts) -> Delivery:
+    def deliver(
+        self, crops: CropBatch, targets: TeacherTargets, masks: Tensor, counts: Counts
+    ) -> Delivery:
         """This rank's part of the batch. Collective over the world, unless every rank trains on what it teaches.
 
         Args:
@@ -62,7 +67,9 @@ class Exchange:
         rows = self._rows_out(per_image)
 
         def by_image(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else self._send(tensor[rows.images], images_out, images_in)
+            return (
+                None if tensor is None else self._send(tensor[rows.images], images_out, images_in)
+            )
 
         moved_crops = CropBatch(
             self._send(crops.global_crops[rows.images], images_out, images_in),
@@ -79,7 +86,10 @@ class Exchange:
     def _rows_out(self, per_image: Counts) -> "_Rows":
         """Rows of this rank's share in sending order: destination by destination, ascending."""
         share = self._plan.shares[self._world_rank]
-        images = np.concatenate([np.arange(p.start, p.stop) for parts in self._to for p in parts] or [np.empty(0, np.int64)])
+        images = np.concatenate(
+            [np.arange(p.start, p.stop) for parts in self._to for p in parts]
+            or [np.empty(0, np.int64)]
+        )
         ends = np.cumsum(per_image[share.start : share.stop])
         starts = ends - per_image[share.start : share.stop]
         local = images - share.start
@@ -117,7 +127,13 @@ def _slices(parts: tuple[range, ...]) -> list[slice]:
     return [slice(part.start, part.stop) for part in parts]
 
 
-def lesson_for(delivery: Delivery, placement: Placement, world_rank: int, grid_hw: tuple[int, int], images_global: int) -> LessonBatch:
+def lesson_for(
+    delivery: Delivery,
+    placement: Placement,
+    world_rank: int,
+    grid_hw: tuple[int, int],
+    images_global: int,
+) -> LessonBatch:
     """The part of a delivery that one network trains on; views, no copies."""
     wanted = placement.slice_of(world_rank)
     before = 0
@@ -127,7 +143,9 @@ def lesson_for(delivery: Delivery, placement: Placement, world_rank: int, grid_h
         before += len(part)
     first = before + wanted.start - part.start
     images = slice(first, first + len(wanted))
-    held = np.concatenate([delivery.counts[p.start : p.stop].sum(axis=1) for p in delivery.positions])
+    held = np.concatenate(
+        [delivery.counts[p.start : p.stop].sum(axis=1) for p in delivery.positions]
+    )
     masked = slice(int(held[:first].sum()), int(held[: first + len(wanted)].sum()))
     crops, targets = delivery.crops, delivery.targets
     anchor = targets.anchor_patches

@@ -1,6 +1,7 @@
 """Networks as Hugging Face folders, and heads as one safetensors file beside a teacher.
 
-Our parameters carry the published flat names, so a folder is the state dict and a config; nothing is translated.
+Our parameters carry the published flat names, so a folder is the state dict and a config; nothing
+is translated.
 """
 
 import hashlib
@@ -15,10 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill.errors import CheckpointError
-from students.catalog import BackboneSpec, build_backbone, hf_config, preprocessor_config, spec_from_hf_config
+from students.catalog import (
+    BackboneSpec,
+    build_backbone,
+    hf_config,
+    preprocessor_config,
+    spec_from_hf_config,
+)
 from teacher.heads import Head, HeadShape
 
-LOCAL_NORM_PREFIX = "local_cls_norm."  # used on local crops in training only; no other library knows it
+LOCAL_NORM_PREFIX = (
+    "local_cls_norm."  # used on local crops in training only; no other library knows it
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,9 @@ class ExportFacts:
     provenance: dict[str, Any]
 
 
-def write_backbone(folder: Path, weights: Mapping[str, Tensor], spec: BackboneSpec, facts: ExportFacts) -> None:
+def write_backbone(
+    folder: Path, weights: Mapping[str, Tensor], spec: BackboneSpec, facts: ExportFacts
+) -> None:
     """Writes config, weights (fp32), preprocessor, model card and ``distill.json``; the weights last, in one rename."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = {
@@ -40,7 +51,9 @@ def write_backbone(folder: Path, weights: Mapping[str, Tensor], spec: BackboneSp
         if not name.startswith(LOCAL_NORM_PREFIX)
     }
     _write_json(folder / "config.json", hf_config(spec))
-    _write_json(folder / "preprocessor_config.json", preprocessor_config(facts.size, facts.mean, facts.std))
+    _write_json(
+        folder / "preprocessor_config.json", preprocessor_config(facts.size, facts.mean, facts.std)
+    )
     _write_json(folder / "distill.json", facts.provenance)
     (folder / "README.md").write_text(_card(folder.name, kept, facts))
     aside = folder / ".model.safetensors.part"
@@ -57,17 +70,27 @@ def read_backbone(folder: Path) -> tuple[nn.Module, BackboneSpec]:
     config_path, weights_path = folder / "config.json", folder / "model.safetensors"
     for path in (config_path, weights_path):
         if not path.is_file():
-            raise CheckpointError(f"{path}: missing", fix=f"Give a Hugging Face folder with {path.name}.")
+            raise CheckpointError(
+                f"{path}: missing", fix=f"Give a Hugging Face folder with {path.name}."
+            )
     try:
         spec = spec_from_hf_config(json.loads(config_path.read_text()))
         weights = load_file(weights_path)
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{folder}: {error}", fix="Check that the folder was copied whole.") from error
+        raise CheckpointError(
+            f"{folder}: {error}", fix="Check that the folder was copied whole."
+        ) from error
     except Exception as error:  # safetensors raises its own type for a damaged file
-        raise CheckpointError(f"{weights_path}: {error}", fix="Check that the file was copied whole.") from error
+        raise CheckpointError(
+            f"{weights_path}: {error}", fix="Check that the file was copied whole."
+        ) from error
     backbone = build_backbone(spec)
     expected = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
-    wrong = sorted(name for name in expected.keys() | weights.keys() if _shape(weights, name) != expected.get(name))
+    wrong = sorted(
+        name
+        for name in expected.keys() | weights.keys()
+        if _shape(weights, name) != expected.get(name)
+    )
     if wrong:
         raise CheckpointError(
             f"{weights_path}: {len(wrong)} tensors do not fit config.json, first {wrong[0]}: "
@@ -85,7 +108,11 @@ def _shape(weights: Mapping[str, Tensor], name: str) -> torch.Size | None:
 def write_heads(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Writes ``dino_head.*`` and ``ibot_head.*``, fp32, as one safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {name: tensor.detach().float().cpu().contiguous() for name, tensor in weights.items() if "_head." in name}
+    kept = {
+        name: tensor.detach().float().cpu().contiguous()
+        for name, tensor in weights.items()
+        if "_head." in name
+    }
     aside = path.with_name(f".{path.name}.part")
     save_file(kept, aside, {"format": "pt"})
     aside.rename(path)
@@ -99,21 +126,29 @@ def read_heads(path: Path, width: int) -> tuple[Head, Head]:
     """
     if not path.is_file():
         raise CheckpointError(
-            f"teacher.heads = {path}: no such file", fix="Name the heads.safetensors of this teacher."
+            f"teacher.heads = {path}: no such file",
+            fix="Name the heads.safetensors of this teacher.",
         )
     try:
         weights = load_file(path)
     except Exception as error:  # safetensors raises its own type for a damaged file
-        raise CheckpointError(f"{path}: {error}", fix="Check that the file was copied whole.") from error
+        raise CheckpointError(
+            f"{path}: {error}", fix="Check that the file was copied whole."
+        ) from error
     return _head(weights, "dino_head.", path, width), _head(weights, "ibot_head.", path, width)
 
 
 def _head(weights: Mapping[str, Tensor], prefix: str, path: Path, width: int) -> Head:
-    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    own = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in weights.items()
+        if name.startswith(prefix)
+    }
     needed = ("mlp.0.weight", "mlp.4.weight", "prototypes.weight")
     if any(name not in own for name in needed):
         raise CheckpointError(
-            f"{path}: no complete {prefix.rstrip('.')} in it", fix="Use a heads file written by distill."
+            f"{path}: no complete {prefix.rstrip('.')} in it",
+            fix="Use a heads file written by distill.",
         )
     shape = HeadShape(
         width=own["mlp.0.weight"].shape[1],
@@ -136,7 +171,9 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(
+            weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return digest.hexdigest()[:16]
 
 

@@ -29,7 +29,11 @@ def finish(run_folder: Path) -> dict[str, Any]:
     assert status is not None, "a run that ended has a status"
     status_file.write(replace(status, state="evaluating", updated_unix=time.time()))
     timing = json.loads((run_folder / "timing.json").read_text())
-    names = [student.label for student in job.recipe.students] if isinstance(job.recipe, FamilyRecipe) else []
+    names = (
+        [student.label for student in job.recipe.students]
+        if isinstance(job.recipe, FamilyRecipe)
+        else []
+    )
     last = [phase.name for phase in status.phases][-1]
     summary: dict[str, Any] = {
         "teacher": {},
@@ -44,7 +48,9 @@ def finish(run_folder: Path) -> dict[str, Any]:
     data = job.recipe.data
     photographs = _photographs(run_folder, data.sources[0].path)
     draw(networks, photographs, run_folder / "features.png", mean=data.mean, std=data.std)
-    status_file.write(replace(status, state="finished", updated_unix=time.time(), work_done=1.0, eta_s=0.0))
+    status_file.write(
+        replace(status, state="finished", updated_unix=time.time(), work_done=1.0, eta_s=0.0)
+    )
     return summary
 
 
@@ -55,7 +61,9 @@ def _photographs(run_folder: Path, source: str) -> list[np.ndarray[Any, np.dtype
         chosen = [paths[name] for name in ("astronaut", "chelsea", "coffee", "rocket")]
     else:
         held_out = run_folder / "data" / "held_out.npz"
-        index = ImageIndex.load(held_out if held_out.is_file() else run_folder / "data" / "train.npz")
+        index = ImageIndex.load(
+            held_out if held_out.is_file() else run_folder / "data" / "train.npz"
+        )
         step = max(1, len(index.paths) // NUM_PHOTOGRAPHS)
         chosen = [Path(path) for path in index.paths[::step][:NUM_PHOTOGRAPHS]]
     images = []

@@ -22,8 +22,8 @@ class Groups:
 def make_groups(plan: Plan, timeout: timedelta) -> Groups:
     """One communicator for the exchange, one per trained network, one per rank. Collective over the world.
 
-    ``by_network`` holds only the networks this rank trains. Every network has a communicator of its own, even where two
-    share their ranks, so that their collectives can never meet.
+    ``by_network`` holds only the networks this rank trains. Every network has a communicator of its
+    own, even where two share their ranks, so that their collectives can never meet.
     """
     world_rank, num_ranks = dist.get_rank(), dist.get_world_size()
     exchange = dist.new_group(list(range(num_ranks)), timeout=timeout)

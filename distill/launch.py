@@ -1,8 +1,9 @@
 """Starts the ranks of a job and stays with them: local processes by torch elastic, or one rank of somebody else's launch.
 
-The launching process owns the terminal. It shows the run folder's files, and turns the first Ctrl-C into "save and stop" for
-every rank and the second into an end. Under torchrun (or any launcher that sets RANK and WORLD_SIZE) each process is a
-rank; rank 0 prepares the run folder first, then shows plain lines.
+The launching process owns the terminal. It shows the run folder's files, and turns the first Ctrl-C
+into "save and stop" for every rank and the second into an end. Under torchrun (or any launcher that
+sets RANK and WORLD_SIZE) each process is a rank; rank 0 prepares the run folder first, then shows
+plain lines.
 """
 
 import multiprocessing
@@ -76,7 +77,13 @@ def _run_locally(request: "JobRequest", options: Options, num_ranks: int) -> int
     live = console.is_terminal and not options.plain
     job = prepare(request, num_ranks=num_ranks, fresh=options.fresh, say=console.print)
     done = threading.Event()
-    watching = {"live": live, "console": console, "stop": done, "since_unix": time.time(), "hint": SAVE_HINT}
+    watching = {
+        "live": live,
+        "console": console,
+        "stop": done,
+        "since_unix": time.time(),
+        "hint": SAVE_HINT,
+    }
     screen = threading.Thread(target=watch, args=(job.run_folder,), kwargs=watching, daemon=True)
     agent = _Agent(job.run_folder, num_ranks)
     with _CtrlC() as interrupts:
@@ -98,7 +105,10 @@ def _run_as_rank(request: "JobRequest", options: Options) -> int:
     from distill.worker import entry
 
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    ready = Path(request.run_folder) / f".ready-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}-{os.environ['MASTER_PORT']}"
+    ready = (
+        Path(request.run_folder)
+        / f".ready-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}-{os.environ['MASTER_PORT']}"
+    )
     if rank != 0:
         _wait_for(ready)
         entry(request.run_folder)
@@ -139,7 +149,9 @@ def _conclude(run_folder: Path, failure: str | None, was_interrupted: bool) -> i
 
     if failure is not None:
         told = read_failure(run_folder)
-        raise told or UserError(failure, fix=f"Look at the logs in {run_folder / 'logs'}; the same command resumes.")
+        raise told or UserError(
+            failure, fix=f"Look at the logs in {run_folder / 'logs'}; the same command resumes."
+        )
     status = StatusFile(run_folder).read()
     if status is not None and status.state == "stopped":
         return STOPPED_EXIT_CODE if was_interrupted else 0
@@ -204,14 +216,17 @@ class _CtrlC:
         self.count = 0
 
     def __enter__(self) -> "_CtrlC":
-        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {
+            number: signal.signal(number, self._on_signal)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, number: int, frame: object) -> None:
+    def _on_signal(self, *_: object) -> None:
         self.count += 1
         for child in multiprocessing.active_children():
             if child.pid is not None:

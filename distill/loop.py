@@ -1,8 +1,9 @@
 """The loop, read first: fetch, teach, exchange, learn, record, save.
 
-Pretraining and distillation run in it alike; they differ in who teaches and in what happens after a step. It looks at no tensor
-shape. Every rank runs it in step: the exchange meets every step, everything else stays inside a network's group, and stopping
-and saving are agreed at the logging interval.
+Pretraining and distillation run in it alike; they differ in who teaches and in what happens after a
+step. It looks at no tensor shape. Every rank runs it in step: the exchange meets every step,
+everything else stays inside a network's group, and stopping and saving are agreed at the logging
+interval.
 """
 
 from collections.abc import Callable
@@ -23,8 +24,8 @@ from teacher.trainee import StepScalars
 class Phase:
     """One stretch of steps with a fixed plan, teacher and objective, as one rank sees it.
 
-    ``first_step`` is where this phase begins in the stream of samples; ``after_step`` updates what follows the trained weights
-    (the EMA network and the Gram anchor of pretraining).
+    ``first_step`` is where this phase begins in the stream of samples; ``after_step`` updates what
+    follows the trained weights (the EMA network and the Gram anchor of pretraining).
     """
 
     name: str
@@ -55,9 +56,13 @@ def run_phase(phase: Phase, recorder: Recorder, saver: Saver, start_step: int) -
 
         delivery = phase.exchange.deliver(crops, targets, masks.of_needs, masks.counts)
 
-        taught = TaughtBy(phase.teacher.dino_head, phase.teacher.ibot_head, phase.temperature(stream_step))
+        taught = TaughtBy(
+            phase.teacher.dino_head, phase.teacher.ibot_head, phase.temperature(stream_step)
+        )
         for pupil in phase.pupils:
-            lesson = lesson_for(delivery, pupil.placement, phase.world_rank, phase.grid_hw, phase.plan.images_global)
+            lesson = lesson_for(
+                delivery, pupil.placement, phase.world_rank, phase.grid_hw, phase.plan.images_global
+            )
             pupil.learn(lesson, taught, phase.scalars(stream_step), stream_step)
         phase.after_step(step + 1)
 

@@ -26,7 +26,13 @@ class StepMasks:
     """Draws masks from (seed, step, position): every rank agrees without a message."""
 
     def __init__(
-        self, spec: MasksSpec, plan: Plan, world_rank: int, grid_hw: tuple[int, int], seed: int, device: torch.device
+        self,
+        spec: MasksSpec,
+        plan: Plan,
+        world_rank: int,
+        grid_hw: tuple[int, int],
+        seed: int,
+        device: torch.device,
     ) -> None:
         self._spec, self._seed, self._grid_hw, self._device = spec, seed, grid_hw, device
         self._images_global = plan.images_global

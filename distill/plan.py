@@ -1,12 +1,14 @@
 """Recipe and number of ranks in, plan out: who trains where, who teaches how much. Pure: no process group, no device.
 
-Teaching is divisible to one image and is the larger part of the work, so it fills the gaps that students leave (water filling): rank
-r teaches ``n_r`` images so that ``n_r * teacher cost + its students' cost`` is as equal as possible. Shares and slices are contiguous
-ranges of positions in the global batch, in rank order; together they say exactly which image goes where.
+Teaching is divisible to one image and is the larger part of the work, so it fills the gaps that
+students leave (water filling): rank r teaches ``n_r`` images so that ``n_r * teacher cost + its
+students' cost`` is as equal as possible. Shares and slices are contiguous ranges of positions in
+the global batch, in rank order; together they say exactly which image goes where.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from distill.errors import PlanError
@@ -72,7 +74,10 @@ class Plan:
     @property
     def is_local(self) -> bool:
         """Every rank teaches exactly what it trains on: nothing has to travel."""
-        return all(self.needs(r) == ((self.shares[r],) if len(self.shares[r]) else ()) for r in range(self.num_ranks))
+        return all(
+            self.needs(r) == ((self.shares[r],) if len(self.shares[r]) else ())
+            for r in range(self.num_ranks)
+        )
 
     @property
     def utilisation(self) -> float:
@@ -90,7 +95,9 @@ class Plan:
             "images_global": self.images_global,
             "num_ranks": self.num_ranks,
             "ranks": {p.name: len(p.slices) for p in self.placements},
-            "placements": {p.name: [p.world_ranks.start, p.world_ranks.stop] for p in self.placements},
+            "placements": {
+                p.name: [p.world_ranks.start, p.world_ranks.stop] for p in self.placements
+            },
             "slices": {p.name: [len(s) for s in p.slices] for p in self.placements},
             "shares": [len(s) for s in self.shares],
             "utilisation": self.utilisation,
@@ -99,11 +106,14 @@ class Plan:
         }
 
 
-def make_plan(works: Sequence[Work], teaching_tflops: float, images_global: int, num_ranks: int) -> Plan:
+def make_plan(
+    works: Sequence[Work], teaching_tflops: float, images_global: int, num_ranks: int
+) -> Plan:
     """Places networks on ranks and divides the teaching.
 
     Raises:
-        PlanError: no ranks, fewer images than ranks of a network, or a network that asks for more ranks than there are.
+        PlanError: no ranks, fewer images than ranks of a network, or a network that asks for more
+        ranks than there are.
     """
     if num_ranks < 1:
         raise PlanError(f"{num_ranks} ranks: at least one is needed", fix="Pass --gpus 1 or more.")
@@ -117,7 +127,8 @@ def make_plan(works: Sequence[Work], teaching_tflops: float, images_global: int,
     placements = _place(works, counts, images_global, num_ranks)
     cost = {work.name: work.tflops_per_image for work in works}
     student_load = [
-        sum(cost[p.name] * len(p.slice_of(rank)) for p in placements if rank in p.world_ranks) for rank in range(num_ranks)
+        sum(cost[p.name] * len(p.slice_of(rank)) for p in placements if rank in p.world_ranks)
+        for rank in range(num_ranks)
     ]
     if all(len(p.slices) == num_ranks for p in placements):
         shares = placements[0].slices  # nothing to fill, and nothing has to travel
@@ -129,8 +140,14 @@ def make_plan(works: Sequence[Work], teaching_tflops: float, images_global: int,
         num_ranks=num_ranks,
         shares=shares,
         placements=placements,
-        load_tflops=tuple(load + teaching_tflops * len(share) for load, share in zip(student_load, shares, strict=True)),
-        even_load_tflops=tuple(load + teaching_tflops * len(share) for load, share in zip(student_load, even, strict=True)),
+        load_tflops=tuple(
+            load + teaching_tflops * len(share)
+            for load, share in zip(student_load, shares, strict=True)
+        ),
+        even_load_tflops=tuple(
+            load + teaching_tflops * len(share)
+            for load, share in zip(student_load, even, strict=True)
+        ),
         notes=notes,
     )
 
@@ -164,9 +181,13 @@ def _place(
         firsts = [sum(counts[:index]) for index in range(len(works))]
     else:
         load = [0.0] * num_ranks
-        for index in sorted(range(len(works)), key=lambda i: -works[i].tflops_per_image / counts[i]):
+        for index in sorted(
+            range(len(works)), key=lambda i: -works[i].tflops_per_image / counts[i]
+        ):
             count = counts[index]
-            firsts[index] = min(range(num_ranks - count + 1), key=lambda first: max(load[first : first + count]))
+            firsts[index] = min(
+                range(num_ranks - count + 1), key=lambda first: max(load[first : first + count])
+            )
             for rank in range(firsts[index], firsts[index] + count):
                 load[rank] += works[index].tflops_per_image / count
     return tuple(
@@ -180,10 +201,12 @@ def split_evenly(images_global: int, num_parts: int) -> tuple[range, ...]:
     unit = KOLEO_GROUP if images_global % (KOLEO_GROUP * num_parts) == 0 else 1
     units = images_global // unit
     borders = [unit * (units * part // num_parts) for part in range(num_parts + 1)]
-    return tuple(range(start, stop) for start, stop in zip(borders, borders[1:], strict=False))
+    return tuple(range(start, stop) for start, stop in pairwise(borders))
 
 
-def fill_shares(student_load: Sequence[float], teaching_tflops: float, images_global: int) -> tuple[range, ...]:
+def fill_shares(
+    student_load: Sequence[float], teaching_tflops: float, images_global: int
+) -> tuple[range, ...]:
     """Teacher shares that make all ranks' total load as equal as whole images allow (water filling).
 
     Ranks whose students already exceed the level teach nothing.
@@ -202,4 +225,4 @@ def fill_shares(student_load: Sequence[float], teaching_tflops: float, images_gl
     for rank in by_remainder[: images_global - sum(sizes)]:
         sizes[rank] += 1
     borders = [sum(sizes[:rank]) for rank in range(len(sizes) + 1)]
-    return tuple(range(start, stop) for start, stop in zip(borders, borders[1:], strict=False))
+    return tuple(range(start, stop) for start, stop in pairwise(borders))

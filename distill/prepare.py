@@ -1,6 +1,7 @@
 """Everything that happens once, before any process starts: recipe read, images indexed, run folder written.
 
-What can be wrong with a recipe, a folder of images or a world size is found here, in one process, with one clear line each.
+What can be wrong with a recipe, a folder of images or a world size is found here, in one process,
+with one clear line each.
 """
 
 import json
@@ -15,7 +16,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from distill.assemble import TeacherShape, load_teacher, plan_family, plan_pretraining, shape_of_recipe
+from distill.assemble import (
+    TeacherShape,
+    load_teacher,
+    plan_family,
+    plan_pretraining,
+    shape_of_recipe,
+)
 from distill.data.index import ImageIndex, build_index, list_images, split
 from distill.data.photographs import photograph_paths, write_tiles
 from distill.errors import CheckpointError
@@ -85,12 +92,16 @@ class Job:
 def read_job(run_folder: Path) -> Job:
     """The job that ``prepare`` wrote; every rank reads it."""
     stored = json.loads((run_folder / "job.json").read_text())
-    request = JobRequest(**{**stored["request"], "overrides": tuple(stored["request"]["overrides"])})
+    request = JobRequest(
+        **{**stored["request"], "overrides": tuple(stored["request"]["overrides"])}
+    )
     recipe, teacher_recipe = load_job(request.recipe, request.overrides)
     return Job(request, recipe, teacher_recipe, stored["data_fingerprint"])
 
 
-def check_job(recipe: FamilyRecipe | TeacherRecipe, teacher_recipe: TeacherRecipe | None, num_ranks: int) -> tuple[Plan, ...]:
+def check_job(
+    recipe: FamilyRecipe | TeacherRecipe, teacher_recipe: TeacherRecipe | None, num_ranks: int
+) -> tuple[Plan, ...]:
     """The plans of all phases for ``num_ranks`` ranks, pretraining first.
 
     Raises:
@@ -117,7 +128,9 @@ def teacher_shape(recipe: FamilyRecipe, teacher_recipe: TeacherRecipe | None) ->
     return load_teacher(recipe, weights, heads, torch.device("cpu"))[1]
 
 
-def check_data(recipe: FamilyRecipe | TeacherRecipe, teacher_recipe: TeacherRecipe | None) -> dict[str, int]:
+def check_data(
+    recipe: FamilyRecipe | TeacherRecipe, teacher_recipe: TeacherRecipe | None
+) -> dict[str, int]:
     """Number of images of every source that the job reads, by path.
 
     Raises:
@@ -138,7 +151,8 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     ``fresh`` removes what an earlier run of this name left, except nothing outside the folder.
 
     Raises:
-        RecipeError, PlanError, DataError, CheckpointError: with one clear line; an existing run is not touched.
+        RecipeError, PlanError, DataError, CheckpointError: with one clear line; an existing run is
+        not touched.
     """
     recipe, teacher_recipe = load_job(request.recipe, request.overrides)
     plans = check_job(recipe, teacher_recipe, num_ranks)
@@ -157,14 +171,20 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     teacher_train.save(data / "teacher.npz")
     if held_out is not None:
         held_out.save(data / "held_out.npz")
-    for leftover in ("failure.json", "status.json") if not (run_folder / "checkpoints").is_dir() else ("failure.json",):
+    for leftover in (
+        ("failure.json", "status.json")
+        if not (run_folder / "checkpoints").is_dir()
+        else ("failure.json",)
+    ):
         (run_folder / leftover).unlink(missing_ok=True)
     fingerprint = f"{train.fingerprint}-{teacher_train.fingerprint}"
     job = Job(request, recipe, teacher_recipe, fingerprint)
     _write_recipes(job)
     write_json(run_folder / "plan.json", plans[-1].to_json())
     write_json(run_folder / "env.json", _environment())
-    write_json(run_folder / "job.json", {"request": asdict(request), "data_fingerprint": fingerprint})
+    write_json(
+        run_folder / "job.json", {"request": asdict(request), "data_fingerprint": fingerprint}
+    )
     return job
 
 
@@ -176,9 +196,13 @@ def _write_recipes(job: Job) -> None:
     shutil.copyfile(source, folder / "recipe.yaml")
     (folder / "recipe.resolved.yaml").write_text(resolved_yaml(str(source), own, job.recipe))
     if job.teacher_recipe is not None and isinstance(job.recipe, FamilyRecipe):
-        theirs = [text.removeprefix(TEACHER_PREFIX) for text in job.request.overrides if text not in own]
+        theirs = [
+            text.removeprefix(TEACHER_PREFIX) for text in job.request.overrides if text not in own
+        ]
         path = source.parent / str(job.recipe.teacher.train)
-        (folder / "teacher.resolved.yaml").write_text(resolved_yaml(str(path), theirs, job.teacher_recipe))
+        (folder / "teacher.resolved.yaml").write_text(
+            resolved_yaml(str(path), theirs, job.teacher_recipe)
+        )
 
 
 def _refuse_foreign_folder(run_folder: Path) -> None:
@@ -189,7 +213,9 @@ def _refuse_foreign_folder(run_folder: Path) -> None:
         )
 
 
-def _indices(data: DataSpec, tiles: Path, say: Callable[[str], None]) -> tuple[ImageIndex, ImageIndex | None]:
+def _indices(
+    data: DataSpec, tiles: Path, say: Callable[[str], None]
+) -> tuple[ImageIndex, ImageIndex | None]:
     """Training and held-out images. The bundled photographs come with their split; other folders are split per class."""
     started = time.monotonic()
     paths = [source.path for source in data.sources]
@@ -200,13 +226,22 @@ def _indices(data: DataSpec, tiles: Path, say: Callable[[str], None]) -> tuple[I
     else:
         index = build_index([Path(path) for path in paths], max_bad_fraction=data.max_bad_fraction)
         train, held_out = (index, None) if index.labels is None else split(index, data.held_out)
-    say(f"images: {len(train.paths)} to train on, {0 if held_out is None else len(held_out.paths)} held out "
-        f"({time.monotonic() - started:.1f} s)")
+    say(
+        f"images: {len(train.paths)} to train on, {0 if held_out is None else len(held_out.paths)} held out "
+        f"({time.monotonic() - started:.1f} s)"
+    )
     return train, held_out
 
 
 def _environment() -> dict[str, Any]:
-    names: Sequence[str] = ("torch", "deepspeed", "nvidia-dali-cuda120", "numpy", "safetensors", "pydantic")
+    names: Sequence[str] = (
+        "torch",
+        "deepspeed",
+        "nvidia-dali-cuda120",
+        "numpy",
+        "safetensors",
+        "pydantic",
+    )
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),

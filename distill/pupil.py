@@ -28,7 +28,9 @@ class TaughtBy:
 class Pupil:
     """A trained network on one of its ranks. Numbers stay on the device until ``read_metrics``."""
 
-    def __init__(self, name: str, placement: Placement, engine: Engine, rates: Callable[[int], StepRates]) -> None:
+    def __init__(
+        self, name: str, placement: Placement, engine: Engine, rates: Callable[[int], StepRates]
+    ) -> None:
         self.name, self.placement, self.engine, self.rates = name, placement, engine, rates
         self.busy_s = 0.0
         self._sums: dict[str, Tensor] = {}
@@ -42,7 +44,10 @@ class Pupil:
         class_rows = lesson.targets.class_bottleneck.transpose(0, 1).flatten(0, 1)
         dino = sinkhorn(class_rows, taught.dino_head.prototypes.weight, taught.temperature, group)
         ibot = sinkhorn(
-            lesson.targets.patch_bottleneck, taught.ibot_head.prototypes.weight, taught.temperature, group
+            lesson.targets.patch_bottleneck,
+            taught.ibot_head.prototypes.weight,
+            taught.temperature,
+            group,
         )
         losses: Losses = self.engine.forward(lesson, dino, ibot, scalars)
         self.engine.backward_and_step(losses.total, self.rates(step))

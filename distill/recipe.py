@@ -1,10 +1,12 @@
 """The recipe as typed, frozen models, and every rule about it that needs no device.
 
-Two kinds, told apart by their keys: a *family* recipe has ``students``, a *teacher* recipe has ``stages``. Each key is marked *science* (it
-decides the result) or *machine* (where and how fast); the recipe's hash covers the science keys only, so moving a run to another machine does
-not make it another run.
+Two kinds, told apart by their keys: a *family* recipe has ``students``, a *teacher* recipe has
+``stages``. Each key is marked *science* (it decides the result) or *machine* (where and how fast);
+the recipe's hash covers the science keys only, so moving a run to another machine does not make it
+another run.
 
-``distill.recipe_file`` reads YAML into these models and says what is wrong, where. Imports no torch, so that the command line starts fast.
+``distill.recipe_file`` reads YAML into these models and says what is wrong, where. Imports no
+torch, so that the command line starts fast.
 """
 
 import difflib
@@ -19,8 +21,12 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 if TYPE_CHECKING:
     from students.catalog import BackboneSpec
 
-VIT_PATCHES = {name: 16 for name in ("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16")}
-CONVNEXT_STRIDES = {name: 32 for name in ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large")}
+VIT_PATCHES = dict.fromkeys(
+    ("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16"), 16
+)
+CONVNEXT_STRIDES = dict.fromkeys(
+    ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large"), 32
+)
 ARCHITECTURES = (*VIT_PATCHES, *CONVNEXT_STRIDES)
 FREE_SIZES = ("vit", "convnext")
 CONVNEXT_STEM = 4
@@ -49,7 +55,11 @@ def _known_arch(name: str) -> str:
     if name in ARCHITECTURES or name in FREE_SIZES:
         return name
     close = difflib.get_close_matches(name, [*ARCHITECTURES, *FREE_SIZES], n=1)
-    hint = f" - did you mean {close[0]!r}?" if close else f"; known: {', '.join([*ARCHITECTURES, *FREE_SIZES])}"
+    hint = (
+        f" - did you mean {close[0]!r}?"
+        if close
+        else f"; known: {', '.join([*ARCHITECTURES, *FREE_SIZES])}"
+    )
     raise ValueError(f"{name!r} is not known{hint}")
 
 
@@ -64,9 +74,13 @@ def _duration(value: object) -> object:
     if isinstance(value, str):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", value)
         if match is None:
-            raise ValueError(f"{value!r}: write a duration such as '30min', '90s' or '2h', or a number of steps")
+            raise ValueError(
+                f"{value!r}: write a duration such as '30min', '90s' or '2h', or a number of steps"
+            )
     elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{value!r}: write a duration such as '30min', or a number of steps, at least 1")
+        raise ValueError(
+            f"{value!r}: write a duration such as '30min', or a number of steps, at least 1"
+        )
     return value
 
 
@@ -119,7 +133,9 @@ class ArchSpec(Section):
             assert self.depths is not None and self.widths is not None, "checked by the rules"
             return ConvNeXtSpec(self.depths, self.widths, layerscale_init=self.layerscale or 1e-6)
         if self.arch == "vit":
-            assert self.width is not None and self.depth is not None and self.heads is not None, "checked by the rules"
+            assert self.width is not None and self.depth is not None and self.heads is not None, (
+                "checked by the rules"
+            )
             ffn_width = self.ffn_width or 4 * self.width
             return ViTSpec(
                 self.width,
@@ -167,7 +183,9 @@ class LocalCropsSpec(Section):
 class CropsSpec(Section):
     """All crops; a bare number for a crop is its size."""
 
-    global_: Annotated[GlobalCropsSpec, BeforeValidator(_size_mapping)] = science(GlobalCropsSpec(), alias="global")
+    global_: Annotated[GlobalCropsSpec, BeforeValidator(_size_mapping)] = science(
+        GlobalCropsSpec(), alias="global"
+    )
     local: Annotated[LocalCropsSpec, BeforeValidator(_size_mapping)] = science(LocalCropsSpec())
     flip: float = science(0.0, ge=0.0, le=1.0)
 
@@ -395,14 +413,32 @@ def _arch_rules(loc: Loc, spec: ArchSpec) -> Iterator[Problem]:
         if getattr(spec, key) is None:
             yield (*loc, "arch"), f"arch {spec.arch!r} is a free size: it needs {key!r}"
     optional = ("patch", "ffn", "ffn_width")
-    allowed = {"vit": (*vit, *optional, "layerscale"), "convnext": (*convnext, "layerscale")}.get(spec.arch, ())
+    allowed = {"vit": (*vit, *optional, "layerscale"), "convnext": (*convnext, "layerscale")}.get(
+        spec.arch, ()
+    )
     for key in (*vit, *optional, "layerscale", *convnext):
         if key not in allowed and getattr(spec, key) is not None:
             yield (*loc, key), f"{key!r} does not apply to arch {spec.arch!r}"
-    if spec.arch == "vit" and spec.width and spec.heads and (spec.width % spec.heads or spec.width // spec.heads % 4):
-        yield (*loc, "heads"), f"width {spec.width} over {spec.heads} heads: each needs a whole multiple of 4"
-    if spec.arch == "convnext" and spec.depths and spec.widths and len(spec.depths) != len(spec.widths):
-        yield (*loc, "widths"), f"{len(spec.widths)} widths for {len(spec.depths)} depths: give one of each per stage"
+    if (
+        spec.arch == "vit"
+        and spec.width
+        and spec.heads
+        and (spec.width % spec.heads or spec.width // spec.heads % 4)
+    ):
+        yield (
+            (*loc, "heads"),
+            f"width {spec.width} over {spec.heads} heads: each needs a whole multiple of 4",
+        )
+    if (
+        spec.arch == "convnext"
+        and spec.depths
+        and spec.widths
+        and len(spec.depths) != len(spec.widths)
+    ):
+        yield (
+            (*loc, "widths"),
+            f"{len(spec.widths)} widths for {len(spec.depths)} depths: give one of each per stage",
+        )
     if spec.arch == "convnext" and spec.depths is not None and len(spec.depths) < 2:
         yield (*loc, "depths"), "a ConvNeXt needs two stages at least"
 
@@ -414,7 +450,10 @@ def _crop_rules(crops: CropsSpec, spec: ArchSpec, whose: str) -> Iterator[Proble
     for key, crop in (("global", crops.global_), ("local", crops.local)):
         if crop.size % spec.stride and (key == "global" or crops.local.count):
             near = max(spec.stride, round(crop.size / spec.stride) * spec.stride)
-            yield ("crops", key, "size"), f"{crop.size} is not a multiple of {spec.stride} ({whose}) - did you mean {near}?"
+            yield (
+                ("crops", key, "size"),
+                f"{crop.size} is not a multiple of {spec.stride} ({whose}) - did you mean {near}?",
+            )
 
 
 def _shared_rules(parts: Parts) -> Iterator[Problem]:
@@ -438,11 +477,17 @@ def _shared_rules(parts: Parts) -> Iterator[Problem]:
             yield ("engine", "processes"), f"{processes}: at least 1"
         if processes != "auto" and "schedule" in parts and processes > parts["schedule"].batch:
             batch = parts["schedule"].batch
-            yield ("schedule", "batch"), f"{batch} images for {processes} processes: at least one image each is needed"
+            yield (
+                ("schedule", "batch"),
+                f"{batch} images for {processes} processes: at least one image each is needed",
+            )
     if "data" in parts:
         for index, source in enumerate(parts["data"].sources):
             if source.path.startswith("builtin:") and source.path != "builtin:photographs":
-                yield ("data", "sources", index, "path"), f"{source.path!r}: the only built-in images are 'builtin:photographs'"
+                yield (
+                    ("data", "sources", index, "path"),
+                    f"{source.path!r}: the only built-in images are 'builtin:photographs'",
+                )
 
 
 def family_rules(parts: Parts) -> Iterator[Problem]:
@@ -452,7 +497,10 @@ def family_rules(parts: Parts) -> Iterator[Problem]:
     for index, student in parts.get("students", {}).items():
         yield from _arch_rules(("students", index), student)
         if student.label in seen:
-            yield ("students", index), f"two students are called {student.label!r}: give one a 'name'"
+            yield (
+                ("students", index),
+                f"two students are called {student.label!r}: give one a 'name'",
+            )
         if student.label == "teacher":
             yield ("students", index, "name"), "'teacher' is the teacher's name: choose another"
         seen.add(student.label)
@@ -465,7 +513,10 @@ def family_rules(parts: Parts) -> Iterator[Problem]:
         if (teacher.train is None) == (teacher.weights is None):
             yield ("teacher",), "give either 'train' (a teacher recipe) or 'weights' (a folder)"
         if teacher.heads is not None and teacher.weights is None:
-            yield ("teacher", "heads"), "'heads' goes with 'weights'; a trained teacher brings its own"
+            yield (
+                ("teacher", "heads"),
+                "'heads' goes with 'weights'; a trained teacher brings its own",
+            )
 
 
 def teacher_rules(parts: Parts) -> Iterator[Problem]:
@@ -481,7 +532,10 @@ def teacher_rules(parts: Parts) -> Iterator[Problem]:
     before: dict[str, int] = {}
     for index, stage in parts.get("stages", {}).items():
         if stage.name in before or stage.name == "family":
-            yield ("stages", index, "name"), f"{stage.name!r} is taken: stages need different names, none 'family'"
+            yield (
+                ("stages", index, "name"),
+                f"{stage.name!r} is taken: stages need different names, none 'family'",
+            )
         if stage.gram is not None:
             yield from _gram_rules(("stages", index, "gram", "teacher"), stage.gram.teacher, before)
         before[stage.name] = stage.steps
@@ -494,7 +548,10 @@ def _gram_rules(loc: Loc, moment: str, before: Mapping[str, int]) -> Iterator[Pr
         return
     name, step = match[1], int(match[2])
     if name not in before:
-        yield loc, f"{moment!r}: {name!r} is not an earlier stage (earlier: {', '.join(before) or 'none'})"
+        yield (
+            loc,
+            f"{moment!r}: {name!r} is not an earlier stage (earlier: {', '.join(before) or 'none'})",
+        )
     elif not 1 <= step <= before[name]:
         yield loc, f"{moment!r}: stage {name!r} has steps 1 to {before[name]}"
 

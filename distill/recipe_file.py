@@ -1,7 +1,8 @@
 """YAML to recipe, with every problem at once, each at its line and column.
 
-YAML 1.2 by ruamel: ``2e-4`` is a number, ``off`` is text, and a repeated key is an error instead of a silent last-one-wins. Fields are checked part
-by part, so that rules across keys still run on everything that is valid on its own.
+YAML 1.2 by ruamel: ``2e-4`` is a number, ``off`` is text, and a repeated key is an error instead of
+a silent last-one-wins. Fields are checked part by part, so that rules across keys still run on
+everything that is valid on its own.
 """
 
 import difflib
@@ -72,13 +73,16 @@ def load_job(recipe: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Teache
         RecipeError: every problem of both files.
     """
     own = [text for text in overrides if not text.startswith(TEACHER_PREFIX)]
-    for_teacher = [text.removeprefix(TEACHER_PREFIX) for text in overrides if text.startswith(TEACHER_PREFIX)]
+    for_teacher = [
+        text.removeprefix(TEACHER_PREFIX) for text in overrides if text.startswith(TEACHER_PREFIX)
+    ]
     path = find_recipe(recipe)
     loaded = load_recipe(path, own)
     if not isinstance(loaded, FamilyRecipe) or loaded.teacher.train is None:
         if for_teacher:
             raise RecipeError(
-                f"{TEACHER_PREFIX}{for_teacher[0]}: this recipe trains no teacher", fix="Drop the override."
+                f"{TEACHER_PREFIX}{for_teacher[0]}: this recipe trains no teacher",
+                fix="Drop the override.",
             )
         return loaded, None
     teacher_path = path.parent / loaded.teacher.train
@@ -89,7 +93,10 @@ def load_job(recipe: str, overrides: Sequence[str] = ()) -> tuple[Recipe, Teache
         )
     teacher = load_recipe(teacher_path, for_teacher)
     if not isinstance(teacher, TeacherRecipe):
-        raise RecipeError(f"{teacher_path}: teacher.train must name a recipe with stages", fix="Use a teacher recipe.")
+        raise RecipeError(
+            f"{teacher_path}: teacher.train must name a recipe with stages",
+            fix="Use a teacher recipe.",
+        )
     return loaded, teacher
 
 
@@ -105,7 +112,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     checked, found = _check(kind, document.values)
     problems += found
     if problems or checked is None:
-        raise RecipeError(_render(document, problems), fix="Correct the lines above; nothing was started.")
+        raise RecipeError(
+            _render(document, problems), fix="Correct the lines above; nothing was started."
+        )
     return checked
 
 
@@ -113,7 +122,9 @@ def resolved_yaml(recipe: str, overrides: Sequence[str], loaded: Recipe) -> str:
     """The recipe with every default written out and, behind each value, where it came from."""
     document = _read(find_recipe(recipe))
     _apply_overrides(document, overrides)
-    tree = _commented(loaded.model_dump(mode="json", by_alias=True, exclude_none=True), (), document)
+    tree = _commented(
+        loaded.model_dump(mode="json", by_alias=True, exclude_none=True), (), document
+    )
     stream = io.StringIO()
     YAML().dump(tree, stream)
     return stream.getvalue()
@@ -125,11 +136,15 @@ def _commented(value: Any, loc: Loc, document: Document) -> Any:
         for key, entry in value.items():
             here = (*loc, key)
             node[key] = _commented(entry, here, document)
-            if not isinstance(entry, dict | list) or (isinstance(entry, list) and node[key].fa.flow_style()):
+            if not isinstance(entry, dict | list) or (
+                isinstance(entry, list) and node[key].fa.flow_style()
+            ):
                 node.yaml_add_eol_comment(_origin(here, document), key)
         return node
     if isinstance(value, list):
-        items = CommentedSeq(_commented(entry, (*loc, i), document) for i, entry in enumerate(value))
+        items = CommentedSeq(
+            _commented(entry, (*loc, i), document) for i, entry in enumerate(value)
+        )
         if not any(isinstance(entry, dict | list) for entry in value):
             items.fa.set_flow_style()
         return items
@@ -140,12 +155,14 @@ def _origin(loc: Loc, document: Document) -> str:
     prefixes = [loc[:length] for length in range(len(loc), 0, -1)]
     if any(prefix in document.overridden for prefix in prefixes):
         return OVERRIDE
-    scalar_parent = any(prefix in document.places and _is_scalar(document, prefix) for prefix in prefixes)
+    scalar_parent = any(
+        prefix in document.places and _is_scalar(document, prefix) for prefix in prefixes
+    )
     return "recipe" if loc in document.places or scalar_parent else "default"
 
 
 def _is_scalar(document: Document, loc: Loc) -> bool:
-    node = document.values
+    node: Any = document.values
     for key in loc:
         node = node[key]
     return not isinstance(node, dict | list)
@@ -157,7 +174,9 @@ def _read(path: Path) -> Document:
     try:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"{path}: cannot be read as text ({error})", fix="Give a UTF-8 YAML file.") from error
+        raise RecipeError(
+            f"{path}: cannot be read as text ({error})", fix="Give a UTF-8 YAML file."
+        ) from error
     try:
         tree = YAML().load(text)
     except MarkedYAMLError as error:
@@ -166,9 +185,14 @@ def _read(path: Path) -> Document:
         message = f"{path.name}{where}: {str(error.problem).splitlines()[0]}"
         raise RecipeError(message, fix="Correct the YAML at that line.") from error
     except (YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path.name}: not YAML ({str(error).splitlines()[0]})", fix="Correct the file.") from error
+        raise RecipeError(
+            f"{path.name}: not YAML ({str(error).splitlines()[0]})", fix="Correct the file."
+        ) from error
     if not isinstance(tree, CommentedMap):
-        raise RecipeError(f"{path.name}:1:1: a recipe is a mapping of keys to values", fix="Start from `distill recipes copy`.")
+        raise RecipeError(
+            f"{path.name}:1:1: a recipe is a mapping of keys to values",
+            fix="Start from `distill recipes copy`.",
+        )
     places: dict[Loc, tuple[int, int]] = {}
     values = _plain(tree, (), places)
     return Document(path.name, tuple(text.splitlines()), values, places, frozenset())
@@ -178,7 +202,11 @@ def _plain(node: Any, loc: Loc, places: dict[Loc, tuple[int, int]]) -> Any:
     """The tree as dicts, lists and scalars, noting the line and column (from 0) of every value."""
     if isinstance(node, CommentedMap):
         for key in node:
-            position = node.lc.value(key) if not isinstance(node[key], CommentedMap | CommentedSeq) else node.lc.key(key)
+            position = (
+                node.lc.value(key)
+                if not isinstance(node[key], CommentedMap | CommentedSeq)
+                else node.lc.key(key)
+            )
             places[(*loc, key)] = position
             places[(*loc, key, "<key>")] = node.lc.key(key)
         return {key: _plain(value, (*loc, key), places) for key, value in node.items()}
@@ -217,7 +245,10 @@ def _apply_overrides(document: Document, overrides: Sequence[str]) -> list[Probl
                 node = None
                 break
         last = loc[-1]
-        if isinstance(node, dict) or (isinstance(node, list) and isinstance(last, int) and last < len(node)):
+        if isinstance(node, dict):
+            node[last] = value
+            touched.add(loc)
+        elif isinstance(node, list) and isinstance(last, int) and last < len(node):
             node[last] = value
             touched.add(loc)
         else:
@@ -237,7 +268,9 @@ def _kind(document: Document) -> type[FamilyRecipe] | type[TeacherRecipe]:
     return FamilyRecipe if is_family else TeacherRecipe
 
 
-def _check(kind: type[FamilyRecipe] | type[TeacherRecipe], values: dict[str, Any]) -> tuple[Recipe | None, list[Problem]]:
+def _check(
+    kind: type[FamilyRecipe] | type[TeacherRecipe], values: dict[str, Any]
+) -> tuple[Recipe | None, list[Problem]]:
     """The recipe if all is well, and otherwise the problems of fields and, over what validated, of the rules."""
     problems: list[Problem] = []
     recipe: Recipe | None = None
@@ -292,7 +325,9 @@ def _explain(kind: type[Section], loc: Loc, entry: Any) -> Problem:
     message, value = str(entry["msg"]), entry["input"]
     if entry["type"] == "extra_forbidden":
         section = _section_at(kind, loc[:-1])
-        known = [field.alias or name for name, field in section.model_fields.items()] if section else []
+        known = (
+            [field.alias or name for name, field in section.model_fields.items()] if section else []
+        )
         close = difflib.get_close_matches(str(loc[-1]), known, n=1)
         hint = f" - did you mean {close[0]!r}?" if close else f" - known here: {', '.join(known)}"
         return (*loc, "<key>"), f"unknown key {_dotted(loc)!r}{hint}"
@@ -312,7 +347,9 @@ def _section_at(kind: Any, loc: Loc) -> type[Section] | None:
         section = _as_section(current)
         if section is None:
             return None
-        matches = [field for name, field in section.model_fields.items() if (field.alias or name) == key]
+        matches = [
+            field for name, field in section.model_fields.items() if (field.alias or name) == key
+        ]
         if not matches:
             return None
         current = matches[0].annotation
@@ -343,7 +380,9 @@ def _render(document: Document, problems: Sequence[Problem]) -> str:
         if any(loc[:length] in document.overridden for length in range(1, len(loc) + 1)):
             placed.append(((1 << 30, 1), f"override {_dotted(loc)!r}: {message}"))
             continue
-        known = [loc[:length] for length in range(len(loc), 0, -1) if loc[:length] in document.places]
+        known = [
+            loc[:length] for length in range(len(loc), 0, -1) if loc[:length] in document.places
+        ]
         line, column = document.places[known[0]] if known else (0, 0)
         what = message if message.startswith("unknown key") else f"{_dotted(loc)}: {message}"
         text = f"{document.label}:{line + 1}:{column + 1}: {what}"
@@ -369,7 +408,9 @@ def copy_recipe(recipe: str, target: Path) -> list[Path]:
         copies[target.parent / loaded.teacher.train] = source.parent / loaded.teacher.train
     for path in copies:
         if path.exists():
-            raise RecipeError(f"{path}: exists already", fix="Choose another name; nothing was written.")
+            raise RecipeError(
+                f"{path}: exists already", fix="Choose another name; nothing was written."
+            )
     for path, original in copies.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(original.read_text())

@@ -1,7 +1,8 @@
 """Numbers out of the loop at the logging interval, and the answer to "save? stop?" that all ranks share.
 
-Between intervals nothing is read from the device and nothing is sent. At an interval each network's group averages its numbers (one
-all-reduce), and the world agrees on one small vector: stop asked for, save due, worst loader wait.
+Between intervals nothing is read from the device and nothing is sent. At an interval each network's
+group averages its numbers (one all-reduce), and the world agrees on one small vector: stop asked
+for, save due, worst loader wait.
 """
 
 import time
@@ -54,7 +55,12 @@ class Recorder:
         resume_command: str,
         device: torch.device,
     ) -> None:
-        self._run_folder, self._world_rank, self._stop_asked, self._device = run_folder, world_rank, stop_asked, device
+        self._run_folder, self._world_rank, self._stop_asked, self._device = (
+            run_folder,
+            world_rank,
+            stop_asked,
+            device,
+        )
         self._save_every_s, self._save_every_steps = save_every_s, save_every_steps
         self._file = StatusFile(run_folder)
         previous = self._file.read() if world_rank == 0 else None
@@ -76,10 +82,20 @@ class Recorder:
         names = [p.name for p in self.status.phases]
         for pupil in phase.pupils:
             if pupil.placement.first_rank == self._world_rank:
-                drop_after(self._run_folder, pupil.name, phases=names, phase=phase.name, step=start_step)
+                drop_after(
+                    self._run_folder, pupil.name, phases=names, phase=phase.name, step=start_step
+                )
                 self._writers[pupil.name] = MetricsWriter(self._run_folder, pupil.name)
-        networks = {p.name: NetworkStatus(tuple(p.world_ranks), "training") for p in phase.plan.placements}
-        self.show("training", phase=phase.name, step=start_step, networks=networks, phase_started_unix=time.time())
+        networks = {
+            p.name: NetworkStatus(tuple(p.world_ranks), "training") for p in phase.plan.placements
+        }
+        self.show(
+            "training",
+            phase=phase.name,
+            step=start_step,
+            networks=networks,
+            phase_started_unix=time.time(),
+        )
         self._phase_start_step = self._interval_step = start_step
         self._phase_started = self._interval_started = time.monotonic()
         self._marks = self._read_clocks(phase)
@@ -102,7 +118,9 @@ class Recorder:
         elapsed = max(1e-9, time.monotonic() - self._interval_started)
         num_steps = step - self._interval_step
         clocks = self._read_clocks(phase)
-        loader_s, exchange_s = (now - before for now, before in zip(clocks, self._marks, strict=True))
+        loader_s, exchange_s = (
+            now - before for now, before in zip(clocks, self._marks, strict=True)
+        )
         images_per_s = num_steps * phase.plan.images_global / elapsed
         for pupil in phase.pupils:
             values = pupil.read_metrics(wait=exchange_s / elapsed)
@@ -120,7 +138,7 @@ class Recorder:
                     terms=values,
                 )
                 self._writers[pupil.name].write(row)
-        wishes, loader_wait = self._agree(phase, step, loader_s / elapsed)
+        wishes, loader_wait = self._agree(step, loader_s / elapsed)
         self._images_seen += num_steps * phase.plan.images_global
         done = work_done(self.status.phases, phase.name, step)
         before = work_done(self.status.phases, phase.name, self._phase_start_step)
@@ -151,11 +169,16 @@ class Recorder:
     def _read_clocks(self, phase: "Phase") -> tuple[float, float]:
         return phase.loader.wait_s, phase.exchange.wait_s
 
-    def _agree(self, phase: "Phase", step: int, loader_wait: float) -> tuple[Wishes, float]:
+    def _agree(self, step: int, loader_wait: float) -> tuple[Wishes, float]:
         """Collective over the world: one all-reduce of three numbers."""
         due = self._save_every_steps is not None and step % self._save_every_steps < LOG_EVERY
-        due |= self._save_every_s is not None and time.monotonic() - self._last_save >= self._save_every_s
-        asks = torch.tensor([self._stop_asked(), due and self._world_rank == 0, loader_wait], device=self._device)
+        due |= (
+            self._save_every_s is not None
+            and time.monotonic() - self._last_save >= self._save_every_s
+        )
+        asks = torch.tensor(
+            [self._stop_asked(), due and self._world_rank == 0, loader_wait], device=self._device
+        )
         dist.all_reduce(asks, op=dist.ReduceOp.MAX)
         stop, save, worst = asks.tolist()
         return Wishes(save=bool(save), stop=bool(stop)), worst

@@ -12,14 +12,21 @@ from distill.record import Recorder
 if TYPE_CHECKING:
     from distill.loop import Phase
 
-ANCHOR_FILE = "gram-anchor"  # not a legal network name: those have no file of this name in a checkpoint
+ANCHOR_FILE = (
+    "gram-anchor"  # not a legal network name: those have no file of this name in a checkpoint
+)
 
 
 class Saver:
     """Writes checkpoints of one run."""
 
     def __init__(self, folder: Path, recipe_hash: str, keep: int, recorder: Recorder) -> None:
-        self._folder, self._recipe_hash, self._keep, self._recorder = folder, recipe_hash, keep, recorder
+        self._folder, self._recipe_hash, self._keep, self._recorder = (
+            folder,
+            recipe_hash,
+            keep,
+            recorder,
+        )
 
     def save(self, phase: "Phase", step: int) -> None:
         """Saves every network after ``step`` finished steps. Collective over the world: gathers per group, one barrier."""
@@ -30,7 +37,9 @@ class Saver:
             if pupil.placement.first_rank == phase.world_rank:
                 checkpoint.write_tensors(staging / f"{pupil.name}.safetensors", state)
         if phase.world_rank == 0 and phase.teacher.anchor is not None:
-            checkpoint.write_tensors(staging / f"{ANCHOR_FILE}.safetensors", phase.teacher.anchor.backbone.state_dict())
+            checkpoint.write_tensors(
+                staging / f"{ANCHOR_FILE}.safetensors", phase.teacher.anchor.backbone.state_dict()
+            )
         dist.barrier()
         if phase.world_rank == 0:
             path = checkpoint.commit(self._folder, phase.name, step, self._recipe_hash, self._keep)

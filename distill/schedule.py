@@ -11,7 +11,8 @@ SQRT_RULE_IMAGES = 1024
 def learning_rate(lr: LrSpec, step: int, num_steps: int, images_global: int) -> float:
     """Linear warm-up to the peak, then constant or a cosine to ``end`` at the last step.
 
-    ``scale: sqrt_1024`` multiplies by 4 * sqrt(images_global / 1024), the rule of the released configurations.
+    ``scale: sqrt_1024`` multiplies by 4 * sqrt(images_global / 1024), the rule of the released
+    configurations.
     """
     scale = 4.0 * math.sqrt(images_global / SQRT_RULE_IMAGES) if lr.scale == "sqrt_1024" else 1.0
     if step < lr.warmup:
@@ -19,7 +20,9 @@ def learning_rate(lr: LrSpec, step: int, num_steps: int, images_global: int) -> 
     if lr.decay == "constant":
         return scale * lr.peak
     progress = (step - lr.warmup) / max(1, num_steps - 1 - lr.warmup)
-    return scale * (lr.end + (lr.peak - lr.end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress))))
+    return scale * (
+        lr.end + (lr.peak - lr.end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    )
 
 
 def teacher_temperature(schedule: ScheduleSpec, step: int) -> float:

@@ -1,10 +1,11 @@
 """What one rank does from start to end: join the others, run the phases, write the results.
 
     teacher recipe: its stages, then the teacher folder
-    family recipe:  the teacher's stages where it is to be trained, then the family phase, then the students' folders
+    family recipe:  the teacher's stages where it is to be trained, then the family phase, then the
+    students' folders
 
-The run folder is prepared before (``distill.prepare``): indices and the resolved recipe are there. A checkpoint says in which phase and at
-which step to go on; phases before it are not repeated.
+The run folder is prepared before (``distill.prepare``): indices and the resolved recipe are there.
+A checkpoint says in which phase and at which step to go on; phases before it are not repeated.
 """
 
 import gc
@@ -46,7 +47,9 @@ from distill.record import Recorder
 from distill.saver import Saver, restore, saved_anchor
 from students.catalog import BackboneSpec
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)  # longer than any save or first step here; a dead peer fails at once
+COLLECTIVE_TIMEOUT = timedelta(
+    minutes=10
+)  # longer than any save or first step here; a dead peer fails at once
 FAMILY_PHASE = "family"
 FAILURE_FILE = "failure.json"
 
@@ -62,7 +65,7 @@ class StopFlag:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._raise_flag)
 
-    def _raise_flag(self, number: int, frame: object) -> None:
+    def _raise_flag(self, *_: object) -> None:
         self.is_set = True
 
 
@@ -95,7 +98,10 @@ def work(run_folder: str) -> None:
 def _device(job: Job) -> torch.device:
     wanted = job.recipe.engine.device
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise SetupError("engine.device = cuda: no CUDA device on this machine", fix="Write `device: auto` or `device: cpu`.")
+        raise SetupError(
+            "engine.device = cuda: no CUDA device on this machine",
+            fix="Write `device: auto` or `device: cpu`.",
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -152,7 +158,11 @@ class _Run:
         """Every phase that is not finished yet, then the results; returns early after a stop that was saved."""
         order = [phase.name for phase in self.recorder.status.phases]
         reached = order.index(self.saved[1].phase) if self.saved else 0
-        if self.teacher_recipe is not None and order[reached] != FAMILY_PHASE and not self._pretrain(order[reached:]):
+        if (
+            self.teacher_recipe is not None
+            and order[reached] != FAMILY_PHASE
+            and not self._pretrain(order[reached:])
+        ):
             return self._stopped()
         if self.family is not None and not self._train_family():
             return self._stopped()
@@ -195,7 +205,15 @@ class _Run:
             write_json(self.job.run_folder / "plan.json", plan.to_json())
         index = ImageIndex.load(self.job.run_folder / "data" / "train.npz")
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
-        phase = family_phase(recipe, FAMILY_PHASE, plan, groups, Site(self.device, self.job.run_folder, index), teacher, shape)
+        phase = family_phase(
+            recipe,
+            FAMILY_PHASE,
+            plan,
+            groups,
+            Site(self.device, self.job.run_folder, index),
+            teacher,
+            shape,
+        )
         resumed = self.saved if self.saved and self.saved[1].phase == FAMILY_PHASE else None
         if resumed:
             restore(phase, resumed[0])
@@ -213,7 +231,12 @@ class _Run:
         self.recorder.finish_phase()
         phase.loader.close()
         if self.rank == 0:
-            note_time(self.job.run_folder, phase.name, time.monotonic() - started, self.recorder.take_images())
+            note_time(
+                self.job.run_folder,
+                phase.name,
+                time.monotonic() - started,
+                self.recorder.take_images(),
+            )
         gc.collect()
         return finished
 
@@ -221,7 +244,12 @@ class _Run:
         recipe = self.teacher_recipe
         assert recipe is not None, "a teacher folder without a teacher recipe"
         steps = sum(stage.steps for stage in recipe.stages)
-        facts = ExportFacts(recipe.crops.global_.size, recipe.data.mean, recipe.data.std, self._provenance(recipe, steps))
+        facts = ExportFacts(
+            recipe.crops.global_.size,
+            recipe.data.mean,
+            recipe.data.std,
+            self._provenance(recipe, steps),
+        )
         folder = self.job.run_folder / "teacher"
         write_heads(folder / "heads.safetensors", weights)
         write_backbone(folder, _backbone_only(weights), spec, facts)
@@ -231,7 +259,9 @@ class _Run:
         specs = {student.label: student.backbone_spec() for student in recipe.students}
         provenance = self._provenance(recipe, phase.num_steps)
         provenance["teacher_fingerprint"] = fingerprint(phase.teacher.backbone.state_dict())
-        facts = ExportFacts(recipe.crops.global_.size, recipe.data.mean, recipe.data.std, provenance)
+        facts = ExportFacts(
+            recipe.crops.global_.size, recipe.data.mean, recipe.data.std, provenance
+        )
         for pupil in phase.pupils:
             engine: Engine = pupil.engine
             weights = engine.full("ema")
@@ -241,11 +271,20 @@ class _Run:
         dist.barrier()
 
     def _provenance(self, recipe: FamilyRecipe | TeacherRecipe, steps: int) -> dict[str, object]:
-        return {"recipe": recipe.name, "recipe_hash": recipe_hash(recipe), "steps": steps, "data": self.job.data_fingerprint}
+        return {
+            "recipe": recipe.name,
+            "recipe_hash": recipe_hash(recipe),
+            "steps": steps,
+            "data": self.job.data_fingerprint,
+        }
 
 
 def _backbone_only(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name.removeprefix("backbone."): tensor for name, tensor in weights.items() if name.startswith("backbone.")}
+    return {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in weights.items()
+        if name.startswith("backbone.")
+    }
 
 
 def note_time(run_folder: Path, phase: str, seconds: float, num_images: int) -> None:
@@ -268,9 +307,8 @@ def _write_failure(run_folder: Path, error: BaseException) -> None:
         "exit_code": error.exit_code if isinstance(error, UserError) else 1,
         "traceback": traceback.format_exc(),
     }
-    with suppress(FileExistsError):
-        with (run_folder / FAILURE_FILE).open("x") as file:
-            json.dump(facts, file, indent=2)
+    with suppress(FileExistsError), (run_folder / FAILURE_FILE).open("x") as file:
+        json.dump(facts, file, indent=2)
 
 
 def read_failure(run_folder: Path) -> UserError | None:
@@ -279,6 +317,9 @@ def read_failure(run_folder: Path) -> UserError | None:
     if not path.is_file():
         return None
     facts = json.loads(path.read_text())
-    error = UserError(facts["message"], fix=facts["fix"] or f"The traceback is in {path}; the same command resumes.")
+    error = UserError(
+        facts["message"],
+        fix=facts["fix"] or f"The traceback is in {path}; the same command resumes.",
+    )
     error.exit_code = facts["exit_code"]
     return error

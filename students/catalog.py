@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from students.convnext import NORM_EPS as CONVNEXT_NORM_EPS
 from students.convnext import ConvNeXt, ConvNeXtSpec, init_convnext_
 from teacher.rope import ROPE_BASE
-from teacher.vit import NORM_EPS, ViT, ViTSpec, init_vit_
+from teacher.vit import NORM_EPS as VIT_NORM_EPS
+from teacher.vit import ViT, ViTSpec, init_vit_
 
 BackboneSpec = ViTSpec | ConvNeXtSpec
 
@@ -45,7 +47,9 @@ def init_weights_(backbone: nn.Module, generator: torch.Generator) -> None:
     elif isinstance(backbone, ConvNeXt):
         init_convnext_(backbone, generator)
     else:
-        raise ValueError(f"{type(backbone).__name__}: only ViT and ConvNeXt have a known initialisation")
+        raise ValueError(
+            f"{type(backbone).__name__}: only ViT and ConvNeXt have a known initialisation"
+        )
 
 
 def count_parameters(spec: BackboneSpec) -> int:
@@ -55,8 +59,18 @@ def count_parameters(spec: BackboneSpec) -> int:
 
 
 def hf_config(spec: BackboneSpec) -> dict[str, Any]:
-    """``config.json`` of a Hugging Face folder for this shape; loads in transformers 4.57 and 5.x."""
-    shared = {"image_size": 224, "num_channels": spec.in_channels, "drop_path_rate": 0.0, "initializer_range": 0.02}
+    """``config.json`` of a Hugging Face folder for this shape; loads in transformers 4.57 and 5.x.
+
+    Everything of the spec but ``untie_local_norm`` is in it: that norm acts in training only and is
+    not exported. ``layerscale_value`` is the value this network starts from, where the published
+    ViT files say 1.0; loading weights overrides either.
+    """
+    shared: dict[str, Any] = {
+        "image_size": 224,
+        "num_channels": spec.in_channels,
+        "drop_path_rate": 0.0,
+        "initializer_range": 0.02,
+    }
     shared |= {"dtype": "float32", "transformers_version": "4.57.3"}
     if isinstance(spec, ConvNeXtSpec):
         return {
@@ -65,7 +79,7 @@ def hf_config(spec: BackboneSpec) -> dict[str, Any]:
             "depths": list(spec.depths),
             "hidden_sizes": list(spec.widths),
             "hidden_act": "gelu",
-            "layer_norm_eps": 1e-6,
+            "layer_norm_eps": CONVNEXT_NORM_EPS,
             "layer_scale_init_value": spec.layerscale_init,
             **shared,
         }
@@ -86,8 +100,8 @@ def hf_config(spec: BackboneSpec) -> dict[str, Any]:
         "value_bias": spec.qv_bias,
         "proj_bias": True,
         "mlp_bias": True,
-        "layer_norm_eps": NORM_EPS,
-        "layerscale_value": 1.0,
+        "layer_norm_eps": VIT_NORM_EPS,
+        "layerscale_value": spec.layerscale_init,
         "rope_theta": ROPE_BASE,
         "attention_dropout": 0.0,
         "pos_embed_shift": None,
@@ -98,39 +112,68 @@ def hf_config(spec: BackboneSpec) -> dict[str, Any]:
 
 
 def spec_from_hf_config(config: Mapping[str, Any]) -> BackboneSpec:
-    """The shape that a ``config.json`` describes.
+    """The shape that a ``config.json`` describes; the inverse of ``hf_config``.
 
     Raises:
-        ValueError: the model type is another one, or a value asks for something these networks do not do.
+        ValueError: the model type is another one, a key is missing, or a value asks for something
+            these networks do not do.
     """
     kind = config.get("model_type")
     if kind == "dinov3_convnext":
-        return ConvNeXtSpec(tuple(config["depths"]), tuple(config["hidden_sizes"]), config["num_channels"])
+        _require(config, {"hidden_act": "gelu", "layer_norm_eps": CONVNEXT_NORM_EPS})
+        return ConvNeXtSpec(
+            depths=tuple(_read(config, "depths")),
+            widths=tuple(_read(config, "hidden_sizes")),
+            in_channels=_read_int(config, "num_channels"),
+            layerscale_init=_read(config, "layer_scale_init_value"),
+        )
     if kind != "dinov3_vit":
         raise ValueError(f"model_type = {kind!r}: must be dinov3_vit or dinov3_convnext")
-    is_gated = config["use_gated_mlp"]
-    fixed = {
-        "key_bias": False,
-        "proj_bias": True,
-        "mlp_bias": True,
-        "hidden_act": "silu" if is_gated else "gelu",
-        "rope_theta": ROPE_BASE,
-        "value_bias": config["query_bias"],
-    }
-    for key, wanted in fixed.items():
-        if config[key] != wanted:
-            raise ValueError(f"{key} = {config[key]!r}: must be {wanted!r} for this network")
-    return ViTSpec(
-        width=config["hidden_size"],
-        depth=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        ffn_width=config["intermediate_size"],
-        patch=config["patch_size"],
-        ffn="swiglu" if is_gated else "mlp",
-        qv_bias=config["query_bias"],
-        registers=config["num_register_tokens"],
-        in_channels=config["num_channels"],
+    is_gated = _read(config, "use_gated_mlp")
+    has_bias = _read(config, "query_bias")
+    _require(
+        config,
+        {
+            "key_bias": False,
+            "value_bias": has_bias,
+            "proj_bias": True,
+            "mlp_bias": True,
+            "hidden_act": "silu" if is_gated else "gelu",
+            "layer_norm_eps": VIT_NORM_EPS,
+            "rope_theta": ROPE_BASE,
+        },
     )
+    return ViTSpec(
+        width=_read_int(config, "hidden_size"),
+        depth=_read_int(config, "num_hidden_layers"),
+        heads=_read_int(config, "num_attention_heads"),
+        ffn_width=_read_int(config, "intermediate_size"),
+        patch=_read_int(config, "patch_size"),
+        ffn="swiglu" if is_gated else "mlp",
+        qv_bias=has_bias,
+        registers=_read_int(config, "num_register_tokens"),
+        in_channels=_read_int(config, "num_channels"),
+        layerscale_init=_read(config, "layerscale_value"),
+    )
+
+
+def _read(config: Mapping[str, Any], key: str) -> Any:
+    if key not in config:
+        raise ValueError(f"{key}: missing from config.json; save it with transformers 4.57 or 5.x")
+    return config[key]
+
+
+def _read_int(config: Mapping[str, Any], key: str) -> int:
+    value = _read(config, key)
+    if not isinstance(value, int):
+        raise ValueError(f"{key} = {value!r}: must be one whole number")
+    return value
+
+
+def _require(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    for key, value in wanted.items():
+        if _read(config, key) != value:
+            raise ValueError(f"{key} = {config[key]!r}: must be {value!r} for this network")
 
 
 def preprocessor_config(size: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """ConvNeXt as a student: four-by-four stem, depthwise blocks, and a class feature made by pooling.
 
-The class feature is the mean over the last map; it and the patches share the final norm. Parameter names are the flat names of the
-published Hugging Face files. Source: Liu et al. 2022; DINOv3 report, section 6 (ConvNeXt students).
+The class feature is the mean over the last map; it and the patches share the final norm. Parameter
+names are the flat names of the published Hugging Face files. Source: Liu et al. 2022; DINOv3
+report, section 6 (ConvNeXt students).
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ class ConvNeXtSpec:
             raise ValueError(
                 f"depths {list(self.depths)} and widths {list(self.widths)}: need one of each per stage, two stages at least"
             )
+        if min(*self.depths, *self.widths, self.in_channels) < 1:
+            raise ValueError(f"{self}: every size must be at least 1")
 
     @property
     def width(self) -> int:
@@ -41,7 +44,7 @@ class ConvNeXtSpec:
     @property
     def stride(self) -> int:
         """Pixels per side of one patch of the last map."""
-        return STEM * 2 ** (len(self.depths) - 1)
+        return int(STEM * 2 ** (len(self.depths) - 1))
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -62,8 +65,12 @@ class ConvNeXtBlock(nn.Module):
         self.pointwise_conv1 = nn.Linear(width, 4 * width)
         self.pointwise_conv2 = nn.Linear(4 * width, width)
 
-    def forward(self, image: Float[Tensor, "rows channels height width"]) -> Float[Tensor, "rows channels height width"]:
-        pixels = self.layer_norm(self.depthwise_conv(image).permute(0, 2, 3, 1))  # [rows, height, width, channels]
+    def forward(
+        self, image: Float[Tensor, "rows channels height width"]
+    ) -> Float[Tensor, "rows channels height width"]:
+        pixels = self.layer_norm(
+            self.depthwise_conv(image).permute(0, 2, 3, 1)
+        )  # [rows, height, width, channels]
         pixels = self.gamma * self.pointwise_conv2(F.gelu(self.pointwise_conv1(pixels)))
         return image + pixels.permute(0, 3, 1, 2)
 
@@ -90,14 +97,19 @@ class ConvNeXt(nn.Module):
         self.spec, self.width, self.stride = spec, spec.width, spec.stride
         first = spec.widths[0]
         downsamples = [
-            nn.ModuleList([nn.Conv2d(spec.in_channels, first, STEM, STEM), ChannelNorm(first, eps=NORM_EPS)]),
+            nn.ModuleList(
+                [nn.Conv2d(spec.in_channels, first, STEM, STEM), ChannelNorm(first, eps=NORM_EPS)]
+            ),
             *(
                 nn.ModuleList([ChannelNorm(before, eps=NORM_EPS), nn.Conv2d(before, after, 2, 2)])
                 for before, after in pairwise(spec.widths)
             ),
         ]
         self.stages = nn.ModuleList(
-            Stage(downsample, nn.ModuleList(ConvNeXtBlock(width, spec.layerscale_init) for _ in range(depth)))
+            Stage(
+                downsample,
+                nn.ModuleList(ConvNeXtBlock(width, spec.layerscale_init) for _ in range(depth)),
+            )
             for downsample, width, depth in zip(downsamples, spec.widths, spec.depths, strict=True)
         )
         self.layer_norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
@@ -116,10 +128,14 @@ class ConvNeXt(nn.Module):
             ValueError: masks are given, or a side is not a multiple of the stride.
         """
         if masks is not None:
-            raise ValueError("a ConvNeXt has no mask token: it cannot be pretrained with masked input")
+            raise ValueError(
+                "a ConvNeXt has no mask token: it cannot be pretrained with masked input"
+            )
         height, width = pixels.shape[2:]
         if height % self.stride or width % self.stride:
-            raise ValueError(f"crop of {height} x {width} px: sides must be multiples of the stride, {self.stride}")
+            raise ValueError(
+                f"crop of {height} x {width} px: sides must be multiples of the stride, {self.stride}"
+            )
         image = pixels
         for stage in self.stages:
             image = stage(image)

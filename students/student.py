@@ -30,7 +30,9 @@ def student_heads(
     width: int, dino: HeadShape, ibot: HeadShape, dino_hidden: int, ibot_hidden: int
 ) -> tuple[HeadShape, HeadShape]:
     """Head shapes of a student: its own input and hidden widths, the teacher's bottlenecks and prototype counts."""
-    return replace(dino, width=width, hidden=dino_hidden), replace(ibot, width=width, hidden=ibot_hidden)
+    return replace(dino, width=width, hidden=dino_hidden), replace(
+        ibot, width=width, hidden=ibot_hidden
+    )
 
 
 def grid_of(spec: BackboneSpec, size: int) -> tuple[int, int]:

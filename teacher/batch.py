@@ -12,7 +12,8 @@ Legend (one word, one meaning, everywhere):
     bottleneck   L2-normalised head output, what travels instead of logits
     prototypes   rows of a head's last layer
 
-Pixels stay uint8 until they reach the device that uses them; ``normalise`` is the one place that turns them into floats.
+Pixels stay uint8 until they reach the device that uses them; ``normalise`` is the one place that
+turns them into floats.
 """
 
 from collections.abc import Sequence
@@ -59,7 +60,8 @@ class TeacherTargets:
 class LessonBatch:
     """Everything one student rank needs for its slice of one step.
 
-    ``masks`` lie on the teacher's grid ``grid_hw``; ``start`` is the slice's first position in the global batch.
+    ``masks`` lie on the teacher's grid ``grid_hw``; ``start`` is the slice's first position in the
+    global batch.
     """
 
     crops: CropBatch

@@ -1,8 +1,10 @@
 """A frozen network as a source of targets: crops in, bottlenecks out, in micro-batches of one fixed shape.
 
-The fixed shape (a padded last micro-batch) makes each image's targets independent of how many images a rank was given, so any
-division of the batch gives the same bits. Only what travels is computed: class bottlenecks, and iBOT bottlenecks of masked patches.
-The same class serves the frozen teacher of a family and the EMA network of pretraining, whose weights are replaced every step.
+The fixed shape (a padded last micro-batch) makes each image's targets independent of how many
+images a rank was given, so any division of the batch gives the same bits. Only what travels is
+computed: class bottlenecks, and iBOT bottlenecks of masked patches. The same class serves the
+frozen teacher of a family and the EMA network of pretraining, whose weights are replaced every
+step.
 """
 
 from dataclasses import dataclass
@@ -72,22 +74,28 @@ class FrozenTeacher(nn.Module):
             wanted = masks[start:stop].flatten().nonzero().squeeze(1)
             patch_rows.append(features.patch_tokens.flatten(0, 1).index_select(0, wanted))
         if not class_rows:
-            return self._nothing(crops)
+            return self._nothing()
         return TeacherTargets(
             class_bottleneck=torch.cat(class_rows).unflatten(0, (num_images, 2)),
             patch_bottleneck=self._ibot_bottleneck(torch.cat(patch_rows)),
             anchor_patches=self._anchor_patches(crops.anchor_crops),
         )
 
-    def _forward(self, backbone: nn.Module, crops: UInt8[Tensor, "images 2 3 height width"]) -> Features:
+    def _forward(
+        self, backbone: nn.Module, crops: UInt8[Tensor, "images 2 3 height width"]
+    ) -> Features:
         missing = self.micro_images - crops.shape[0]
-        pixels = normalise(crops.flatten(0, 1), self.mean, self.std, self.dino_head.prototypes.weight.dtype)
+        pixels = normalise(
+            crops.flatten(0, 1), self.mean, self.std, self.dino_head.prototypes.weight.dtype
+        )
         if missing:
             pixels = torch.cat([pixels, pixels.new_zeros(2 * missing, *pixels.shape[1:])])
         seer: Backbone = backbone  # type: ignore[assignment]  # nn.Module that satisfies the protocol
         return seer(pixels)
 
-    def _ibot_bottleneck(self, masked: Float[Tensor, "masked width"]) -> Float[Tensor, "masked bottleneck"]:
+    def _ibot_bottleneck(
+        self, masked: Float[Tensor, "masked width"]
+    ) -> Float[Tensor, "masked bottleneck"]:
         padding = -masked.shape[0] % HEAD_ROWS
         padded = torch.cat([masked, masked.new_zeros(padding, masked.shape[1])])
         blocks = [self.ibot_head(block) for block in padded.split(HEAD_ROWS) if block.shape[0]]
@@ -107,7 +115,7 @@ class FrozenTeacher(nn.Module):
             rows.append(resize_grid(patches, features.grid_hw, self.anchor.grid_hw, "bicubic"))
         return torch.cat(rows).unflatten(0, (crops.shape[0], 2))
 
-    def _nothing(self, crops: CropBatch) -> TeacherTargets:
+    def _nothing(self) -> TeacherTargets:
         weight = self.dino_head.prototypes.weight
         anchor_patches = None
         if self.anchor is not None:

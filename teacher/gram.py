@@ -31,7 +31,9 @@ def gram_sum(
     return (student_similarity - anchor_similarity).square().mean(dim=(1, 2)).sum()
 
 
-def _similarity(patches: Float[Tensor, "rows patches width"]) -> Float[Tensor, "rows patches patches"]:
+def _similarity(
+    patches: Float[Tensor, "rows patches width"],
+) -> Float[Tensor, "rows patches patches"]:
     features = patches if patches.dtype == torch.float64 else patches.float()
     features = F.normalize(features, dim=-1)
     return features @ features.transpose(1, 2)
@@ -45,10 +47,13 @@ def resize_grid(
 ) -> Float[Tensor, "rows target_patches width"]:
     """The patch map resampled to another grid, in fp32, without antialias; unchanged when the grids agree.
 
-    ``mode`` is "bicubic" (Gram anchor, as published) or "bilinear" (a student's coarser map on the teacher's grid).
+    ``mode`` is "bicubic" (Gram anchor, as published) or "bilinear" (a student's coarser map on the
+    teacher's grid).
     """
     if grid_hw == target_hw:
         return patches
-    image = patches.float().transpose(1, 2).unflatten(2, grid_hw)  # [rows, width, height, width of the grid]
+    image = (
+        patches.float().transpose(1, 2).unflatten(2, grid_hw)
+    )  # [rows, width, height, width of the grid]
     resized = F.interpolate(image, size=target_hw, mode=mode, align_corners=False, antialias=False)
     return resized.flatten(2).transpose(1, 2).to(patches.dtype)

@@ -1,7 +1,8 @@
 """The DINO and iBOT heads: an MLP to an L2-normalised bottleneck, then prototypes.
 
-A head is two modules because two different things are done with it: everybody computes the bottleneck, which is small and
-travels between ranks; only a trainee compares it with its prototypes, inside the loss.
+A head is two modules because two different things are done with it: everybody computes the
+bottleneck, which is small and travels between ranks; only a trainee compares it with its
+prototypes, inside the loss.
 """
 
 from dataclasses import dataclass
@@ -75,8 +76,9 @@ class Head(nn.Module):
 def init_head_(head: Head, generator: torch.Generator) -> None:
     """Draws the head's weights: matrices truncated normal 0.02, zero biases, prototypes normal with unit length on average.
 
-    Unit length is DINOv2's weight-normalised layer at its start. The released 0.02 gives a length of 0.45 for a bottleneck of 512 but
-    0.23 for one of 128, whose targets stay flat for hundreds of steps; unit length does not depend on the width.
+    Unit length is DINOv2's weight-normalised layer at its start. The released 0.02 gives a length
+    of 0.45 for a bottleneck of 512 but 0.23 for one of 128, whose targets stay flat for hundreds of
+    steps; unit length does not depend on the width.
     """
     for module in head.mlp:
         if isinstance(module, nn.Linear):

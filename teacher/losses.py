@@ -1,11 +1,12 @@
 """DINO, iBOT and KoLeo, each equal to its nested-loop definition and independent of how rows are split over ranks.
 
-DINO and iBOT are one function: cross-entropy between a student's softmax over prototypes and a mixture of assignments. It
-walks over the prototypes in chunks with a running log-sum-exp and recomputes the chunk in the backward pass, so memory is
-[rows, chunk] and never [rows, prototypes] (six matrix products instead of four; exact).
+DINO and iBOT are one function: cross-entropy between a student's softmax over prototypes and a
+mixture of assignments. It walks over the prototypes in chunks with a running log-sum-exp and
+recomputes the chunk in the backward pass, so memory is [rows, chunk] and never [rows, prototypes]
+(six matrix products instead of four; exact).
 
-Sums, not means, leave this file: the caller divides by counts of the *global* batch, so that adding up ranks is exact when
-they hold different numbers of images.
+Sums, not means, leave this file: the caller divides by counts of the *global* batch, so that adding
+up ranks is exact when they hold different numbers of images.
 """
 
 from typing import Any
@@ -19,7 +20,9 @@ from torch import Tensor
 from teacher.sinkhorn import Assignment
 
 STUDENT_TEMPERATURE = 0.1
-PROTOTYPES_AT_ONCE = 4096  # fastest of 512..16384 on CPU for 65,536 prototypes; memory is rows * 4096
+PROTOTYPES_AT_ONCE = (
+    4096  # fastest of 512..16384 on CPU for 65,536 prototypes; memory is rows * 4096
+)
 KOLEO_EPS = 1e-8  # fp32; keeps the logarithm finite for duplicate images
 
 
@@ -99,14 +102,17 @@ def cross_entropy(
     """Weighted sum of cross-entropies between student crops and the teacher targets they are paired with.
 
     for each student crop c, target crop t, row n:
-        loss -= mixture[c, t] * weights[n] * sum_k p[t, n, k] * log_softmax(student[c, n] . prototypes / 0.1)[k]
+        loss -= mixture[c, t] * weights[n] * sum_k p[t, n, k] * log_softmax(student[c, n] .
+        prototypes / 0.1)[k]
 
-    The assignment's rows are ordered target crop first: [targets * rows]. fp32 inside (float64 if the assignment is). Gradients
-    go to ``student`` and ``prototypes`` only. No communication.
+    The assignment's rows are ordered target crop first: [targets * rows]. fp32 inside (float64 if
+    the assignment is). Gradients go to ``student`` and ``prototypes`` only. No communication.
 
     Source: DINOv3 report, section 3.1; Caron et al. 2021, equation 3.
     """
-    loss: Tensor = PrototypeCrossEntropy.apply(student, prototypes, assignment, mixture, weights)
+    loss: Tensor = PrototypeCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        student, prototypes, assignment, mixture, weights
+    )
     return loss
 
 
@@ -119,21 +125,25 @@ def koleo_sum(
 ) -> Float[Tensor, ""]:
     """Sum over this rank's images of minus the log distance to the nearest other image of its KoLeo group.
 
-    The global batch is cut into KoLeo groups of ``group_size`` consecutive positions (the last may be smaller; a lone image
-    adds nothing). ``start`` is the position of the first row here. The nearest neighbour is chosen without gradient; the
-    distance has gradients on both sides.
+    The global batch is cut into KoLeo groups of ``group_size`` consecutive positions (the last may
+    be smaller; a lone image adds nothing). ``start`` is the position of the first row here. The
+    nearest neighbour is chosen without gradient; the distance has gradients on both sides.
 
-    fp32 (float64 stays). Communication: none when no KoLeo group is cut by a rank border (pass ``group=None``); otherwise
-    one all-gather forward and one all-reduce backward over ``group``, which every rank of it must call.
+    fp32 (float64 stays). Communication: none when no KoLeo group is cut by a rank border (pass
+    ``group=None``); otherwise one all-gather forward and one all-reduce backward over ``group``,
+    which every rank of it must call.
 
     Source: DINOv2, section 4 (KoLeo); DINOv3 report, section 3.1 (groups of 16).
     """
     features = class_tokens if class_tokens.dtype == torch.float64 else class_tokens.float()
     features = F.normalize(features, dim=-1, eps=KOLEO_EPS)
-    everyone, first = (features, start) if group is None else (_GatherRows.apply(features, start, images_global, group), 0)
+    everyone, first = features, start
+    if group is not None:
+        everyone = _GatherRows.apply(features, start, images_global, group)  # type: ignore[no-untyped-call]
+        first = 0
     own = torch.arange(start, start + features.shape[0], device=features.device)
     others = torch.arange(first, first + everyone.shape[0], device=features.device)
-    comparable = own[:, None].div(group_size, rounding_mode="floor") == others[None].div(group_size, rounding_mode="floor")
+    comparable = (own // group_size)[:, None] == (others // group_size)[None]
     comparable &= own[:, None] != others[None]
     with torch.no_grad():
         similarity = (features @ everyone.T).masked_fill(~comparable, -torch.inf)
@@ -147,7 +157,9 @@ class _GatherRows(torch.autograd.Function):
     """Rows of all ranks of a group, placed at their positions in the global batch; gradients are summed back."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, start: int, images_global: int, group: dist.ProcessGroup) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, start: int, images_global: int, group: dist.ProcessGroup
+    ) -> Tensor:
         ctx.start, ctx.num_rows, ctx.group = start, rows.shape[0], group
         everyone = rows.new_zeros(images_global, rows.shape[1])
         everyone[start : start + rows.shape[0]] = rows

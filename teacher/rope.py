@@ -1,7 +1,8 @@
 """Axial rotary position embedding for a grid of patches, in fp32.
 
-Coordinates are patch centres scaled to [-1, 1] on each axis; head dimension D has D/4 periods ``base ** (2 i / (D / 2))``. The angles of the
-row and of the column are concatenated and repeated once, and rotation pairs the first half of a head with the second.
+Coordinates are patch centres scaled to [-1, 1] on each axis; head dimension D has D/4 periods
+``base ** (2 i / (D / 2))``. The angles of the row and of the column are concatenated and repeated
+once, and rotation pairs the first half of a head with the second.
 
 Source: DINOv3 report, section 3.2 (RoPE and box jittering).
 """
@@ -20,12 +21,18 @@ def rope_angles(
 ) -> tuple[Float[Tensor, "patches head_dim"], Float[Tensor, "patches head_dim"]]:
     """Sine and cosine for each patch, row-major. ``scale`` stretches the box [-1, 1] (1 outside training)."""
     rows, columns = (
-        ((torch.arange(count, dtype=torch.float32, device=device) + 0.5) / count * 2.0 - 1.0) * scale for count in grid_hw
+        ((torch.arange(count, dtype=torch.float32, device=device) + 0.5) / count * 2.0 - 1.0)
+        * scale
+        for count in grid_hw
     )
-    exponents = torch.arange(head_dim // 4, dtype=torch.float32, device=device) * (2.0 / (head_dim / 2))
+    exponents = torch.arange(head_dim // 4, dtype=torch.float32, device=device) * (
+        2.0 / (head_dim / 2)
+    )
     periods = ROPE_BASE**exponents
     coordinates = torch.cartesian_prod(rows, columns)  # [patches, 2]
-    angles = (2.0 * math.pi * coordinates[:, :, None] / periods).flatten(1).repeat(1, 2)  # [patches, head_dim]
+    angles = (
+        (2.0 * math.pi * coordinates[:, :, None] / periods).flatten(1).repeat(1, 2)
+    )  # [patches, head_dim]
     return angles.sin(), angles.cos()
 
 

@@ -1,8 +1,9 @@
 """Sinkhorn-Knopp assignment of features to prototypes, kept as two vectors instead of a [rows, prototypes] matrix.
 
-The assignment factors: ``p[n, k] = exp(x_n . v_k / temperature + log_rows[n] + log_columns[k])``. So three iterations need
-only one pass over the logits each, in chunks of rows, and what remains is one number per row and one per prototype.
-Whoever needs ``p`` rebuilds the chunk at hand from the bottleneck (512 numbers a row, against 262,144 logits).
+The assignment factors: ``p[n, k] = exp(x_n . v_k / temperature + log_rows[n] + log_columns[k])``.
+So three iterations need only one pass over the logits each, in chunks of rows, and what remains is
+one number per row and one per prototype. Whoever needs ``p`` rebuilds the chunk at hand from the
+bottleneck (512 numbers a row, against 262,144 logits).
 """
 
 from dataclasses import dataclass
@@ -47,8 +48,8 @@ def sinkhorn(
         rows: the weights of each row sum to one
 
     Runs in fp32 (float64 if the input is) and in the log domain: no overflow at temperature 0.04.
-    Communication: per iteration two all-reduces of [prototypes] over ``group`` (maximum, sum), none when it is None. A rank
-    without rows must still call.
+    Communication: per iteration two all-reduces of [prototypes] over ``group`` (maximum, sum), none
+    when it is None. A rank without rows must still call.
 
     Source: DINOv3 report, section 3.1 (Sinkhorn-Knopp in place of centring); Cuturi 2013.
     """

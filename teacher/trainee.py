@@ -1,7 +1,8 @@
 """A network in training: backbone, two heads and the objective. The online network and every student are one of these.
 
-Each loss is a sum over this rank's images divided by a count of the *global* batch and multiplied by the number of ranks of the
-group, so that the gradient mean an engine takes over the group is the exact global mean, whatever the slice sizes.
+Each loss is a sum over this rank's images divided by a count of the *global* batch and multiplied
+by the number of ranks of the group, so that the gradient mean an engine takes over the group is the
+exact global mean, whatever the slice sizes.
 """
 
 from dataclasses import dataclass
@@ -81,11 +82,15 @@ class Trainee(nn.Module):
         self._group_ranks = group_ranks
         self._koleo_group = None if koleo_is_local else group
 
-    def forward(self, batch: LessonBatch, dino: Assignment, ibot: Assignment, scalars: StepScalars) -> Losses:
+    def forward(
+        self, batch: LessonBatch, dino: Assignment, ibot: Assignment, scalars: StepScalars
+    ) -> Losses:
         """All loss terms for this rank's slice. Communication: KoLeo only, when a slice border cuts one of its groups."""
         weights = scalars.objective
         num_images = batch.masks.shape[0]
-        globals_ = self._see(batch.crops.global_crops, batch.masks, scalars.rope_scale_global, is_local=False)
+        globals_ = self._see(
+            batch.crops.global_crops, batch.masks, scalars.rope_scale_global, is_local=False
+        )
         locals_ = self._see(batch.crops.local_crops, None, scalars.rope_scale_local, is_local=True)
         parts = {"dino": self._dino(globals_, locals_, dino, weights.local, batch)}
         if weights.ibot:
@@ -93,21 +98,34 @@ class Trainee(nn.Module):
         if weights.koleo:
             tokens = globals_.class_token.unflatten(0, (num_images, NUM_GLOBAL))
             koleo = sum(
-                koleo_sum(tokens[:, crop], KOLEO_GROUP, batch.start, batch.images_global, self._koleo_group)
+                koleo_sum(
+                    tokens[:, crop],
+                    KOLEO_GROUP,
+                    batch.start,
+                    batch.images_global,
+                    self._koleo_group,
+                )
                 for crop in range(NUM_GLOBAL)
             )
             parts["koleo"] = torch.as_tensor(koleo) / batch.images_global
         if weights.gram:
             assert batch.targets.anchor_patches is not None, "a Gram weight without anchor features"
             anchor = batch.targets.anchor_patches.flatten(0, 1)
-            patches = resize_grid(globals_.patch_tokens, globals_.grid_hw, batch.grid_hw, "bilinear")
+            patches = resize_grid(
+                globals_.patch_tokens, globals_.grid_hw, batch.grid_hw, "bilinear"
+            )
             parts["gram"] = gram_sum(patches, anchor) / (NUM_GLOBAL * batch.images_global)
         parts = {name: part * self._group_ranks for name, part in parts.items()}
         total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
         return Losses(total, {name: part.detach() for name, part in parts.items()})
 
     def _see(
-        self, crops: Tensor, masks: Bool[Tensor, "images 2 patches"] | None, rope_scale: float, *, is_local: bool
+        self,
+        crops: Tensor,
+        masks: Bool[Tensor, "images 2 patches"] | None,
+        rope_scale: float,
+        *,
+        is_local: bool,
     ) -> Features:
         dtype = self.dino_head.prototypes.weight.dtype
         pixels = normalise(crops.flatten(0, 1), self.traits.mean, self.traits.std, dtype)
@@ -116,7 +134,12 @@ class Trainee(nn.Module):
         return backbone(pixels, seen_masks, rope_scale=rope_scale, is_local=is_local)
 
     def _dino(
-        self, globals_: Features, locals_: Features, assignment: Assignment, local_weight: float, batch: LessonBatch
+        self,
+        globals_: Features,
+        locals_: Features,
+        assignment: Assignment,
+        local_weight: float,
+        batch: LessonBatch,
     ) -> Float[Tensor, ""]:
         """Mean over pairs: each global crop with the other global crop, each local crop with both."""
         num_images, num_locals = batch.crops.local_crops.shape[:2]
@@ -129,18 +152,28 @@ class Trainee(nn.Module):
         other = 1.0 - torch.eye(NUM_GLOBAL, device=tokens.device)
         both = torch.full((num_locals, NUM_GLOBAL), local_weight, device=tokens.device)
         num_pairs = NUM_GLOBAL * (NUM_GLOBAL - 1) + NUM_GLOBAL * num_locals
-        image_weights = tokens.new_full((num_images,), 1.0 / (num_pairs * batch.images_global), dtype=torch.float32)
+        image_weights = tokens.new_full(
+            (num_images,), 1.0 / (num_pairs * batch.images_global), dtype=torch.float32
+        )
         bottleneck = self.dino_head(tokens)
-        return self.dino_head.prototypes(bottleneck, assignment, torch.cat([other, both]), image_weights)
+        return self.dino_head.prototypes(
+            bottleneck, assignment, torch.cat([other, both]), image_weights
+        )
 
-    def _ibot(self, globals_: Features, assignment: Assignment, batch: LessonBatch) -> Float[Tensor, ""]:
+    def _ibot(
+        self, globals_: Features, assignment: Assignment, batch: LessonBatch
+    ) -> Float[Tensor, ""]:
         """Mean over a crop's masked patches, then over all global crops of the batch (unmasked ones count as zero)."""
         masks = batch.masks.flatten(0, 1)  # [images * 2, patches]
         patches = resize_grid(globals_.patch_tokens, globals_.grid_hw, batch.grid_hw, "bilinear")
         rows = masks.flatten().nonzero().squeeze(1)
         masked = patches.flatten(0, 1).index_select(0, rows)
         num_masked = masks.sum(dim=1)
-        per_row = (1.0 / num_masked.clamp(min=1)).repeat_interleave(num_masked, output_size=rows.shape[0])
+        per_row = (1.0 / num_masked.clamp(min=1)).repeat_interleave(
+            num_masked, output_size=rows.shape[0]
+        )
         row_weights = per_row / (NUM_GLOBAL * batch.images_global)
         mixture = torch.ones(1, 1, device=masked.device)
-        return self.ibot_head.prototypes(self.ibot_head(masked)[None], assignment, mixture, row_weights)
+        return self.ibot_head.prototypes(
+            self.ibot_head(masked)[None], assignment, mixture, row_weights
+        )

@@ -1,7 +1,8 @@
 """The DINOv3 vision transformer: pre-norm blocks with LayerScale, axial RoPE on patch tokens, one class and some register tokens.
 
-Parameter names are the flat names of the published Hugging Face files, so a state dict is a file and nothing is translated.
-Token order: class, registers, patches. Source: DINOv3 report, section 3.2 and Table 2.
+Parameter names are the flat names of the published Hugging Face files, so a state dict is a file
+and nothing is translated. Token order: class, registers, patches. Source: DINOv3 report, section
+3.2 and Table 2.
 """
 
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from teacher.batch import Features
 from teacher.rope import rope_angles, rotate
 
 NORM_EPS = 1e-5
+FEED_FORWARDS = ("mlp", "swiglu")
 Angles = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class ViTSpec:
-    """Shape of a vision transformer."""
+    """Shape of a vision transformer. ``untie_local_norm`` and ``layerscale_init`` act in training only."""
 
     width: int
     depth: int
@@ -36,6 +38,13 @@ class ViTSpec:
     layerscale_init: float = 1e-5
 
     def __post_init__(self) -> None:
+        if (
+            min(self.width, self.depth, self.heads, self.ffn_width, self.patch, self.in_channels)
+            < 1
+        ):
+            raise ValueError(f"{self}: every size must be at least 1")
+        if self.ffn not in FEED_FORWARDS:
+            raise ValueError(f"ffn = {self.ffn!r}: must be one of {', '.join(FEED_FORWARDS)}")
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ValueError(
                 f"width {self.width} with {self.heads} heads: the width of a head must be a whole multiple of 4 (RoPE)"
@@ -58,13 +67,26 @@ class Embeddings(nn.Module):
         self.patch_embeddings = nn.Conv2d(spec.in_channels, spec.width, spec.patch, spec.patch)
 
     def forward(
-        self, pixels: Float[Tensor, "rows channels height width"], masks: Bool[Tensor, "rows patches"] | None
+        self,
+        pixels: Float[Tensor, "rows channels height width"],
+        masks: Bool[Tensor, "rows patches"] | None,
     ) -> Float[Tensor, "rows tokens embed"]:
         patches = self.patch_embeddings(pixels).flatten(2).transpose(1, 2)  # [rows, patches, embed]
         if masks is not None:
+            if masks.shape != patches.shape[:2]:
+                raise ValueError(
+                    f"masks of {list(masks.shape)}: must be [rows, patches] = {list(patches.shape[:2])}"
+                )
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
         rows = patches.shape[0]
-        return torch.cat([self.cls_token.expand(rows, -1, -1), self.register_tokens.expand(rows, -1, -1), patches], dim=1)
+        return torch.cat(
+            [
+                self.cls_token.expand(rows, -1, -1),
+                self.register_tokens.expand(rows, -1, -1),
+                patches,
+            ],
+            dim=1,
+        )
 
 
 class Attention(nn.Module):
@@ -78,12 +100,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(spec.width, spec.width, bias=spec.qv_bias)
         self.o_proj = nn.Linear(spec.width, spec.width)
 
-    def forward(self, tokens: Float[Tensor, "rows tokens embed"], angles: Angles) -> Float[Tensor, "rows tokens embed"]:
+    def forward(
+        self, tokens: Float[Tensor, "rows tokens embed"], angles: Angles
+    ) -> Float[Tensor, "rows tokens embed"]:
         query, key, value = (
             projection(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )  # [rows, heads, tokens, head_dim]
-        attended = F.scaled_dot_product_attention(rotate(query, *angles), rotate(key, *angles), value)
+        attended = F.scaled_dot_product_attention(
+            rotate(query, *angles), rotate(key, *angles), value
+        )
         return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 
@@ -95,7 +121,9 @@ class Mlp(nn.Module):
         self.up_proj = nn.Linear(spec.width, spec.ffn_width)
         self.down_proj = nn.Linear(spec.ffn_width, spec.width)
 
-    def forward(self, tokens: Float[Tensor, "rows tokens embed"]) -> Float[Tensor, "rows tokens embed"]:
+    def forward(
+        self, tokens: Float[Tensor, "rows tokens embed"]
+    ) -> Float[Tensor, "rows tokens embed"]:
         return self.down_proj(F.gelu(self.up_proj(tokens)))
 
 
@@ -108,7 +136,9 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(spec.width, spec.ffn_width)
         self.down_proj = nn.Linear(spec.ffn_width, spec.width)
 
-    def forward(self, tokens: Float[Tensor, "rows tokens embed"]) -> Float[Tensor, "rows tokens embed"]:
+    def forward(
+        self, tokens: Float[Tensor, "rows tokens embed"]
+    ) -> Float[Tensor, "rows tokens embed"]:
         return self.down_proj(F.silu(self.gate_proj(tokens)) * self.up_proj(tokens))
 
 
@@ -119,7 +149,9 @@ class LayerScale(nn.Module):
         super().__init__()
         self.lambda1 = nn.Parameter(torch.full((spec.width,), spec.layerscale_init))
 
-    def forward(self, tokens: Float[Tensor, "rows tokens embed"]) -> Float[Tensor, "rows tokens embed"]:
+    def forward(
+        self, tokens: Float[Tensor, "rows tokens embed"]
+    ) -> Float[Tensor, "rows tokens embed"]:
         return tokens * self.lambda1
 
 
@@ -135,7 +167,9 @@ class Block(nn.Module):
         self.mlp = SwiGLU(spec) if spec.ffn == "swiglu" else Mlp(spec)
         self.layer_scale2 = LayerScale(spec)
 
-    def forward(self, tokens: Float[Tensor, "rows tokens embed"], angles: Angles) -> Float[Tensor, "rows tokens embed"]:
+    def forward(
+        self, tokens: Float[Tensor, "rows tokens embed"], angles: Angles
+    ) -> Float[Tensor, "rows tokens embed"]:
         tokens = tokens + self.layer_scale1(self.attention(self.norm1(tokens), angles))
         return tokens + self.layer_scale2(self.mlp(self.norm2(tokens)))
 
@@ -159,14 +193,12 @@ class ViT(nn.Module):
         *,
         rope_scale: float = 1.0,
     ) -> Float[Tensor, "rows tokens embed"]:
-        """All tokens after the last block, before the final norm."""
-        spec = self.spec
-        grid_hw = pixels.shape[2] // spec.patch, pixels.shape[3] // spec.patch
-        angles = rope_angles(grid_hw, spec.width // spec.heads, rope_scale, pixels.device)
-        tokens = self.embeddings(pixels, masks)
-        for block in self.layer:
-            tokens = block(tokens, angles)
-        return tokens
+        """All tokens after the final norm: class, registers, patches.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        return self.norm(self._run_blocks(pixels, masks, rope_scale))
 
     def forward(
         self,
@@ -181,12 +213,9 @@ class ViT(nn.Module):
         ``is_local`` uses the separate class norm of local crops where the network has one.
 
         Raises:
-            ValueError: a side is not a multiple of the patch.
+            ValueError: a side is not a multiple of the patch, or the masks do not fit the grid.
         """
-        height, width = pixels.shape[2:]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"crop of {height} x {width} px: sides must be multiples of the patch, {self.stride}")
-        tokens = self.tokens(pixels, masks, rope_scale=rope_scale)
+        tokens = self._run_blocks(pixels, masks, rope_scale)
         normed = self.norm(tokens)
         class_token = normed[:, 0]
         if is_local and self.spec.untie_local_norm:
@@ -194,8 +223,24 @@ class ViT(nn.Module):
         return Features(
             class_token=class_token,
             patch_tokens=normed[:, 1 + self.spec.registers :],
-            grid_hw=(height // self.stride, width // self.stride),
+            grid_hw=self._grid_hw(pixels),
         )
+
+    def _grid_hw(self, pixels: Tensor) -> tuple[int, int]:
+        height, width = pixels.shape[2:]
+        if height % self.stride or width % self.stride:
+            raise ValueError(
+                f"crop of {height} x {width} px: sides must be multiples of the patch, {self.stride}"
+            )
+        return height // self.stride, width // self.stride
+
+    def _run_blocks(self, pixels: Tensor, masks: Tensor | None, rope_scale: float) -> Tensor:
+        head_dim = self.spec.width // self.spec.heads
+        angles = rope_angles(self._grid_hw(pixels), head_dim, rope_scale, pixels.device)
+        tokens = self.embeddings(pixels, masks)
+        for block in self.layer:
+            tokens = block(tokens, angles)
+        return tokens
 
 
 def init_vit_(vit: ViT, generator: torch.Generator) -> None:

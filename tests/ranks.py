@@ -22,7 +22,8 @@ def on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[A
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("spawn")
         workers = [
-            context.Process(target=_work, args=(rank, num_ranks, folder, function, args)) for rank in range(num_ranks)
+            context.Process(target=_work, args=(rank, num_ranks, folder, function, args))
+            for rank in range(num_ranks)
         ]
         for worker in workers:
             worker.start()
@@ -36,18 +37,31 @@ def on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[A
         if errors:
             raise AssertionError(f"{errors[0].name}:\n{errors[0].read_text()}")
         assert not hung, f"ranks {hung} did not end within {TIMEOUT_S} s"
-        assert all(worker.exitcode == 0 for worker in workers), [worker.exitcode for worker in workers]
-        return [pickle.loads((Path(folder) / f"result-{rank}").read_bytes()) for rank in range(num_ranks)]  # noqa: S301  # our own bytes
+        assert all(worker.exitcode == 0 for worker in workers), [
+            worker.exitcode for worker in workers
+        ]
+        return [
+            pickle.loads((Path(folder) / f"result-{rank}").read_bytes())
+            for rank in range(num_ranks)
+        ]  # our own bytes
 
 
-def _work(rank: int, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu")
+def _work(
+    rank: int, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu"
+    )
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=num_ranks, timeout=timedelta(seconds=60)
+            "gloo",
+            init_method=f"file://{folder}/store",
+            rank=rank,
+            world_size=num_ranks,
+            timeout=timedelta(seconds=60),
         )
         result = function(*args)
         (Path(folder) / f"result-{rank}").write_bytes(pickle.dumps(result))

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ALLOWED = {"teacher": {"teacher"}, "students": {"students", "teacher"}, "distill": {"distill", "students", "teacher"}}
+ALLOWED = {
+    "teacher": {"teacher"},
+    "students": {"students", "teacher"},
+    "distill": {"distill", "students", "teacher"},
+}
 FILES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -27,12 +31,16 @@ def test_imports__go_one_way(path: Path) -> None:
     assert not (names & ALLOWED.keys()) - ALLOWED[package]
     assert not names & {"torchvision", "timm", "transformers", "pickle", "yaml"}
     if package != "distill":
-        assert not names & {"pathlib", "logging", "rich", "os"}, "teacher and students touch no files and print nothing"
+        assert not names & {"pathlib", "logging", "rich", "os"}, (
+            "teacher and students touch no files and print nothing"
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_annotations__are_not_postponed(path: Path) -> None:
-    assert "from __future__ import annotations" not in path.read_text(), "it disables the run-time shape checks"
+    assert "from __future__ import annotations" not in path.read_text(), (
+        "it disables the run-time shape checks"
+    )
 
 
 def test_groups__are_made_in_one_file() -> None:

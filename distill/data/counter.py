@@ -1,6 +1,7 @@
 """Random numbers without a generator: a hash of (seed, step, position, sample id) gives them, on any rank, in any order.
 
-The mixing function is SplitMix64's finaliser (Steele, Lea and Flood 2014), applied to each key word in turn.
+The mixing function is SplitMix64's finaliser (Steele, Lea and Flood 2014), applied to each key word
+in turn.
 """
 
 import zlib
@@ -36,5 +37,6 @@ def hashes(purpose: str, *keys: Word) -> Hash:
 def uniforms(words: Hash, count: int) -> NDArray[np.float64]:
     """``count`` numbers in [0, 1) for each word: [*words, count]."""
     with np.errstate(over="ignore"):
-        counters = words[..., None] + np.arange(1, count + 1, dtype=np.uint64) * _STEP
-    return (mix(counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        counters = np.asarray(words)[..., None] + np.arange(1, count + 1, dtype=np.uint64) * _STEP
+    draws = np.asarray(mix(counters) >> np.uint64(11))
+    return draws.astype(np.float64) * 2.0**-53

@@ -1,9 +1,11 @@
 """What happens to an image before the network sees it: crop windows and photometric parameters, computed outside the image library.
 
-All parameters of a sample come from its hash, so the pipeline that executes them needs no generator of its own.
+All parameters of a sample come from its hash, so the pipeline that executes them needs no generator
+of its own.
 
-Values: METHOD section 2 (two global and N local crops, colour jitter 0.4/0.4/0.2/0.1 with p 0.8, grayscale p 0.2, blur p 1.0 / 0.1 / 0.5 with sigma
-0.1-2.0, solarise p 0.2 on the second global crop, threshold 128).
+Values: METHOD section 2 (two global and N local crops, colour jitter 0.4/0.4/0.2/0.1 with p 0.8,
+grayscale p 0.2, blur p 1.0 / 0.1 / 0.5 with sigma 0.1-2.0, solarise p 0.2 on the second global
+crop, threshold 128).
 """
 
 import math
@@ -75,7 +77,9 @@ def draw_parameters(
     return CropParameters(windows.astype(np.float32), _photometric(rest, spec).astype(np.float32))
 
 
-def _windows(draws: NDArray[np.float64], hw: NDArray[np.int32], scales: NDArray[np.float64]) -> NDArray[np.float64]:
+def _windows(
+    draws: NDArray[np.float64], hw: NDArray[np.int32], scales: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """RandomResizedCrop: the first of ten windows of random area and aspect that fits, else the largest central one."""
     tries = draws.reshape(*draws.shape[:2], WINDOW_TRIES, 4)
     height, width = (hw[:, side].astype(float)[:, None, None] for side in (0, 1))
@@ -86,7 +90,9 @@ def _windows(draws: NDArray[np.float64], hw: NDArray[np.int32], scales: NDArray[
     fits = (w >= 1) & (h >= 1) & (w <= width) & (h <= height)
     first = fits.argmax(axis=2)[..., None]
     any_fits = fits.any(axis=2)
-    pick = [np.take_along_axis(a, first, axis=2)[..., 0] for a in (w, h, tries[..., 2], tries[..., 3])]
+    pick = [
+        np.take_along_axis(a, first, axis=2)[..., 0] for a in (w, h, tries[..., 2], tries[..., 3])
+    ]
     w, h, top_u, left_u = pick
     full_h, full_w = (np.broadcast_to(side[..., 0], w.shape) for side in (height, width))
     central_w = np.clip(np.rint(full_h * ASPECT[1]), 1, full_w)
@@ -105,9 +111,13 @@ def _photometric(draws: NDArray[np.float64], spec: CropSpec) -> NDArray[np.float
         1.0 + jitters * span * (2.0 * draws[..., 2 + i] - 1.0) for i, span in enumerate(spans)
     )
     hue = jitters * HUE_DEGREES * (2.0 * draws[..., 5] - 1.0)
-    blur_probability = np.array([*BLUR_PROBABILITY_GLOBAL, *[BLUR_PROBABILITY_LOCAL] * spec.num_local])
+    blur_probability = np.array(
+        [*BLUR_PROBABILITY_GLOBAL, *[BLUR_PROBABILITY_LOCAL] * spec.num_local]
+    )
     sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[..., 7]
     blur = np.where(draws[..., 6] < blur_probability, sigma, 0.0)
     solarise_probability = np.array([*SOLARISE_PROBABILITY, *[0.0] * spec.num_local])
     solarise = draws[..., 8] < solarise_probability
-    return np.stack([brightness, contrast, np.where(is_gray, 0.0, saturation), hue, blur, solarise], axis=-1)
+    return np.stack(
+        [brightness, contrast, np.where(is_gray, 0.0, saturation), hue, blur, solarise], axis=-1
+    )

@@ -1,7 +1,7 @@
 """Which images there are: paths, sizes, classes. Built once, saved as one ``.npz``, read by every rank.
 
-Every file's header is read, and for up to 20,000 files every pixel is decoded once, so that a broken file is named before training and not
-in the middle of it.
+Every file's header is read, and for up to 20,000 files every pixel is decoded once, so that a
+broken file is named before training and not in the middle of it.
 """
 
 import hashlib
@@ -72,15 +72,19 @@ class ImageIndex:
 
 
 def build_index(
-    sources: Sequence[Path], *, max_bad_fraction: float, progress: Callable[[int, int], None] | None = None
+    sources: Sequence[Path],
+    *,
+    max_bad_fraction: float,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ImageIndex:
     """The images below some folders, in the order of their relative paths.
 
-    The class of an image is the first folder of its path below the source, when every image has one and there are at least two.
-    Broken files are named in a warning each and left out.
+    The class of an image is the first folder of its path below the source, when every image has one
+    and there are at least two. Broken files are named in a warning each and left out.
 
     Raises:
-        DataError: a folder is missing or holds no image, or more than ``max_bad_fraction`` of the files are broken (one always may be).
+        DataError: a folder is missing or holds no image, or more than ``max_bad_fraction`` of the
+        files are broken (one always may be).
     """
     files = [(source, path) for source in sources for path in list_images(source)]
     is_full_check = len(files) <= FULL_CHECK_FILES
@@ -90,7 +94,9 @@ def build_index(
             sizes.append(size)
             if progress is not None:
                 progress(len(sizes), len(files))
-    bad = [(path, size) for (_, path), size in zip(files, sizes, strict=True) if isinstance(size, str)]
+    bad = [
+        (path, size) for (_, path), size in zip(files, sizes, strict=True) if isinstance(size, str)
+    ]
     for path, reason in bad:
         logger.warning("%s: left out, cannot be decoded (%s)", path, reason)
     if len(bad) > max(1.0, max_bad_fraction * len(files)) or len(bad) == len(files):
@@ -99,7 +105,11 @@ def build_index(
             f"more than data.max_bad_fraction = {max_bad_fraction:g} allows",
             fix="Repair or remove them, or raise data.max_bad_fraction.",
         )
-    good = [(source, path, size) for (source, path), size in zip(files, sizes, strict=True) if not isinstance(size, str)]
+    good = [
+        (source, path, size)
+        for (source, path), size in zip(files, sizes, strict=True)
+        if not isinstance(size, str)
+    ]
     labels, class_names = _classes([path.relative_to(source) for source, path, _ in good])
     hw = np.array([size for *_, size in good], np.int32).reshape(-1, 2)
     return ImageIndex(tuple(str(path) for _, path, _ in good), hw, labels, class_names)
@@ -112,8 +122,12 @@ def list_images(source: Path) -> list[Path]:
         DataError: it is not a folder, or holds no image.
     """
     if not source.is_dir():
-        raise DataError(f"data.sources: {source} is not a folder", fix="Give the path of a folder with images.")
-    found = [path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
+        raise DataError(
+            f"data.sources: {source} is not a folder", fix="Give the path of a folder with images."
+        )
+    found = [
+        path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
+    ]
     if not found:
         raise DataError(
             f"data.sources: {source} holds no images",
@@ -169,7 +183,10 @@ def _subset(index: ImageIndex, keep: NDArray[np.bool_]) -> ImageIndex:
     assert index.labels is not None, "only labelled images are split"
     chosen = np.flatnonzero(keep)
     return ImageIndex(
-        tuple(index.paths[i] for i in chosen), index.hw[chosen], index.labels[chosen], index.class_names
+        tuple(index.paths[i] for i in chosen),
+        index.hw[chosen],
+        index.labels[chosen],
+        index.class_names,
     )
 
 

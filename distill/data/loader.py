@@ -1,7 +1,7 @@
 """A rank's share of every batch, decoded ahead of the caller.
 
-The loader owns a DALI pipeline and the counter that feeds it. What a step holds is a function of (seed, step, positions); going to any step is
-a rebuild, not a replay.
+The loader owns a DALI pipeline and the counter that feeds it. What a step holds is a function of
+(seed, step, positions); going to any step is a rebuild, not a replay.
 """
 
 import time
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from distill.data.crops import NUM_GLOBAL, CropSpec, draw_parameters
 from distill.data.index import ImageIndex, find_undecodable
@@ -34,7 +35,12 @@ class Loader:
         num_threads: int,
         device: torch.device,
     ) -> None:
-        self._index, self._crops, self._seed, self._images_global = index, crops, seed, images_global
+        self._index, self._crops, self._seed, self._images_global = (
+            index,
+            crops,
+            seed,
+            images_global,
+        )
         self._positions = np.arange(positions.start, positions.stop)
         self._num_threads, self._device = num_threads, device
         self._pipeline: Any = None
@@ -53,7 +59,7 @@ class Loader:
         try:
             if step != self._next_fetched:
                 self._rebuild(step)
-            outputs = [torch.from_dlpack(output.as_tensor()) for output in self._pipeline.run()]
+            outputs = [from_dlpack(output.as_tensor()) for output in self._pipeline.run()]
         except (RuntimeError, OSError) as error:
             raise self._explain(step, error) from error
         self._next_fetched = step + 1
@@ -95,7 +101,9 @@ class Loader:
         return source_outputs(encoded, parameters.windows, parameters.photometric)
 
     def _ids(self, step: int) -> NDArray[np.int64]:
-        return sample_ids(self._seed, len(self._index.paths), step, self._images_global, self._positions)
+        return sample_ids(
+            self._seed, len(self._index.paths), step, self._images_global, self._positions
+        )
 
     def _explain(self, step: int, error: Exception) -> Exception:
         """A broken image of this batch or of those prepared after it, or the error itself when every image can be decoded."""
@@ -113,7 +121,9 @@ class Loader:
         if crops:
             return torch.stack(crops, dim=1)
         size = self._crops.local_size
-        return torch.empty(len(self._positions), 0, 3, size, size, dtype=torch.uint8, device=self._device)
+        return torch.empty(
+            len(self._positions), 0, 3, size, size, dtype=torch.uint8, device=self._device
+        )
 
     def _nothing(self) -> CropBatch:
         """No images, with the right shapes for an exchange."""

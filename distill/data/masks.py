@@ -1,7 +1,8 @@
 """iBOT masks as a function of (seed, step, position): any rank draws the masks of any images and gets the same.
 
-Of the global crops of the whole batch, exactly the rounded share ``probability`` is masked. Their ratios run evenly over the range, in an
-order drawn per step, so the amount of masking does not vary between steps. A mask is grown from blocks and completed at random.
+Of the global crops of the whole batch, exactly the rounded share ``probability`` is masked. Their
+ratios run evenly over the range, in an order drawn per step, so the amount of masking does not vary
+between steps. A mask is grown from blocks and completed at random.
 
 Source: DINOv2, appendix (masking); METHOD section 2.
 """
@@ -54,7 +55,12 @@ def draw_masks(
 ) -> Bool[Tensor, "images 2 patches"]:
     """Masks of the images at ``positions`` of the global batch, with exactly the counts of ``mask_counts``."""
     counts = mask_counts(
-        seed=seed, step=step, images_global=images_global, grid_hw=grid_hw, probability=probability, ratio=ratio
+        seed=seed,
+        step=step,
+        images_global=images_global,
+        grid_hw=grid_hw,
+        probability=probability,
+        ratio=ratio,
     )[positions]
     masks = np.zeros((len(positions), 2, grid_hw[0] * grid_hw[1]), bool)
     for row, crop in zip(*counts.nonzero(), strict=True):

@@ -69,4 +69,6 @@ def _cut(path: Path, name: str, folder: Path, tile: int) -> None:
         for column in range(photograph.width // tile):
             part = "train" if (row + column) % 2 == 0 else "held_out"
             box = (column * tile, row * tile, (column + 1) * tile, (row + 1) * tile)
-            photograph.crop(box).save(folder / part / name / f"r{row:02}c{column:02}.png", icc_profile=None)
+            photograph.crop(box).save(
+                folder / part / name / f"r{row:02}c{column:02}.png", icc_profile=None
+            )

@@ -1,18 +1,20 @@
 """The DALI graph: decode once, cut every crop, apply the parameters it is given. It draws nothing at random.
 
-Fixed order of operations per crop: resize of the window (cubic, antialiased; a swapped window mirrors), colour, blur, solarise. Conditionals split
-the batch, so a crop that is not blurred costs no blur.
+Fixed order of operations per crop: resize of the window (cubic, antialiased; a swapped window
+mirrors), colour, blur, solarise. Conditionals split the batch, so a crop that is not blurred costs
+no blur.
 
-Departures from torchvision, by DALI's definitions: contrast turns about 128 instead of the image's mean grey; hue is a rotation in YIQ instead of
-HSV; the order of the colour operations is fixed.
+Departures from torchvision, by DALI's definitions: contrast turns about 128 instead of the image's
+mean grey; hue is a rotation in YIQ instead of HSV; the order of the colour operations is fixed.
 """
 
 from collections.abc import Callable
 from typing import Any, no_type_check
 
 import numpy as np
-from nvidia.dali import fn, pipeline_def, types
 from numpy.typing import NDArray
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import pipeline_def
 
 from distill.data.crops import NUM_GLOBAL, CropSpec
 
@@ -22,10 +24,13 @@ PREFETCH = 2  # batches computed ahead of the caller
 SOLARISE_THRESHOLD = 128
 
 
-def build_pipeline(spec: CropSpec, source: Source, batch: int, num_threads: int, device_id: int | None) -> Any:
+def build_pipeline(
+    spec: CropSpec, source: Source, batch: int, num_threads: int, device_id: int | None
+) -> Any:
     """A built pipeline whose outputs are global, local and anchor crops, uint8 [images, 3, height, width] each.
 
-    ``source`` gives, per batch: encoded images, and per crop its windows [images, 4] and photometric parameters [images, 6].
+    ``source`` gives, per batch: encoded images, and per crop its windows [images, 4] and
+    photometric parameters [images, 6].
     """
     num_crops = spec.num_crops
 
@@ -38,16 +43,24 @@ def build_pipeline(spec: CropSpec, source: Source, batch: int, num_threads: int,
     )
     @no_type_check  # DALI rewrites this function's source and cannot look through a run-time type checker
     def graph() -> tuple[Any, ...]:
-        encoded, *parameters = fn.external_source(source=source, num_outputs=1 + 2 * num_crops, batch=True)
-        image = fn.decoders.image(encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB)
+        encoded, *parameters = fn.external_source(
+            source=source, num_outputs=1 + 2 * num_crops, batch=True
+        )
+        image = fn.decoders.image(
+            encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB
+        )
         crops, anchors = [], []
         for crop in range(num_crops):
             window, photometric = parameters[crop], parameters[num_crops + crop]
             is_global = crop < NUM_GLOBAL
             resized = _resize(image, window, spec.global_size if is_global else spec.local_size)
-            crops.append(fn.transpose(_distort(resized, photometric, can_solarise=crop == 1), perm=[2, 0, 1]))
+            crops.append(
+                fn.transpose(_distort(resized, photometric, can_solarise=crop == 1), perm=[2, 0, 1])
+            )
             if is_global and spec.anchor_size is not None:
-                anchors.append(fn.transpose(_resize(image, window, spec.anchor_size), perm=[2, 0, 1]))
+                anchors.append(
+                    fn.transpose(_resize(image, window, spec.anchor_size), perm=[2, 0, 1])
+                )
         return (*crops, *anchors)
 
     pipeline = graph()
@@ -58,7 +71,12 @@ def build_pipeline(spec: CropSpec, source: Source, batch: int, num_threads: int,
 @no_type_check
 def _resize(image: Any, window: Any, size: int) -> Any:
     return fn.resize(
-        image, roi_start=window[:2], roi_end=window[2:], size=[size, size], interp_type=types.INTERP_CUBIC, antialias=True
+        image,
+        roi_start=window[:2],
+        roi_end=window[2:],
+        size=[size, size],
+        interp_type=types.INTERP_CUBIC,
+        antialias=True,
     )
 
 
@@ -66,11 +84,13 @@ def _resize(image: Any, window: Any, size: int) -> Any:
 def _distort(crop: Any, photometric: Any, *, can_solarise: bool) -> Any:
     brightness, contrast, saturation, hue = (photometric[i] for i in range(4))
     if (brightness != 1.0) | (contrast != 1.0) | (saturation != 1.0) | (hue != 0.0):
-        crop = fn.color_twist(crop, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+        crop = fn.color_twist(
+            crop, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue
+        )
     if photometric[4] > 0.0:
         crop = fn.gaussian_blur(crop, window_size=BLUR_WINDOW, sigma=photometric[4])
     if can_solarise:
-        if photometric[5] > 0.5:  # noqa: SIM102  # a graph conditional, not a Python one
+        if photometric[5] > 0.5:  # noqa: SIM102  # decided per sample in the graph, the line above in Python
             keep = crop < SOLARISE_THRESHOLD
             crop = keep * crop + (keep ^ True) * (types.Constant(255, dtype=types.UINT8) - crop)
     return crop
@@ -80,5 +100,9 @@ def source_outputs(
     encoded: list[NDArray[np.uint8]], windows: NDArray[np.float32], photometric: NDArray[np.float32]
 ) -> tuple[Any, ...]:
     """One batch in the order that the graph reads it; windows and photometric are [images, crops, ...]."""
-    per_crop = [np.ascontiguousarray(part[:, crop]) for part in (windows, photometric) for crop in range(part.shape[1])]
+    per_crop = [
+        np.ascontiguousarray(part[:, crop])
+        for part in (windows, photometric)
+        for crop in range(part.shape[1])
+    ]
     return (encoded, *per_crop)

@@ -9,7 +9,12 @@ costs = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=9)
 
 
 @settings(max_examples=200, deadline=None)
-@given(costs=costs, teaching=st.floats(0.01, 10.0), images=st.integers(16, 4096), num_ranks=st.integers(1, 40))
+@given(
+    costs=costs,
+    teaching=st.floats(0.01, 10.0),
+    images=st.integers(16, 4096),
+    num_ranks=st.integers(1, 40),
+)
 def test_make_plan__every_image_is_taught_once_and_trained_on_by_every_student(
     costs: list[float], teaching: float, images: int, num_ranks: int
 ) -> None:
@@ -43,7 +48,7 @@ def test_make_plan__every_image_is_taught_once_and_trained_on_by_every_student(
 def test_fill_shares__is_level_to_one_image(load: list[float], cost: float, images: int) -> None:
     shares = fill_shares(load, cost, images)
     assert sum(len(share) for share in shares) == images
-    busy = [l + cost * len(s) for l, s in zip(load, shares, strict=True)]
+    busy = [own + cost * len(s) for own, s in zip(load, shares, strict=True)]
     filled = [b for b, s in zip(busy, shares, strict=True) if len(s)]
     # whoever teaches is at most one image above anybody else
     assert max(filled) - cost <= min(busy) + 1e-6 * (1 + max(busy))
@@ -82,6 +87,8 @@ def test_split_evenly__respects_koleo_groups_where_they_divide() -> None:
         ([Work("a", 1.0)], 2, 4, "a: 4 ranks for a batch of 2 images"),
     ],
 )
-def test_make_plan__refuses_what_cannot_work(works: list[Work], images: int, num_ranks: int, message: str) -> None:
+def test_make_plan__refuses_what_cannot_work(
+    works: list[Work], images: int, num_ranks: int, message: str
+) -> None:
     with pytest.raises(PlanError, match=message):
         make_plan(works, 1.0, images, num_ranks)

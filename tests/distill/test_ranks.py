@@ -41,7 +41,9 @@ def take(tensor: Tensor, parts: tuple[range, ...]) -> Tensor:
     return torch.cat([tensor[p.start : p.stop] for p in parts]) if parts else tensor[:0]
 
 
-def train_family(works: list[Work], num_steps: int, zero: int, precision: str, bad: tuple[str, int] | None = None) -> dict[str, Any]:
+def train_family(
+    works: list[Work], num_steps: int, zero: int, precision: str, bad: tuple[str, int] | None = None
+) -> dict[str, Any]:
     """Losses and EMA of every student this rank trains, through exchange, engines and pupils as in the loop."""
     prepare_deepspeed("cpu")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
@@ -49,7 +51,11 @@ def train_family(works: list[Work], num_steps: int, zero: int, precision: str, b
     groups = make_groups(plan, timedelta(seconds=60))
     taught = FrozenTeacher(*network(2), mean=MEAN, std=STD, micro_images=4)
     exchange = Exchange(plan, rank, groups.exchange, torch.device("cpu"))
-    pupils = [make_pupil(plan, groups, p.name, zero, precision) for p in plan.placements if rank in p.world_ranks]
+    pupils = [
+        make_pupil(plan, groups, p.name, zero, precision)
+        for p in plan.placements
+        if rank in p.world_ranks
+    ]
     losses: dict[str, list[float]] = {pupil.name: [] for pupil in pupils}
     for step in range(num_steps):
         crops, masks = batch_of(step)
@@ -57,7 +63,9 @@ def train_family(works: list[Work], num_steps: int, zero: int, precision: str, b
         part = slice(share.start, share.stop)
         mine = CropBatch(crops.global_crops[part], crops.local_crops[part])
         targets = taught.teach(mine, masks[part])
-        delivery = exchange.deliver(mine, targets, take(masks, exchange.needs), masks.sum(dim=2).numpy())
+        delivery = exchange.deliver(
+            mine, targets, take(masks, exchange.needs), masks.sum(dim=2).numpy()
+        )
         for pupil in pupils:
             lesson = lesson_for(delivery, pupil.placement, rank, (2, 2), IMAGES)
             if bad == (pupil.name, step):
@@ -77,9 +85,17 @@ def make_pupil(plan: Plan, groups: Any, name: str, zero: int, precision: str) ->
     placement = next(p for p in plan.placements if p.name == name)
     group = groups.by_network[name]
     traits = TraineeTraits(masks_input=False, mean=MEAN, std=STD)
-    trainee = Trainee(*network(sum(map(ord, name))), traits, group, len(placement.slices), placement.koleo_is_local)
+    trainee = Trainee(
+        *network(sum(map(ord, name))),
+        traits,
+        group,
+        len(placement.slices),
+        placement.koleo_is_local,
+    )
     settings = EngineSettings(zero, precision, 3.0, len(placement.slice_of(groups.world_rank)))
-    return Pupil(name, placement, Engine(trainee, group, groups.alone, settings), lambda step: RATES)
+    return Pupil(
+        name, placement, Engine(trainee, group, groups.alone, settings), lambda step: RATES
+    )
 
 
 def merged(results: list[dict[str, Any]], key: str, name: str) -> Any:
@@ -108,7 +124,9 @@ def test_family__many_processes_equal_one(num_ranks: int, zero: int, alone: dict
 def test_family__a_student_with_siblings_equals_the_student_alone(alone: dict[str, Any]) -> None:
     single = on_ranks(1, train_family, [Work("b", 2.0)], 4, 1, "fp32")[0]
     assert single["losses"]["b"] == alone["losses"]["b"]
-    assert all(torch.equal(single["ema"]["b"][key], tensor) for key, tensor in alone["ema"]["b"].items())
+    assert all(
+        torch.equal(single["ema"]["b"][key], tensor) for key, tensor in alone["ema"]["b"].items()
+    )
 
 
 def test_family__a_fault_of_one_student_leaves_the_others_bit_equal(alone: dict[str, Any]) -> None:
@@ -117,13 +135,18 @@ def test_family__a_fault_of_one_student_leaves_the_others_bit_equal(alone: dict[
     assert all(tensor.isfinite().all() for tensor in hurt["ema"]["b"].values())
     for name in "ac":
         assert hurt["losses"][name] == alone["losses"][name]
-        assert all(torch.equal(hurt["ema"][name][key], tensor) for key, tensor in alone["ema"][name].items())
+        assert all(
+            torch.equal(hurt["ema"][name][key], tensor)
+            for key, tensor in alone["ema"][name].items()
+        )
 
 
 def test_family__bf16_follows_fp32(alone: dict[str, Any]) -> None:
     half = on_ranks(2, train_family, FAMILY, 4, 1, "bf16")
     for name in "abc":
-        assert merged(half, "losses", name) == pytest.approx(alone["losses"][name], rel=2e-2)  # 8 bits of mantissa
+        assert merged(half, "losses", name) == pytest.approx(
+            alone["losses"][name], rel=2e-2
+        )  # 8 bits of mantissa
 
 
 def test_exchange__receives_exactly_what_the_rank_trains_on() -> None:
@@ -134,7 +157,9 @@ def test_exchange__receives_exactly_what_the_rank_trains_on() -> None:
     for rank, result in enumerate(results):
         foreign = [i for part in plan.needs(rank) for i in part if i not in plan.shares[rank]]
         pixels = 2 * 3 * 16 * 16 + 2 * 3 * 8 * 8
-        expected = len(foreign) * (pixels + 2 * 6 * 4) + sum(int(per_image[i]) for i in foreign) * 6 * 4
+        expected = (
+            len(foreign) * (pixels + 2 * 6 * 4) + sum(int(per_image[i]) for i in foreign) * 6 * 4
+        )
         assert result["received_bytes"] == expected
 
 
@@ -183,7 +208,9 @@ def train_one(pupil: Pupil, plan: Plan, steps: range) -> list[float]:
         crops, masks = batch_of(step)
         part = slice(plan.shares[rank].start, plan.shares[rank].stop)
         mine = CropBatch(crops.global_crops[part], crops.local_crops[part])
-        delivery = exchange.deliver(mine, taught.teach(mine, masks[part]), masks[part], masks.sum(dim=2).numpy())
+        delivery = exchange.deliver(
+            mine, taught.teach(mine, masks[part]), masks[part], masks.sum(dim=2).numpy()
+        )
         lesson = lesson_for(delivery, pupil.placement, rank, (2, 2), IMAGES)
         pupil.learn(lesson, TaughtBy(taught.dino_head, taught.ibot_head, 0.07), SCALARS, step)
         losses.append(pupil.read_metrics(wait=0.0)["loss"])

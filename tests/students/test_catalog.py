@@ -51,7 +51,10 @@ def test_parameters__follow_the_closed_form(name: str) -> None:
     d, f, p = spec.width, spec.ffn_width, spec.patch
     ffn = 3 * d * f + 2 * f + d if spec.ffn == "swiglu" else 2 * d * f + f + d
     block = 4 * d + 4 * d * d + d + 2 * d * spec.qv_bias + 2 * d + ffn
-    assert count_parameters(spec) == d + d + spec.registers * d + 3 * p * p * d + d + 2 * d + spec.depth * block
+    assert (
+        count_parameters(spec)
+        == d + d + spec.registers * d + 3 * p * p * d + d + 2 * d + spec.depth * block
+    )
 
 
 def test_spec_from_hf_config__refuses_other_networks() -> None:

@@ -9,7 +9,10 @@ from students.convnext import ConvNeXt, ConvNeXtSpec, init_convnext_
 from tests.teacher.test_vit import reference, shuffled_, sorted_by_size
 
 SMALL = ConvNeXtSpec((1, 2, 1), (8, 16, 24))
-CUT = {"three_stages": SMALL, "convnext_tiny": replace(CATALOG["convnext_tiny"], depths=(1, 1, 1, 1))}
+CUT = {
+    "three_stages": SMALL,
+    "convnext_tiny": replace(CATALOG["convnext_tiny"], depths=(1, 1, 1, 1)),
+}
 
 
 @pytest.mark.parametrize("name", CUT)
@@ -50,5 +53,7 @@ def test_init_convnext__is_a_function_of_the_generator() -> None:
     first, second = ConvNeXt(SMALL), ConvNeXt(SMALL)
     for network in (first, second):
         init_convnext_(network, torch.Generator().manual_seed(7))
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
     assert first.stages[0].layers[0].gamma[0].item() == pytest.approx(1e-6)

@@ -39,4 +39,6 @@ def test_resize_grid__keeps_order_and_constant_maps() -> None:
     smaller = resize_grid(rising, (4, 4), (2, 2), "bicubic")
     assert smaller[0, 0] == smaller[0, 1] < smaller[0, 2] == smaller[0, 3]
     assert torch.equal(resize_grid(rising, (4, 4), (4, 4), "bicubic"), rising)
-    assert torch.allclose(resize_grid(torch.ones(2, 4, 3), (2, 2), (8, 8), "bilinear"), torch.ones(2, 64, 3))
+    assert torch.allclose(
+        resize_grid(torch.ones(2, 4, 3), (2, 2), (8, 8), "bilinear"), torch.ones(2, 64, 3)
+    )

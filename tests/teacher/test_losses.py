@@ -20,7 +20,9 @@ def cross_entropy_oracle(
                 logits = prototypes @ student[c, n] / 0.1
                 log_total = torch.logsumexp(logits, 0)
                 for k in range(prototypes.shape[0]):
-                    loss = loss - mixture[c, t] * weights[n] * targets[t, n, k] * (logits[k] - log_total)
+                    loss = loss - mixture[c, t] * weights[n] * targets[t, n, k] * (
+                        logits[k] - log_total
+                    )
     return loss
 
 
@@ -37,7 +39,9 @@ def make(rows: int = 3, crops: int = 4, num_prototypes: int = 11) -> tuple[Tenso
 
 
 @pytest.mark.parametrize("chunk", [3, 4096])
-def test_cross_entropy__value_and_gradients_equal_nested_loop(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cross_entropy__value_and_gradients_equal_nested_loop(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(losses, "PROTOTYPES_AT_ONCE", chunk)
     student, prototypes, bottleneck, teacher_prototypes, mixture, weights = make()
     assignment = sinkhorn(bottleneck, teacher_prototypes, 0.07)

@@ -35,10 +35,15 @@ def test_sinkhorn__equals_nested_loop(rows: int, prototypes: int) -> None:
 
 def test_sinkhorn__does_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    bottleneck, weight = torch.randn(37, 6, dtype=torch.float64), torch.randn(9, 6, dtype=torch.float64)
+    bottleneck, weight = (
+        torch.randn(37, 6, dtype=torch.float64),
+        torch.randn(9, 6, dtype=torch.float64),
+    )
     whole = sinkhorn(bottleneck, weight, 0.1)
     monkeypatch.setattr(module, "ROWS_AT_ONCE", 5)
-    torch.testing.assert_close(sinkhorn(bottleneck, weight, 0.1).log_columns, whole.log_columns, rtol=1e-13, atol=0)
+    torch.testing.assert_close(
+        sinkhorn(bottleneck, weight, 0.1).log_columns, whole.log_columns, rtol=1e-13, atol=0
+    )
 
 
 def test_sinkhorn__survives_the_lowest_temperature_in_fp32() -> None:
@@ -46,4 +51,6 @@ def test_sinkhorn__survives_the_lowest_temperature_in_fp32() -> None:
     weight = torch.nn.functional.normalize(torch.randn(20, 8), dim=1) * 10
     assignment = sinkhorn(bottleneck, weight, 0.04)
     sums = assignment.columns(0, 20).sum(dim=1)
-    torch.testing.assert_close(sums, torch.ones(50), rtol=1e-5, atol=0)  # exponents up to 250 in fp32
+    torch.testing.assert_close(
+        sums, torch.ones(50), rtol=1e-5, atol=0
+    )  # exponents up to 250 in fp32

@@ -83,16 +83,23 @@ def test_trainee__loss_equals_loops_over_images_crops_and_patches() -> None:
     local_pixels = normalise(batch.crops.local_crops, MEAN, STD, torch.float64)
     p, q = dino.columns(0, 20).view(2, IMAGES, 20), ibot.columns(0, 20)
     seen = [[learner.backbone(pixels[i, c][None]) for c in range(2)] for i in range(IMAGES)]
-    expected_dino, expected_ibot, expected_gram = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    expected_dino, expected_ibot, expected_gram = (
+        torch.zeros((), dtype=torch.float64) for _ in range(3)
+    )
     row = 0
     for i in range(IMAGES):
         students = [learner.dino_head(seen[i][c].class_token[0]) for c in range(2)]
-        students += [learner.dino_head(learner.backbone(local_pixels[i, c][None]).class_token[0]) for c in range(LOCALS)]
+        students += [
+            learner.dino_head(learner.backbone(local_pixels[i, c][None]).class_token[0])
+            for c in range(LOCALS)
+        ]
         for s, student in enumerate(students):
             for t in range(2):
                 if s != t:
                     weight = 1.0 if s < 2 else weights.local
-                    expected_dino += weight * ce(student, learner.dino_head.prototypes.weight, p[t, i])
+                    expected_dino += weight * ce(
+                        student, learner.dino_head.prototypes.weight, p[t, i]
+                    )
         for c in range(2):
             total, count = 0.0, int(batch.masks[i, c].sum())
             for patch in batch.masks[i, c].nonzero().flatten().tolist():
@@ -115,11 +122,17 @@ def test_trainee__loss_equals_loops_over_images_crops_and_patches() -> None:
 
 
 @pytest.mark.parametrize("masks_input", [False, True])
-def test_trainee__gradients_reach_every_trainable_parameter_and_no_frozen_one(masks_input: bool) -> None:
+def test_trainee__gradients_reach_every_trainable_parameter_and_no_frozen_one(
+    masks_input: bool,
+) -> None:
     taught, learner = teacher(), trainee(masks_input=masks_input)
     taught.anchor = Anchor(network(3)[0].requires_grad_(False), (2, 2))
     batch = lesson(taught)
-    losses = learner(batch, *assignments(batch, taught), StepScalars(Objective(1.0, 1.0, 0.1, 1.0, 2.0), 1.0, 1.0))
+    losses = learner(
+        batch,
+        *assignments(batch, taught),
+        StepScalars(Objective(1.0, 1.0, 0.1, 1.0, 2.0), 1.0, 1.0),
+    )
     losses.total.backward()
     idle = [name for name, p in learner.named_parameters() if p.grad is None or not p.grad.any()]
     # the mask token is unused where the input is not masked
@@ -131,7 +144,9 @@ def test_trainee__gradients_reach_every_trainable_parameter_and_no_frozen_one(ma
 def test_trainee__a_zero_weight_leaves_the_term_out() -> None:
     taught = teacher()
     batch = lesson(taught)
-    losses = trainee()(batch, *assignments(batch, taught), StepScalars(Objective(1.0, 0.0, 0.0, 1.0), 1.0, 1.0))
+    losses = trainee()(
+        batch, *assignments(batch, taught), StepScalars(Objective(1.0, 0.0, 0.0, 1.0), 1.0, 1.0)
+    )
     assert set(losses.parts) == {"dino"}
 
 
@@ -141,10 +156,16 @@ def test_trainee__a_coarser_map_is_compared_on_the_teachers_grid() -> None:
     coarse = replace(SPEC, patch=16)
     vit = ViT(coarse)
     init_vit_(vit, torch.Generator().manual_seed(1))
-    pixels_16 = CropBatch(batch.crops.global_crops, torch.zeros(IMAGES, 0, 3, 16, 16, dtype=torch.uint8))
+    pixels_16 = CropBatch(
+        batch.crops.global_crops, torch.zeros(IMAGES, 0, 3, 16, 16, dtype=torch.uint8)
+    )
     batch = replace(batch, crops=pixels_16)
-    learner = Trainee(vit, *network(1)[1:], TraineeTraits(False, MEAN, STD), None, 1, koleo_is_local=True)
-    losses = learner(batch, *assignments(batch, taught), StepScalars(Objective(1.0, 1.0, 0.0, 1.0), 1.0, 1.0))
+    learner = Trainee(
+        vit, *network(1)[1:], TraineeTraits(False, MEAN, STD), None, 1, koleo_is_local=True
+    )
+    losses = learner(
+        batch, *assignments(batch, taught), StepScalars(Objective(1.0, 1.0, 0.0, 1.0), 1.0, 1.0)
+    )
     assert losses.total.isfinite()
 
 
@@ -153,16 +174,26 @@ def test_teach__does_not_depend_on_how_many_images_a_rank_has() -> None:
     batch, drawn = crops(), masks()
     whole = taught.teach(batch, drawn)
     for border in (1, 2, 4):
-        first = taught.teach(CropBatch(batch.global_crops[:border], batch.local_crops[:border]), drawn[:border])
-        second = taught.teach(CropBatch(batch.global_crops[border:], batch.local_crops[border:]), drawn[border:])
-        assert torch.equal(whole.class_bottleneck, torch.cat([first.class_bottleneck, second.class_bottleneck]))
-        assert torch.equal(whole.patch_bottleneck, torch.cat([first.patch_bottleneck, second.patch_bottleneck]))
+        first = taught.teach(
+            CropBatch(batch.global_crops[:border], batch.local_crops[:border]), drawn[:border]
+        )
+        second = taught.teach(
+            CropBatch(batch.global_crops[border:], batch.local_crops[border:]), drawn[border:]
+        )
+        assert torch.equal(
+            whole.class_bottleneck, torch.cat([first.class_bottleneck, second.class_bottleneck])
+        )
+        assert torch.equal(
+            whole.patch_bottleneck, torch.cat([first.patch_bottleneck, second.patch_bottleneck])
+        )
 
 
 @pytest.mark.parametrize("images", [0, 1, 5])
 def test_teach__one_forward_per_image(images: int) -> None:
     taught, seen = teacher(micro_images=1), []
-    taught.backbone.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[0]))
+    taught.backbone.register_forward_hook(
+        lambda module, inputs, output: seen.append(inputs[0].shape[0])
+    )
     targets = taught.teach(crops(images), masks(5)[:images])
     assert seen == [2] * images  # both global crops of one image at a time
     assert targets.class_bottleneck.shape == (images, 2, 6)

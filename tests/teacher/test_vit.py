@@ -34,7 +34,9 @@ def reference(network: nn.Module, folder: Path) -> nn.Module:
     (folder / "config.json").write_text(json.dumps(hf_config(network.spec)))  # type: ignore[arg-type]
     save_file(network.state_dict(), folder / "model.safetensors", {"format": "pt"})
     loaded, facts = AutoModel.from_pretrained(folder, output_loading_info=True)
-    assert not facts["missing_keys"] and not facts["unexpected_keys"] and not facts["mismatched_keys"]
+    assert (
+        not facts["missing_keys"] and not facts["unexpected_keys"] and not facts["mismatched_keys"]
+    )
     return loaded.eval()
 
 
@@ -102,7 +104,9 @@ def test_vit__rope_scale_changes_patches() -> None:
 
 
 def test_vit__refuses_broken_patches() -> None:
-    with pytest.raises(ValueError, match="crop of 20 x 16 px: sides must be multiples of the patch, 8"):
+    with pytest.raises(
+        ValueError, match="crop of 20 x 16 px: sides must be multiples of the patch, 8"
+    ):
         ViT(SMALL)(torch.randn(1, 3, 20, 16))
 
 

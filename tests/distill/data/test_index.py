@@ -44,7 +44,9 @@ def test_build_index__sizes_are_after_exif_rotation(tmp_path: Path) -> None:
     assert build_index([tmp_path], max_bad_fraction=0.0).hw.tolist() == [[24, 16]]
 
 
-def test_build_index__names_a_broken_file_and_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_build_index__names_a_broken_file_and_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for i in range(3):
         paint(tmp_path / f"{i}.png")
     whole = paint(tmp_path / "half.jpg", (400, 300)).read_bytes()
@@ -52,14 +54,20 @@ def test_build_index__names_a_broken_file_and_goes_on(tmp_path: Path, caplog: py
     with caplog.at_level(logging.WARNING):
         index = build_index([tmp_path], max_bad_fraction=0.0)
     assert len(index.paths) == 3
-    assert [r.getMessage() for r in caplog.records if "half.jpg: left out, cannot be decoded" in r.getMessage()]
+    assert [
+        r.getMessage()
+        for r in caplog.records
+        if "half.jpg: left out, cannot be decoded" in r.getMessage()
+    ]
 
 
 def test_build_index__too_many_broken_files_stop_it(tmp_path: Path) -> None:
     paint(tmp_path / "good.png")
     for i in range(2):
         (tmp_path / f"bad{i}.jpg").write_bytes(b"")
-    with pytest.raises(DataError, match=r"bad0.jpg: cannot be decoded .*; 2 of 3 images are broken"):
+    with pytest.raises(
+        DataError, match=r"bad0.jpg: cannot be decoded .*; 2 of 3 images are broken"
+    ):
         build_index([tmp_path], max_bad_fraction=0.1)
 
 
@@ -73,11 +81,15 @@ def test_build_index__missing_and_empty_folders(tmp_path: Path) -> None:
 def test_save__load_gives_the_same_back(tmp_path: Path) -> None:
     for labels in (np.array([0, 1], np.int32), None):
         names = ("ä", "b") if labels is not None else ()
-        index = ImageIndex(("/x/ä 1.png", "/x/2.png"), np.array([[1, 2], [3, 4]], np.int32), labels, names)
+        index = ImageIndex(
+            ("/x/ä 1.png", "/x/2.png"), np.array([[1, 2], [3, 4]], np.int32), labels, names
+        )
         index.save(tmp_path / "index.npz")
         loaded = ImageIndex.load(tmp_path / "index.npz")
         assert loaded.paths == index.paths and loaded.class_names == names
-        assert (loaded.labels is None) == (labels is None) and loaded.fingerprint == index.fingerprint
+        assert (loaded.labels is None) == (
+            labels is None
+        ) and loaded.fingerprint == index.fingerprint
 
 
 def test_split__holds_out_a_part_of_every_class(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The loader and its DALI graph: the same batch however it is divided, and each operation against NumPy or Pillow."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,9 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ImageIndex:
     return build_index([folder], max_bad_fraction=0.0)
 
 
-def loader(index: ImageIndex, positions: range, spec: CropSpec = SPEC, num_threads: int = 1) -> Loader:
+def loader(
+    index: ImageIndex, positions: range, spec: CropSpec = SPEC, num_threads: int = 1
+) -> Loader:
     return Loader(
         index,
         spec,
@@ -48,17 +51,22 @@ def loader(index: ImageIndex, positions: range, spec: CropSpec = SPEC, num_threa
 
 
 def same(first: CropBatch, second: CropBatch) -> bool:
-    return torch.equal(first.global_crops, second.global_crops) and torch.equal(first.local_crops, second.local_crops)
+    return torch.equal(first.global_crops, second.global_crops) and torch.equal(
+        first.local_crops, second.local_crops
+    )
 
 
 @pytest.mark.parametrize("borders", [(0, 12), (0, 6, 12), (0, 1, 8, 12), (0, 5, 5, 12)])
-def test_fetch__any_division_of_the_batch_gives_the_same_bits(borders: tuple[int, ...], index: ImageIndex) -> None:
+def test_fetch__any_division_of_the_batch_gives_the_same_bits(
+    borders: tuple[int, ...], index: ImageIndex
+) -> None:
     whole = loader(index, range(IMAGES), num_threads=2)
-    parts = [loader(index, range(a, b)) for a, b in zip(borders, borders[1:], strict=False)]
+    parts = [loader(index, range(a, b)) for a, b in pairwise(borders)]
     for step in (0, 1, 2):
         expected, got = whole.fetch(step), [part.fetch(step) for part in parts]
         together = CropBatch(
-            torch.cat([part.global_crops for part in got]), torch.cat([part.local_crops for part in got])
+            torch.cat([part.global_crops for part in got]),
+            torch.cat([part.local_crops for part in got]),
         )
         assert same(together, expected)
 
@@ -66,16 +74,32 @@ def test_fetch__any_division_of_the_batch_gives_the_same_bits(borders: tuple[int
 def test_fetch__starting_late_or_going_back_gives_the_same_bits(index: ImageIndex) -> None:
     through, late = loader(index, range(4)), loader(index, range(4))
     batches = [through.fetch(step) for step in range(5)]
-    assert same(late.fetch(3), batches[3]) and same(late.fetch(4), batches[4]) and same(late.fetch(1), batches[1])
+    assert (
+        same(late.fetch(3), batches[3])
+        and same(late.fetch(4), batches[4])
+        and same(late.fetch(1), batches[1])
+    )
     assert not same(batches[0], batches[1])
 
 
 def test_fetch__shapes_and_anchor_crops(index: ImageIndex) -> None:
     batch = loader(index, range(3), replace(SPEC, anchor_size=64)).fetch(0)
-    assert batch.global_crops.shape == (3, 2, 3, 32, 32) and batch.local_crops.shape == (3, 2, 3, 16, 16)
+    assert batch.global_crops.shape == (3, 2, 3, 32, 32) and batch.local_crops.shape == (
+        3,
+        2,
+        3,
+        16,
+        16,
+    )
     assert batch.anchor_crops is not None and batch.anchor_crops.shape == (3, 2, 3, 64, 64)
     empty = loader(index, range(3, 3), replace(SPEC, num_local=0)).fetch(0)
-    assert empty.global_crops.shape == (0, 2, 3, 32, 32) and empty.local_crops.shape == (0, 0, 3, 16, 16)
+    assert empty.global_crops.shape == (0, 2, 3, 32, 32) and empty.local_crops.shape == (
+        0,
+        0,
+        3,
+        16,
+        16,
+    )
 
 
 def test_fetch__a_file_that_broke_after_the_index_is_named(tmp_path: Path) -> None:
@@ -92,7 +116,11 @@ def test_fetch__a_file_that_broke_after_the_index_is_named(tmp_path: Path) -> No
 
 
 def run_graph(
-    image: NDArray[np.uint8], window: list[float], photometric: list[float], tmp_path: Path, crop: int = 0
+    image: NDArray[np.uint8],
+    window: list[float],
+    photometric: list[float],
+    tmp_path: Path,
+    crop: int = 0,
 ) -> NDArray[np.uint8]:
     """One crop of one image through the graph with fixed parameters, [height, width, 3]."""
     path = tmp_path / "image.png"
@@ -109,22 +137,33 @@ def run_graph(
 def test_graph__resize_is_pillows_bicubic(tmp_path: Path) -> None:
     image = picture(1)
     got = run_graph(image, [4, 8, 36, 56], NEUTRAL, tmp_path)
-    expected = Image.fromarray(image).crop((8, 4, 56, 36)).resize((32, 32), Image.Resampling.BICUBIC)
-    assert np.abs(got.astype(int) - np.asarray(expected)).max() <= 3  # rounding, and DALI reads past the window's edge
+    expected = (
+        Image.fromarray(image).crop((8, 4, 56, 36)).resize((32, 32), Image.Resampling.BICUBIC)
+    )
+    assert (
+        np.abs(got.astype(int) - np.asarray(expected)).max() <= 3
+    )  # rounding, and DALI reads past the window's edge
     mirrored = run_graph(image, [4, 56, 36, 8], NEUTRAL, tmp_path)
-    assert np.abs(mirrored.astype(int) - got[:, ::-1]).max() <= 1  # rounding of mirrored coordinates
+    assert (
+        np.abs(mirrored.astype(int) - got[:, ::-1]).max() <= 1
+    )  # rounding of mirrored coordinates
 
 
 def exact_crop(image: NDArray[np.uint8]) -> NDArray[np.float64]:
     return image[:32, :32].astype(np.float64)
 
 
-@pytest.mark.parametrize(("brightness", "contrast", "saturation"), [(1.3, 1.0, 1.0), (1.0, 0.7, 1.0), (1.0, 1.0, 0.0), (0.8, 1.2, 1.1)])
+@pytest.mark.parametrize(
+    ("brightness", "contrast", "saturation"),
+    [(1.3, 1.0, 1.0), (1.0, 0.7, 1.0), (1.0, 1.0, 0.0), (0.8, 1.2, 1.1)],
+)
 def test_graph__colour_equals_its_definition(
     brightness: float, contrast: float, saturation: float, tmp_path: Path
 ) -> None:
     image = picture(2)
-    got = run_graph(image, [0, 0, 32, 32], [brightness, contrast, saturation, 0.0, 0.0, 0.0], tmp_path)
+    got = run_graph(
+        image, [0, 0, 32, 32], [brightness, contrast, saturation, 0.0, 0.0, 0.0], tmp_path
+    )
     pixels = exact_crop(image)
     grey = pixels @ np.array([0.299, 0.587, 0.114])
     mixed = grey[..., None] + saturation * (pixels - grey[..., None])
@@ -139,18 +178,26 @@ def test_graph__hue_keeps_luma_and_turns_colour(tmp_path: Path) -> None:
     pixels = exact_crop(image)
     weights = np.array([0.299, 0.587, 0.114])
     inside = ((got > 0) & (got < 255)).all(axis=2)
-    assert np.abs(got @ weights - pixels @ weights)[inside].max() < 4  # a rotation in YIQ leaves Y alone
+    assert (
+        np.abs(got @ weights - pixels @ weights)[inside].max() < 4
+    )  # a rotation in YIQ leaves Y alone
     assert np.abs(got - pixels).mean() > 5
 
 
 def test_graph__blur_equals_pillows_gaussian(tmp_path: Path) -> None:
     image = picture(4)
     got = run_graph(image, [0, 0, 32, 32], [1.0, 1.0, 1.0, 0.0, 1.2, 0.0], tmp_path)
-    expected = np.asarray(Image.fromarray(image[:32, :32]).filter(ImageFilter.GaussianBlur(1.2)), dtype=int)
-    assert np.abs(got.astype(int) - expected)[5:-5, 5:-5].max() <= 4  # Pillow approximates by box filters
+    expected = np.asarray(
+        Image.fromarray(image[:32, :32]).filter(ImageFilter.GaussianBlur(1.2)), dtype=int
+    )
+    assert (
+        np.abs(got.astype(int) - expected)[5:-5, 5:-5].max() <= 4
+    )  # Pillow approximates by box filters
 
 
-def test_graph__solarise_inverts_from_the_threshold_and_on_the_second_crop_only(tmp_path: Path) -> None:
+def test_graph__solarise_inverts_from_the_threshold_and_on_the_second_crop_only(
+    tmp_path: Path,
+) -> None:
     image = picture(5)
     photometric = [1.0, 1.0, 1.0, 0.0, 0.0, 1.0]
     pixels = exact_crop(image).astype(int)
@@ -169,15 +216,28 @@ def test_draw_parameters__have_the_published_ranges_and_rates() -> None:
     mirrored = left > right
     assert abs(mirrored.mean() - 0.5) < 0.02
     area = np.abs(right - left) * (bottom - top) / (300 * 500)
-    assert top.min() >= 0 and bottom.max() <= 300 and min(left.min(), right.min()) >= 0 and max(left.max(), right.max()) <= 500
+    assert (
+        top.min() >= 0
+        and bottom.max() <= 300
+        and min(left.min(), right.min()) >= 0
+        and max(left.max(), right.max()) <= 500
+    )
     assert area[:, :2].min() > 0.31 and area[:, :2].max() <= 1.0
     assert area[:, 2:].min() > 0.048 and area[:, 2:].max() < 0.325
     photo = drawn.photometric
     jittered = photo[..., 3] != 0.0
     assert abs(jittered.mean() - 0.8) < 0.02 and abs((photo[..., 2] == 0.0).mean() - 0.2) < 0.02
-    assert np.abs(photo[..., 3]).max() <= 36 and photo[..., 0].min() >= 0.6 and photo[..., 1].max() <= 1.4
+    assert (
+        np.abs(photo[..., 3]).max() <= 36
+        and photo[..., 0].min() >= 0.6
+        and photo[..., 1].max() <= 1.4
+    )
     blurred = (photo[..., 4] > 0).mean(axis=0)
-    assert blurred[0] == 1.0 and abs(blurred[1] - 0.1) < 0.02 and np.abs(blurred[2:] - 0.5).max() < 0.03
+    assert (
+        blurred[0] == 1.0
+        and abs(blurred[1] - 0.1) < 0.02
+        and np.abs(blurred[2:] - 0.5).max() < 0.03
+    )
     solarised = photo[..., 5].mean(axis=0)
     assert abs(solarised[1] - 0.2) < 0.02 and not solarised[[0, 2, 3]].any()
 
@@ -186,6 +246,8 @@ def test_draw_parameters__fall_back_to_the_centre_of_extreme_shapes() -> None:
     hw = np.array([[10, 1000], [1000, 10], [1, 1]], np.int32)
     ids = np.arange(3)
     spec = replace(SPEC, flip_probability=0.0, global_scale=(1.0, 1.0))
-    windows = draw_parameters(spec, seed=0, step=0, positions=ids, sample_ids=ids, hw=hw).windows[:, 0]
+    windows = draw_parameters(spec, seed=0, step=0, positions=ids, sample_ids=ids, hw=hw).windows[
+        :, 0
+    ]
     assert windows[0].tolist() == [0, 493, 10, 506] and windows[1].tolist() == [493, 0, 506, 10]
     assert windows[2].tolist() == [0, 0, 1, 1]

@@ -17,10 +17,14 @@ WANTED = {"grid_hw": (8, 8), "probability": 0.5, "ratio": (0.1, 0.5)}
     height=st.integers(1, 16),
     width=st.integers(1, 16),
 )
-def test_draw_masks__have_exactly_the_counts(seed: int, step: int, images: int, height: int, width: int) -> None:
+def test_draw_masks__have_exactly_the_counts(
+    seed: int, step: int, images: int, height: int, width: int
+) -> None:
     wanted = {"grid_hw": (height, width), "probability": 0.5, "ratio": (0.1, 0.5)}
     counts = mask_counts(seed=seed, step=step, images_global=images, **wanted)
-    masks = draw_masks(seed=seed, step=step, images_global=images, positions=np.arange(images), **wanted)
+    masks = draw_masks(
+        seed=seed, step=step, images_global=images, positions=np.arange(images), **wanted
+    )
     assert masks.shape == (images, 2, height * width)
     assert np.array_equal(masks.sum(dim=2).numpy(), counts)
 
@@ -28,13 +32,23 @@ def test_draw_masks__have_exactly_the_counts(seed: int, step: int, images: int, 
 def test_draw_masks__any_rank_draws_the_same() -> None:
     whole = draw_masks(seed=1, step=5, images_global=16, positions=np.arange(16), **WANTED)
     some = np.array([3, 4, 11])
-    assert torch.equal(draw_masks(seed=1, step=5, images_global=16, positions=some, **WANTED), whole[some])
-    assert draw_masks(seed=1, step=5, images_global=16, positions=np.arange(0), **WANTED).shape == (0, 2, 64)
-    assert not torch.equal(whole, draw_masks(seed=1, step=6, images_global=16, positions=np.arange(16), **WANTED))
+    assert torch.equal(
+        draw_masks(seed=1, step=5, images_global=16, positions=some, **WANTED), whole[some]
+    )
+    assert draw_masks(seed=1, step=5, images_global=16, positions=np.arange(0), **WANTED).shape == (
+        0,
+        2,
+        64,
+    )
+    assert not torch.equal(
+        whole, draw_masks(seed=1, step=6, images_global=16, positions=np.arange(16), **WANTED)
+    )
 
 
 def test_mask_counts__half_of_the_crops_at_evenly_spread_ratios() -> None:
-    counts = np.concatenate([mask_counts(seed=0, step=s, images_global=64, **WANTED).ravel() for s in range(20)])
+    counts = np.concatenate(
+        [mask_counts(seed=0, step=s, images_global=64, **WANTED).ravel() for s in range(20)]
+    )
     assert (counts > 0).mean() == 0.5
     ratios = counts[counts > 0] / 64
     assert ratios.min() >= 0.09 and ratios.max() < 0.5  # counts are rounded down to whole patches
@@ -43,7 +57,11 @@ def test_mask_counts__half_of_the_crops_at_evenly_spread_ratios() -> None:
 
 def test_draw_masks__are_made_of_blocks() -> None:
     """A block-wise mask has more masked neighbours than the same number of patches scattered at random."""
-    masks = draw_masks(seed=0, step=0, images_global=64, positions=np.arange(64), **WANTED).view(-1, 8, 8).float()
+    masks = (
+        draw_masks(seed=0, step=0, images_global=64, positions=np.arange(64), **WANTED)
+        .view(-1, 8, 8)
+        .float()
+    )
     pairs = (masks[:, 1:] * masks[:, :-1]).sum() + (masks[:, :, 1:] * masks[:, :, :-1]).sum()
     ratio = masks.mean(dim=(1, 2))
     at_random = (ratio**2).sum() * 2 * 7 * 8

@@ -10,7 +10,9 @@ from distill.data.sampler import sample_ids
 @given(seed=st.integers(0, 2**40), samples=st.integers(1, 60), batch=st.integers(1, 40))
 def test_sample_ids__every_epoch_is_a_permutation(seed: int, samples: int, batch: int) -> None:
     num_steps = -(-3 * samples // batch)
-    stream = np.concatenate([sample_ids(seed, samples, step, batch, np.arange(batch)) for step in range(num_steps)])
+    stream = np.concatenate(
+        [sample_ids(seed, samples, step, batch, np.arange(batch)) for step in range(num_steps)]
+    )
     for epoch in range(3):
         assert sorted(stream[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
 
