@@ -82,7 +82,7 @@ def _say(text: str) -> None:
     Console().print(text, highlight=False, markup=False)
 
 
-def _version(is_wanted: bool) -> None:
+def _version(is_wanted: bool | None) -> None:
     if is_wanted:
         sys.stdout.write(f"distill {version('distill-family')}\n")
         raise typer.Exit
@@ -91,8 +91,9 @@ def _version(is_wanted: bool) -> None:
 @app.callback()
 def _root(
     show_version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
-    ] = False,
+        bool | None,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = None,
 ) -> None:
     """Options of the command itself."""
 

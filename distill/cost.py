@@ -39,7 +39,7 @@ def _vit_flops(spec: ViTSpec, size: int) -> float:
     matrices = 4 * spec.width**2 + (3 if spec.ffn == "swiglu" else 2) * spec.width * spec.ffn_width
     attention = 4 * tokens**2 * spec.width
     embedding = 2 * (size // spec.patch) ** 2 * spec.in_channels * spec.patch**2 * spec.width
-    return embedding + spec.depth * (2 * tokens * matrices + attention)
+    return float(embedding + spec.depth * (2 * tokens * matrices + attention))
 
 
 def _convnext_flops(spec: ConvNeXtSpec, size: int) -> float:

@@ -245,11 +245,9 @@ def _apply_overrides(document: Document, overrides: Sequence[str]) -> list[Probl
                 node = None
                 break
         last = loc[-1]
-        if isinstance(node, dict):
-            node[last] = value
-            touched.add(loc)
-        elif isinstance(node, list) and isinstance(last, int) and last < len(node):
-            node[last] = value
+        is_item = isinstance(node, list) and isinstance(last, int) and last < len(node)
+        if isinstance(node, dict) or is_item:
+            node[last] = value  # type: ignore[index]  # a number if and only if the node is a list
             touched.add(loc)
         else:
             problems.append(((OVERRIDE, text), f"there is no {key!r} in this recipe"))

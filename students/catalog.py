@@ -1,4 +1,4 @@
-"""The closed table of network names, and the way from a shape to a network and to a Hugging Face config and back."""
+"""The closed table of network names; from a shape to a network, to a Hugging Face config and back."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -32,7 +32,10 @@ CATALOG: Mapping[str, BackboneSpec] = MappingProxyType(
 
 
 def build_backbone(spec: BackboneSpec) -> nn.Module:
-    """The network of a shape, with uninitialised class and register tokens: load weights or call ``init_weights_``."""
+    """The network of a shape; load weights or call ``init_weights_`` before using it.
+
+    Class and register tokens are uninitialised memory until then.
+    """
     return ViT(spec) if isinstance(spec, ViTSpec) else ConvNeXt(spec)
 
 
@@ -177,7 +180,10 @@ def _require(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
 
 def preprocessor_config(size: int, mean: Sequence[float], std: Sequence[float]) -> dict[str, Any]:
-    """``preprocessor_config.json``: rescale, resize with antialias, normalise; read by transformers 4.57 and 5.x."""
+    """``preprocessor_config.json``: rescale, resize with antialias, normalise.
+
+    transformers 4.57 and 5.x both read it; the former does not know the newer processor's name.
+    """
     return {
         "image_processor_type": "DINOv3ViTImageProcessorFast",
         "do_resize": True,

@@ -31,7 +31,8 @@ class ConvNeXtSpec:
     def __post_init__(self) -> None:
         if len(self.depths) != len(self.widths) or len(self.depths) < 2:
             raise ValueError(
-                f"depths {list(self.depths)} and widths {list(self.widths)}: need one of each per stage, two stages at least"
+                f"depths {list(self.depths)} and widths {list(self.widths)}: "
+                "need one of each per stage, two stages at least"
             )
         if min(*self.depths, *self.widths, self.in_channels) < 1:
             raise ValueError(f"{self}: every size must be at least 1")
@@ -134,7 +135,8 @@ class ConvNeXt(nn.Module):
         height, width = pixels.shape[2:]
         if height % self.stride or width % self.stride:
             raise ValueError(
-                f"crop of {height} x {width} px: sides must be multiples of the stride, {self.stride}"
+                f"crop of {height} x {width} px: "
+                f"sides must be multiples of the stride, {self.stride}"
             )
         image = pixels
         for stage in self.stages:
@@ -145,7 +147,10 @@ class ConvNeXt(nn.Module):
 
 
 def init_convnext_(convnext: ConvNeXt, generator: torch.Generator) -> None:
-    """Fresh weights: linear and convolution layers truncated normal 0.02, zero biases, LayerScale at its initial value."""
+    """Fresh weights: linear and convolution layers truncated normal 0.02, biases zero.
+
+    LayerScale starts at the spec's initial value.
+    """
     for module in convnext.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)

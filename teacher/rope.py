@@ -19,20 +19,20 @@ ROPE_BASE = 100.0
 def rope_angles(
     grid_hw: tuple[int, int], head_dim: int, scale: float, device: torch.device
 ) -> tuple[Float[Tensor, "patches head_dim"], Float[Tensor, "patches head_dim"]]:
-    """Sine and cosine for each patch, row-major. ``scale`` stretches the box [-1, 1] (1 outside training)."""
+    """Sine and cosine for each patch, row-major.
+
+    ``scale`` stretches the box [-1, 1]; it is 1 outside training.
+    """
     rows, columns = (
         ((torch.arange(count, dtype=torch.float32, device=device) + 0.5) / count * 2.0 - 1.0)
         * scale
         for count in grid_hw
     )
-    exponents = torch.arange(head_dim // 4, dtype=torch.float32, device=device) * (
-        2.0 / (head_dim / 2)
-    )
+    exponents = torch.arange(head_dim // 4, dtype=torch.float32, device=device) * (4.0 / head_dim)
     periods = ROPE_BASE**exponents
     coordinates = torch.cartesian_prod(rows, columns)  # [patches, 2]
-    angles = (
-        (2.0 * math.pi * coordinates[:, :, None] / periods).flatten(1).repeat(1, 2)
-    )  # [patches, head_dim]
+    angles = 2.0 * math.pi * coordinates[:, :, None] / periods  # [patches, 2, head_dim / 4]
+    angles = angles.flatten(1).repeat(1, 2)  # [patches, head_dim]
     return angles.sin(), angles.cos()
 
 
@@ -41,7 +41,10 @@ def rotate(
     sine: Float[Tensor, "patches head_dim"],
     cosine: Float[Tensor, "patches head_dim"],
 ) -> Float[Tensor, "rows heads tokens head_dim"]:
-    """Queries or keys with their last ``patches`` tokens rotated, computed in fp32; the tokens before them pass unchanged."""
+    """Queries or keys with their last ``patches`` tokens rotated; those before pass unchanged.
+
+    Computed in fp32, returned in the dtype that came in.
+    """
     num_prefix = heads.shape[2] - sine.shape[0]
     prefix, patches = heads[:, :, :num_prefix], heads[:, :, num_prefix:].float()
     first, second = patches.chunk(2, dim=-1)

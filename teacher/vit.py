@@ -1,4 +1,4 @@
-"""The DINOv3 vision transformer: pre-norm blocks with LayerScale, axial RoPE on patch tokens, one class and some register tokens.
+"""The DINOv3 vision transformer: pre-norm blocks, LayerScale, axial RoPE on patch tokens.
 
 Parameter names are the flat names of the published Hugging Face files, so a state dict is a file
 and nothing is translated. Token order: class, registers, patches. Source: DINOv3 report, section
@@ -17,13 +17,15 @@ from teacher.batch import Features
 from teacher.rope import rope_angles, rotate
 
 NORM_EPS = 1e-5
-FEED_FORWARDS = ("mlp", "swiglu")
 Angles = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class ViTSpec:
-    """Shape of a vision transformer. ``untie_local_norm`` and ``layerscale_init`` act in training only."""
+    """Shape of a vision transformer.
+
+    ``untie_local_norm`` gives the class token of local crops a final norm of its own, in training.
+    """
 
     width: int
     depth: int
@@ -43,11 +45,10 @@ class ViTSpec:
             < 1
         ):
             raise ValueError(f"{self}: every size must be at least 1")
-        if self.ffn not in FEED_FORWARDS:
-            raise ValueError(f"ffn = {self.ffn!r}: must be one of {', '.join(FEED_FORWARDS)}")
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ValueError(
-                f"width {self.width} with {self.heads} heads: the width of a head must be a whole multiple of 4 (RoPE)"
+                f"width {self.width} with {self.heads} heads: "
+                "the width of a head must be a whole multiple of 4 (RoPE)"
             )
 
     @property
@@ -74,8 +75,9 @@ class Embeddings(nn.Module):
         patches = self.patch_embeddings(pixels).flatten(2).transpose(1, 2)  # [rows, patches, embed]
         if masks is not None:
             if masks.shape != patches.shape[:2]:
+                wanted = list(patches.shape[:2])
                 raise ValueError(
-                    f"masks of {list(masks.shape)}: must be [rows, patches] = {list(patches.shape[:2])}"
+                    f"masks of {list(masks.shape)}: must be [rows, patches] = {wanted}"
                 )
             patches = torch.where(masks[..., None], self.mask_token.to(patches.dtype), patches)
         rows = patches.shape[0]
@@ -164,7 +166,7 @@ class Block(nn.Module):
         self.attention = Attention(spec)
         self.layer_scale1 = LayerScale(spec)
         self.norm2 = nn.LayerNorm(spec.width, eps=NORM_EPS)
-        self.mlp = SwiGLU(spec) if spec.ffn == "swiglu" else Mlp(spec)
+        self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[spec.ffn](spec)
         self.layer_scale2 = LayerScale(spec)
 
     def forward(
@@ -230,7 +232,8 @@ class ViT(nn.Module):
         height, width = pixels.shape[2:]
         if height % self.stride or width % self.stride:
             raise ValueError(
-                f"crop of {height} x {width} px: sides must be multiples of the patch, {self.stride}"
+                f"crop of {height} x {width} px: "
+                f"sides must be multiples of the patch, {self.stride}"
             )
         return height // self.stride, width // self.stride
 
@@ -244,9 +247,9 @@ class ViT(nn.Module):
 
 
 def init_vit_(vit: ViT, generator: torch.Generator) -> None:
-    """Fresh weights: linear and convolution layers truncated normal 0.02, class and register tokens normal 0.02.
+    """Fresh weights: linear and convolution layers truncated normal 0.02, biases zero.
 
-    Source: METHOD section 1.1 (released code uses the same values).
+    Class and register tokens are normal 0.02, the mask token zero, LayerScale at its initial value.
     """
     for module in vit.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):

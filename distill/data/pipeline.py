@@ -89,8 +89,8 @@ def _distort(crop: Any, photometric: Any, *, can_solarise: bool) -> Any:
         )
     if photometric[4] > 0.0:
         crop = fn.gaussian_blur(crop, window_size=BLUR_WINDOW, sigma=photometric[4])
-    if can_solarise:
-        if photometric[5] > 0.5:  # noqa: SIM102  # decided per sample in the graph, the line above in Python
+    if can_solarise:  # noqa: SIM102  # decided in Python, the next line per sample in the graph
+        if photometric[5] > 0.5:
             keep = crop < SOLARISE_THRESHOLD
             crop = keep * crop + (keep ^ True) * (types.Constant(255, dtype=types.UINT8) - crop)
     return crop

@@ -1,59 +1,132 @@
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from students.catalog import CATALOG
+from students.catalog import CATALOG, init_weights_
 from students.convnext import ConvNeXt, ConvNeXtSpec, init_convnext_
-from tests.teacher.test_vit import reference, shuffled_, sorted_by_size
+from tests.teacher.test_vit import (
+    assert_gradient_parity,
+    assert_parity,
+    outputs,
+    reference,
+    relative_difference,
+    run_as_sharded,
+    shuffled_,
+)
 
 SMALL = ConvNeXtSpec((1, 2, 1), (8, 16, 24))
-CUT = {
+CUT: dict[str, Any] = {
+    "two_stages": ConvNeXtSpec((2, 1), (8, 12)),
     "three_stages": SMALL,
-    "convnext_tiny": replace(CATALOG["convnext_tiny"], depths=(1, 1, 1, 1)),
+    "convnext_tiny": replace(CATALOG["convnext_tiny"], depths=(1, 1, 2, 1)),
 }
 
 
 @pytest.mark.parametrize("name", CUT)
-def test_parity__features_and_gradients(name: str, tmp_path: Path) -> None:
+def test_convnext__parity_of_features_and_gradients(name: str, tmp_path: Path) -> None:
     ours = shuffled_(ConvNeXt(CUT[name]))
     theirs = reference(ours, tmp_path)
-    side = CUT[name].stride
-    pixels = torch.randn(2, 3, 2 * side, 3 * side)
-    features = ours(pixels)
+    features = ours(pixels := torch.randn(2, 3, 2 * ours.stride, 3 * ours.stride))
+    expected = theirs(pixels).last_hidden_state
     assert features.grid_hw == (2, 3)
-    got = torch.cat([features.class_token[:, None], features.patch_tokens], dim=1)
-    wanted = theirs(pixels).last_hidden_state
-    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
-    direction = torch.randn_like(wanted)
-    (got * direction).sum().backward()
-    (wanted * direction).sum().backward()
-    our_grads = [p.grad for p in ours.parameters() if p.grad is not None]
-    their_grads = [p.grad for p in theirs.parameters() if p.grad is not None]
-    assert len(our_grads) == len(their_grads) == len(list(ours.parameters()))
-    for mine, other in zip(sorted_by_size(our_grads), sorted_by_size(their_grads), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+    assert_parity(features.class_token, expected[:, 0], "class")
+    assert_parity(features.patch_tokens, expected[:, 1:], "patches")
+    direction = torch.randn_like(expected)
+    (outputs(features) * direction).sum().backward()
+    (expected * direction).sum().backward()
+    assert_gradient_parity(ours, theirs)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 5])
+def test_convnext__stride_halves_the_map_in_each_stage(num_stages: int) -> None:
+    spec = ConvNeXtSpec((1,) * num_stages, (4,) * num_stages)
+    convnext = shuffled_(ConvNeXt(spec))
+    stride = 4 * 2 ** (num_stages - 1)
+    assert (spec.stride, convnext.stride, spec.width, convnext.width) == (stride, stride, 4, 4)
+    assert convnext(torch.randn(1, 3, stride, 2 * stride)).patch_tokens.shape == (1, 2, 4)
+
+
+def test_convnext__bf16_weights_stay_close_to_fp32() -> None:
+    convnext = shuffled_(ConvNeXt(SMALL)).bfloat16()
+    pixels = torch.randn(2, 3, 32, 48).bfloat16()
+    got = outputs(convnext(pixels))
+    wanted = outputs(convnext.float()(pixels.float()))
+    assert got.dtype == torch.bfloat16
+    # bf16 keeps 8 bits (0.4%); four blocks add up a handful of roundings
+    assert relative_difference(got, wanted) < 0.03
+
+
+def test_convnext__uses_weights_only_in_the_module_that_owns_them() -> None:
+    convnext = shuffled_(ConvNeXt(SMALL))
+    pixels = torch.randn(1, 3, 32, 16)
+    with torch.no_grad():
+        whole = outputs(convnext(pixels))
+    assert torch.equal(outputs(run_as_sharded(convnext, pixels)), whole)
 
 
 def test_convnext__refuses_masks_and_broken_sides() -> None:
     convnext = ConvNeXt(SMALL)
     with pytest.raises(ValueError, match="no mask token"):
         convnext(torch.randn(1, 3, 32, 32), torch.zeros(1, 4, dtype=torch.bool))
-    with pytest.raises(ValueError, match="multiples of the stride, 16"):
+    with pytest.raises(ValueError, match="40 x 32 px: sides must be multiples of the stride, 16"):
         convnext(torch.randn(1, 3, 40, 32))
 
 
-def test_convnext_spec__needs_one_width_per_depth() -> None:
+def test_convnext_spec__refuses_shapes_that_cannot_be_built() -> None:
     with pytest.raises(ValueError, match="one of each per stage"):
         ConvNeXtSpec((1, 2), (8, 16, 24))
+    with pytest.raises(ValueError, match="two stages at least"):
+        ConvNeXtSpec((), ())
+    with pytest.raises(ValueError, match=r"depths=\(1, 0\).*every size must be at least 1"):
+        ConvNeXtSpec((1, 0), (8, 16))
+
+
+CHANGES: dict[str, Any] = {
+    "depths": (1, 1, 2),
+    "widths": (8, 16, 20),
+    "in_channels": 4,
+    "layerscale_init": 0.5,
+}
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(ConvNeXtSpec)])
+def test_convnext_spec__every_field_changes_the_network(field: str) -> None:
+    def fingerprint(spec: ConvNeXtSpec) -> list[Any]:
+        convnext = ConvNeXt(spec)
+        init_convnext_(convnext, torch.Generator().manual_seed(0))
+        shapes = [(name, tuple(tensor.shape)) for name, tensor in convnext.state_dict().items()]
+        pixels = torch.linspace(-1, 1, spec.in_channels * 256).reshape(1, spec.in_channels, 16, 16)
+        return [shapes, outputs(convnext(pixels)).tolist()]
+
+    base = replace(SMALL, layerscale_init=1.0)
+    assert fingerprint(base) == fingerprint(replace(base))
+    assert fingerprint(base) != fingerprint(replace(base, **{field: CHANGES[field]}))
 
 
 def test_init_convnext__is_a_function_of_the_generator() -> None:
-    first, second = ConvNeXt(SMALL), ConvNeXt(SMALL)
+    first, second = shuffled_(ConvNeXt(SMALL)), ConvNeXt(SMALL)
     for network in (first, second):
-        init_convnext_(network, torch.Generator().manual_seed(7))
-    assert all(
-        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
-    )
-    assert first.stages[0].layers[0].gamma[0].item() == pytest.approx(1e-6)
+        init_weights_(network, torch.Generator().manual_seed(7))
+    for (name, mine), other in zip(first.named_parameters(), second.parameters(), strict=True):
+        assert torch.equal(mine, other), name
+    init_convnext_(second, torch.Generator().manual_seed(8))
+    stem = "stages.0.downsample_layers.0.weight"
+    assert not torch.equal(first.state_dict()[stem], second.state_dict()[stem])
+
+
+def test_init_convnext__has_the_published_statistics() -> None:
+    convnext = shuffled_(ConvNeXt(ConvNeXtSpec((1, 1), (48, 96))))
+    init_convnext_(convnext, torch.Generator().manual_seed(7))
+    for name, tensor in convnext.state_dict().items():
+        if tensor.ndim in (2, 4):
+            # five standard errors: of the spread 1 / sqrt(2 n), of the mean 1 / sqrt(n)
+            slack = 5.0 * 0.02 / tensor.numel() ** 0.5
+            assert abs(tensor.std().item() - 0.02) < slack, name
+            assert abs(tensor.mean().item()) < slack, name
+        else:
+            constant = 1e-6 if name.endswith("gamma") else 0.0
+            constant = 1.0 if tensor.ndim == 1 and name.endswith("weight") else constant
+            assert (tensor == constant).all(), name
