@@ -1,25 +1,31 @@
 """The verbs: parse, call, print, set the exit code. Imports nothing heavy until a verb needs it.
 
 Exit codes: 0 done, 1 failed, 2 wrong recipe or usage, 3 the machine lacks something, 130 stopped by
-Ctrl-C and saved.
+Ctrl-C and saved. With ``--json`` standard output holds one JSON object and nothing else.
 """
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from distill.errors import DataError, RecipeError, UserError
 
+if TYPE_CHECKING:
+    from distill.launch import Options
+
 HELP = """Train a whole family of vision backbones from one frozen teacher, in one job.
 
-New here?  distill doctor → distill recipes copy quickstart my.yaml → distill check my.yaml → distill train my.yaml
+New here?  distill doctor → distill recipes copy quickstart my.yaml
+           → distill check my.yaml → distill train my.yaml
 """
 app = typer.Typer(
     help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
@@ -34,8 +40,12 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="Values to replace, such as schedule.batch=32; teacher:KEY=VALUE for the teacher's recipe. Give them after the options.",
+        help="Values to replace, such as schedule.batch=32; list items by number, as in "
+        "students.0.lr=1e-4. Write teacher:KEY=VALUE for the recipe of the teacher it trains.",
     ),
+]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")
 ]
 DataOption = Annotated[
     Path | None, typer.Option("--data", metavar="DIR", help="Train on the images of this folder.")
@@ -60,13 +70,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(words, prog_name="distill", standalone_mode=True)
-    except UserError as error:
-        report(error, is_debug="--debug" in words)
-        sys.exit(error.exit_code)
+    except Exception as error:
+        told = error if isinstance(error, UserError) else _unforeseen(error)
+        report(told, is_debug="--debug" in words)
+        sys.exit(told.exit_code)
+
+
+def _unforeseen(error: Exception) -> UserError:
+    """An error nobody wrote a message for, as one line."""
+    reason = (str(error).strip().splitlines() or ["no message"])[0]
+    return UserError(
+        f"{type(error).__name__}: {reason}",
+        fix="Run the same command with --debug to see where; if it is not your files, report it.",
+    )
 
 
 def report(error: UserError, *, is_debug: bool) -> None:
-    """The message and the next move, on standard error."""
+    """Writes the message and the next move to standard error; call while handling an error."""
     if is_debug:
         traceback.print_exc()
     sys.stderr.write(error.message + "\n")
@@ -79,13 +99,14 @@ def _print_json(value: Any) -> None:
 
 
 def _say(text: str) -> None:
-    Console().print(text, highlight=False, markup=False)
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-def _version(is_wanted: bool | None) -> None:
+def _version(is_wanted: bool | None) -> bool | None:
     if is_wanted:
         sys.stdout.write(f"distill {version('distill-family')}\n")
         raise typer.Exit
+    return is_wanted
 
 
 @app.callback()
@@ -100,33 +121,33 @@ def _root(
 
 def _with_data(recipe: str, overrides: Sequence[str] | None, data: Path | None) -> list[str]:
     """Overrides with ``--data`` applied to the recipe and to the teacher's recipe it may name."""
+    from distill.recipe_file import names_teacher_recipe
+
     texts = list(overrides or [])
     if data is None:
         return texts
     if not data.is_dir():
         raise DataError(f"--data {data}: not a folder", fix="Give a folder with images.")
     source = f"data.sources=[{{path: {json.dumps(str(data.absolute()))}}}]"
+    is_for_two = names_teacher_recipe(recipe, texts)
+    return [*texts, source, *([f"teacher:{source}"] if is_for_two else [])]
+
+
+def _start(recipe: str, overrides: list[str], options: "Options", *, as_json: bool) -> None:
+    from distill.launch import run
+
+    if not as_json:
+        raise typer.Exit(run(recipe, overrides, options))
     from distill.recipe_file import load_job
 
-    _, teacher = load_job(recipe, texts)
-    return [*texts, source, *([f"teacher:{source}"] if teacher is not None else [])]
-
-
-def _start(
-    recipe: str,
-    overrides: Sequence[str] | None,
-    data: Path | None,
-    gpus: int | None,
-    out: Path,
-    name: str | None,
-    *,
-    fresh: bool,
-    plain: bool,
-) -> None:
-    from distill.launch import Options, run
-
-    options = Options(processes=gpus, out=out, name=name, fresh=fresh, plain=plain)
-    raise typer.Exit(run(recipe, _with_data(recipe, overrides, data), options))
+    folder = options.out / (options.name or load_job(recipe, overrides)[0].name)
+    with redirect_stdout(sys.stderr):
+        code = run(recipe, overrides, options)
+    if os.environ.get("RANK", "0") == "0":
+        summary = folder / "summary.json"
+        scores = json.loads(summary.read_text()) if code == 0 and summary.is_file() else None
+        _print_json({"run": str(folder), "exit_code": code, "summary": scores})
+    raise typer.Exit(code)
 
 
 @app.command(rich_help_panel="Train")
@@ -139,10 +160,14 @@ def train(
     name: NameOption = None,
     fresh: FreshOption = False,
     plain: PlainOption = False,
+    as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Distil every student of a recipe in one job. Run the same command again to resume."""
-    _start(recipe, overrides, data, gpus, out, name, fresh=fresh, plain=plain)
+    from distill.launch import Options
+
+    options = Options(processes=gpus, out=out, name=name, fresh=fresh, plain=plain or as_json)
+    _start(recipe, _with_data(recipe, overrides, data), options, as_json=as_json)
 
 
 @app.command(rich_help_panel="Train")
@@ -155,38 +180,53 @@ def pretrain(
     name: NameOption = None,
     fresh: FreshOption = False,
     plain: PlainOption = False,
+    as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Train a teacher: self-supervised, then Gram anchoring."""
+    from distill.launch import Options
     from distill.recipe import TeacherRecipe
     from distill.recipe_file import load_job
 
-    loaded, _ = load_job(recipe, list(overrides or []))
-    if not isinstance(loaded, TeacherRecipe):
+    texts = _with_data(recipe, overrides, data)
+    if not isinstance(load_job(recipe, texts)[0], TeacherRecipe):
         raise RecipeError(
             f"{recipe}: a family recipe has no stages to pretrain",
             fix=f"Use distill train {recipe}.",
         )
-    _start(recipe, overrides, data, gpus, out, name, fresh=fresh, plain=plain)
+    options = Options(processes=gpus, out=out, name=name, fresh=fresh, plain=plain or as_json)
+    _start(recipe, texts, options, as_json=as_json)
 
 
 @app.command(rich_help_panel="Train")
 def watch(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")],
+    run: RunArgument,
     plain: PlainOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
-    """Show a running or finished job; needs only its run folder."""
+    """Show a running or finished job; needs only its run folder. Ctrl-C leaves, the job goes on."""
     import threading
 
     from distill.console import watch as follow
 
-    if not (run / "job.json").is_file():
-        raise UserError(f"{run}: not a run folder", fix="Give a folder such as runs/quickstart.")
+    _require_run(run)
+    if as_json:
+        status = run / "status.json"
+        _print_json(json.loads(status.read_text()) if status.is_file() else None)
+        return
     console = Console()
+    is_live = console.is_terminal and not plain
     try:
-        follow(run, live=console.is_terminal and not plain, console=console, stop=threading.Event())
+        follow(run, live=is_live, console=console, stop=threading.Event())
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
+
+
+def _require_run(run: Path) -> None:
+    if not (run / "job.json").is_file():
+        fix = "Give a folder such as runs/quickstart."
+        raise UserError(f"{run}: not a run folder", fix=fix)
 
 
 @app.command(rich_help_panel="Before you train")
@@ -199,26 +239,30 @@ def check(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Validate a recipe, its data and its plan; name the line that is wrong and the likely fix."""
-    from distill.prepare import check_data, check_job
+    from distill.recipe import FamilyRecipe
     from distill.recipe_file import load_job
 
-    loaded, teacher = load_job(recipe, _with_data(recipe, overrides, data))
-    num_ranks = _num_ranks(loaded.engine.processes, gpus)
-    plans = check_job(loaded, teacher, num_ranks)
-    facts = check_data(loaded, teacher)
+    try:
+        texts = _with_data(recipe, overrides, data)
+        loaded, teacher = load_job(recipe, texts, check_folders=True)
+
+        from distill.prepare import check_data, check_job  # once the recipe is right: imports torch
+
+        num_ranks = _num_ranks(loaded.engine.processes, gpus)
+        plans = check_job(loaded, teacher, num_ranks)
+        facts = check_data(loaded, teacher)
+    except DataError as error:  # to a check, data that is not there is a wrong recipe
+        raise RecipeError(error.message, fix=error.fix) from error
+    names = (
+        [s.label for s in loaded.students] if isinstance(loaded, FamilyRecipe) else ["a teacher"]
+    )
     if as_json:
-        _print_json(
-            {
-                "recipe": loaded.name,
-                "ranks": num_ranks,
-                "sources": facts,
-                "plan": plans[-1].to_json(),
-            }
-        )
+        found = {"recipe": loaded.name, "networks": names, "ranks": num_ranks, "sources": facts}
+        _print_json({**found, "plan": plans[-1].to_json()})
         return
-    for source, count in facts.items():
-        _say(f"{source}: {count} images")
-    _say(f"{loaded.name}: good for {num_ranks} ranks; nothing was started.")
+    what = f"{loaded.name}: {', '.join(names)}" + (f" from {teacher.name}" if teacher else "")
+    images = ", ".join(f"{source}: {count} images" for source, count in facts.items())
+    _say(f"{what}; {images}; good for {num_ranks} ranks; nothing was started.")
 
 
 @app.command(rich_help_panel="Before you train")
@@ -233,11 +277,13 @@ def plan(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Who trains where, who teaches how much. Trains nothing, needs no GPU."""
-    from distill.console import plan_table
-    from distill.prepare import check_job
     from distill.recipe_file import load_job
 
     loaded, teacher = load_job(recipe, list(overrides or []))
+
+    from distill.console import plan_table  # after the recipe is right: these import torch
+    from distill.prepare import check_job
+
     plans = check_job(loaded, teacher, _num_ranks(loaded.engine.processes, ranks))
     if as_json:
         _print_json(plans[-1].to_json())
@@ -254,9 +300,7 @@ def _num_ranks(processes: int | str, asked: int | None) -> int:
 
 @app.command("eval", rich_help_panel="Results")
 def evaluate(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")
-    ],
+    run: RunArgument,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -264,9 +308,9 @@ def evaluate(
     from distill.console import scores_table
     from distill.finish import finish
 
-    if not (run / "job.json").is_file():
-        raise UserError(f"{run}: not a run folder", fix="Give a folder such as runs/quickstart.")
-    summary = finish(run)
+    _require_run(run)
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        summary = finish(run)
     if as_json:
         _print_json(summary)
     else:

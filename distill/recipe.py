@@ -1,4 +1,4 @@
-"""The recipe as typed, frozen models, and every rule about it that needs no device.
+"""The recipe as typed, frozen models, and every rule about it that needs no device and no file.
 
 Two kinds, told apart by their keys: a *family* recipe has ``students``, a *teacher* recipe has
 ``stages``. Each key is marked *science* (it decides the result) or *machine* (where and how fast);
@@ -7,13 +7,17 @@ another run.
 
 ``distill.recipe_file`` reads YAML into these models and says what is wrong, where. Imports no
 torch, so that the command line starts fast.
+
+Longer than 400 lines because the keys and the rules between them are one contract: whoever adds a
+key reads both.
 """
 
 import difflib
 import hashlib
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
@@ -30,6 +34,7 @@ CONVNEXT_STRIDES = dict.fromkeys(
 ARCHITECTURES = (*VIT_PATCHES, *CONVNEXT_STRIDES)
 FREE_SIZES = ("vit", "convnext")
 CONVNEXT_STEM = 4
+BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 
 Loc = tuple[str | int, ...]
 Problem = tuple[Loc, str]
@@ -48,7 +53,7 @@ def machine(default: Any = ..., **constraints: Any) -> Any:
 class Section(BaseModel):
     """A part of a recipe: frozen, strict about types, closed to unknown keys."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", populate_by_name=False)
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 def _known_arch(name: str) -> str:
@@ -70,7 +75,7 @@ def _safe_name(name: str) -> str:
 
 
 def _duration(value: object) -> object:
-    """``30min``, ``90s`` or ``2h`` as seconds in a tuple ("s", seconds); a whole number means steps."""
+    """The value itself if it is a duration such as ``30min`` or ``2h``, or a number of steps."""
     if isinstance(value, str):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", value)
         if match is None:
@@ -96,7 +101,7 @@ Arch = Annotated[str, AfterValidator(_known_arch)]
 Name = Annotated[str, AfterValidator(_safe_name)]
 Pair = Annotated[tuple[float, float], Strict(False)]
 Triple = Annotated[tuple[float, float, float], Strict(False)]
-Ints = Annotated[tuple[int, ...], Strict(False)]
+Ints = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)]
 Every = Annotated[int | str, AfterValidator(_duration)]
 
 
@@ -207,7 +212,10 @@ class ObjectiveSpec(Section):
 
 
 class GramSpec(Section):
-    """Gram anchoring: which earlier EMA network is the anchor, how often it is replaced, at which multiple of the crop it looks."""
+    """Gram anchoring: which earlier EMA network is the anchor and how often it is replaced.
+
+    ``resolution``: the anchor looks at crops of this multiple of the global crop's size.
+    """
 
     teacher: str = science()
     weight: float = science(2.0, gt=0.0)
@@ -400,163 +408,225 @@ def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-# --- Rules across keys. Each gets the parts that validated, keyed by name, and yields what is wrong; missing parts are skipped. ---
+# Rules across keys. Each reads the keys that validated and skips what it cannot know, so that one
+# wrong key does not hide what is wrong with its neighbours.
 
-Parts = Mapping[str, Any]
+# The given or default value of every valid key, by its place; a wrong key is not there.
+Parts = Mapping[Loc, Any]
+
+FREE_SIZE_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # needed, optional
+    "vit": (("width", "depth", "heads"), ("patch", "ffn", "ffn_width", "layerscale")),
+    "convnext": (("depths", "widths"), ("layerscale",)),
+}
 
 
-def _arch_rules(loc: Loc, spec: ArchSpec) -> Iterator[Problem]:
-    """A free size needs its numbers; a catalogue name has them already."""
-    vit, convnext = ("width", "depth", "heads"), ("depths", "widths")
-    needed = {"vit": vit, "convnext": convnext}.get(spec.arch, ())
-    for key in needed:
-        if getattr(spec, key) is None:
-            yield (*loc, "arch"), f"arch {spec.arch!r} is a free size: it needs {key!r}"
-    optional = ("patch", "ffn", "ffn_width")
-    allowed = {"vit": (*vit, *optional, "layerscale"), "convnext": (*convnext, "layerscale")}.get(
-        spec.arch, ()
+def items_of(parts: Parts, *place: str) -> list[int]:
+    """Numbers of the items of the list at ``place`` of which at least one key is valid."""
+    depth = len(place)
+    return sorted(
+        {
+            part
+            for loc in parts
+            if loc[:depth] == place
+            for part in loc[depth : depth + 1]
+            if isinstance(part, int)
+        }
     )
-    for key in (*vit, *optional, "layerscale", *convnext):
-        if key not in allowed and getattr(spec, key) is not None:
-            yield (*loc, key), f"{key!r} does not apply to arch {spec.arch!r}"
-    if (
-        spec.arch == "vit"
-        and spec.width
-        and spec.heads
-        and (spec.width % spec.heads or spec.width // spec.heads % 4)
-    ):
-        yield (
-            (*loc, "heads"),
-            f"width {spec.width} over {spec.heads} heads: each needs a whole multiple of 4",
-        )
-    if (
-        spec.arch == "convnext"
-        and spec.depths
-        and spec.widths
-        and len(spec.depths) != len(spec.widths)
-    ):
-        yield (
-            (*loc, "widths"),
-            f"{len(spec.widths)} widths for {len(spec.depths)} depths: give one of each per stage",
-        )
-    if spec.arch == "convnext" and spec.depths is not None and len(spec.depths) < 2:
-        yield (*loc, "depths"), "a ConvNeXt needs two stages at least"
 
 
-def _crop_rules(crops: CropsSpec, spec: ArchSpec, whose: str) -> Iterator[Problem]:
-    """Crops must be whole patches of every network that sees them."""
-    if spec.arch == "convnext" and not spec.depths:
-        return
-    for key, crop in (("global", crops.global_), ("local", crops.local)):
-        if crop.size % spec.stride and (key == "global" or crops.local.count):
-            near = max(spec.stride, round(crop.size / spec.stride) * spec.stride)
-            yield (
-                ("crops", key, "size"),
-                f"{crop.size} is not a multiple of {spec.stride} ({whose}) - did you mean {near}?",
-            )
+def find_conflicts(parts: Parts, teacher: Parts | None = None) -> Iterator[Problem]:
+    """What is wrong across keys; ``teacher`` is the recipe that a family trains first, if any."""
+    yield from _shared_rules(parts)
+    if items_of(parts, "students"):
+        yield from _family_rules(parts, teacher or {})
+    if items_of(parts, "stages"):
+        yield from _teacher_rules(parts)
 
 
 def _shared_rules(parts: Parts) -> Iterator[Problem]:
-    if "crops" in parts:
-        for key, crop in (("global", parts["crops"].global_), ("local", parts["crops"].local)):
-            low, high = crop.scale
-            if not 0.0 < low <= high <= 1.0:
-                yield ("crops", key, "scale"), f"[{low}, {high}]: must satisfy 0 < low <= high <= 1"
-    if "masks" in parts:
-        low, high = parts["masks"].ratio
-        if not 0.0 <= low <= high <= 1.0:
-            yield ("masks", "ratio"), f"[{low}, {high}]: must satisfy 0 <= low <= high <= 1"
-    if "schedule" in parts:
-        schedule = parts["schedule"]
-        bounds = schedule.rope_rescale
-        if bounds is not None and not 0.0 < bounds[0] <= bounds[1]:
-            yield ("schedule", "rope_rescale"), f"{list(bounds)}: must satisfy 0 < low <= high"
-    if "engine" in parts:
-        processes = parts["engine"].processes
-        if processes != "auto" and processes < 1:
-            yield ("engine", "processes"), f"{processes}: at least 1"
-        if processes != "auto" and "schedule" in parts and processes > parts["schedule"].batch:
-            batch = parts["schedule"].batch
+    for key in ("global", "local"):
+        scale = parts.get(("crops", key, "scale"))
+        if scale is not None and not 0.0 < scale[0] <= scale[1] <= 1.0:
             yield (
-                ("schedule", "batch"),
-                f"{batch} images for {processes} processes: at least one image each is needed",
+                ("crops", key, "scale"),
+                f"{list(map(float, scale))}: must satisfy 0 < low <= high <= 1",
             )
-    if "data" in parts:
-        for index, source in enumerate(parts["data"].sources):
-            if source.path.startswith("builtin:") and source.path != "builtin:photographs":
-                yield (
-                    ("data", "sources", index, "path"),
-                    f"{source.path!r}: the only built-in images are 'builtin:photographs'",
-                )
+    ratio = parts.get(("masks", "ratio"))
+    if ratio is not None and not 0.0 <= ratio[0] <= ratio[1] <= 1.0:
+        yield ("masks", "ratio"), f"{list(map(float, ratio))}: must satisfy 0 <= low <= high <= 1"
+    bounds = parts.get(("schedule", "rope_rescale"))
+    if bounds is not None and not 0.0 < bounds[0] <= bounds[1]:
+        yield (
+            ("schedule", "rope_rescale"),
+            f"{list(map(float, bounds))}: must satisfy 0 < low <= high",
+        )
+    std = parts.get(("data", "std"))
+    if std is not None and min(std) <= 0.0:
+        yield ("data", "std"), f"{list(std)}: each must be above 0"
+    batch, processes = parts.get(("schedule", "batch")), parts.get(("engine", "processes"))
+    if isinstance(processes, int) and processes < 1:
+        yield ("engine", "processes"), f"{processes}: at least 1, or auto"
+    if isinstance(processes, int) and batch is not None and processes > batch:
+        yield (
+            ("schedule", "batch"),
+            f"{batch} images for {processes} processes: at least one image each is needed",
+        )
+    objectives = [
+        ("objective",),
+        *(("stages", index, "objective") for index in items_of(parts, "stages")),
+    ]
+    if batch == 1 and any(parts.get((*place, "koleo")) for place in objectives):
+        yield (
+            ("schedule", "batch"),
+            "1: koleo compares images, so it needs a batch of at least 2 (or koleo: 0)",
+        )
+    for index in items_of(parts, "data", "sources"):
+        path = parts.get(("data", "sources", index, "path"))
+        if path is not None and path.startswith("builtin:") and path != BUILTIN_PHOTOGRAPHS:
+            place = ("data", "sources", index, "path")
+            yield place, f"{path!r}: the only built-in images are {BUILTIN_PHOTOGRAPHS!r}"
 
 
-def family_rules(parts: Parts) -> Iterator[Problem]:
-    """Everything across keys that a family recipe can get wrong."""
-    yield from _shared_rules(parts)
+def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
     seen: set[str] = set()
-    for index, student in parts.get("students", {}).items():
-        yield from _arch_rules(("students", index), student)
-        if student.label in seen:
+    strides: dict[str, int] = {}
+    teacher_stride = _stride(teacher, ("model",))
+    for index in items_of(parts, "students"):
+        place = ("students", index)
+        yield from _arch_rules(parts, place)
+        label = parts.get((*place, "name")) or parts.get((*place, "arch"))
+        if label is None:
+            continue
+        if label in seen:
+            yield place, f"two students are called {label!r}: give one a 'name'"
+        if label == "teacher":
+            yield (*place, "name"), "'teacher' is the teacher's name: choose another"
+        seen.add(label)
+        ranks = parts.get((*place, "ranks"))
+        if isinstance(ranks, int) and ranks < 1:
+            yield (*place, "ranks"), f"{ranks}: at least 1, or auto"
+        stride = _stride(parts, place)
+        if stride is not None:
+            strides[label] = stride
+            if teacher_stride is not None and stride < teacher_stride:
+                finer = f"patches of {stride} px are finer than the teacher's {teacher_stride} px"
+                yield (*place, "patch"), f"{finer}: use {teacher_stride} or a multiple of it"
+    seen_by_teacher = {} if teacher_stride is None else {"the teacher": teacher_stride}
+    yield from _crop_rules(parts, "global", {**seen_by_teacher, **strides})
+    yield from _crop_rules(parts, "local", strides)
+    train, weights, heads = (parts.get(("teacher", key)) for key in ("train", "weights", "heads"))
+    if {("teacher", "train"), ("teacher", "weights")} <= parts.keys() and (train is None) == (
+        weights is None
+    ):
+        yield ("teacher",), "give either 'train' (a teacher recipe) or 'weights' (a folder)"
+    if heads is not None and train is not None:
+        yield ("teacher", "heads"), "'heads' goes with 'weights'; a trained teacher brings its own"
+    for key in ("mean", "std"):
+        own, theirs = parts.get(("data", key)), teacher.get(("data", key))
+        if own is not None and theirs is not None and list(own) != list(theirs):
             yield (
-                ("students", index),
-                f"two students are called {student.label!r}: give one a 'name'",
-            )
-        if student.label == "teacher":
-            yield ("students", index, "name"), "'teacher' is the teacher's name: choose another"
-        seen.add(student.label)
-        if student.ranks != "auto" and student.ranks < 1:
-            yield ("students", index, "ranks"), f"{student.ranks}: at least 1, or auto"
-        if "crops" in parts:
-            yield from _crop_rules(parts["crops"], student, f"students.{index}: {student.label}")
-    if "teacher" in parts:
-        teacher = parts["teacher"]
-        if (teacher.train is None) == (teacher.weights is None):
-            yield ("teacher",), "give either 'train' (a teacher recipe) or 'weights' (a folder)"
-        if teacher.heads is not None and teacher.weights is None:
-            yield (
-                ("teacher", "heads"),
-                "'heads' goes with 'weights'; a trained teacher brings its own",
+                ("data", key),
+                f"{list(own)} is not the teacher recipe's {list(theirs)}: use the same in both",
             )
 
 
-def teacher_rules(parts: Parts) -> Iterator[Problem]:
-    """Everything across keys that a teacher recipe can get wrong."""
-    yield from _shared_rules(parts)
-    if "model" in parts:
-        model = parts["model"]
-        yield from _arch_rules(("model",), model)
-        if model.arch.startswith("convnext"):
-            yield ("model", "arch"), f"{model.arch!r} has no mask token: a teacher must be a ViT"
-        elif "crops" in parts:
-            yield from _crop_rules(parts["crops"], model, f"patch of {model.arch}")
-    before: dict[str, int] = {}
-    for index, stage in parts.get("stages", {}).items():
-        if stage.name in before or stage.name == "family":
+def _teacher_rules(parts: Parts) -> Iterator[Problem]:
+    arch, stride = parts.get(("model", "arch")), _stride(parts, ("model",))
+    yield from _arch_rules(parts, ("model",))
+    if arch is not None and arch.startswith("convnext"):
+        yield ("model", "arch"), f"{arch!r} has no mask token: a teacher must be a ViT"
+    elif stride is not None:
+        for key in ("global", "local"):
+            yield from _crop_rules(parts, key, {str(arch): stride})
+    before: dict[str, int | None] = {}
+    is_complete = True
+    for index in items_of(parts, "stages"):
+        name = parts.get(("stages", index, "name"))
+        moment = parts.get(("stages", index, "gram", "teacher"))
+        if moment is not None and is_complete:
+            yield from _gram_rules(("stages", index, "gram", "teacher"), moment, before)
+        if name is None:
+            is_complete = False
+            continue
+        if name in before or name == "family":
             yield (
                 ("stages", index, "name"),
-                f"{stage.name!r} is taken: stages need different names, none 'family'",
+                f"{name!r} is taken: stages need different names, none 'family'",
             )
-        if stage.gram is not None:
-            yield from _gram_rules(("stages", index, "gram", "teacher"), stage.gram.teacher, before)
-        before[stage.name] = stage.steps
+        before[name] = parts.get(("stages", index, "steps"))
 
 
-def _gram_rules(loc: Loc, moment: str, before: Mapping[str, int]) -> Iterator[Problem]:
-    match = re.fullmatch(r"([^@]+)@(\d+)", moment)
+def _arch_rules(parts: Parts, place: Loc) -> Iterator[Problem]:
+    """A free size needs its numbers; a catalogue name has them already."""
+    arch = parts.get((*place, "arch"))
+    if arch is None:
+        return
+    needed, optional = FREE_SIZE_KEYS.get(arch, ((), ()))
+    absent = [key for key in needed if (*place, key) in parts and parts[*place, key] is None]
+    if absent:
+        yield (
+            (*place, "arch"),
+            f"arch {arch!r} is a free size: it needs {', '.join(map(repr, absent))}",
+        )
+    for key in ArchSpec.model_fields:
+        if key not in ("arch", *needed, *optional) and parts.get((*place, key)) is not None:
+            yield (*place, key), f"{key!r} does not apply to arch {arch!r}"
+    width, heads = parts.get((*place, "width")), parts.get((*place, "heads"))
+    if arch == "vit" and width and heads and (width % heads or width // heads % 4):
+        yield (
+            (*place, "heads"),
+            f"width {width} over {heads} heads: each needs a whole multiple of 4",
+        )
+    depths, widths = parts.get((*place, "depths")), parts.get((*place, "widths"))
+    if arch == "convnext" and depths and widths and len(depths) != len(widths):
+        yield (
+            (*place, "widths"),
+            f"{len(widths)} widths for {len(depths)} depths: give one of each per stage",
+        )
+    if arch == "convnext" and depths is not None and len(depths) < 2:
+        yield (*place, "depths"), f"{list(depths)}: a ConvNeXt needs two stages at least"
+
+
+def _stride(parts: Parts, place: Loc) -> int | None:
+    """Pixels per side of a patch of the network at ``place``; None while that is not known."""
+    keys = ("arch", "patch", "depths")
+    if any((*place, key) not in parts for key in keys):
+        return None
+    spec = ArchSpec.model_construct(**{key: parts[*place, key] for key in keys})
+    return None if spec.arch == "convnext" and not spec.depths else spec.stride
+
+
+def _crop_rules(parts: Parts, key: str, strides: Mapping[str, int]) -> Iterator[Problem]:
+    """A crop must be whole patches of every network that sees it."""
+    size = parts.get(("crops", key, "size"))
+    if size is None or (key == "local" and parts.get(("crops", "local", "count")) == 0):
+        return
+    wrong: dict[int, list[str]] = {}
+    for label, stride in strides.items():
+        if size % stride:
+            wrong.setdefault(stride, []).append(label)
+    if wrong:
+        unit = math.lcm(*strides.values())
+        near = max(unit, round(size / unit) * unit)
+        patches = " and ".join(
+            f"{stride} ({', '.join(labels)})" for stride, labels in wrong.items()
+        )
+        yield (
+            ("crops", key, "size"),
+            f"{size} is not a multiple of {patches} - did you mean {near}?",
+        )
+
+
+def _gram_rules(place: Loc, moment: str, before: Mapping[str, int | None]) -> Iterator[Problem]:
+    match = re.fullmatch(r"([^@]+)@([0-9]+)", moment)
     if match is None:
-        yield loc, f"{moment!r}: write an earlier stage and a step of it, such as 'base@200'"
+        yield place, f"{moment!r}: write an earlier stage and a step of it, such as 'base@200'"
         return
     name, step = match[1], int(match[2])
     if name not in before:
-        yield (
-            loc,
-            f"{moment!r}: {name!r} is not an earlier stage (earlier: {', '.join(before) or 'none'})",
-        )
-    elif not 1 <= step <= before[name]:
-        yield loc, f"{moment!r}: stage {name!r} has steps 1 to {before[name]}"
-
-
-RULES: Mapping[type[Section], Callable[[Parts], Iterator[Problem]]] = {
-    FamilyRecipe: family_rules,
-    TeacherRecipe: teacher_rules,
-}
+        earlier = ", ".join(before) or "none"
+        yield place, f"{moment!r}: {name!r} is not an earlier stage (earlier: {earlier})"
+        return
+    num_steps = before[name]
+    if num_steps is not None and not 1 <= step <= num_steps:
+        yield place, f"{moment!r}: stage {name!r} has steps 1 to {num_steps}"

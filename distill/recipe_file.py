@@ -1,41 +1,74 @@
 """YAML to recipe, with every problem at once, each at its line and column.
 
 YAML 1.2 by ruamel: ``2e-4`` is a number, ``off`` is text, and a repeated key is an error instead of
-a silent last-one-wins. Fields are checked part by part, so that rules across keys still run on
-everything that is valid on its own.
+a silent last-one-wins. Two passes over a file: pydantic checks each key, then the rules across keys
+run on every key that is valid on its own, so that nobody repairs a recipe in two rounds.
+
+Shorthands (``global: 64``, ``- vits16``) are written out right after reading: overrides, rules and
+the origin of a value then know one form only.
+
+Longer than 400 lines: reading, positions and messages share the places of values, and little else.
 """
 
+import copy
 import difflib
 import io
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from distill.errors import RecipeError
-from distill.recipe import RULES, FamilyRecipe, Loc, Problem, Recipe, Section, TeacherRecipe
+from distill.recipe import (
+    BUILTIN_PHOTOGRAPHS,
+    FamilyRecipe,
+    Loc,
+    Parts,
+    Problem,
+    Recipe,
+    Section,
+    TeacherRecipe,
+    find_conflicts,
+    items_of,
+)
 
 MAX_RECIPE_BYTES = 1_000_000  # a recipe is a page; anything larger is not one
+MAX_VALUES = 10_000  # a few nested YAML aliases stand for billions of values
 TEACHER_PREFIX = "teacher:"
+KEY = "<key>"  # ends a place that means the key itself, not its value
 OVERRIDE = "override"
+EXPECTED = "Input should be "  # how pydantic begins; what follows is what is allowed
+Kind = type[FamilyRecipe] | type[TeacherRecipe]
 
 
 @dataclass(frozen=True)
 class Document:
-    """A recipe's raw values, where each came from, and its text."""
+    """A recipe's raw values, the line and column (from 0) of each, and its text."""
 
     label: str
     lines: tuple[str, ...]
-    values: Any
-    places: dict[Loc, tuple[int, int]]
-    overridden: frozenset[Loc]
+    values: dict[str, Any]
+    places: Mapping[Loc, tuple[int, int]]
+    overridden: frozenset[Loc] = frozenset()
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A recipe after the first pass; ``recipe`` is None if a key is wrong."""
+
+    document: Document
+    kind: Kind
+    recipe: Recipe | None
+    parts: Parts
+    problems: tuple[Problem, ...]
 
 
 def builtin_recipes() -> dict[str, Path]:
@@ -56,7 +89,7 @@ def find_recipe(recipe: str) -> Path:
     path = Path(recipe)
     if path.is_file():
         return path
-    close = difflib.get_close_matches(recipe, builtin, n=1)
+    close = difflib.get_close_matches(path.stem, builtin, n=1)
     hint = f" - did you mean {close[0]!r}?" if close else ""
     raise RecipeError(
         f"{recipe}: no such recipe file or built-in recipe{hint}",
@@ -64,108 +97,109 @@ def find_recipe(recipe: str) -> Path:
     )
 
 
-def load_job(recipe: str, overrides: Sequence[str] = ()) -> tuple[Recipe, TeacherRecipe | None]:
+def load_job(
+    recipe: str, overrides: Sequence[str] = (), *, check_folders: bool = False
+) -> tuple[Recipe, TeacherRecipe | None]:
     """A recipe and, if it is a family that trains its teacher first, the teacher's recipe.
 
     Overrides are ``KEY=VALUE`` for the recipe and ``teacher:KEY=VALUE`` for the teacher's.
+    ``check_folders`` looks whether the folders that the recipes name are there, too.
 
     Raises:
         RecipeError: every problem of both files.
     """
     own = [text for text in overrides if not text.startswith(TEACHER_PREFIX)]
-    for_teacher = [
-        text.removeprefix(TEACHER_PREFIX) for text in overrides if text.startswith(TEACHER_PREFIX)
-    ]
+    theirs = [text for text in overrides if text.startswith(TEACHER_PREFIX)]
     path = find_recipe(recipe)
-    loaded = load_recipe(path, own)
-    if not isinstance(loaded, FamilyRecipe) or loaded.teacher.train is None:
-        if for_teacher:
-            raise RecipeError(
-                f"{TEACHER_PREFIX}{for_teacher[0]}: this recipe trains no teacher",
-                fix="Drop the override.",
+    first = _read_fields(path, own)
+    problems = list(first.problems)
+    second: Reading | None = None
+    train = first.parts.get(("teacher", "train"))
+    if train is None:
+        problems += [((OVERRIDE, text), "this recipe trains no teacher") for text in theirs]
+    elif not (path.parent / train).is_file():
+        place: Loc = ("teacher", "train")
+        problems.append(
+            (place, f"{path.parent / train} does not exist; give its path relative to this recipe")
+        )
+    else:
+        second = _read_fields(
+            path.parent / train, [text.removeprefix(TEACHER_PREFIX) for text in theirs]
+        )
+        if second.kind is not TeacherRecipe:
+            problems.append(
+                (("teacher", "train"), f"{train!r} has no stages, so trains no teacher")
             )
-        return loaded, None
-    teacher_path = path.parent / loaded.teacher.train
-    if not teacher_path.is_file():
-        raise RecipeError(
-            f"{path.name}: teacher.train: {teacher_path} does not exist",
-            fix="Give the teacher recipe's path relative to this recipe.",
-        )
-    teacher = load_recipe(teacher_path, for_teacher)
-    if not isinstance(teacher, TeacherRecipe):
-        raise RecipeError(
-            f"{teacher_path}: teacher.train must name a recipe with stages",
-            fix="Use a teacher recipe.",
-        )
-    return loaded, teacher
+            second = None
+    problems += find_conflicts(first.parts, None if second is None else second.parts)
+    problems += _missing_folders(first.parts) if check_folders else []
+    texts = _render(first.document, problems)
+    if second is not None:
+        problems = [*second.problems, *find_conflicts(second.parts)]
+        problems += _missing_folders(second.parts) if check_folders else []
+        texts += _render(second.document, problems)
+    _refuse(texts)
+    assert first.recipe is not None, "no problem was found"
+    if second is None:
+        return first.recipe, None
+    assert isinstance(second.recipe, TeacherRecipe), "no problem was found"
+    return first.recipe, second.recipe
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in one file.
+    """The recipe in one file; a teacher's recipe that it names is not read.
 
     Raises:
         RecipeError: every problem at once, with line, column and a suggestion.
     """
-    document = _read(path)
-    problems = _apply_overrides(document, overrides)
-    kind = _kind(document)
-    checked, found = _check(kind, document.values)
-    problems += found
-    if problems or checked is None:
-        raise RecipeError(
-            _render(document, problems), fix="Correct the lines above; nothing was started."
-        )
-    return checked
+    reading = _read_fields(path, overrides)
+    _refuse(_render(reading.document, [*reading.problems, *find_conflicts(reading.parts)]))
+    assert reading.recipe is not None, "no problem was found"
+    return reading.recipe
+
+
+def names_teacher_recipe(recipe: str, overrides: Sequence[str] = ()) -> bool:
+    """Whether the recipe, right or wrong in other places, trains its teacher by another recipe."""
+    own = [text for text in overrides if not text.startswith(TEACHER_PREFIX)]
+    return _read_fields(find_recipe(recipe), own).parts.get(("teacher", "train")) is not None
 
 
 def resolved_yaml(recipe: str, overrides: Sequence[str], loaded: Recipe) -> str:
-    """The recipe with every default written out and, behind each value, where it came from."""
-    document = _read(find_recipe(recipe))
-    _apply_overrides(document, overrides)
-    tree = _commented(
-        loaded.model_dump(mode="json", by_alias=True, exclude_none=True), (), document
-    )
+    """The recipe with every default written out and, behind each value, where it came from.
+
+    Keys that are null are left out: they do not apply.
+    """
+    document, _ = _override(_read(find_recipe(recipe)), overrides)
+    dump = loaded.model_dump(mode="json", by_alias=True, exclude_none=True)
     stream = io.StringIO()
-    YAML().dump(tree, stream)
+    YAML().dump(_commented(dump, (), document), stream)
     return stream.getvalue()
 
 
-def _commented(value: Any, loc: Loc, document: Document) -> Any:
-    if isinstance(value, dict):
-        node = CommentedMap()
-        for key, entry in value.items():
-            here = (*loc, key)
-            node[key] = _commented(entry, here, document)
-            if not isinstance(entry, dict | list) or (
-                isinstance(entry, list) and node[key].fa.flow_style()
-            ):
-                node.yaml_add_eol_comment(_origin(here, document), key)
-        return node
-    if isinstance(value, list):
-        items = CommentedSeq(
-            _commented(entry, (*loc, i), document) for i, entry in enumerate(value)
-        )
-        if not any(isinstance(entry, dict | list) for entry in value):
-            items.fa.set_flow_style()
-        return items
-    return value
+def copy_recipe(recipe: str, target: Path) -> list[Path]:
+    """Copies a recipe to ``target``, and the teacher recipe it names beside it; returns both paths.
+
+    Raises:
+        RecipeError: another file is in the way; nothing was written.
+    """
+    source = find_recipe(recipe)
+    loaded = load_recipe(source)
+    copies = {target: source}
+    if isinstance(loaded, FamilyRecipe) and loaded.teacher.train is not None:
+        copies[target.parent / loaded.teacher.train] = source.parent / loaded.teacher.train
+    for path, original in copies.items():
+        is_same = path != target and path.is_file() and path.read_text() == original.read_text()
+        if path.exists() and not is_same:
+            raise RecipeError(
+                f"{path}: exists already", fix="Choose another name or folder; nothing was written."
+            )
+    for path, original in copies.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(original.read_text())
+    return list(copies)
 
 
-def _origin(loc: Loc, document: Document) -> str:
-    prefixes = [loc[:length] for length in range(len(loc), 0, -1)]
-    if any(prefix in document.overridden for prefix in prefixes):
-        return OVERRIDE
-    scalar_parent = any(
-        prefix in document.places and _is_scalar(document, prefix) for prefix in prefixes
-    )
-    return "recipe" if loc in document.places or scalar_parent else "default"
-
-
-def _is_scalar(document: Document, loc: Loc) -> bool:
-    node: Any = document.values
-    for key in loc:
-        node = node[key]
-    return not isinstance(node, dict | list)
+# Text to values.
 
 
 def _read(path: Path) -> Document:
@@ -191,225 +225,331 @@ def _read(path: Path) -> Document:
     if not isinstance(tree, CommentedMap):
         raise RecipeError(
             f"{path.name}:1:1: a recipe is a mapping of keys to values",
-            fix="Start from `distill recipes copy`.",
+            fix="Start from `distill recipes copy quickstart my.yaml`.",
         )
     places: dict[Loc, tuple[int, int]] = {}
     values = _plain(tree, (), places)
-    return Document(path.name, tuple(text.splitlines()), values, places, frozenset())
+    _write_out(values, places)
+    return Document(path.name, tuple(text.split("\n")), values, places)
 
 
 def _plain(node: Any, loc: Loc, places: dict[Loc, tuple[int, int]]) -> Any:
-    """The tree as dicts, lists and scalars, noting the line and column (from 0) of every value."""
+    """The tree as dicts, lists and scalars, noting the place of every value in ``places``."""
+    if len(places) > MAX_VALUES:
+        raise RecipeError(
+            f"more than {MAX_VALUES} values, so not a recipe", fix="Use fewer or no YAML aliases."
+        )
     if isinstance(node, CommentedMap):
-        for key in node:
-            position = (
-                node.lc.value(key)
-                if not isinstance(node[key], CommentedMap | CommentedSeq)
-                else node.lc.key(key)
-            )
-            places[(*loc, key)] = position
-            places[(*loc, key, "<key>")] = node.lc.key(key)
+        for key, value in node.items():
+            if key not in node.lc.data:  # merged by `<<`: it has no place of its own here
+                places[*loc, key] = places[*loc, key, KEY] = places.get(loc, (0, 0))
+                continue
+            is_scalar = not isinstance(value, CommentedMap | CommentedSeq)
+            places[*loc, key] = node.lc.value(key) if is_scalar else node.lc.key(key)
+            places[*loc, key, KEY] = node.lc.key(key)
         return {key: _plain(value, (*loc, key), places) for key, value in node.items()}
     if isinstance(node, CommentedSeq):
         for index in range(len(node)):
-            places[(*loc, index)] = node.lc.item(index)
+            places[*loc, index] = node.lc.item(index)
         return [_plain(value, (*loc, index), places) for index, value in enumerate(node)]
-    for kind in (bool, int, float, str):
+    for kind in (bool, int, float, str):  # ruamel's scalars remember how they were written
         if isinstance(node, kind):
             return kind(node)
     return node
 
 
-def _apply_overrides(document: Document, overrides: Sequence[str]) -> list[Problem]:
-    """Sets the values of ``KEY=VALUE`` texts in place; dotted keys, list items by number."""
+def _write_out(values: dict[str, Any], places: dict[Loc, tuple[int, int]]) -> None:
+    """Replaces shorthands by what they stand for, in place: ``global: 64``, ``- vits16``."""
+    crops, students = values.get("crops"), values.get("students")
+    slots: list[tuple[Any, Loc, str]] = [(values, ("model",), "arch")]
+    if isinstance(crops, dict):
+        slots += [(crops, ("crops", key), "size") for key in ("global", "local")]
+    if isinstance(students, list):
+        slots += [(students, ("students", index), "arch") for index in range(len(students))]
+    for holder, place, key in slots:
+        here = place[-1]
+        is_there = isinstance(holder, list) or here in holder
+        if is_there and isinstance(holder[here], int | float | str):
+            holder[here] = {key: holder[here]}
+            if place in places:
+                places[*place, key] = places[place]
+
+
+def _override(document: Document, overrides: Sequence[str]) -> tuple[Document, list[Problem]]:
+    """The document with the values of ``KEY=VALUE`` texts; list items go by their number."""
     problems: list[Problem] = []
+    values = copy.deepcopy(document.values)
     touched: set[Loc] = set()
     for text in overrides:
         key, equals, raw = text.partition("=")
-        if not equals or not key:
+        loc: Loc = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        if not equals or not all(str(part) for part in loc):
             problems.append(((OVERRIDE, text), "write KEY=VALUE, such as schedule.batch=32"))
             continue
-        loc: Loc = tuple(int(part) if part.isdigit() else part for part in key.split("."))
         try:
-            value = _plain(YAML().load(raw), (), {}) if raw else None
-        except YAMLError:
+            value = _plain(YAML().load(raw), (), {})
+        except (YAMLError, ValueError, RecursionError):
             problems.append(((OVERRIDE, text), f"{raw!r} is not a YAML value"))
             continue
-        node = document.values
-        for part in loc[:-1]:
-            if isinstance(node, dict) and isinstance(node.get(part, {}), dict | list):
-                node = node.setdefault(part, {})
-            elif isinstance(node, list) and isinstance(part, int) and part < len(node):
-                node = node[part]
-            else:
-                node = None
-                break
-        last = loc[-1]
-        is_item = isinstance(node, list) and isinstance(last, int) and last < len(node)
-        if isinstance(node, dict) or is_item:
-            node[last] = value  # type: ignore[index]  # a number if and only if the node is a list
-            touched.add(loc)
-        else:
+        holder, last = _holder(values, loc), loc[-1]
+        is_item = isinstance(holder, list) and isinstance(last, int) and last < len(holder)
+        if not isinstance(holder, dict) and not is_item:
             problems.append(((OVERRIDE, text), f"there is no {key!r} in this recipe"))
-    object.__setattr__(document, "overridden", frozenset(touched))
-    return problems
+            continue
+        holder[last] = value
+        touched.add(loc)
+        _write_out(values, {})
+    return replace(document, values=values, overridden=frozenset(touched)), problems
 
 
-def _kind(document: Document) -> type[FamilyRecipe] | type[TeacherRecipe]:
-    is_family, is_teacher = "students" in document.values, "stages" in document.values
-    if is_family == is_teacher:
+def _holder(values: dict[str, Any], loc: Loc) -> Any:
+    """The dict or list that holds the last part of ``loc``; sections not written yet are added."""
+    node: Any = values
+    for part in loc[:-1]:
+        if isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        else:
+            return None
+    return node
+
+
+# Values to models.
+
+
+def _read_fields(path: Path, overrides: Sequence[str]) -> Reading:
+    document, problems = _override(_read(path), overrides)
+    kind = _kind(document)
+    recipe: Recipe | None = None
+    errors: list[Any] = []
+    try:
+        recipe = kind.model_validate(document.values)
+    except ValidationError as error:
+        errors = error.errors()
+    by_place: dict[Loc, list[Any]] = {}
+    for entry in errors:
+        by_place.setdefault(_place(kind, entry), []).append(entry)
+    problems += [(loc, _explain(kind, loc, entries)) for loc, entries in by_place.items()]
+    parts = dict(_valid_parts(kind, document.values, (), by_place.keys()))
+    return Reading(document, kind, None if problems else recipe, parts, tuple(problems))
+
+
+def _kind(document: Document) -> Kind:
+    kinds: dict[str, Kind] = {"students": FamilyRecipe, "stages": TeacherRecipe}
+    found = [key for key in kinds if key in document.values]
+    if not found:  # a misspelt one is told from what it is close to, and reported as unknown
+        found = [k for k in kinds if difflib.get_close_matches(k, map(str, document.values), n=1)]
+    if len(found) != 1:
         raise RecipeError(
             f"{document.label}:1:1: needs either 'students' (a family) or 'stages' (a teacher), "
-            f"{'not both' if is_family else 'has neither'}",
+            f"{'not both' if found else 'has neither'}",
             fix="Start from `distill recipes copy quickstart my.yaml`.",
         )
-    return FamilyRecipe if is_family else TeacherRecipe
+    return kinds[found[0]]
 
 
-def _check(
-    kind: type[FamilyRecipe] | type[TeacherRecipe], values: dict[str, Any]
-) -> tuple[Recipe | None, list[Problem]]:
-    """The recipe if all is well, and otherwise the problems of fields and, over what validated, of the rules."""
-    problems: list[Problem] = []
-    recipe: Recipe | None = None
-    try:
-        recipe = kind.model_validate(values)
-    except ValidationError as error:
-        problems += [_explain(kind, tuple(entry["loc"]), entry) for entry in error.errors()]
-    problems += list(RULES[kind](_valid_parts(kind, values)))
-    return recipe, problems
-
-
-def _valid_parts(kind: type[Section], values: dict[str, Any]) -> dict[str, Any]:
-    """Every top-level part that validates on its own; lists of sections item by item, keyed by their place."""
-    parts: dict[str, Any] = {}
-    for name, field in kind.model_fields.items():
-        key = field.alias or name
-        if key not in values:
-            if not field.is_required():
-                parts[key] = field.default
+def _valid_parts(
+    kind: type[Section], given: Mapping[Any, Any], loc: Loc, wrong: Collection[Loc]
+) -> Iterator[tuple[Loc, Any]]:
+    """Place and value, given or default, of every key below ``loc`` that pydantic found valid."""
+    for key, field in _fields(kind).items():
+        here = (*loc, key)
+        if here in wrong or (key not in given and field.is_required()):
             continue
-        item_type = _item_type(field.annotation)
-        annotation: Any = field.annotation
-        for extra in field.metadata:
-            annotation = typing.Annotated[annotation, extra]
-        if item_type is None:
-            valid = _validated(annotation, values[key])
-            if valid is not None:
-                parts[key] = valid
-        elif isinstance(values[key], list):
-            items = {index: _validated(item_type, value) for index, value in enumerate(values[key])}
-            parts[key] = {index: item for index, item in items.items() if item is not None}
-    return parts
+        value = given.get(key, field.default)
+        section = _as_section(field.annotation)
+        if isinstance(value, Section):
+            value = value.model_dump(by_alias=True)
+        if section is not None and isinstance(value, dict):
+            yield from _valid_parts(section, value, here, wrong)
+        elif section is not None and isinstance(value, list):
+            for index, item in enumerate(value):
+                if isinstance(item, dict):
+                    yield from _valid_parts(section, item, (*here, index), wrong)
+        elif not any(place[: len(here)] == here for place in wrong):
+            yield here, value
 
 
-def _item_type(annotation: Any) -> Any:
-    """The item type of ``tuple[X, ...]``, where X is a section; None for everything else."""
-    arguments = typing.get_args(annotation)
-    if typing.get_origin(annotation) is tuple and len(arguments) == 2 and arguments[1] is Ellipsis:
-        return arguments[0]
-    return None
+def _missing_folders(parts: Parts) -> Iterator[Problem]:
+    """Named folders that are not there, and image folders without an image."""
+    from distill.data.index import SUFFIXES
 
-
-def _validated(annotation: Any, value: Any) -> Any:
-    try:
-        return TypeAdapter(annotation).validate_python(value)
-    except ValidationError:
-        return None
-
-
-def _explain(kind: type[Section], loc: Loc, entry: Any) -> Problem:
-    """One pydantic error as a sentence with the value and what is allowed."""
-    message, value = str(entry["msg"]), entry["input"]
-    if entry["type"] == "extra_forbidden":
-        section = _section_at(kind, loc[:-1])
-        known = (
-            [field.alias or name for name, field in section.model_fields.items()] if section else []
-        )
-        close = difflib.get_close_matches(str(loc[-1]), known, n=1)
-        hint = f" - did you mean {close[0]!r}?" if close else f" - known here: {', '.join(known)}"
-        return (*loc, "<key>"), f"unknown key {_dotted(loc)!r}{hint}"
-    if entry["type"] == "missing":
-        return loc, "is missing"
-    if entry["type"] == "value_error":
-        return loc, message.removeprefix("Value error, ")
-    return loc, f"{message} (got {value!r})"
-
-
-def _section_at(kind: Any, loc: Loc) -> type[Section] | None:
-    """The section class at a place of the tree, found through the annotations."""
-    current: Any = kind
-    for key in loc:
-        if isinstance(key, int):
+    for index in items_of(parts, "data", "sources"):
+        place: Loc = ("data", "sources", index, "path")
+        path = parts.get(place)
+        if path is None or path == BUILTIN_PHOTOGRAPHS:
             continue
-        section = _as_section(current)
-        if section is None:
-            return None
-        matches = [
-            field for name, field in section.model_fields.items() if (field.alias or name) == key
-        ]
-        if not matches:
-            return None
-        current = matches[0].annotation
-    return _as_section(current)
+        if not Path(path).is_dir():
+            yield place, f"{path!r} is not a folder - give the path of a folder with images"
+        elif not any(file.suffix.lower() in SUFFIXES for file in Path(path).rglob("*")):
+            kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+            yield place, f"{path!r} holds no image ({kinds}), in no subfolder either"
+    weights = parts.get(("teacher", "weights"))
+    if weights is not None and not Path(weights).is_dir():
+        yield ("teacher", "weights"), f"{weights!r} is not a folder with a teacher's weights"
+
+
+def _fields(section: type[Section]) -> dict[str, FieldInfo]:
+    return {field.alias or name: field for name, field in section.model_fields.items()}
 
 
 def _as_section(annotation: Any) -> type[Section] | None:
+    """The section class within an annotation: itself, optional, or the items of a tuple."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
-    for argument in typing.get_args(annotation):
-        found = _as_section(argument)
-        if found is not None:
-            return found
-    return None
+    found = (_as_section(argument) for argument in typing.get_args(annotation))
+    return next((section for section in found if section is not None), None)
+
+
+def _section_at(kind: type[Section], loc: Loc) -> tuple[type[Section] | None, Loc]:
+    """The section at ``loc`` (None: a value is there), and ``loc`` without pydantic's own marks."""
+    section: type[Section] | None = kind
+    for depth, part in enumerate(loc):
+        if isinstance(part, int):
+            continue
+        if section is None or part not in _fields(section):
+            return section, loc[:depth]
+        section = _as_section(_fields(section)[part].annotation)
+    return section, loc
+
+
+# Problems to text.
+
+
+def _place(kind: Kind, entry: Any) -> Loc:
+    loc = tuple(entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        return (*loc, KEY)
+    return loc if entry["type"] == "invalid_key" else _section_at(kind, loc)[1]
+
+
+def _explain(kind: Kind, loc: Loc, entries: Sequence[Any]) -> str:
+    """The errors at one place as a sentence with the value and what is allowed."""
+    first = entries[0]
+    value = first["input"]
+    if loc[-1] == KEY:
+        return f"unknown key {_dotted(loc)!r}{_similar_key(kind, loc[:-1])}"
+    if first["type"] == "missing":
+        return "is missing"
+    if first["type"] == "value_error":
+        return str(first["msg"]).removeprefix("Value error, ")
+    allowed = [str(entry["msg"]).removeprefix(EXPECTED) for entry in entries]
+    is_plain = all(str(entry["msg"]).startswith(EXPECTED) for entry in entries)
+    message = (EXPECTED if is_plain else "") + " or ".join(dict.fromkeys(allowed))
+    return f"{message} (got {value!r}){_meant(first['type'], value)}"
+
+
+def _similar_key(kind: Kind, loc: Loc) -> str:
+    section, _ = _section_at(kind, loc[:-1])
+    known = [] if section is None else list(_fields(section))
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    elsewhere = [place for place in _all_keys(kind, ()) if place[-1] == loc[-1]]
+    if close or elsewhere:
+        return f" - did you mean {close[0] if close else _dotted(elsewhere[0])!r}?"
+    return f" - known here: {', '.join(known)}"
+
+
+def _all_keys(kind: type[Section], loc: Loc) -> Iterator[Loc]:
+    for key, field in _fields(kind).items():
+        yield (*loc, key)
+        section = _as_section(field.annotation)
+        if section is not None:
+            yield from _all_keys(section, (*loc, key))
+
+
+def _meant(error_type: str, value: Any) -> str:
+    """A guess at what was meant by a value of the wrong type; '' for none."""
+    guess: object = None
+    if error_type == "string_type" and isinstance(value, int | float):
+        guess = f"'{value}', in quotes"
+    elif error_type in ("int_type", "float_type") and isinstance(value, str):
+        text = value.replace(",", "").replace(" ", "")
+        is_number = text.replace(".", "", error_type == "float_type").isdecimal()
+        guess = f"{text}, without quotes" if is_number else None
+    elif error_type == "int_type" and isinstance(value, float) and value.is_integer():
+        guess = int(value)
+    elif error_type == "tuple_type" and not isinstance(value, dict):
+        guess = f"a list, [{value}]"
+    return "" if guess is None else f" - did you mean {guess}?"
 
 
 def _dotted(loc: Loc) -> str:
-    return ".".join(str(part) for part in loc if part != "<key>")
+    return ".".join(str(part) for part in loc if part != KEY)
 
 
-def _render(document: Document, problems: Sequence[Problem]) -> str:
-    """All problems in the order of the file, each with its line and a mark under the place."""
-    placed = []
+def _render(document: Document, problems: Sequence[Problem]) -> list[str]:
+    """All problems of a file in its order, overrides last, each with its line and a mark."""
+    placed: list[tuple[tuple[int, int], str]] = []
     for loc, message in problems:
-        if loc and loc[0] == OVERRIDE:
-            placed.append(((1 << 30, 0), f"override {loc[1]!r}: {message}"))
-            continue
-        if any(loc[:length] in document.overridden for length in range(1, len(loc) + 1)):
-            placed.append(((1 << 30, 1), f"override {_dotted(loc)!r}: {message}"))
-            continue
-        known = [
-            loc[:length] for length in range(len(loc), 0, -1) if loc[:length] in document.places
-        ]
-        line, column = document.places[known[0]] if known else (0, 0)
         what = message if message.startswith("unknown key") else f"{_dotted(loc)}: {message}"
-        text = f"{document.label}:{line + 1}:{column + 1}: {what}"
-        if line < len(document.lines):
-            text += f"\n{line + 1:6} | {document.lines[line]}\n       | {' ' * column}^"
-        placed.append(((line, column), text))
+        if loc[:1] == (OVERRIDE,):
+            placed.append(((MAX_RECIPE_BYTES, 0), f"override {loc[1]!r}: {message}"))
+        elif _is_overridden(loc, document):
+            placed.append(((MAX_RECIPE_BYTES, 1), f"override {_dotted(loc)!r}: {message}"))
+        else:
+            line, column = _position(loc, document)
+            mark = f"{line + 1:6} | {document.lines[line]}\n       | {' ' * column}^"
+            text = f"{document.label}:{line + 1}:{column + 1}: {what}\n{mark}"
+            placed.append(((line, column), text))
     placed.sort(key=lambda item: item[0])
-    unique = list(dict.fromkeys(text for _, text in placed))
-    count = f"{len(unique)} problem{'s' if len(unique) > 1 else ''} in {document.label}."
-    return "\n".join([*unique, count])
+    texts = list(dict.fromkeys(text for _, text in placed))
+    if texts:
+        count = f"{len(texts)} problem{'s' if len(texts) > 1 else ''}"
+        texts.append(f"{count} in {document.label}.")
+    return texts
 
 
-def copy_recipe(recipe: str, target: Path) -> list[Path]:
-    """Copies a recipe to ``target`` and the teacher recipe it names beside it; returns what was written.
+def _position(loc: Loc, document: Document) -> tuple[int, int]:
+    """Line and column of a place, or of the closest section around it that the file has."""
+    known = (loc[:length] for length in range(len(loc), 0, -1) if loc[:length] in document.places)
+    place = next(known, None)
+    return (0, 0) if place is None else document.places[place]
 
-    Raises:
-        RecipeError: a file is in the way.
-    """
-    source = find_recipe(recipe)
-    loaded = load_recipe(source)
-    copies = {target: source}
-    if isinstance(loaded, FamilyRecipe) and loaded.teacher.train is not None:
-        copies[target.parent / loaded.teacher.train] = source.parent / loaded.teacher.train
-    for path in copies:
-        if path.exists():
-            raise RecipeError(
-                f"{path}: exists already", fix="Choose another name; nothing was written."
-            )
-    for path, original in copies.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(original.read_text())
-    return list(copies)
+
+def _is_overridden(loc: Loc, document: Document) -> bool:
+    """The value at ``loc``, or its absence from the file, is an override's doing."""
+    if any(loc[:length] in document.overridden for length in range(1, len(loc) + 1)):
+        return True
+    bare = tuple(part for part in loc if part != KEY)
+    is_written = bare in document.places
+    return not is_written and any(place[: len(bare)] == bare for place in document.overridden)
+
+
+def _refuse(texts: Sequence[str]) -> None:
+    if texts:
+        raise RecipeError("\n".join(texts), fix="Correct the lines above; nothing was started.")
+
+
+# Models to text.
+
+
+def _commented(value: Any, loc: Loc, document: Document) -> Any:
+    if isinstance(value, dict):
+        node = CommentedMap()
+        for key, entry in value.items():
+            here = (*loc, key)
+            node[key] = _commented(entry, here, document)
+            is_flow = isinstance(entry, list) and node[key].fa.flow_style()
+            if is_flow or not isinstance(entry, dict | list):
+                node.yaml_add_eol_comment(_origin(here, document), key)
+        return node
+    if isinstance(value, list):
+        items = CommentedSeq(_commented(item, (*loc, i), document) for i, item in enumerate(value))
+        if not any(isinstance(item, dict | list) for item in value):
+            items.fa.set_flow_style()
+        return items
+    return value
+
+
+def _origin(loc: Loc, document: Document) -> str:
+    node: Any = document.values
+    for key in loc:
+        is_there = key in node if isinstance(node, dict) else isinstance(node, list)
+        if not is_there:
+            return "default"
+        node = node[key]
+    touched = any(loc[:length] in document.overridden for length in range(1, len(loc) + 1))
+    return OVERRIDE if touched else "recipe"

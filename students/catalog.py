@@ -1,4 +1,4 @@
-"""The closed table of network names; from a shape to a network, to a Hugging Face config and back."""
+"""The closed table of names; from a shape to a network, to a Hugging Face config and back."""
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType

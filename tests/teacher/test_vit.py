@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from students.catalog import CATALOG, build_backbone, hf_config, init_weights_
+from students.convnext import ConvNeXt
 from teacher.batch import Features
 from teacher.vit import Embeddings, ViT, ViTSpec, init_vit_
 
@@ -34,16 +35,16 @@ def shuffled_(network: Network) -> Network:
     return network
 
 
-def reference(network: nn.Module, folder: Path) -> nn.Module:
+def reference(network: ViT | ConvNeXt, folder: Path) -> nn.Module:
     """The transformers model that reads our folder, with no key missing or left over."""
     from transformers import AutoModel
 
-    (folder / "config.json").write_text(json.dumps(hf_config(network.spec)))  # type: ignore[arg-type]
+    (folder / "config.json").write_text(json.dumps(hf_config(network.spec)))
     save_file(network.state_dict(), folder / "model.safetensors", {"format": "pt"})
     loaded, facts = AutoModel.from_pretrained(folder, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         assert not facts[kind], (kind, facts[kind])
-    return loaded.eval()  # type: ignore[no-any-return]
+    return loaded.eval()
 
 
 def relative_difference(ours: Tensor, theirs: Tensor) -> float:
@@ -59,7 +60,7 @@ def assert_parity(ours: Tensor, theirs: Tensor, what: str) -> None:
 
 
 def assert_gradient_parity(ours: nn.Module, theirs: nn.Module) -> None:
-    """Every parameter has a gradient on both sides, and they agree; the reference nests its names."""
+    """Every parameter has a gradient and both sides agree; the reference nests its names."""
     expected = {name.removeprefix("model."): p.grad for name, p in theirs.named_parameters()}
     assert set(expected) == {name for name, _ in ours.named_parameters()}
     for name, parameter in ours.named_parameters():
@@ -75,7 +76,7 @@ def outputs(features: Features) -> Tensor:
 
 
 def run_as_sharded(network: nn.Module, pixels: Tensor) -> Features:
-    """Runs with every weight NaN outside the forward of the module that owns it, as sharding does."""
+    """Output with every weight NaN outside its own module's forward, as under sharding."""
     whole = {p: p.detach().clone() for p in network.parameters()}
 
     def gather(module: nn.Module, *_: Any) -> None:
@@ -95,12 +96,17 @@ def run_as_sharded(network: nn.Module, pixels: Tensor) -> Features:
     return features
 
 
+def cut(spec: Any, **changes: Any) -> Any:
+    """A catalogue shape with some fields changed, whichever kind it is."""
+    return replace(spec, **changes)
+
+
 CUT: dict[str, Any] = {
     "small": SMALL,
     "gated": GATED,
-    "vits16": replace(CATALOG["vits16"], depth=2),
-    "vits16plus": replace(CATALOG["vits16plus"], depth=2),
-    "vitb16": replace(CATALOG["vitb16"], depth=1),
+    "vits16": cut(CATALOG["vits16"], depth=2),
+    "vits16plus": cut(CATALOG["vits16plus"], depth=2),
+    "vitb16": cut(CATALOG["vitb16"], depth=1),
 }
 
 
@@ -163,7 +169,8 @@ def test_vit__local_norm_acts_on_local_class_tokens_only() -> None:
     outputs(as_global).sum().backward()
     assert vit.local_cls_norm.weight.grad is None
     as_local.class_token.sum().backward()
-    assert vit.local_cls_norm.weight.grad.any()
+    gradient = vit.local_cls_norm.weight.grad
+    assert gradient is not None and gradient.any()
     tied = shuffled_(ViT(SMALL))
     assert torch.equal(tied(pixels).class_token, tied(pixels, is_local=True).class_token)
 
@@ -262,7 +269,7 @@ def test_init_vit__is_a_function_of_the_generator() -> None:
 
 
 def test_init_vit__has_the_published_statistics() -> None:
-    vit = build_backbone(replace(CATALOG["vits16"], depth=1, untie_local_norm=True))
+    vit = build_backbone(cut(CATALOG["vits16"], depth=1, untie_local_norm=True))
     shuffled_(vit)
     init_weights_(vit, torch.Generator().manual_seed(7))
     for name, tensor in vit.state_dict().items():
