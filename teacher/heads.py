@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from teacher.init import init_matrix_
 from teacher.losses import cross_entropy
 from teacher.sinkhorn import Assignment
 
@@ -74,7 +75,7 @@ class Head(nn.Module):
 
 
 def init_head_(head: Head, generator: torch.Generator) -> None:
-    """Draws the head's weights: matrices truncated normal 0.02, zero biases, prototypes normal with unit length on average.
+    """Draws the head's weights: matrices as in ``teacher.init``, prototypes normal with unit length on average.
 
     Unit length is DINOv2's weight-normalised layer at its start. The released 0.02 gives a length
     of 0.45 for a bottleneck of 512 but 0.23 for one of 128, whose targets stay flat for hundreds of
@@ -82,6 +83,5 @@ def init_head_(head: Head, generator: torch.Generator) -> None:
     """
     for module in head.mlp:
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
-            nn.init.zeros_(module.bias)
+            init_matrix_(module, generator)
     nn.init.normal_(head.prototypes.weight, std=head.shape.bottleneck**-0.5, generator=generator)

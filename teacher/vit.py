@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from teacher.batch import Features
+from teacher.init import init_matrix_
 from teacher.rope import rope_angles, rotate
 
 NORM_EPS = 1e-5
@@ -253,9 +254,7 @@ def init_vit_(vit: ViT, generator: torch.Generator) -> None:
     """
     for module in vit.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+            init_matrix_(module, generator)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
