@@ -2,17 +2,23 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, no_type_check
+from typing import Any
 
 MIN_FREE_GIB = 2.0
 OLDEST_TORCH = (2, 11)
+OLDEST_PYTHON = (3, 11)
+IMPORT_TIMEOUT_S = 120  # DeepSpeed's import takes 2 s; on a cold network disk, a minute
 LIBRARIES = (
     "torch",
     "deepspeed",
+    "numpy",
     "pydantic",
     "safetensors",
     "ruamel.yaml",
@@ -38,14 +44,22 @@ class Finding:
 def examine() -> list[Finding]:
     """Every finding; none of the checks changes anything on the machine."""
     return [
+        _python(sys.version_info[:2]),
         *(_library(name) for name in LIBRARIES),
         _torch(),
+        _deepspeed(),
         _device(),
         _cores(),
         _decoder(),
         _gloo(),
         _disk(Path.cwd()),
     ]
+
+
+def _python(numbers: tuple[int, int]) -> Finding:
+    needed, found = (".".join(map(str, each)) for each in (OLDEST_PYTHON, numbers))
+    is_ok = numbers >= OLDEST_PYTHON
+    return Finding("Python", found, is_ok, "" if is_ok else f"Install Python {needed} or newer.")
 
 
 def _library(name: str) -> Finding:
@@ -83,6 +97,22 @@ def _torch() -> Finding:
     return _guarded("torch version", look, "pip install --constraint constraints.txt torch")
 
 
+def _deepspeed() -> Finding:
+    """In a process of its own: its import changes logging and chooses an accelerator for good."""
+
+    def look() -> str:
+        command = [sys.executable, "-c", "import deepspeed"]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S)
+        if ended.returncode:
+            lines = ended.stderr.strip().splitlines()
+            raise RuntimeError(lines[-1] if lines else f"import ended with {ended.returncode}")
+        return "imports"
+
+    return _guarded(
+        "deepspeed import", look, "DS_BUILD_OPS=0 pip install --force-reinstall deepspeed"
+    )
+
+
 def _device() -> Finding:
     def look() -> str:
         import torch
@@ -90,7 +120,9 @@ def _device() -> Finding:
         if not torch.cuda.is_available():
             return "no CUDA device; recipes run on the CPU"
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        return f"{len(names)} x {names[0]}"
+        kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+        nccl = ".".join(str(part) for part in torch.cuda.nccl.version())
+        return f"{kinds}, NCCL {nccl}"
 
     return _guarded("devices", look, "Check the driver with nvidia-smi.")
 
@@ -104,23 +136,24 @@ def _decoder() -> Finding:
         import io
 
         import numpy as np
-        from nvidia.dali import fn
-        from nvidia.dali.pipeline import pipeline_def
         from PIL import Image
 
+        dali: Any = import_module("nvidia.dali")
+
+        height, width = 6, 8
         buffer = io.BytesIO()
-        Image.new("RGB", (8, 8), (200, 40, 40)).save(buffer, "PNG")
+        Image.new("RGB", (width, height), (200, 40, 40)).save(buffer, "PNG")
         encoded = np.frombuffer(buffer.getvalue(), np.uint8)
 
-        @pipeline_def(batch_size=1, num_threads=1, device_id=None)  # type: ignore[call-overload,untyped-decorator]  # None means CPU
-        @no_type_check  # DALI rewrites this function's source
-        def graph() -> Any:
-            return fn.decoders.image(fn.external_source(source=lambda: [encoded]))
-
-        pipeline = graph()
+        pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=None)
+        with pipeline:
+            files = dali.fn.external_source(source=lambda: [encoded])
+            pipeline.set_outputs(dali.fn.decoders.image(files))
         pipeline.build()
         (image,) = pipeline.run()
-        return f"DALI {version('nvidia-dali-cuda120')} decodes on the CPU, {image.at(0).shape}"
+        if image.at(0).shape != (height, width, 3):
+            raise RuntimeError(f"an image of {height} x {width} came out as {image.at(0).shape}")
+        return f"DALI {version('nvidia-dali-cuda120')} decodes on the CPU"
 
     return _guarded(
         "image decoder", look, "pip install --constraint constraints.txt nvidia-dali-cuda120"
@@ -145,9 +178,6 @@ def _gloo() -> Finding:
 
 def _disk(folder: Path) -> Finding:
     free_gib = shutil.disk_usage(folder).free / 2**30
-    fix = (
-        ""
-        if free_gib >= MIN_FREE_GIB
-        else f"Free some space, or pass --out on another disk; {MIN_FREE_GIB:g} GiB are needed."
-    )
-    return Finding("free disk", f"{free_gib:.1f} GiB", is_ok=free_gib >= MIN_FREE_GIB, fix=fix)
+    is_ok = free_gib >= MIN_FREE_GIB
+    fix = f"Free some space, or pass --out on another disk; {MIN_FREE_GIB:g} GiB are needed."
+    return Finding("free disk", f"{free_gib:.1f} GiB", is_ok, "" if is_ok else fix)

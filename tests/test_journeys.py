@@ -1,8 +1,8 @@
 """The job from end to end as a user starts it: processes, engines, DALI, files. Tiny networks, a few steps.
 
-    photographs -> teacher (two stages) -> three students -> folders, scores, picture
-    stopped by a signal and started again = never stopped, bit for bit
-    torchrun with three ranks, one process, broken images, a killed rank
+photographs -> teacher (two stages) -> three students -> folders, scores, picture
+stopped by a signal and started again = never stopped, bit for bit
+torchrun with three ranks, one process, broken images, a killed rank
 """
 
 import json
@@ -55,8 +55,13 @@ def write_images(folder: Path) -> Path:
     for name in ("across", "along"):
         (folder / name).mkdir(parents=True)
         for i in range(15):
-            stripes = np.sin(np.arange(64) * draw.uniform(0.3, 0.6))[:, None] * np.ones((64, 64)) * 80 + 128
-            pixels = (stripes if name == "across" else stripes.T)[..., None] + draw.normal(0, 20, (64, 64, 3))
+            stripes = (
+                np.sin(np.arange(64) * draw.uniform(0.3, 0.6))[:, None] * np.ones((64, 64)) * 80
+                + 128
+            )
+            pixels = (stripes if name == "across" else stripes.T)[..., None] + draw.normal(
+                0, 20, (64, 64, 3)
+            )
             Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
     return folder
 
@@ -75,12 +80,19 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"
 
 def distill(*words: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "distill", *words], capture_output=True, text=True, timeout=timeout_s, env=ENVIRONMENT
+        [sys.executable, "-m", "distill", *words],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        env=ENVIRONMENT,
     )
 
 
 def students_of(run: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {path.name: load_file(path / "model.safetensors") for path in sorted((run / "students").iterdir())}
+    return {
+        path.name: load_file(path / "model.safetensors")
+        for path in sorted((run / "students").iterdir())
+    }
 
 
 @pytest.fixture(scope="module")
@@ -98,12 +110,26 @@ def test_train__leaves_everything_a_user_expects(finished: Path, recipe: Path) -
     assert all({"knn", "loss"} <= set(scores) for scores in summary["students"].values())
     assert {"pixels", "colour", "untrained"} <= set(summary["baselines"])
     assert set(summary["phases_s"]) == {"base", "gram", "family"} and summary["images_per_s"] > 0
-    for name in ("recipe.yaml", "recipe.resolved.yaml", "plan.json", "env.json", "status.json", "features.png"):
+    for name in (
+        "recipe.yaml",
+        "recipe.resolved.yaml",
+        "plan.json",
+        "env.json",
+        "status.json",
+        "features.png",
+    ):
         assert (finished / name).stat().st_size > 0
     status = json.loads((finished / "status.json").read_text())
     assert status["state"] == "finished" and status["work_done"] == 1.0
-    rows = [json.loads(line) for line in (finished / "metrics" / "teacher.jsonl").read_text().splitlines()]
-    assert [(row["phase"], row["step"]) for row in rows] == [("base", 10), ("base", 20), ("gram", 10)]
+    rows = [
+        json.loads(line)
+        for line in (finished / "metrics" / "teacher.jsonl").read_text().splitlines()
+    ]
+    assert [(row["phase"], row["step"]) for row in rows] == [
+        ("base", 10),
+        ("base", 20),
+        ("gram", 10),
+    ]
     assert "gram" in rows[-1] and "gram" not in rows[0] and all(row["skipped"] == 0 for row in rows)
     screen = (recipe.parent / "screen.txt").read_text()
     assert "\x1b" not in screen and "finished" in screen
@@ -126,7 +152,8 @@ def test_train__one_process_equals_two(finished: Path, recipe: Path) -> None:
             # 50 steps of AdamW turn a last-bit difference of a gradient into about a learning rate, 1e-3, at worst
             torch.testing.assert_close(weights[key], tensor, rtol=0, atol=5e-3)
     one, two = (
-        json.loads((run / "metrics" / "plain.jsonl").read_text().splitlines()[0])["loss"] for run in (out / "tiny", finished)
+        json.loads((run / "metrics" / "plain.jsonl").read_text().splitlines()[0])["loss"]
+        for run in (out / "tiny", finished)
     )
     assert one == pytest.approx(two, rel=1e-3)
 
@@ -135,7 +162,9 @@ def test_train__one_process_equals_two(finished: Path, recipe: Path) -> None:
 def test_stop__and_resume_equals_never_stopping(phase: str, finished: Path, recipe: Path) -> None:
     out = recipe.parent / f"stopped-{phase}"
     words = [sys.executable, "-m", "distill", "train", str(recipe), "--out", str(out)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    )
     deadline = time.monotonic() + 120
     while not is_in(out / "tiny" / "status.json", phase):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
@@ -161,9 +190,23 @@ def is_in(path: Path, phase: str) -> bool:
 
 def test_torchrun__three_ranks(recipe: Path, finished: Path) -> None:
     out = recipe.parent / "runs3"
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3", "-m", "distill", "train", str(recipe)]
+    words = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "3",
+        "-m",
+        "distill",
+        "train",
+        str(recipe),
+    ]
     ended = subprocess.run(
-        [sys.executable, *words, "--out", str(out)], capture_output=True, text=True, timeout=240, env=ENVIRONMENT
+        [sys.executable, *words, "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=ENVIRONMENT,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert json.loads((out / "tiny" / "plan.json").read_text())["num_ranks"] == 3
@@ -174,14 +217,21 @@ def test_torchrun__three_ranks(recipe: Path, finished: Path) -> None:
 def test_train__another_recipe_does_not_mix_with_a_run(recipe: Path, finished: Path) -> None:
     ended = distill("train", str(recipe), "seed=1", "--out", str(finished.parent))
     assert ended.returncode == 1
-    assert "belongs to another version of this recipe" in ended.stderr and "Fix: Pass --fresh" in ended.stderr
+    assert (
+        "belongs to another version of this recipe" in ended.stderr
+        and "Fix: Pass --fresh" in ended.stderr
+    )
 
 
 def test_train__a_broken_folder_is_one_clear_line(recipe: Path, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     ended = distill("train", str(recipe), "--data", str(empty), "--out", str(tmp_path / "runs"))
-    assert ended.returncode == 1 and "holds no images" in ended.stderr and "Traceback" not in ended.stderr
+    assert (
+        ended.returncode == 1
+        and "holds no images" in ended.stderr
+        and "Traceback" not in ended.stderr
+    )
     (empty / "a.jpg").write_bytes(b"not a jpeg")
     ended = distill("train", str(recipe), "--data", str(empty), "--out", str(tmp_path / "runs"))
     assert ended.returncode == 1 and "a.jpg: cannot be decoded" in ended.stderr
@@ -189,15 +239,30 @@ def test_train__a_broken_folder_is_one_clear_line(recipe: Path, tmp_path: Path) 
 
 
 def test_train__a_killed_rank_ends_the_job_and_is_named(recipe: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "distill", "train", str(recipe), "schedule.steps=100000", "--out", str(tmp_path)]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+    words = [
+        sys.executable,
+        "-m",
+        "distill",
+        "train",
+        str(recipe),
+        "schedule.steps=100000",
+        "--out",
+        str(tmp_path),
+    ]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+    )
     deadline = time.monotonic() + 120
     while not is_in(tmp_path / "tiny" / "status.json", "family"):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     import psutil
 
-    ranks = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    ranks = [
+        child
+        for child in psutil.Process(process.pid).children()
+        if "spawn_main" in " ".join(child.cmdline())
+    ]
     ranks[-1].kill()
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and "rank" in output and "the same command resumes" in output

@@ -86,7 +86,8 @@ def build_index(
         DataError: a folder is missing or holds no image, or more than ``max_bad_fraction`` of the
         files are broken (one always may be).
     """
-    files = [(source, path) for source in sources for path in list_images(source)]
+    folders = [source.absolute() for source in sources]
+    files = [(source, path) for source in folders for path in list_images(source)]
     is_full_check = len(files) <= FULL_CHECK_FILES
     sizes: list[tuple[int, int] | str] = []
     with ThreadPoolExecutor(CHECK_THREADS) as pool:

@@ -18,13 +18,19 @@ def test_commit__latest_is_found_and_old_ones_go(tmp_path: Path) -> None:
         save(tmp_path, step, keep=2)
     found = find_latest(tmp_path, "hash")
     assert found is not None and (found[1].phase, found[1].step) == ("base", 40)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base-0000030", "base-0000040", "latest"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "base-0000030",
+        "base-0000040",
+        "latest",
+    ]
     assert (tmp_path / "latest").read_text().strip() == "base-0000040"
     assert read_tensors(found[0] / "teacher.safetensors")["step"].item() == 40.0
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "gone", "manifest"])
-def test_find_latest__a_damaged_checkpoint_falls_back_to_the_one_before(damage: str, tmp_path: Path) -> None:
+def test_find_latest__a_damaged_checkpoint_falls_back_to_the_one_before(
+    damage: str, tmp_path: Path
+) -> None:
     save(tmp_path, 10)
     newest = save(tmp_path, 20)
     file = newest / "teacher.safetensors"

@@ -9,14 +9,18 @@ from students.catalog import CATALOG, build_backbone, count_parameters
 from teacher.heads import HeadShape
 
 
-@pytest.mark.parametrize("name", ["vits16", "vits16plus", "vitl16", "convnext_tiny", "convnext_base"])
+@pytest.mark.parametrize(
+    "name", ["vits16", "vits16plus", "vitl16", "convnext_tiny", "convnext_base"]
+)
 def test_backbone_tflops__equal_counted_flops(name: str) -> None:
     with torch.device("meta"):
         network = build_backbone(CATALOG[name])
         pixels = torch.empty(1, 3, 224, 224)
     with FlopCounterMode(display=False) as counter:
         network(pixels)
-    assert backbone_tflops(CATALOG[name], 224) * 1e12 == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert backbone_tflops(CATALOG[name], 224) * 1e12 == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
 
 
 def test_teaching_tflops__the_7b_costs_what_was_published() -> None:

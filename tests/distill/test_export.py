@@ -47,7 +47,10 @@ def test_read_backbone__says_what_does_not_fit(tmp_path: Path) -> None:
     write_backbone(tmp_path, weights_of(VIT), VIT, FACTS)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    with pytest.raises(CheckpointError, match=r"19 tensors do not fit config.json, first layer.1.attention.k_proj.weight"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"19 tensors do not fit config.json, first layer.1.attention.k_proj.weight",
+    ):
         read_backbone(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
     with pytest.raises(CheckpointError, match="model_type = 'bert'"):
@@ -80,7 +83,9 @@ def test_read_heads__says_what_does_not_fit(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         read_heads(path, 16)
     write_heads(path, heads())
-    with pytest.raises(CheckpointError, match="heads for a teacher of width 16, this teacher has width 32"):
+    with pytest.raises(
+        CheckpointError, match="heads for a teacher of width 16, this teacher has width 32"
+    ):
         read_heads(path, 32)
     write_heads(path, {key: value for key, value in heads().items() if key.startswith("dino")})
     with pytest.raises(CheckpointError, match="no complete ibot_head in it"):

@@ -8,13 +8,24 @@ from distill.schedule import learning_rate, rope_scales, student_momentum, teach
 
 def test_learning_rate__warms_up_then_stays() -> None:
     lr = LrSpec(peak=1.0, warmup=4)
-    assert [learning_rate(lr, step, 100, 1024) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [learning_rate(lr, step, 100, 1024) for step in range(6)] == [
+        0.25,
+        0.5,
+        0.75,
+        1.0,
+        1.0,
+        1.0,
+    ]
 
 
 def test_learning_rate__cosine_ends_at_the_end() -> None:
     lr = LrSpec(peak=1.0, end=0.1, warmup=10, decay="cosine")
     values = [learning_rate(lr, step, 111, 1024) for step in range(111)]
-    assert values[10] == 1.0 and values[60] == pytest.approx(0.55) and values[110] == pytest.approx(0.1)
+    assert (
+        values[10] == 1.0
+        and values[60] == pytest.approx(0.55)
+        and values[110] == pytest.approx(0.1)
+    )
     assert values[10:] == sorted(values[10:], reverse=True)
 
 
@@ -24,7 +35,11 @@ def test_learning_rate__square_root_rule() -> None:
 
 
 def test_teacher_temperature__linear_over_the_warm_up() -> None:
-    schedule = ScheduleSpec(batch=1, lr=LrSpec(peak=1.0), teacher_temperature=TemperatureSpec(start=0.04, end=0.07, warmup=10))
+    schedule = ScheduleSpec(
+        batch=1,
+        lr=LrSpec(peak=1.0),
+        teacher_temperature=TemperatureSpec(start=0.04, end=0.07, warmup=10),
+    )
     assert teacher_temperature(schedule, 0) == 0.04
     assert teacher_temperature(schedule, 5) == pytest.approx(0.055)
     assert teacher_temperature(schedule, 10) == teacher_temperature(schedule, 99) == 0.07
@@ -39,5 +54,9 @@ def test_rope_scales__are_log_uniform_and_the_same_everywhere() -> None:
     draws = [scale for step in range(500) for scale in rope_scales((0.5, 2.0), 3, step)]
     assert min(draws) >= 0.5 and max(draws) <= 2.0
     assert abs(sum(map(math.log, draws)) / len(draws)) < 0.05  # standard error 0.013
-    assert rope_scales((0.5, 2.0), 3, 7) == rope_scales((0.5, 2.0), 3, 7) != rope_scales((0.5, 2.0), 4, 7)
+    assert (
+        rope_scales((0.5, 2.0), 3, 7)
+        == rope_scales((0.5, 2.0), 3, 7)
+        != rope_scales((0.5, 2.0), 4, 7)
+    )
     assert rope_scales(None, 3, 7) == (1.0, 1.0)

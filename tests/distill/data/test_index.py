@@ -31,6 +31,16 @@ def test_build_index__classes_are_the_first_folders(tmp_path: Path) -> None:
     assert index.hw.tolist() == [[16, 24]] * 3
 
 
+def test_build_index__a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cat/1.png", "dog/1.png"):
+        paint(tmp_path / "images" / name)
+    monkeypatch.chdir(tmp_path)
+    index = build_index([Path("images")], max_bad_fraction=0.0)
+    assert index.class_names == ("cat", "dog") and all(
+        Path(path).is_absolute() for path in index.paths
+    )
+
+
 def test_build_index__no_classes_in_a_flat_folder(tmp_path: Path) -> None:
     paint(tmp_path / "1.png")
     paint(tmp_path / "cat" / "2.png")
