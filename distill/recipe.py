@@ -186,13 +186,19 @@ class LocalCropsSpec(Section):
 
 
 class CropsSpec(Section):
-    """All crops; a bare number for a crop is its size."""
+    """All crops; a bare number for a crop is its size. ``eval_size`` is the finished networks' input."""
 
     global_: Annotated[GlobalCropsSpec, BeforeValidator(_size_mapping)] = science(
         GlobalCropsSpec(), alias="global"
     )
     local: Annotated[LocalCropsSpec, BeforeValidator(_size_mapping)] = science(LocalCropsSpec())
     flip: float = science(0.0, ge=0.0, le=1.0)
+    eval_size: int | None = machine(None, ge=8)
+
+    @property
+    def input_size(self) -> int:
+        """Pixels per side that the finished networks are scored at and that their folders name."""
+        return self.eval_size or self.global_.size
 
 
 class MasksSpec(Section):
@@ -512,7 +518,8 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
                 finer = f"patches of {stride} px are finer than the teacher's {teacher_stride} px"
                 yield (*place, "patch"), f"{finer}: use {teacher_stride} or a multiple of it"
     seen_by_teacher = {} if teacher_stride is None else {"the teacher": teacher_stride}
-    yield from _crop_rules(parts, "global", {**seen_by_teacher, **strides})
+    for key in ("global", "eval_size"):
+        yield from _crop_rules(parts, key, {**seen_by_teacher, **strides})
     yield from _crop_rules(parts, "local", strides)
     train, weights, heads = (parts.get(("teacher", key)) for key in ("train", "weights", "heads"))
     if {("teacher", "train"), ("teacher", "weights")} <= parts.keys() and (train is None) == (
@@ -536,7 +543,7 @@ def _teacher_rules(parts: Parts) -> Iterator[Problem]:
     if arch is not None and arch.startswith("convnext"):
         yield ("model", "arch"), f"{arch!r} has no mask token: a teacher must be a ViT"
     elif stride is not None:
-        for key in ("global", "local"):
+        for key in ("global", "local", "eval_size"):
             yield from _crop_rules(parts, key, {str(arch): stride})
     before: dict[str, int | None] = {}
     is_complete = True
@@ -598,7 +605,8 @@ def _stride(parts: Parts, place: Loc) -> int | None:
 
 def _crop_rules(parts: Parts, key: str, strides: Mapping[str, int]) -> Iterator[Problem]:
     """A crop must be whole patches of every network that sees it."""
-    size = parts.get(("crops", key, "size"))
+    place = ("crops", key) if key == "eval_size" else ("crops", key, "size")
+    size = parts.get(place)
     if size is None or (key == "local" and parts.get(("crops", "local", "count")) == 0):
         return
     wrong: dict[int, list[str]] = {}
@@ -612,7 +620,7 @@ def _crop_rules(parts: Parts, key: str, strides: Mapping[str, int]) -> Iterator[
             f"{stride} ({', '.join(labels)})" for stride, labels in wrong.items()
         )
         yield (
-            ("crops", key, "size"),
+            place,
             f"{size} is not a multiple of {patches} - did you mean {near}?",
         )
 

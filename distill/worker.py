@@ -245,7 +245,7 @@ class _Run:
         assert recipe is not None, "a teacher folder without a teacher recipe"
         steps = sum(stage.steps for stage in recipe.stages)
         facts = ExportFacts(
-            recipe.crops.global_.size,
+            recipe.crops.input_size,
             recipe.data.mean,
             recipe.data.std,
             self._provenance(recipe, steps),
@@ -259,9 +259,7 @@ class _Run:
         specs = {student.label: student.backbone_spec() for student in recipe.students}
         provenance = self._provenance(recipe, phase.num_steps)
         provenance["teacher_fingerprint"] = fingerprint(phase.teacher.backbone.state_dict())
-        facts = ExportFacts(
-            recipe.crops.global_.size, recipe.data.mean, recipe.data.std, provenance
-        )
+        facts = ExportFacts(recipe.crops.input_size, recipe.data.mean, recipe.data.std, provenance)
         for pupil in phase.pupils:
             engine: Engine = pupil.engine
             weights = engine.full("ema")
