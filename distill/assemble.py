@@ -57,6 +57,7 @@ def crop_spec(recipe: Recipe, anchor_resolution: int | None) -> CropSpec:
         local_scale=crops.local.scale,
         anchor_size=None if anchor_resolution is None else anchor_resolution * crops.global_.size,
         flip_probability=crops.flip,
+        blur_sigma=crops.blur_sigma,
     )
 
 

@@ -193,6 +193,7 @@ class CropsSpec(Section):
     )
     local: Annotated[LocalCropsSpec, BeforeValidator(_size_mapping)] = science(LocalCropsSpec())
     flip: float = science(0.0, ge=0.0, le=1.0)
+    blur_sigma: Pair = science((0.1, 2.0))
     eval_size: int | None = machine(None, ge=8)
 
     @property
@@ -450,6 +451,9 @@ def find_conflicts(parts: Parts, teacher: Parts | None = None) -> Iterator[Probl
 
 
 def _shared_rules(parts: Parts) -> Iterator[Problem]:
+    blur = parts.get(("crops", "blur_sigma"))
+    if blur is not None and not 0.0 < blur[0] <= blur[1]:
+        yield ("crops", "blur_sigma"), f"{list(map(float, blur))}: must satisfy 0 < low <= high"
     for key in ("global", "local"):
         scale = parts.get(("crops", key, "scale"))
         if scale is not None and not 0.0 < scale[0] <= scale[1] <= 1.0:

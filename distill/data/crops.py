@@ -21,7 +21,7 @@ ASPECT = (3 / 4, 4 / 3)
 WINDOW_TRIES = 10  # as torchvision's RandomResizedCrop; the fallback is a central crop
 JITTER_PROBABILITY, GRAY_PROBABILITY = 0.8, 0.2
 BRIGHTNESS, CONTRAST, SATURATION, HUE_DEGREES = 0.4, 0.4, 0.2, 36.0
-BLUR_PROBABILITY_GLOBAL, BLUR_PROBABILITY_LOCAL, BLUR_SIGMA = (1.0, 0.1), 0.5, (0.1, 2.0)
+BLUR_PROBABILITY_GLOBAL, BLUR_PROBABILITY_LOCAL = (1.0, 0.1), 0.5
 SOLARISE_PROBABILITY = (0.0, 0.2)
 DRAWS = 4 * WINDOW_TRIES + 10
 
@@ -39,6 +39,7 @@ class CropSpec:
     local_scale: tuple[float, float]
     anchor_size: int | None
     flip_probability: float
+    blur_sigma: tuple[float, float]
 
     @property
     def num_crops(self) -> int:
@@ -114,7 +115,8 @@ def _photometric(draws: NDArray[np.float64], spec: CropSpec) -> NDArray[np.float
     blur_probability = np.array(
         [*BLUR_PROBABILITY_GLOBAL, *[BLUR_PROBABILITY_LOCAL] * spec.num_local]
     )
-    sigma = BLUR_SIGMA[0] + (BLUR_SIGMA[1] - BLUR_SIGMA[0]) * draws[..., 7]
+    low, high = spec.blur_sigma
+    sigma = low + (high - low) * draws[..., 7]
     blur = np.where(draws[..., 6] < blur_probability, sigma, 0.0)
     solarise_probability = np.array([*SOLARISE_PROBABILITY, *[0.0] * spec.num_local])
     solarise = draws[..., 8] < solarise_probability

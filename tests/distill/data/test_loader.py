@@ -17,7 +17,7 @@ from distill.data.pipeline import build_pipeline, source_outputs
 from distill.errors import DataError
 from teacher.batch import CropBatch
 
-SPEC = CropSpec(32, (0.32, 1.0), 2, 16, (0.05, 0.32), None, 0.5)
+SPEC = CropSpec(32, (0.32, 1.0), 2, 16, (0.05, 0.32), None, 0.5, (0.1, 2.0))
 NEUTRAL = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
 IMAGES = 12
 
@@ -239,6 +239,8 @@ def test_draw_parameters__have_the_published_ranges_and_rates() -> None:
         and np.abs(blurred[2:] - 0.5).max() < 0.03
     )
     solarised = photo[..., 5].mean(axis=0)
+    sigma = photo[..., 4][photo[..., 4] > 0]
+    assert 0.1 <= sigma.min() < 0.11 and 1.99 < sigma.max() <= 2.0
     assert abs(solarised[1] - 0.2) < 0.02 and not solarised[[0, 2, 3]].any()
 
 
