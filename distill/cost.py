@@ -7,7 +7,7 @@ these numbers; measured times may replace them.
 
 from dataclasses import dataclass
 
-from students.catalog import BackboneSpec, count_parameters
+from students.catalog import BackboneSpec
 from students.convnext import ConvNeXtSpec
 from teacher.heads import HeadShape
 from teacher.vit import ViTSpec
@@ -84,18 +84,3 @@ def training_tflops(
         * crops.masked_per_image
     )
     return TRAINING_FACTOR * (forward + heads) + logits / 1e12
-
-
-def training_gib(
-    spec: BackboneSpec, heads: tuple[HeadShape, ...], num_ranks: int, precision: str
-) -> float:
-    """GiB of weights, gradients, Adam moments and EMA on one rank under ZeRO-1; activations are not counted."""
-    parameters = count_parameters(spec) + sum(
-        head.width * head.hidden
-        + head.hidden**2
-        + head.bottleneck * (head.hidden + head.prototypes)
-        for head in heads
-    )
-    here = 2 * (2 if precision == "bf16" else 4)
-    sharded = (4 + 4 + 4 + 4) / num_ranks
-    return parameters * (here + sharded) / 2**30

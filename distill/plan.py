@@ -12,8 +12,7 @@ from itertools import pairwise
 from typing import Any
 
 from distill.errors import PlanError
-
-KOLEO_GROUP = 16  # images; slices that respect it need no gathering for KoLeo
+from teacher.trainee import KOLEO_GROUP
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ from distill.assemble import (
     plan_pretraining,
     shape_of_recipe,
 )
+from distill.checkpoint import find_latest
 from distill.data.index import ImageIndex, build_index, list_images, split
 from distill.data.photographs import photograph_paths, write_tiles
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, DataError
 from distill.metrics import write_json
 from distill.plan import Plan
 from distill.recipe import (
@@ -148,7 +149,7 @@ def _count_images(path: str) -> int:
 def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[str], None]) -> Job:
     """Writes the run folder of a job that can start.
 
-    ``fresh`` removes what an earlier run of this name left, except nothing outside the folder.
+    ``fresh`` removes what an earlier run of this name left, and nothing outside its folder.
 
     Raises:
         RecipeError, PlanError, DataError, CheckpointError: with one clear line; an existing run is
@@ -157,39 +158,35 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     recipe, teacher_recipe = load_job(request.recipe, request.overrides)
     plans = check_job(recipe, teacher_recipe, num_ranks)
     run_folder = Path(request.run_folder)
+    _refuse_foreign_folder(run_folder)
     tiles = run_folder.parent / ".photographs"
     train, held_out = _indices(recipe.data, tiles, say)
     teacher_train = train
     if teacher_recipe is not None and teacher_recipe.data.sources != recipe.data.sources:
         teacher_train, _ = _indices(teacher_recipe.data, tiles, say)
-    if fresh and run_folder.exists():
-        _refuse_foreign_folder(run_folder)
-        shutil.rmtree(run_folder)
-    data = run_folder / "data"
-    data.mkdir(parents=True, exist_ok=True)
-    train.save(data / "train.npz")
-    teacher_train.save(data / "teacher.npz")
-    if held_out is not None:
-        held_out.save(data / "held_out.npz")
-    for leftover in (
-        ("failure.json", "status.json")
-        if not (run_folder / "checkpoints").is_dir()
-        else ("failure.json",)
-    ):
-        (run_folder / leftover).unlink(missing_ok=True)
     fingerprint = f"{train.fingerprint}-{teacher_train.fingerprint}"
     job = Job(request, recipe, teacher_recipe, fingerprint)
+    if fresh:
+        shutil.rmtree(run_folder, ignore_errors=True)
+    resumed = find_latest(run_folder / "checkpoints", job.hash)
+    (run_folder / "data").mkdir(parents=True, exist_ok=True)
+    for name, index in (("train", train), ("teacher", teacher_train), ("held_out", held_out)):
+        if index is not None:
+            index.save(run_folder / "data" / f"{name}.npz")
+    (run_folder / "failure.json").unlink(missing_ok=True)
+    if resumed is None:  # what an earlier start left before its first checkpoint
+        for name in ("status.json", "timing.json"):
+            (run_folder / name).unlink(missing_ok=True)
     _write_recipes(job)
     write_json(run_folder / "plan.json", plans[-1].to_json())
     write_json(run_folder / "env.json", _environment())
-    write_json(
-        run_folder / "job.json", {"request": asdict(request), "data_fingerprint": fingerprint}
-    )
+    stored = {"request": asdict(request), "data_fingerprint": fingerprint}
+    write_json(run_folder / "job.json", stored)
     return job
 
 
 def _write_recipes(job: Job) -> None:
-    """The recipe as given and as resolved, and the same of the teacher's recipe where there is one."""
+    """The recipe as given, and as resolved with the teacher's recipe beside it: together they run."""
     source = find_recipe(job.request.recipe)
     folder = job.run_folder
     own = [text for text in job.request.overrides if not text.startswith(TEACHER_PREFIX)]
@@ -200,15 +197,15 @@ def _write_recipes(job: Job) -> None:
             text.removeprefix(TEACHER_PREFIX) for text in job.request.overrides if text not in own
         ]
         path = source.parent / str(job.recipe.teacher.train)
-        (folder / "teacher.resolved.yaml").write_text(
-            resolved_yaml(str(path), theirs, job.teacher_recipe)
-        )
+        (folder / path.name).write_text(resolved_yaml(str(path), theirs, job.teacher_recipe))
 
 
 def _refuse_foreign_folder(run_folder: Path) -> None:
-    if not (run_folder / "job.json").is_file() and any(run_folder.iterdir()):
+    """A folder that holds something else is neither written to nor removed."""
+    is_empty = not run_folder.exists() or not any(run_folder.iterdir())
+    if not is_empty and not (run_folder / "job.json").is_file():
         raise CheckpointError(
-            f"{run_folder}: not a run folder of distill, so --fresh does not remove it",
+            f"{run_folder}: holds files but is not a run folder of distill",
             fix="Choose another --name or --out.",
         )
 
@@ -219,6 +216,11 @@ def _indices(
     """Training and held-out images. The bundled photographs come with their split; other folders are split per class."""
     started = time.monotonic()
     paths = [source.path for source in data.sources]
+    if BUILTIN_PHOTOGRAPHS in paths and len(paths) > 1:
+        raise DataError(
+            f"data.sources: {BUILTIN_PHOTOGRAPHS} brings its own held-out part and cannot be mixed",
+            fix="Name it alone, or name folders only.",
+        )
     if paths == [BUILTIN_PHOTOGRAPHS]:
         train_folder, held_out_folder = write_tiles(tiles)
         train = build_index([train_folder], max_bad_fraction=0.0)
@@ -234,17 +236,9 @@ def _indices(
 
 
 def _environment() -> dict[str, Any]:
-    names: Sequence[str] = (
-        "torch",
-        "deepspeed",
-        "nvidia-dali-cuda120",
-        "numpy",
-        "safetensors",
-        "pydantic",
-    )
     return {
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cores": len(os.sched_getaffinity(0)),
-        "packages": {name: version(name) for name in names},
+        "packages": {each.metadata["Name"]: each.version for each in distributions()},
     }

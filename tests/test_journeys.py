@@ -221,6 +221,16 @@ def test_train__another_recipe_does_not_mix_with_a_run(recipe: Path, finished: P
         "belongs to another version of this recipe" in ended.stderr
         and "Fix: Pass --fresh" in ended.stderr
     )
+    # the run was not touched
+    assert "override" not in (finished / "recipe.resolved.yaml").read_text()
+
+
+def test_train__a_folder_of_something_else_is_left_alone(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "precious.txt").write_text("mine")
+    ended = distill("train", str(recipe), "--out", str(tmp_path), "--fresh")
+    assert ended.returncode == 1 and "holds files but is not a run folder" in ended.stderr
+    assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["precious.txt"]
 
 
 def test_train__a_broken_folder_is_one_clear_line(recipe: Path, tmp_path: Path) -> None:

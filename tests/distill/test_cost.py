@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.cost import CropShapes, backbone_tflops, teaching_tflops, training_gib
-from students.catalog import CATALOG, build_backbone, count_parameters
+from distill.cost import CropShapes, backbone_tflops, teaching_tflops
+from students.catalog import CATALOG, build_backbone
 from teacher.heads import HeadShape
 
 
@@ -28,10 +28,3 @@ def test_teaching_tflops__the_7b_costs_what_was_published() -> None:
     dino, ibot = HeadShape(4096, 8192, 512, 262_144), HeadShape(4096, 8192, 384, 98_304)
     crops = CropShapes(256, 112, 8, 77.0)
     assert teaching_tflops(CATALOG["vit7b16"], dino, ibot, crops) == pytest.approx(7.10, rel=0.02)
-
-
-def test_training_gib__falls_with_ranks_but_never_below_the_replica() -> None:
-    heads = (HeadShape(384, 2048, 512, 1000),)
-    one, many = (training_gib(CATALOG["vits16"], heads, ranks, "bf16") for ranks in (1, 64))
-    floor = 4 * count_parameters(CATALOG["vits16"]) / 2**30
-    assert one > many > floor

@@ -3,7 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.errors import PlanError
-from distill.plan import KOLEO_GROUP, Work, fill_shares, make_plan, split_evenly
+from distill.plan import Work, fill_shares, make_plan, split_evenly
+from teacher.trainee import KOLEO_GROUP
 
 costs = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=9)
 
