@@ -14,8 +14,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from teacher.batch import Features
+from teacher.init import SMALLEST_FAN_IN, init_matrix_
 
 NORM_EPS = 1e-6
+NARROWEST_PUBLISHED = 96  # channels of the first stage of ConvNeXt-T and -S
 STEM = 4  # pixels per side of the first convolution; each later stage halves the map
 
 
@@ -149,13 +151,13 @@ class ConvNeXt(nn.Module):
 def init_convnext_(convnext: ConvNeXt, generator: torch.Generator) -> None:
     """Fresh weights: linear and convolution layers truncated normal 0.02, biases zero.
 
-    LayerScale starts at the spec's initial value.
+    Networks narrower than ConvNeXt-T take the gain of ``teacher.init``, as small ViTs do. LayerScale
+    starts at the spec's initial value.
     """
+    smallest_fan_in = 1 if convnext.spec.widths[0] >= NARROWEST_PUBLISHED else SMALLEST_FAN_IN
     for module in convnext.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
-            assert module.bias is not None, "every layer of a ConvNeXt has a bias"
-            nn.init.zeros_(module.bias)
+            init_matrix_(module, generator, smallest_fan_in)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
