@@ -118,8 +118,15 @@ def test_init_convnext__is_a_function_of_the_generator() -> None:
     assert not torch.equal(first.state_dict()[stem], second.state_dict()[stem])
 
 
+def test_init_convnext__narrow_networks_keep_the_gain_of_vit_s() -> None:
+    convnext = ConvNeXt(ConvNeXtSpec((1, 1), (48, 96)))
+    init_convnext_(convnext, torch.Generator().manual_seed(7))
+    weight = convnext.state_dict()["stages.1.layers.0.pointwise_conv1.weight"]  # 96 inputs
+    assert weight.std().item() == pytest.approx(2 * 0.02, rel=0.03)
+
+
 def test_init_convnext__has_the_published_statistics() -> None:
-    convnext = shuffled_(ConvNeXt(ConvNeXtSpec((1, 1), (48, 96))))
+    convnext = shuffled_(ConvNeXt(ConvNeXtSpec((1, 1), (96, 192))))
     init_convnext_(convnext, torch.Generator().manual_seed(7))
     for name, tensor in convnext.state_dict().items():
         if tensor.ndim in (2, 4):
