@@ -1,8 +1,7 @@
 """Recipe and plan to the objects of a phase: what a rank builds before its loop starts.
 
-A family phase has a frozen teacher and its students. Pretraining has one network and its EMA in the
-teacher's place, on the same ranks, so that everything a rank teaches it also learns and nothing
-travels; its stages go on with the same engine.
+A family phase has a frozen teacher and its students. ``distill.pretraining`` has the phases in which
+a network, or its heads, teach themselves.
 """
 
 from collections.abc import Callable
@@ -10,10 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from torch import nn
 
 from distill import schedule
-from distill.cost import CropShapes, teaching_tflops, training_tflops
+from distill.cost import (
+    CropShapes,
+    Heads,
+    fitting_tflops,
+    regression_tflops,
+    teaching_tflops,
+    training_tflops,
+)
 from distill.data.crops import CropSpec
 from distill.data.index import ImageIndex
 from distill.data.loader import Loader
@@ -24,12 +30,23 @@ from distill.export import read_backbone, read_heads
 from distill.groups import Groups
 from distill.loop import Phase
 from distill.masking import StepMasks
-from distill.plan import Plan, Work, make_plan
-from distill.pupil import Pupil
-from distill.recipe import FamilyRecipe, LrSpec, ObjectiveSpec, StageSpec, TeacherRecipe
-from students.catalog import BackboneSpec, build_backbone
-from students.student import build_network, grid_of, seeded, student_heads
-from teacher.frozen import Anchor, FrozenTeacher
+from distill.plan import Placement, Plan, Work, make_plan
+from distill.pupil import Assigner, Pupil, TargetMaker
+from distill.recipe import (
+    FAMILY_PHASE,
+    HEADS_PHASE,
+    FamilyRecipe,
+    HeadsSpec,
+    LrSpec,
+    ObjectiveSpec,
+    ScheduleSpec,
+    StudentSpec,
+    TeacherRecipe,
+)
+from students.catalog import BackboneSpec, build_backbone, init_weights_
+from students.objective import FeatureTrainee, Standardiser, build_projectors
+from students.student import build_heads, grid_of, seeded, student_heads
+from teacher.frozen import FrozenTeacher
 from teacher.heads import Head, HeadShape
 from teacher.trainee import Objective, StepScalars, Trainee, TraineeTraits
 
@@ -39,11 +56,34 @@ Recipe = FamilyRecipe | TeacherRecipe
 
 @dataclass(frozen=True)
 class Site:
-    """Where a rank works: its device, its run folder, its threads, its images."""
+    """Where a rank works: its device, its run folder, its images."""
 
     device: torch.device
     run_folder: Path
     index: ImageIndex
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """A teacher before it is loaded or trained: its backbone, and its heads where it has any."""
+
+    spec: BackboneSpec
+    heads: Heads | None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the parts of a phase are built from, on one rank. ``grid_hw`` is the teacher's patch grid."""
+
+    recipe: Recipe
+    plan: Plan
+    groups: Groups
+    site: Site
+    grid_hw: tuple[int, int]
+
+    def placement(self, name: str) -> Placement:
+        """Where a network trains."""
+        return next(p for p in self.plan.placements if p.name == name)
 
 
 def crop_spec(recipe: Recipe, anchor_resolution: int | None) -> CropSpec:
@@ -71,275 +111,159 @@ def crop_shapes(recipe: Recipe, grid_hw: tuple[int, int]) -> CropShapes:
 
 def plan_pretraining(recipe: TeacherRecipe, num_ranks: int) -> Plan:
     """One network on all ranks, which teaches itself."""
-    spec = recipe.model.backbone_spec()
-    dino, ibot = _head_shapes(recipe, spec.width)
-    shapes = crop_shapes(recipe, grid_of(spec, recipe.crops.global_.size))
-    work = Work(ONLINE, training_tflops(spec, dino, ibot, shapes), num_ranks)
-    return make_plan(
-        [work], teaching_tflops(spec, dino, ibot, shapes), recipe.schedule.batch, num_ranks
-    )
+    shape = shape_of_recipe(recipe)
+    assert shape.heads is not None, "a pretrained teacher has heads"
+    shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
+    work = Work(ONLINE, training_tflops(shape.spec, shape.heads, shapes), num_ranks)
+    cost = teaching_tflops(shape.spec, shape.heads, shapes)
+    return make_plan([work], cost, recipe.schedule.batch, num_ranks)
 
 
-def plan_family(recipe: FamilyRecipe, teacher: "TeacherShape", num_ranks: int) -> Plan:
+def plan_fitting(recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int) -> Plan:
+    """Fresh heads on a frozen teacher, on all ranks; their EMA teaches them."""
+    assert shape.heads is not None, "heads to fit have shapes"
+    shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
+    work = Work(HEADS_PHASE, fitting_tflops(shape.spec, shape.heads, shapes), num_ranks)
+    cost = teaching_tflops(shape.spec, shape.heads, shapes)
+    return make_plan([work], cost, recipe.schedule.batch, num_ranks)
+
+
+def plan_family(recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int) -> Plan:
     """Students on ranks, the teacher in the gaps."""
-    shapes = crop_shapes(recipe, grid_of(teacher.spec, recipe.crops.global_.size))
+    shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
     works = []
     for student in recipe.students:
         spec = student.backbone_spec()
-        heads = student_heads(
-            spec.width,
-            teacher.dino,
-            teacher.ibot,
-            student.head_widths.dino_hidden,
-            student.head_widths.ibot_hidden,
-        )
-        ranks = None if student.ranks == "auto" else student.ranks
-        works.append(Work(student.label, training_tflops(spec, *heads, shapes), ranks))
-    cost = teaching_tflops(teacher.spec, teacher.dino, teacher.ibot, shapes)
-    return make_plan(works, cost, recipe.schedule.batch, num_ranks)
-
-
-@dataclass(frozen=True)
-class TeacherShape:
-    """A teacher before it is loaded or trained: backbone and head shapes."""
-
-    spec: BackboneSpec
-    dino: HeadShape
-    ibot: HeadShape
+        if shape.heads is None:
+            cost = regression_tflops(spec, shape.spec.width, shapes)
+        else:
+            cost = training_tflops(spec, _heads_of(student, spec, shape.heads), shapes)
+        works.append(Work(student.label, cost, None if student.ranks == "auto" else student.ranks))
+    teaching = teaching_tflops(shape.spec, shape.heads, shapes)
+    return make_plan(works, teaching, recipe.schedule.batch, num_ranks)
 
 
 def shape_of_recipe(recipe: TeacherRecipe) -> TeacherShape:
     """The teacher that a pretraining recipe will make."""
     spec = recipe.model.backbone_spec()
-    return TeacherShape(spec, *_head_shapes(recipe, spec.width))
+    return TeacherShape(spec, head_shapes(recipe.heads, spec.width))
 
 
-def _head_shapes(recipe: TeacherRecipe, width: int) -> tuple[HeadShape, HeadShape]:
-    dino, ibot = recipe.heads.dino, recipe.heads.ibot
-    return (
-        HeadShape(width, dino.hidden, dino.bottleneck, dino.prototypes),
-        HeadShape(width, ibot.hidden, ibot.bottleneck, ibot.prototypes),
+def head_shapes(heads: HeadsSpec, width: int) -> Heads:
+    """Shapes of the DINO and iBOT heads on a network of ``width``."""
+    dino, ibot = (
+        HeadShape(width, spec.hidden, spec.bottleneck, spec.prototypes)
+        for spec in (heads.dino, heads.ibot)
     )
+    return dino, ibot
 
 
-def _objective(spec: ObjectiveSpec, gram: float = 0.0) -> Objective:
-    return Objective(dino=spec.dino, ibot=spec.ibot, koleo=spec.koleo, local=spec.local, gram=gram)
+def _heads_of(student: StudentSpec, spec: BackboneSpec, heads: Heads) -> Heads:
+    widths = student.head_widths
+    return student_heads(spec.width, *heads, widths.dino_hidden, widths.ibot_hidden)
 
 
-def _engine(
-    network: tuple[torch.nn.Module, Head, Head],
-    recipe: Recipe,
-    plan: Plan,
-    name: str,
-    groups: Groups,
-    device: torch.device,
-    *,
-    masks_input: bool,
-) -> Engine:
-    """A trainee on its group, wrapped by its own engine."""
-    placement = next(p for p in plan.placements if p.name == name)
-    group = groups.by_network[name]
-    traits = TraineeTraits(masks_input, recipe.data.mean, recipe.data.std)
-    trainee = Trainee(*network, traits, group, len(placement.slices), placement.koleo_is_local)
-    settings = EngineSettings(
-        zero_stage=recipe.engine.zero,
-        precision=recipe.engine.precision,
-        gradient_clip=recipe.schedule.clip,
-        images_per_rank=len(placement.slice_of(groups.world_rank)),
-    )
-    return Engine(trainee.to(device), group, groups.alone, settings)
+def objective_of(spec: ObjectiveSpec, gram: float = 0.0) -> Objective:
+    """The recipe's weights and the Gram weight of a stage."""
+    return Objective(**spec.model_dump(), gram=gram)
 
 
-def _frozen(
-    network: tuple[torch.nn.Module, Head, Head], recipe: Recipe, device: torch.device
-) -> FrozenTeacher:
-    teacher = FrozenTeacher(
+def traits_of(recipe: Recipe, *, masks_input: bool) -> TraineeTraits:
+    """How a network of this recipe is trained."""
+    return TraineeTraits(masks_input, recipe.data.mean, recipe.data.std)
+
+
+def build_trainee(
+    scene: Scene, name: str, network: tuple[nn.Module, Head, Head], *, masks_input: bool
+) -> Trainee:
+    """A network with heads, on the group of ``name``."""
+    placement = scene.placement(name)
+    return Trainee(
         *network,
+        traits_of(scene.recipe, masks_input=masks_input),
+        scene.groups.by_network[name],
+        len(placement.slices),
+        placement.koleo_is_local,
+    )
+
+
+def build_engine(scene: Scene, name: str, trainee: nn.Module) -> Engine:
+    """A trainee on its group, wrapped by its own engine. Collective over the group."""
+    groups = scene.groups
+    settings = EngineSettings(
+        zero_stage=scene.recipe.engine.zero,
+        precision=scene.recipe.engine.precision,
+        gradient_clip=scene.recipe.schedule.clip,
+        images_per_rank=len(scene.placement(name).slice_of(groups.world_rank)),
+    )
+    device = scene.site.device
+    return Engine(trainee.to(device), groups.by_network[name], groups.alone, settings)
+
+
+def freeze(
+    recipe: Recipe, device: torch.device, backbone: nn.Module, heads: tuple[Head, Head] | None
+) -> FrozenTeacher:
+    """A teacher in the recipe's precision, on its device."""
+    teacher = FrozenTeacher(
+        backbone,
+        *(heads or (None, None)),
         mean=recipe.data.mean,
         std=recipe.data.std,
         micro_images=recipe.engine.teacher_micro_batch,
     )
-    return teacher.to(
-        device, torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
-    )
+    precision = recipe.engine.precision
+    return teacher.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
 
 
-class Pretraining:
-    """The online network, its EMA and its Gram anchor over all stages of a teacher recipe, on one rank."""
-
-    def __init__(self, recipe: TeacherRecipe, plan: Plan, groups: Groups, site: Site) -> None:
-        """Builds the networks; collective over the world."""
-        self.recipe, self.plan, self.groups, self.site = recipe, plan, groups, site
-        self.shape = shape_of_recipe(recipe)
-        self.grid_hw = grid_of(self.shape.spec, recipe.crops.global_.size)
-        network = build_network(
-            self.shape.spec, self.shape.dino, self.shape.ibot, seeded(recipe.seed, ONLINE)
-        )
-        copy = build_network(
-            self.shape.spec, self.shape.dino, self.shape.ibot, seeded(recipe.seed, ONLINE)
-        )
-        self.engine = _engine(network, recipe, plan, ONLINE, groups, site.device, masks_input=True)
-        self.ema = _frozen(copy, recipe, site.device)
-
-    def phase(
-        self, stage: StageSpec, anchor_weights: dict[str, torch.Tensor] | None = None
-    ) -> Phase:
-        """The phase of one stage; ``anchor_weights`` come from a checkpoint when the stage is resumed."""
-        recipe, rank = self.recipe, self.groups.world_rank
-        stages = list(recipe.stages)
-        first_step = sum(s.steps for s in stages[: stages.index(stage)])
-        num_steps = sum(s.steps for s in stages)
-        gram = stage.gram
-        if gram is None:
-            self.ema.anchor = None
-        else:
-            self.ema.anchor = self._anchor(
-                anchor_weights or load_file(self._snapshot(gram.teacher))
-            )
-        lr = stage.lr or recipe.schedule.lr
-        rates = _rates(recipe, lr, lambda _: recipe.schedule.ema, num_steps)
-        objective = _objective(stage.objective, 0.0 if gram is None else gram.weight)
-        pupil = Pupil(ONLINE, self.plan.placements[0], self.engine, rates)
-        return Phase(
-            name=stage.name,
-            num_steps=stage.steps,
-            first_step=first_step,
-            plan=self.plan,
-            world_rank=rank,
-            grid_hw=self.grid_hw,
-            loader=_loader(
-                recipe, self.plan, rank, self.site, None if gram is None else gram.resolution
-            ),
-            masks=StepMasks(
-                recipe.masks, self.plan, rank, self.grid_hw, recipe.seed, self.site.device
-            ),
-            teacher=self.ema,
-            exchange=Exchange(self.plan, rank, self.groups.exchange, self.site.device),
-            pupils=(pupil,),
-            temperature=lambda step: schedule.teacher_temperature(recipe.schedule, step),
-            scalars=_scalars(recipe, objective),
-            after_step=lambda step: self._after_step(stage, step),
-        )
-
-    def _after_step(self, stage: StageSpec, step: int) -> None:
-        """EMA into the teaching network; snapshots that a later stage asks for; the anchor at its refresh steps."""
-        self.engine.copy_ema_to(self.ema)
-        if self.groups.world_rank == 0 and f"{stage.name}@{step}" in self._wanted_snapshots():
-            path = self._snapshot(f"{stage.name}@{step}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".part")
-            save_file(
-                {
-                    k: v.float().cpu().contiguous()
-                    for k, v in self.ema.backbone.state_dict().items()
-                },
-                aside,
-            )
-            aside.rename(path)
-        gram = stage.gram
-        if gram and step % gram.refresh == 0 and step // gram.refresh <= gram.max_refreshes:
-            self.ema.anchor = self._anchor(self.ema.backbone.state_dict())
-
-    def _wanted_snapshots(self) -> set[str]:
-        return {stage.gram.teacher for stage in self.recipe.stages if stage.gram}
-
-    def _snapshot(self, moment: str) -> Path:
-        return self.site.run_folder / "anchors" / f"{moment}.safetensors"
-
-    def _anchor(self, weights: dict[str, torch.Tensor]) -> Anchor:
-        backbone = build_backbone(self.shape.spec)
-        backbone.load_state_dict(weights)
-        backbone.requires_grad_(False).eval()
-        dtype = self.ema.dino_head.prototypes.weight.dtype
-        return Anchor(backbone.to(self.site.device, dtype), self.grid_hw)
-
-
-def load_teacher(
-    recipe: FamilyRecipe, folder: Path, heads: Path, device: torch.device
-) -> tuple[FrozenTeacher, TeacherShape]:
-    """A teacher from its folder and heads file.
-
-    Raises:
-        CheckpointError: files are missing, damaged, or do not fit each other.
-    """
-    backbone, spec = read_backbone(folder)
-    dino, ibot = read_heads(heads, spec.width)
-    return _frozen((backbone, dino, ibot), recipe, device), TeacherShape(
-        spec, dino.shape, ibot.shape
-    )
-
-
-def family_phase(
-    recipe: FamilyRecipe,
+def build_phase(
+    scene: Scene,
     name: str,
-    plan: Plan,
-    groups: Groups,
-    site: Site,
+    steps: tuple[int, int],
     teacher: FrozenTeacher,
-    shape: TeacherShape,
+    pupils: tuple[Pupil, ...],
+    objective: Objective,
+    after_step: Callable[[int], None],
+    anchor_resolution: int | None = None,
 ) -> Phase:
-    """The distillation phase: one engine per student this rank trains. Collective over the world."""
-    rank = groups.world_rank
-    size = recipe.crops.global_.size
-    grid_hw = grid_of(shape.spec, size)
-    pupils = []
-    for student, placement in zip(recipe.students, plan.placements, strict=True):
-        if rank not in placement.world_ranks:
-            continue
-        spec = student.backbone_spec()
-        student_grid = grid_of(spec, size)
-        if student_grid[0] > grid_hw[0]:
-            raise CheckpointError(
-                f"students.{student.label}: its {student_grid} patch grid is finer than the teacher's {grid_hw}",
-                fix="Choose a student whose stride is at least the teacher's patch size.",
-            )
-        heads = student_heads(
-            spec.width,
-            shape.dino,
-            shape.ibot,
-            student.head_widths.dino_hidden,
-            student.head_widths.ibot_hidden,
-        )
-        network = build_network(spec, *heads, seeded(recipe.seed, student.label))
-        engine = _engine(
-            network, recipe, plan, student.label, groups, site.device, masks_input=False
-        )
-        lr = recipe.schedule.lr
-        if student.lr is not None:
-            lr = lr.model_copy(update={"peak": student.lr})
-        pupils.append(Pupil(student.label, placement, engine, _student_rates(recipe, lr)))
+    """Loader, masks, exchange and schedules around a teacher and those it teaches.
+
+    ``steps``: where the phase begins in the stream of samples, and its length.
+    """
+    recipe, plan, rank, site = scene.recipe, scene.plan, scene.groups.world_rank, scene.site
+    bounds, settings = recipe.schedule.rope_rescale, recipe.schedule
+    loader = Loader(
+        site.index,
+        crop_spec(recipe, anchor_resolution),
+        seed=recipe.seed,
+        images_global=plan.images_global,
+        positions=plan.shares[rank],
+        num_threads=recipe.data.num_threads,
+        device=site.device,
+    )
     return Phase(
         name=name,
-        num_steps=recipe.schedule.steps,
-        first_step=0,
+        num_steps=steps[1],
+        first_step=steps[0],
         plan=plan,
         world_rank=rank,
-        grid_hw=grid_hw,
-        loader=_loader(recipe, plan, rank, site, None),
-        masks=StepMasks(recipe.masks, plan, rank, grid_hw, recipe.seed, site.device),
+        grid_hw=scene.grid_hw,
+        loader=loader,
+        masks=StepMasks(recipe.masks, plan, rank, scene.grid_hw, recipe.seed, site.device),
         teacher=teacher,
-        exchange=Exchange(plan, rank, groups.exchange, site.device),
-        pupils=tuple(pupils),
-        temperature=lambda step: schedule.teacher_temperature(recipe.schedule, step),
-        scalars=_scalars(recipe, _objective(recipe.objective)),
-        after_step=lambda _: None,
+        exchange=Exchange(plan, rank, scene.groups.exchange, site.device),
+        pupils=pupils,
+        temperature=lambda step: schedule.teacher_temperature(settings, step),
+        scalars=lambda step: StepScalars(
+            objective, *schedule.rope_scales(bounds, recipe.seed, step)
+        ),
+        after_step=after_step,
     )
 
 
-def _student_rates(recipe: FamilyRecipe, lr: LrSpec) -> Callable[[int], StepRates]:
-    num_steps = recipe.schedule.steps
-    return _rates(
-        recipe,
-        lr,
-        lambda step: schedule.student_momentum(recipe.schedule.ema, step, num_steps),
-        num_steps,
-    )
-
-
-def _rates(
-    recipe: Recipe, lr: LrSpec, momentum: Callable[[int], float], num_steps: int
+def step_rates(
+    settings: ScheduleSpec, lr: LrSpec, momentum: Callable[[int], float], num_steps: int
 ) -> Callable[[int], StepRates]:
-    settings = recipe.schedule
+    """Learning rates, weight decay and EMA momentum of each step."""
 
     def rates(step: int) -> StepRates:
         value = schedule.learning_rate(lr, step, num_steps, settings.batch)
@@ -349,20 +273,73 @@ def _rates(
     return rates
 
 
-def _scalars(recipe: Recipe, objective: Objective) -> Callable[[int], StepScalars]:
-    bounds = recipe.schedule.rope_rescale
-    return lambda step: StepScalars(objective, *schedule.rope_scales(bounds, recipe.seed, step))
+def load_teacher(
+    recipe: FamilyRecipe, folder: Path, heads: Path | None, device: torch.device
+) -> tuple[FrozenTeacher, TeacherShape]:
+    """A teacher from its folder and heads file; without heads where ``heads`` is None.
+
+    Raises:
+        CheckpointError: files are missing, damaged, or do not fit each other.
+    """
+    backbone, spec = read_backbone(folder)
+    both = None if heads is None else read_heads(heads, spec.width)
+    shapes = None if both is None else (both[0].shape, both[1].shape)
+    return freeze(recipe, device, backbone, both), TeacherShape(spec, shapes)
 
 
-def _loader(
-    recipe: Recipe, plan: Plan, rank: int, site: Site, anchor_resolution: int | None
-) -> Loader:
-    return Loader(
-        site.index,
-        crop_spec(recipe, anchor_resolution),
-        seed=recipe.seed,
-        images_global=plan.images_global,
-        positions=plan.shares[rank],
-        num_threads=recipe.data.num_threads,
-        device=site.device,
+def family_phase(scene: Scene, teacher: FrozenTeacher, shape: TeacherShape) -> Phase:
+    """The distillation phase: one engine per student this rank trains. Collective over the world."""
+    recipe = scene.recipe
+    assert isinstance(recipe, FamilyRecipe), "students are a family's"
+    pupils = []
+    for student, placement in zip(recipe.students, scene.plan.placements, strict=True):
+        if scene.groups.world_rank not in placement.world_ranks:
+            continue
+        trainee, targets = _student(scene, student, teacher, shape)
+        lr = recipe.schedule.lr
+        if student.lr is not None:
+            lr = lr.model_copy(update={"peak": student.lr})
+        engine = build_engine(scene, student.label, trainee)
+        rates = _student_rates(recipe, lr)
+        pupils.append(Pupil(student.label, placement, engine, rates, targets))
+    objective = objective_of(recipe.objective)
+    steps = (0, recipe.schedule.steps)
+    return build_phase(
+        scene, FAMILY_PHASE, steps, teacher, tuple(pupils), objective, lambda _: None
     )
+
+
+def _student(
+    scene: Scene, student: StudentSpec, teacher: FrozenTeacher, shape: TeacherShape
+) -> tuple[nn.Module, TargetMaker]:
+    """A student with fresh weights, and what makes its targets: heads if the teacher has them, projectors if not."""
+    recipe, device = scene.recipe, scene.site.device
+    spec, generator = student.backbone_spec(), seeded(recipe.seed, student.label)
+    grid_hw = grid_of(spec, recipe.crops.global_.size)
+    if grid_hw[0] > scene.grid_hw[0]:
+        raise CheckpointError(
+            f"students.{student.label}: its {grid_hw} patch grid is finer than the teacher's {scene.grid_hw}",
+            fix="Choose a student whose stride is at least the teacher's patch size.",
+        )
+    backbone = build_backbone(spec)
+    init_weights_(backbone, generator)
+    if shape.heads is None:
+        taught = shape.spec.width
+        projectors = build_projectors(spec.width, taught, generator)
+        num_ranks = len(scene.placement(student.label).slices)
+        traits = traits_of(recipe, masks_input=False)
+        trainee = FeatureTrainee(backbone, *projectors, traits, num_ranks)
+        return trainee, Standardiser(taught, device)
+    assert teacher.dino_head is not None and teacher.ibot_head is not None, "shapes without heads"
+    heads = build_heads(*_heads_of(student, spec, shape.heads), generator)
+    network = build_trainee(scene, student.label, (backbone, *heads), masks_input=False)
+    return network, Assigner(teacher.dino_head, teacher.ibot_head)
+
+
+def _student_rates(recipe: FamilyRecipe, lr: LrSpec) -> Callable[[int], StepRates]:
+    settings = recipe.schedule
+
+    def momentum(step: int) -> float:
+        return schedule.student_momentum(settings.ema, step, settings.steps)
+
+    return step_rates(settings, lr, momentum, settings.steps)

@@ -31,7 +31,12 @@ app = typer.Typer(
     help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
 )
 recipes_app = typer.Typer(help="List, show and copy the built-in recipes.", no_args_is_help=True)
+weights_app = typer.Typer(
+    help="Inspect and convert weights; fit the heads a released teacher lacks.",
+    no_args_is_help=True,
+)
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Before you train")
+app.add_typer(weights_app, name="weights", rich_help_panel="Data and weights")
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")
@@ -198,6 +203,39 @@ def pretrain(
     _start(recipe, texts, options, as_json=as_json)
 
 
+@weights_app.command("fit-heads")
+def fit_heads(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    data: DataOption = None,
+    gpus: GpusOption = None,
+    out: OutOption = Path("runs"),
+    name: NameOption = None,
+    fresh: FreshOption = False,
+    plain: PlainOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Learn DINO and iBOT heads on a frozen teacher, as the first phase of a family's job.
+
+    The recipe says teacher.heads: fit. ``distill train`` with the same recipe goes on from there;
+    the file can be given to other recipes as teacher.heads.
+    """
+    from distill.launch import Options, run
+    from distill.prepare import FITTED_HEADS
+    from distill.recipe import HEADS_PHASE, FamilyRecipe
+    from distill.recipe_file import load_job
+
+    texts = _with_data(recipe, overrides, data)
+    loaded = load_job(recipe, texts)[0]
+    if not isinstance(loaded, FamilyRecipe) or loaded.teacher.heads_mode != "fit":
+        raise RecipeError(f"{recipe}: has no heads to fit", fix="Write teacher.heads: fit in it.")
+    options = Options(gpus, out, name, fresh, plain, until=HEADS_PHASE)
+    code = run(recipe, texts, options)
+    if code == 0:
+        _say(f"wrote {out / (name or loaded.name) / FITTED_HEADS}")
+    raise typer.Exit(code)
+
+
 @app.command(rich_help_panel="Train")
 def watch(
     run: RunArgument,
@@ -246,7 +284,7 @@ def check(
         texts = _with_data(recipe, overrides, data)
         loaded, teacher = load_job(recipe, texts, check_folders=True)
 
-        from distill.prepare import check_data, check_job  # once the recipe is right: imports torch
+        from distill.prepare import check_data, check_job, heads_story  # imports torch
 
         num_ranks = _num_ranks(loaded.engine.processes, gpus)
         plans = check_job(loaded, teacher, num_ranks)
@@ -256,13 +294,16 @@ def check(
     names = (
         [s.label for s in loaded.students] if isinstance(loaded, FamilyRecipe) else ["a teacher"]
     )
+    story = heads_story(loaded) if isinstance(loaded, FamilyRecipe) else None
     if as_json:
         found = {"recipe": loaded.name, "networks": names, "ranks": num_ranks, "sources": facts}
+        found["heads"] = story
         _print_json({**found, "plan": plans[-1].to_json()})
         return
     what = f"{loaded.name}: {', '.join(names)}" + (f" from {teacher.name}" if teacher else "")
     images = ", ".join(f"{source}: {count} images" for source, count in facts.items())
-    _say(f"{what}; {images}; good for {num_ranks} ranks; nothing was started.")
+    said = [what, images, *([story] if story else []), f"good for {num_ranks} ranks"]
+    _say("; ".join(said) + "; nothing was started.")
 
 
 @app.command(rich_help_panel="Before you train")

@@ -57,30 +57,50 @@ def _head_flops(head: HeadShape, rows: float) -> float:
     return 2.0 * rows * (head.width * head.hidden + head.hidden**2 + head.hidden * head.bottleneck)
 
 
-def teaching_tflops(
-    spec: BackboneSpec, dino: HeadShape, ibot: HeadShape, crops: CropShapes
-) -> float:
-    """Teraflops of a frozen teacher on one image: two global crops, class and masked-patch bottlenecks."""
-    heads = _head_flops(dino, 2) + _head_flops(ibot, crops.masked_per_image)
-    return 2 * backbone_tflops(spec, crops.global_size) + heads / 1e12
+Heads = tuple[HeadShape, HeadShape]  # DINO, iBOT
 
 
-def training_tflops(
-    spec: BackboneSpec, dino: HeadShape, ibot: HeadShape, crops: CropShapes
-) -> float:
+def teaching_tflops(spec: BackboneSpec, heads: Heads | None, crops: CropShapes) -> float:
+    """Teraflops of a frozen teacher on one image: two global crops, and its heads where it has any."""
+    backbone = 2 * backbone_tflops(spec, crops.global_size)
+    return backbone + (0.0 if heads is None else _heads_tflops(heads, 2, crops))
+
+
+def training_tflops(spec: BackboneSpec, heads: Heads, crops: CropShapes) -> float:
     """Teraflops of one student's step on one image: all crops, heads, prototypes, Sinkhorn, backward."""
     rows = 2 + crops.num_locals
-    forward = 2 * backbone_tflops(spec, crops.global_size)
-    forward += crops.num_locals * backbone_tflops(spec, crops.local_size)
-    heads = (_head_flops(dino, rows) + _head_flops(ibot, crops.masked_per_image)) / 1e12
-    logits = (
-        2.0 * dino.prototypes * dino.bottleneck * (PROTOTYPE_PASSES * rows + SINKHORN_PASSES * 2)
+    forward = _crops_tflops(spec, crops) + _heads_tflops(heads, rows, crops)
+    return TRAINING_FACTOR * forward + _logits_tflops(heads, crops)
+
+
+def fitting_tflops(spec: BackboneSpec, heads: Heads, crops: CropShapes) -> float:
+    """Teraflops of one step of fitting heads on one image: the backbone forward only, the heads in training."""
+    trained = TRAINING_FACTOR * _heads_tflops(heads, 2 + crops.num_locals, crops)
+    return _crops_tflops(spec, crops) + trained + _logits_tflops(heads, crops)
+
+
+def regression_tflops(spec: BackboneSpec, taught_width: int, crops: CropShapes) -> float:
+    """Teraflops of one student's step on one image without heads: all crops, two projectors, backward."""
+    rows = 2 + crops.num_locals + crops.masked_per_image
+    projected = 2.0 * rows * spec.width * taught_width / 1e12
+    return TRAINING_FACTOR * (_crops_tflops(spec, crops) + projected)
+
+
+def _crops_tflops(spec: BackboneSpec, crops: CropShapes) -> float:
+    of_locals = (
+        crops.num_locals * backbone_tflops(spec, crops.local_size) if crops.num_locals else 0.0
     )
-    logits += (
-        2.0
-        * ibot.prototypes
-        * ibot.bottleneck
-        * (PROTOTYPE_PASSES + SINKHORN_PASSES)
-        * crops.masked_per_image
-    )
-    return TRAINING_FACTOR * (forward + heads) + logits / 1e12
+    return 2 * backbone_tflops(spec, crops.global_size) + of_locals
+
+
+def _heads_tflops(heads: Heads, rows: int, crops: CropShapes) -> float:
+    dino, ibot = heads
+    return (_head_flops(dino, rows) + _head_flops(ibot, crops.masked_per_image)) / 1e12
+
+
+def _logits_tflops(heads: Heads, crops: CropShapes) -> float:
+    dino, ibot = heads
+    rows = 2 + crops.num_locals
+    logits = dino.prototypes * dino.bottleneck * (PROTOTYPE_PASSES * rows + SINKHORN_PASSES * 2)
+    passes = (PROTOTYPE_PASSES + SINKHORN_PASSES) * crops.masked_per_image
+    return 2.0 * (logits + ibot.prototypes * ibot.bottleneck * passes) / 1e12

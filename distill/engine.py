@@ -156,9 +156,9 @@ class Engine:
     @torch.no_grad()
     def copy_ema_to(self, target: nn.Module) -> None:
         """Writes the EMA into the parameters of ``target`` with the same names. Communication as ``full``."""
-        average = self.full("ema")
-        for name, parameter in target.named_parameters():
-            parameter.copy_(average[name])
+        parameters = dict(target.named_parameters())
+        for name, average in self.full("ema").items():
+            parameters[name].copy_(average)
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on, independent of the layout: ``kind/name`` and ``step``. Communication as ``full``, four times."""
@@ -192,9 +192,11 @@ class Engine:
 
 
 def _parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Three groups: matrices, vectors (no weight decay), prototypes (own learning rate while frozen)."""
+    """Trained parameters in three groups: matrices, vectors (no weight decay), prototypes (own learning rate while frozen)."""
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_prototypes = ".prototypes." in name
         is_decayed = parameter.ndim > 1 and not name.endswith(("_token", "_tokens"))
         kinds.setdefault((is_prototypes, is_decayed), []).append(parameter)

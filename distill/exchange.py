@@ -76,8 +76,8 @@ class Exchange:
             self._send(crops.local_crops[rows.images], images_out, images_in),
         )
         moved_targets = TeacherTargets(
-            self._send(targets.class_bottleneck[rows.images], images_out, images_in),
-            self._send(targets.patch_bottleneck[rows.masked], masked_out, masked_in),
+            self._send(targets.class_rows[rows.images], images_out, images_in),
+            self._send(targets.patch_rows[rows.masked], masked_out, masked_in),
             by_image(targets.anchor_patches),
         )
         self.wait_s += time.perf_counter() - started
@@ -153,8 +153,8 @@ def lesson_for(
         crops=CropBatch(crops.global_crops[images], crops.local_crops[images]),
         masks=delivery.masks[images],
         targets=TeacherTargets(
-            targets.class_bottleneck[images],
-            targets.patch_bottleneck[masked],
+            targets.class_rows[images],
+            targets.patch_rows[masked],
             None if anchor is None else anchor[images],
         ),
         grid_hw=grid_hw,

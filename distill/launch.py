@@ -38,6 +38,7 @@ class Options:
     name: str | None
     fresh: bool
     plain: bool
+    until: str | None = None  # the phase to end after; None for the whole job
 
 
 def run(recipe: str, overrides: list[str], options: Options) -> int:
@@ -47,7 +48,7 @@ def run(recipe: str, overrides: list[str], options: Options) -> int:
 
     parsed, _ = load_job(recipe, overrides)
     run_folder = options.out / (options.name or parsed.name)
-    request = JobRequest(recipe, tuple(overrides), str(run_folder), resume_command())
+    request = JobRequest(recipe, tuple(overrides), str(run_folder), resume_command(), options.until)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _run_as_rank(request, options)
     wanted = options.processes or parsed.engine.processes

@@ -13,7 +13,7 @@ from distill.data.loader import Loader
 from distill.exchange import Exchange, lesson_for
 from distill.masking import StepMasks
 from distill.plan import Plan
-from distill.pupil import Pupil, TaughtBy
+from distill.pupil import Pupil
 from distill.record import Recorder
 from distill.saver import Saver
 from teacher.frozen import FrozenTeacher
@@ -56,14 +56,12 @@ def run_phase(phase: Phase, recorder: Recorder, saver: Saver, start_step: int) -
 
         delivery = phase.exchange.deliver(crops, targets, masks.of_needs, masks.counts)
 
-        taught = TaughtBy(
-            phase.teacher.dino_head, phase.teacher.ibot_head, phase.temperature(stream_step)
-        )
+        temperature = phase.temperature(stream_step)
         for pupil in phase.pupils:
             lesson = lesson_for(
                 delivery, pupil.placement, phase.world_rank, phase.grid_hw, phase.plan.images_global
             )
-            pupil.learn(lesson, taught, phase.scalars(stream_step), stream_step)
+            pupil.learn(lesson, temperature, phase.scalars(stream_step), stream_step)
         phase.after_step(step + 1)
 
         wishes = recorder.record(phase, step + 1)

@@ -11,15 +11,16 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 from distill.assemble import (
     TeacherShape,
-    load_teacher,
+    head_shapes,
     plan_family,
+    plan_fitting,
     plan_pretraining,
     shape_of_recipe,
 )
@@ -27,17 +28,21 @@ from distill.checkpoint import find_latest
 from distill.data.index import ImageIndex, build_index, list_images, split
 from distill.data.photographs import photograph_paths, write_tiles
 from distill.errors import CheckpointError, DataError
+from distill.export import read_backbone, read_heads
 from distill.metrics import write_json
 from distill.plan import Plan
 from distill.recipe import (
     DataSpec,
     FamilyRecipe,
     TeacherRecipe,
+    TeacherSource,
     recipe_hash,
 )
 from distill.recipe_file import TEACHER_PREFIX, find_recipe, load_job, resolved_yaml
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
+TRAINED_HEADS = "heads.safetensors"  # beside the weights of a teacher
+FITTED_HEADS = "heads/teacher.safetensors"  # in a run folder
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class JobRequest:
     overrides: tuple[str, ...]
     run_folder: str
     resume_command: str
+    until: str | None = None  # the phase to end after; None for the whole job
 
 
 @dataclass(frozen=True)
@@ -71,18 +77,25 @@ class Job:
     def hash(self) -> str:
         """Identifies everything that decides the result: both recipes and the images."""
         hashes = [recipe_hash(self.recipe), self.data_fingerprint]
+        if isinstance(self.recipe, FamilyRecipe):
+            hashes.append(self.recipe.teacher.heads_mode)  # where the file lies does not matter
         if self.teacher_recipe is not None:
             hashes.append(recipe_hash(self.teacher_recipe))
         return "-".join(hashes)
 
     @property
-    def teacher_paths(self) -> tuple[Path, Path]:
-        """The teacher's folder and its heads file."""
-        if not isinstance(self.recipe, FamilyRecipe) or self.recipe.teacher.weights is None:
-            return self.run_folder / "teacher", self.run_folder / "teacher" / "heads.safetensors"
-        weights = Path(self.recipe.teacher.weights)
-        heads = self.recipe.teacher.heads
-        return weights, Path(heads) if heads else weights / "heads.safetensors"
+    def teacher_paths(self) -> tuple[Path, Path | None]:
+        """The teacher's weights, and the file of its heads; None where it teaches without."""
+        trained = self.run_folder / "teacher"
+        if not isinstance(self.recipe, FamilyRecipe):
+            return trained, trained / TRAINED_HEADS
+        source = self.recipe.teacher
+        weights = trained if source.weights is None else Path(source.weights)
+        if source.heads_mode == "none":
+            return weights, None
+        if source.heads_mode == "fit":
+            return weights, self.run_folder / FITTED_HEADS
+        return weights, heads_file(source, weights)
 
     @property
     def pretrains(self) -> TeacherRecipe | None:
@@ -114,19 +127,65 @@ def check_job(
     if pretrained is not None:
         plans.append(plan_pretraining(pretrained, num_ranks))
     if isinstance(recipe, FamilyRecipe):
-        plans.append(plan_family(recipe, teacher_shape(recipe, teacher_recipe), num_ranks))
+        shape = teacher_shape(recipe, teacher_recipe)
+        if recipe.teacher.heads_mode == "fit":
+            plans.append(plan_fitting(recipe, shape, num_ranks))
+        plans.append(plan_family(recipe, shape, num_ranks))
     return tuple(plans)
 
 
 def teacher_shape(recipe: FamilyRecipe, teacher_recipe: TeacherRecipe | None) -> TeacherShape:
-    """Shapes of the family's teacher, from its recipe or its files."""
-    if teacher_recipe is not None:
-        return shape_of_recipe(teacher_recipe)
-    import torch
+    """Shapes of the family's teacher as its students will meet it, from recipes and files.
 
-    weights = Path(str(recipe.teacher.weights))
-    heads = Path(recipe.teacher.heads) if recipe.teacher.heads else weights / "heads.safetensors"
-    return load_teacher(recipe, weights, heads, torch.device("cpu"))[1]
+    Raises:
+        CheckpointError: files are missing or do not fit.
+    """
+    source = recipe.teacher
+    if teacher_recipe is not None:
+        shape = shape_of_recipe(teacher_recipe)
+    else:
+        weights = Path(str(source.weights))
+        spec = read_backbone(weights)[1]
+        heads = None
+        if source.heads_mode == "file":
+            dino, ibot = read_heads(heads_file(source, weights), spec.width)
+            heads = dino.shape, ibot.shape
+        shape = TeacherShape(spec, heads)
+    if source.heads_mode == "none":
+        return replace(shape, heads=None)
+    if source.heads_mode == "fit":
+        return replace(shape, heads=head_shapes(source.fit.heads, shape.spec.width))
+    return shape
+
+
+def heads_file(source: TeacherSource, weights: Path) -> Path:
+    """The file of the heads that the recipe names, or that lies beside the weights.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if source.heads is not None:
+        return Path(source.heads)
+    beside = weights / TRAINED_HEADS
+    if source.weights is not None and not beside.is_file():
+        raise CheckpointError(
+            f"teacher.weights = {weights}: no {TRAINED_HEADS} beside them (released teachers have none)",
+            fix="Write `heads: fit` to learn heads on this teacher first, `heads: none` to learn from "
+            "its features, or name a file.",
+        )
+    return beside
+
+
+def heads_story(recipe: FamilyRecipe) -> str:
+    """One clause for people: what the students learn from, and why."""
+    source = recipe.teacher
+    if source.heads_mode == "none":
+        return "students learn the teacher's features (heads: none)"
+    if source.heads_mode == "fit":
+        return f"DINO and iBOT heads are learned on the teacher first, {source.fit.steps} steps (heads: fit)"
+    if source.weights is None:
+        return "students learn through the heads that the teacher is trained with"
+    return f"students learn through the heads in {heads_file(source, Path(source.weights))}"
 
 
 def check_data(

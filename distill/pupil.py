@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -13,43 +14,82 @@ from distill.plan import Placement
 from teacher.batch import LessonBatch
 from teacher.heads import Head
 from teacher.sinkhorn import sinkhorn
-from teacher.trainee import Losses, StepScalars
+from teacher.trainee import Assignments, Losses, StepScalars
+
+TARGETS_PREFIX = "targets/"  # of a target maker's tensors in a network's state
+
+
+@runtime_checkable
+class TargetMaker(Protocol):
+    """Turns what the teacher said of a slice into what the network's loss compares with."""
+
+    def make(
+        self, lesson: LessonBatch, temperature: float, group: dist.ProcessGroup | None
+    ) -> object:
+        """The targets; collective over ``group`` where there is one."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What has to be saved to go on, the same on every rank of the group."""
+        ...
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of ``state``."""
+        ...
 
 
 @dataclass(frozen=True)
-class TaughtBy:
-    """The teacher's side of the loss: whose prototypes the bottlenecks refer to, at which temperature."""
+class Assigner:
+    """Targets for heads: Sinkhorn assignments to the prototypes of the teacher's heads. No state."""
 
     dino_head: Head
     ibot_head: Head
-    temperature: float
+
+    def make(
+        self, lesson: LessonBatch, temperature: float, group: dist.ProcessGroup | None
+    ) -> Assignments:
+        """Assignments of the slice; the balance is over the whole group."""
+        class_rows = lesson.targets.class_rows.transpose(0, 1).flatten(0, 1)
+        dino, ibot = self.dino_head.prototypes.weight, self.ibot_head.prototypes.weight
+        return Assignments(
+            sinkhorn(class_rows, dino, temperature, group),
+            sinkhorn(lesson.targets.patch_rows, ibot, temperature, group),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing to load."""
 
 
 class Pupil:
     """A trained network on one of its ranks. Numbers stay on the device until ``read_metrics``."""
 
     def __init__(
-        self, name: str, placement: Placement, engine: Engine, rates: Callable[[int], StepRates]
+        self,
+        name: str,
+        placement: Placement,
+        engine: Engine,
+        rates: Callable[[int], StepRates],
+        targets: TargetMaker,
     ) -> None:
         self.name, self.placement, self.engine, self.rates = name, placement, engine, rates
+        self.targets = targets
         self.busy_s = 0.0
         self._sums: dict[str, Tensor] = {}
         self._num_steps = 0
         self._skipped_before = engine.num_skipped
 
-    def learn(self, lesson: LessonBatch, taught: TaughtBy, scalars: StepScalars, step: int) -> None:
-        """One step of this network. Collective over its group: Sinkhorn, KoLeo where cut, gradients."""
+    def learn(
+        self, lesson: LessonBatch, temperature: float, scalars: StepScalars, step: int
+    ) -> None:
+        """One step of this network. Collective over its group: targets, KoLeo where cut, gradients."""
         started = time.perf_counter()
         group = self.engine.group if dist.get_world_size(self.engine.group) > 1 else None
-        class_rows = lesson.targets.class_bottleneck.transpose(0, 1).flatten(0, 1)
-        dino = sinkhorn(class_rows, taught.dino_head.prototypes.weight, taught.temperature, group)
-        ibot = sinkhorn(
-            lesson.targets.patch_bottleneck,
-            taught.ibot_head.prototypes.weight,
-            taught.temperature,
-            group,
-        )
-        losses: Losses = self.engine.forward(lesson, dino, ibot, scalars)
+        targets = self.targets.make(lesson, temperature, group)
+        losses: Losses = self.engine.forward(lesson, targets, scalars)
         self.engine.backward_and_step(losses.total, self.rates(step))
         self._add({"loss": losses.total.detach(), **losses.parts})
         self.busy_s += time.perf_counter() - started
@@ -76,3 +116,19 @@ class Pupil:
         self._skipped_before = self.engine.num_skipped
         self._sums, self._num_steps = {}, 0
         return values
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything needed to go on, independent of the layout. Communication as ``Engine.state``."""
+        own = {TARGETS_PREFIX + name: tensor for name, tensor in self.targets.state().items()}
+        return {**self.engine.state(), **own}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of ``state``, for any number of ranks. No communication."""
+        self.engine.load_state(tensors)
+        self.targets.load_state(
+            {
+                name.removeprefix(TARGETS_PREFIX): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(TARGETS_PREFIX)
+            }
+        )

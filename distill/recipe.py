@@ -35,6 +35,9 @@ ARCHITECTURES = (*VIT_PATCHES, *CONVNEXT_STRIDES)
 FREE_SIZES = ("vit", "convnext")
 CONVNEXT_STEM = 4
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
+HEADS_PHASE, FAMILY_PHASE = RESERVED_PHASES = ("heads", "family")
+
+RESERVED_NETWORKS = ("teacher", "heads")
 
 Loc = tuple[str | int, ...]
 Problem = tuple[Loc, str]
@@ -210,12 +213,17 @@ class MasksSpec(Section):
 
 
 class ObjectiveSpec(Section):
-    """Weights of the loss terms; ``local`` scales the local part of DINO."""
+    """Weights of the loss terms; ``local`` scales the part of local crops.
+
+    With heads the terms are dino, ibot and koleo; with ``teacher.heads: none`` cosine and smooth_l1.
+    """
 
     dino: float = science(1.0, gt=0.0)
     ibot: float = science(1.0, ge=0.0)
     koleo: float = science(0.1, ge=0.0)
     local: float = science(1.0, ge=0.0)
+    cosine: float = science(1.0, gt=0.0)
+    smooth_l1: float = science(0.1, ge=0.0)
 
 
 class GramSpec(Section):
@@ -346,12 +354,38 @@ class StudentSpec(ArchSpec):
         return self.name or self.arch
 
 
+class FitSpec(Section):
+    """Learning DINO and iBOT heads on a frozen teacher, for ``teacher.heads: fit``."""
+
+    steps: int = science(10_000, ge=1)
+    lr: float = science(4.0e-4, gt=0.0)  # falls to zero along a cosine
+    warmup: int = science(500, ge=0)
+    ema: float = science(0.994, ge=0.0, le=1.0)
+    heads: HeadsSpec = science(HeadsSpec())
+
+
+HeadsMode = Literal["file", "fit", "none"]
+
+
 class TeacherSource(Section):
-    """The family's teacher: a recipe to train it first, or a folder with weights and heads."""
+    """The family's teacher: a recipe to train it first, or its weights.
+
+    ``heads``: a file; ``fit`` to learn them on the frozen teacher first; ``none`` to learn from its
+    features instead. By default the ones that lie beside the weights or that the recipe trains.
+    """
 
     train: str | None = science(None)
     weights: str | None = machine(None)
     heads: str | None = machine(None)
+    fit: FitSpec = science(FitSpec())
+
+    @property
+    def heads_mode(self) -> HeadsMode:
+        """Where the heads come from."""
+        return "file" if self.heads is None else HEADS_MODES.get(self.heads, "file")
+
+
+HEADS_MODES: Mapping[str, HeadsMode] = {"fit": "fit", "none": "none"}
 
 
 Student = Annotated[StudentSpec, BeforeValidator(_arch_mapping)]
@@ -509,8 +543,8 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
             continue
         if label in seen:
             yield place, f"two students are called {label!r}: give one a 'name'"
-        if label == "teacher":
-            yield (*place, "name"), "'teacher' is the teacher's name: choose another"
+        if label in RESERVED_NETWORKS:
+            yield (*place, "name"), f"{label!r} is taken by the teacher: choose another"
         seen.add(label)
         ranks = parts.get((*place, "ranks"))
         if isinstance(ranks, int) and ranks < 1:
@@ -530,8 +564,9 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
         weights is None
     ):
         yield ("teacher",), "give either 'train' (a teacher recipe) or 'weights' (a folder)"
-    if heads is not None and train is not None:
-        yield ("teacher", "heads"), "'heads' goes with 'weights'; a trained teacher brings its own"
+    if heads not in (None, *HEADS_MODES) and train is not None:
+        allowed = "a trained teacher brings its own; 'fit' or 'none' replace them"
+        yield ("teacher", "heads"), f"{heads!r} goes with 'weights': {allowed}"
     for key in ("mean", "std"):
         own, theirs = parts.get(("data", key)), teacher.get(("data", key))
         if own is not None and theirs is not None and list(own) != list(theirs):
@@ -559,10 +594,10 @@ def _teacher_rules(parts: Parts) -> Iterator[Problem]:
         if name is None:
             is_complete = False
             continue
-        if name in before or name == "family":
+        if name in before or name in RESERVED_PHASES:
             yield (
                 ("stages", index, "name"),
-                f"{name!r} is taken: stages need different names, none 'family'",
+                f"{name!r} is taken: stages need different names, none 'heads' or 'family'",
             )
         before[name] = parts.get(("stages", index, "steps"))
 

@@ -446,7 +446,8 @@ def _similar_key(kind: Kind, loc: Loc) -> str:
     section, _ = _section_at(kind, loc[:-1])
     known = [] if section is None else list(_fields(section))
     close = difflib.get_close_matches(str(loc[-1]), known, n=1)
-    elsewhere = [place for place in _all_keys(kind, ()) if place[-1] == loc[-1]]
+    places = [place for place in _all_keys(kind, ()) if place[-1] == loc[-1]]
+    elsewhere = sorted(places, key=len)  # the least hidden one first
     if close or elsewhere:
         return f" - did you mean {close[0] if close else _dotted(elsewhere[0])!r}?"
     return f" - known here: {', '.join(known)}"

@@ -33,7 +33,7 @@ class Saver:
         self._recorder.show("saving")
         staging = checkpoint.staging_folder(self._folder, phase.name, step)
         for pupil in phase.pupils:
-            state = pupil.engine.state()
+            state = pupil.state()
             if pupil.placement.first_rank == phase.world_rank:
                 checkpoint.write_tensors(staging / f"{pupil.name}.safetensors", state)
         if phase.world_rank == 0 and phase.teacher.anchor is not None:
@@ -50,7 +50,7 @@ class Saver:
 def restore(phase: "Phase", saved: Path) -> None:
     """Loads every network of the phase that the checkpoint holds. No communication: each rank reads what it needs."""
     for pupil in phase.pupils:
-        pupil.engine.load_state(checkpoint.read_tensors(saved / f"{pupil.name}.safetensors"))
+        pupil.load_state(checkpoint.read_tensors(saved / f"{pupil.name}.safetensors"))
 
 
 def saved_anchor(saved: Path) -> dict[str, Tensor]:

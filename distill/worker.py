@@ -1,8 +1,8 @@
 """What one rank does from start to end: join the others, run the phases, write the results.
 
     teacher recipe: its stages, then the teacher folder
-    family recipe:  the teacher's stages where it is to be trained, then the family phase, then the
-    students' folders
+    family recipe:  the teacher's stages where it is to be trained, its heads where they are to be
+    fitted, then the family phase, then the students' folders
 
 The run folder is prepared before (``distill.prepare``): indices and the resolved recipe are there.
 A checkpoint says in which phase and at which step to go on; phases before it are not repeated.
@@ -25,14 +25,13 @@ import torch.distributed as dist
 from distill import checkpoint
 from distill.assemble import (
     ONLINE,
-    Pretraining,
+    Scene,
     Site,
-    TeacherShape,
     family_phase,
     load_teacher,
     plan_family,
+    plan_fitting,
     plan_pretraining,
-    shape_of_recipe,
 )
 from distill.data.index import ImageIndex
 from distill.engine import Engine, prepare_deepspeed
@@ -41,16 +40,24 @@ from distill.export import ExportFacts, fingerprint, write_backbone, write_heads
 from distill.groups import make_groups
 from distill.loop import Phase, run_phase
 from distill.metrics import PhaseStatus, write_json
-from distill.prepare import Job, read_job
-from distill.recipe import FamilyRecipe, TeacherRecipe, recipe_hash
+from distill.prepare import FITTED_HEADS, TRAINED_HEADS, Job, read_job, teacher_shape
+from distill.pretraining import HeadFitting, Pretraining
+from distill.recipe import (
+    FAMILY_PHASE,
+    HEADS_PHASE,
+    RESERVED_PHASES,
+    FamilyRecipe,
+    TeacherRecipe,
+    recipe_hash,
+)
 from distill.record import Recorder
 from distill.saver import Saver, restore, saved_anchor
 from students.catalog import BackboneSpec
+from students.student import grid_of
 
 COLLECTIVE_TIMEOUT = timedelta(
     minutes=10
 )  # longer than any save or first step here; a dead peer fails at once
-FAMILY_PHASE = "family"
 FAILURE_FILE = "failure.json"
 
 
@@ -142,28 +149,29 @@ class _Run:
             for stage in self.teacher_recipe.stages:
                 phases.append(PhaseStatus(stage.name, stage.steps, stage.steps * work, (ONLINE,)))
         if self.family is not None:
-            plan = plan_family(self.family, self._teacher_shape(), self.num_ranks)
+            shape = teacher_shape(self.family, self.teacher_recipe)
+            if self.family.teacher.heads_mode == "fit":
+                work = sum(plan_fitting(self.family, shape, self.num_ranks).load_tflops)
+                steps = self.family.teacher.fit.steps
+                phases.append(PhaseStatus(HEADS_PHASE, steps, steps * work, (HEADS_PHASE,)))
+            work = sum(plan_family(self.family, shape, self.num_ranks).load_tflops)
             names = tuple(student.label for student in self.family.students)
             steps = self.family.schedule.steps
-            phases.append(PhaseStatus(FAMILY_PHASE, steps, steps * sum(plan.load_tflops), names))
+            phases.append(PhaseStatus(FAMILY_PHASE, steps, steps * work, names))
         return phases
-
-    def _teacher_shape(self) -> TeacherShape:
-        if self.teacher_recipe is not None:
-            return shape_of_recipe(self.teacher_recipe)
-        assert self.family is not None, "a family recipe has a teacher"
-        return load_teacher(self.family, *self.job.teacher_paths, torch.device("cpu"))[1]
 
     def run(self) -> None:
         """Every phase that is not finished yet, then the results; returns early after a stop that was saved."""
         order = [phase.name for phase in self.recorder.status.phases]
-        reached = order.index(self.saved[1].phase) if self.saved else 0
-        if (
-            self.teacher_recipe is not None
-            and order[reached] != FAMILY_PHASE
-            and not self._pretrain(order[reached:])
-        ):
+        left = order[order.index(self.saved[1].phase) if self.saved else 0 :]
+        is_trained = self.teacher_recipe is None or left[0] in RESERVED_PHASES
+        if not is_trained and not self._pretrain(left):
             return self._stopped()
+        if HEADS_PHASE in left and not self._fit_heads():
+            return self._stopped()
+        if self.job.request.until == HEADS_PHASE:
+            told = f"heads are in {self.job.run_folder / FITTED_HEADS}"
+            return self.recorder.show("stopped", message=told)
         if self.family is not None and not self._train_family():
             return self._stopped()
         self.recorder.show("exporting")
@@ -175,24 +183,41 @@ class _Run:
     def _pretrain(self, names: list[str]) -> bool:
         recipe = self.teacher_recipe
         assert recipe is not None, "pretraining without a teacher recipe"
-        index = ImageIndex.load(self.job.run_folder / "data" / "teacher.npz")
-        site = Site(self.device, self.job.run_folder, index)
         plan = plan_pretraining(recipe, self.num_ranks)
-        pretraining = Pretraining(recipe, plan, make_groups(plan, COLLECTIVE_TIMEOUT), site)
+        groups = make_groups(plan, COLLECTIVE_TIMEOUT)
+        pretraining = Pretraining(recipe, plan, groups, self._site("teacher"))
         for stage in recipe.stages:
             if stage.name not in names:
                 continue
             resumed = self.saved if self.saved and self.saved[1].phase == stage.name else None
             anchor = saved_anchor(resumed[0]) if resumed and stage.gram else None
             phase = pretraining.phase(stage, anchor)
-            if resumed:
-                restore(phase, resumed[0])
-                pretraining.engine.copy_ema_to(pretraining.ema)
-            if not self._run_phase(phase, resumed[1].step if resumed else 0):
+            start_step = self._restore(phase)
+            pretraining.engine.copy_ema_to(pretraining.ema)
+            if not self._run_phase(phase, start_step):
                 return False
         weights = pretraining.engine.full("ema")
         if self.rank == 0:
             self._write_teacher(weights, pretraining.shape.spec)
+        dist.barrier()
+        return True
+
+    def _fit_heads(self) -> bool:
+        recipe = self.family
+        assert recipe is not None, "heads are fitted for a family"
+        shape = teacher_shape(recipe, self.teacher_recipe)
+        plan = plan_fitting(recipe, shape, self.num_ranks)
+        groups = make_groups(plan, COLLECTIVE_TIMEOUT)
+        teacher = load_teacher(recipe, self.job.teacher_paths[0], None, self.device)[0]
+        fitting = HeadFitting(recipe, teacher.backbone, shape, plan, groups, self._site("train"))
+        phase = fitting.phase()
+        start_step = self._restore(phase)
+        fitting.engine.copy_ema_to(fitting.ema)
+        if not self._run_phase(phase, start_step):
+            return False
+        weights = fitting.heads()
+        if self.rank == 0:
+            write_heads(self.job.run_folder / FITTED_HEADS, weights)
         dist.barrier()
         return True
 
@@ -203,24 +228,25 @@ class _Run:
         plan = plan_family(recipe, shape, self.num_ranks)
         if self.rank == 0:
             write_json(self.job.run_folder / "plan.json", plan.to_json())
-        index = ImageIndex.load(self.job.run_folder / "data" / "train.npz")
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
-        phase = family_phase(
-            recipe,
-            FAMILY_PHASE,
-            plan,
-            groups,
-            Site(self.device, self.job.run_folder, index),
-            teacher,
-            shape,
-        )
-        resumed = self.saved if self.saved and self.saved[1].phase == FAMILY_PHASE else None
-        if resumed:
-            restore(phase, resumed[0])
-        finished = self._run_phase(phase, resumed[1].step if resumed else 0)
+        grid_hw = grid_of(shape.spec, recipe.crops.global_.size)
+        scene = Scene(recipe, plan, groups, self._site("train"), grid_hw)
+        phase = family_phase(scene, teacher, shape)
+        finished = self._run_phase(phase, self._restore(phase))
         if finished:
             self._write_students(phase, recipe)
         return finished
+
+    def _site(self, images: str) -> Site:
+        folder = self.job.run_folder
+        return Site(self.device, folder, ImageIndex.load(folder / "data" / f"{images}.npz"))
+
+    def _restore(self, phase: Phase) -> int:
+        """Loads the phase's networks if the checkpoint is of this phase; the step to go on from."""
+        if self.saved is None or self.saved[1].phase != phase.name:
+            return 0
+        restore(phase, self.saved[0])
+        return self.saved[1].step
 
     def _run_phase(self, phase: Phase, start_step: int) -> bool:
         started = time.monotonic()
@@ -251,7 +277,7 @@ class _Run:
             self._provenance(recipe, steps),
         )
         folder = self.job.run_folder / "teacher"
-        write_heads(folder / "heads.safetensors", weights)
+        write_heads(folder / TRAINED_HEADS, weights)
         write_backbone(folder, _backbone_only(weights), spec, facts)
 
     def _write_students(self, phase: Phase, recipe: FamilyRecipe) -> None:

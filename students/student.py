@@ -20,10 +20,15 @@ def build_network(
     """Backbone and both heads with fresh weights, fp32 on the CPU."""
     backbone = build_backbone(spec)
     init_weights_(backbone, generator)
+    return backbone, *build_heads(dino, ibot, generator)
+
+
+def build_heads(dino: HeadShape, ibot: HeadShape, generator: torch.Generator) -> tuple[Head, Head]:
+    """Both heads with fresh weights, fp32 on the CPU."""
     heads = Head(dino), Head(ibot)
     for head in heads:
         init_head_(head, generator)
-    return backbone, *heads
+    return heads
 
 
 def student_heads(

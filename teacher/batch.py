@@ -10,6 +10,7 @@ Legend (one word, one meaning, everywhere):
     masked       masked patches of all global crops, image-major, then crop, then patch
     width        features of a backbone token
     bottleneck   L2-normalised head output, what travels instead of logits
+    taught       numbers the teacher sends per token: its head's bottleneck, or its width
     prototypes   rows of a head's last layer
 
 Pixels stay uint8 until they reach the device that uses them; ``normalise`` is the one place that
@@ -47,12 +48,13 @@ class Features:
 class TeacherTargets:
     """What the teacher says about some images, small enough to send.
 
-    ``patch_bottleneck`` holds masked patches only, ordered like ``masks.nonzero()``.
+    Bottlenecks of its heads; the backbone's features where it has no heads. ``patch_rows`` holds
+    masked patches only, ordered like ``masks.nonzero()``.
     ``anchor_patches`` (Gram stage only) is already on the student's grid.
     """
 
-    class_bottleneck: Float[Tensor, "images 2 bottleneck"]
-    patch_bottleneck: Float[Tensor, "masked patch_bottleneck"]
+    class_rows: Float[Tensor, "images 2 taught"]
+    patch_rows: Float[Tensor, "masked patch_taught"]
     anchor_patches: Float[Tensor, "images 2 patches anchor_width"] | None = None
 
 

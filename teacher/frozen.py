@@ -1,9 +1,9 @@
-"""A frozen network as a source of targets: crops in, bottlenecks out, in micro-batches of one fixed shape.
+"""A frozen network as a source of targets: crops in, bottlenecks or features out, in micro-batches of one fixed shape.
 
 The fixed shape (a padded last micro-batch) makes each image's targets independent of how many
 images a rank was given, so any division of the batch gives the same bits. Only what travels is
-computed: class bottlenecks, and iBOT bottlenecks of masked patches. The same class serves the
-frozen teacher of a family and the EMA network of pretraining, whose weights are replaced every
+computed: class rows, and rows of masked patches. The same class serves the frozen teacher of a
+family, with or without heads, and the EMA network of pretraining, whose weights are replaced every
 step.
 """
 
@@ -33,8 +33,9 @@ class FrozenTeacher(nn.Module):
 
     Args:
         backbone: any ``Backbone``.
-        dino_head: head on class tokens; its prototypes are what students' targets refer to.
-        ibot_head: head on patch tokens.
+        dino_head: head on class tokens; its prototypes are what students' targets refer to. None
+            for a teacher without heads: its targets are the features themselves.
+        ibot_head: head on patch tokens; None together with ``dino_head``.
         mean: RGB mean in [0, 1] that the backbone was trained with.
         std: RGB standard deviation.
         micro_images: images per forward pass (two global crops each).
@@ -43,8 +44,8 @@ class FrozenTeacher(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        dino_head: Head,
-        ibot_head: Head,
+        dino_head: Head | None,
+        ibot_head: Head | None,
         *,
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
@@ -59,6 +60,11 @@ class FrozenTeacher(nn.Module):
         self.requires_grad_(False)
         self.eval()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network computes in, and what travels."""
+        return next(self.backbone.parameters()).dtype
+
     @torch.no_grad()
     def teach(self, crops: CropBatch, masks: Bool[Tensor, "images 2 patches"]) -> TeacherTargets:
         """Targets for every image of ``crops``: one backbone forward per image, none for an empty batch.
@@ -70,14 +76,16 @@ class FrozenTeacher(nn.Module):
         for start in range(0, num_images, self.micro_images):
             stop = min(start + self.micro_images, num_images)
             features = self._forward(self.backbone, crops.global_crops[start:stop])
-            class_rows.append(self.dino_head(features.class_token)[: 2 * (stop - start)])
+            tokens = features.class_token
+            spoken = tokens if self.dino_head is None else self.dino_head(tokens)
+            class_rows.append(spoken[: 2 * (stop - start)])
             wanted = masks[start:stop].flatten().nonzero().squeeze(1)
             patch_rows.append(features.patch_tokens.flatten(0, 1).index_select(0, wanted))
         if not class_rows:
             return self._nothing()
         return TeacherTargets(
-            class_bottleneck=torch.cat(class_rows).unflatten(0, (num_images, 2)),
-            patch_bottleneck=self._ibot_bottleneck(torch.cat(patch_rows)),
+            class_rows=torch.cat(class_rows).unflatten(0, (num_images, 2)),
+            patch_rows=self._patch_rows(torch.cat(patch_rows)),
             anchor_patches=self._anchor_patches(crops.anchor_crops),
         )
 
@@ -85,17 +93,15 @@ class FrozenTeacher(nn.Module):
         self, backbone: nn.Module, crops: UInt8[Tensor, "images 2 3 height width"]
     ) -> Features:
         missing = self.micro_images - crops.shape[0]
-        pixels = normalise(
-            crops.flatten(0, 1), self.mean, self.std, self.dino_head.prototypes.weight.dtype
-        )
+        pixels = normalise(crops.flatten(0, 1), self.mean, self.std, self.dtype)
         if missing:
             pixels = torch.cat([pixels, pixels.new_zeros(2 * missing, *pixels.shape[1:])])
         seer: Backbone = backbone  # type: ignore[assignment]  # nn.Module that satisfies the protocol
         return seer(pixels)
 
-    def _ibot_bottleneck(
-        self, masked: Float[Tensor, "masked width"]
-    ) -> Float[Tensor, "masked bottleneck"]:
+    def _patch_rows(self, masked: Float[Tensor, "masked width"]) -> Float[Tensor, "masked taught"]:
+        if self.ibot_head is None:
+            return masked
         padding = -masked.shape[0] % HEAD_ROWS
         padded = torch.cat([masked, masked.new_zeros(padding, masked.shape[1])])
         blocks = [self.ibot_head(block) for block in padded.split(HEAD_ROWS) if block.shape[0]]
@@ -116,14 +122,17 @@ class FrozenTeacher(nn.Module):
         return torch.cat(rows).unflatten(0, (crops.shape[0], 2))
 
     def _nothing(self) -> TeacherTargets:
-        weight = self.dino_head.prototypes.weight
+        nothing = next(self.backbone.parameters()).new_zeros(0)
+        seer: Backbone = self.backbone  # type: ignore[assignment]
+        class_width, patch_width = (
+            seer.width if head is None else head.shape.bottleneck
+            for head in (self.dino_head, self.ibot_head)
+        )
         anchor_patches = None
         if self.anchor is not None:
-            seer: Backbone = self.anchor.backbone  # type: ignore[assignment]
+            seer = self.anchor.backbone  # type: ignore[assignment]
             patches = self.anchor.grid_hw[0] * self.anchor.grid_hw[1]
-            anchor_patches = weight.new_zeros(0, 2, patches, seer.width)
+            anchor_patches = nothing.new_zeros(0, 2, patches, seer.width)
         return TeacherTargets(
-            weight.new_zeros(0, 2, self.dino_head.shape.bottleneck),
-            weight.new_zeros(0, self.ibot_head.shape.bottleneck),
-            anchor_patches,
+            nothing.new_zeros(0, 2, class_width), nothing.new_zeros(0, patch_width), anchor_patches
         )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from teacher.batch import Backbone, Features, LessonBatch, normalise
@@ -24,13 +24,18 @@ NUM_GLOBAL = 2
 
 @dataclass(frozen=True)
 class Objective:
-    """Weight of each term; zero leaves the term out. ``local`` scales the local part of DINO."""
+    """Weight of each term; zero leaves the term out. ``local`` scales the part of local crops.
+
+    ``cosine`` and ``smooth_l1`` belong to teachers without heads (``students.objective``).
+    """
 
     dino: float
     ibot: float
     koleo: float
     local: float
     gram: float = 0.0
+    cosine: float = 0.0
+    smooth_l1: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,14 @@ class TraineeTraits:
     masks_input: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Assignments:
+    """Soft targets of one slice: class tokens [2 * images, crop-major] and masked patches."""
+
+    dino: Assignment
+    ibot: Assignment
 
 
 @dataclass(frozen=True)
@@ -82,19 +95,14 @@ class Trainee(nn.Module):
         self._group_ranks = group_ranks
         self._koleo_group = None if koleo_is_local else group
 
-    def forward(
-        self, batch: LessonBatch, dino: Assignment, ibot: Assignment, scalars: StepScalars
-    ) -> Losses:
+    def forward(self, batch: LessonBatch, assignments: Assignments, scalars: StepScalars) -> Losses:
         """All loss terms for this rank's slice. Communication: KoLeo only, when a slice border cuts one of its groups."""
         weights = scalars.objective
         num_images = batch.masks.shape[0]
-        globals_ = self._see(
-            batch.crops.global_crops, batch.masks, scalars.rope_scale_global, is_local=False
-        )
-        locals_ = self._see(batch.crops.local_crops, None, scalars.rope_scale_local, is_local=True)
-        parts = {"dino": self._dino(globals_, locals_, dino, weights.local, batch)}
+        globals_, locals_ = see_crops(self.backbone, batch, self.traits, scalars)
+        parts = {"dino": self._dino(globals_, locals_, assignments.dino, weights.local, batch)}
         if weights.ibot:
-            parts["ibot"] = self._ibot(globals_, ibot, batch)
+            parts["ibot"] = self._ibot(globals_, assignments.ibot, batch)
         if weights.koleo:
             tokens = globals_.class_token.unflatten(0, (num_images, NUM_GLOBAL))
             koleo = sum(
@@ -115,23 +123,7 @@ class Trainee(nn.Module):
                 globals_.patch_tokens, globals_.grid_hw, batch.grid_hw, "bilinear"
             )
             parts["gram"] = gram_sum(patches, anchor) / (NUM_GLOBAL * batch.images_global)
-        parts = {name: part * self._group_ranks for name, part in parts.items()}
-        total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
-        return Losses(total, {name: part.detach() for name, part in parts.items()})
-
-    def _see(
-        self,
-        crops: Tensor,
-        masks: Bool[Tensor, "images 2 patches"] | None,
-        rope_scale: float,
-        *,
-        is_local: bool,
-    ) -> Features:
-        dtype = self.dino_head.prototypes.weight.dtype
-        pixels = normalise(crops.flatten(0, 1), self.traits.mean, self.traits.std, dtype)
-        backbone: Backbone = self.backbone  # type: ignore[assignment]  # nn.Module that satisfies the protocol
-        seen_masks = masks.flatten(0, 1) if masks is not None and self.traits.masks_input else None
-        return backbone(pixels, seen_masks, rope_scale=rope_scale, is_local=is_local)
+        return weigh(parts, weights, self._group_ranks)
 
     def _dino(
         self,
@@ -164,16 +156,51 @@ class Trainee(nn.Module):
         self, globals_: Features, assignment: Assignment, batch: LessonBatch
     ) -> Float[Tensor, ""]:
         """Mean over a crop's masked patches, then over all global crops of the batch (unmasked ones count as zero)."""
-        masks = batch.masks.flatten(0, 1)  # [images * 2, patches]
-        patches = resize_grid(globals_.patch_tokens, globals_.grid_hw, batch.grid_hw, "bilinear")
-        rows = masks.flatten().nonzero().squeeze(1)
-        masked = patches.flatten(0, 1).index_select(0, rows)
-        num_masked = masks.sum(dim=1)
-        per_row = (1.0 / num_masked.clamp(min=1)).repeat_interleave(
-            num_masked, output_size=rows.shape[0]
-        )
-        row_weights = per_row / (NUM_GLOBAL * batch.images_global)
+        masked, row_weights = masked_rows(globals_, batch)
         mixture = torch.ones(1, 1, device=masked.device)
         return self.ibot_head.prototypes(
             self.ibot_head(masked)[None], assignment, mixture, row_weights
         )
+
+
+def see_crops(
+    backbone: nn.Module, batch: LessonBatch, traits: TraineeTraits, scalars: StepScalars
+) -> tuple[Features, Features]:
+    """What a network in training sees of its slice: features of global and of local crops."""
+    dtype = next(backbone.parameters()).dtype
+    seer: Backbone = backbone  # type: ignore[assignment]  # nn.Module that satisfies the protocol
+    pixels = [
+        normalise(crops.flatten(0, 1), traits.mean, traits.std, dtype)
+        for crops in (batch.crops.global_crops, batch.crops.local_crops)
+    ]
+    masks = batch.masks.flatten(0, 1) if traits.masks_input else None
+    return (
+        seer(pixels[0], masks, rope_scale=scalars.rope_scale_global, is_local=False),
+        seer(pixels[1], None, rope_scale=scalars.rope_scale_local, is_local=True),
+    )
+
+
+def masked_rows(
+    globals_: Features, batch: LessonBatch
+) -> tuple[Float[Tensor, "masked width"], Float[Tensor, " masked"]]:
+    """Patch features at the masked places of the teacher's grid, and their weights in the loss.
+
+    A network with another grid has its map resized first. The weights average over the masked
+    patches of a crop, then over all global crops of the batch.
+    """
+    masks = batch.masks.flatten(0, 1)  # [images * 2, patches]
+    patches = resize_grid(globals_.patch_tokens, globals_.grid_hw, batch.grid_hw, "bilinear")
+    rows = masks.flatten().nonzero().squeeze(1)
+    num_masked = masks.sum(dim=1)
+    per_row = (1.0 / num_masked.clamp(min=1)).repeat_interleave(
+        num_masked, output_size=rows.shape[0]
+    )
+    masked = patches.flatten(0, 1).index_select(0, rows)
+    return masked, per_row / (NUM_GLOBAL * batch.images_global)
+
+
+def weigh(parts: dict[str, Tensor], weights: Objective, group_ranks: int) -> Losses:
+    """The weighted sum of the terms, each scaled so that the group's mean is the global value."""
+    parts = {name: part * group_ranks for name, part in parts.items()}
+    total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
+    return Losses(total, {name: part.detach() for name, part in parts.items()})

@@ -161,27 +161,97 @@ def test_train__one_process_equals_two(finished: Path, recipe: Path) -> None:
 @pytest.mark.parametrize("phase", ["base", "gram", "family"])
 def test_stop__and_resume_equals_never_stopping(phase: str, finished: Path, recipe: Path) -> None:
     out = recipe.parent / f"stopped-{phase}"
-    words = [sys.executable, "-m", "distill", "train", str(recipe), "--out", str(out)]
+    words = ["train", str(recipe), "--out", str(out)]
+    run_and_interrupt(words, out / "tiny/status.json", phase)
+    resumed = distill("train", str(recipe), "--out", str(out))
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert_equal_students(out / "tiny", finished)
+
+
+def run_and_interrupt(words: list[str], status: Path, phase: str) -> None:
+    """Starts a job and stops it by Ctrl-C once it is in ``phase``."""
     process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT
+        [sys.executable, "-m", "distill", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
     )
     deadline = time.monotonic() + 120
-    while not is_in(out / "tiny" / "status.json", phase):
+    while not is_in(status, phase):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=120)
-    status = json.loads((out / "tiny" / "status.json").read_text())
+    state = json.loads(status.read_text())["state"]
     if process.returncode == 0:
-        assert status["state"] == "finished"  # the signal came after the last step
+        assert state == "finished"  # the signal came after the last step
     else:
-        assert process.returncode == 130 and status["state"] == "stopped", output
-        assert f"distill train {recipe}" in output
-    resumed = distill("train", str(recipe), "--out", str(out))
-    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    for name, weights in students_of(out / "tiny").items():
-        for key, tensor in students_of(finished)[name].items():
+        assert process.returncode == 130 and state == "stopped", output
+        assert "distill train " in output
+
+
+def assert_equal_students(one: Path, other: Path) -> None:
+    assert set(students_of(one)) == set(students_of(other))
+    for name, weights in students_of(one).items():
+        for key, tensor in students_of(other)[name].items():
             assert torch.equal(weights[key], tensor), f"{name} {key}"
+
+
+def without_heads(finished: Path, mode: str) -> list[str]:
+    """Overrides for a released teacher: weights, no heads."""
+    heads = "{hidden: 16, bottleneck: 8, prototypes: 16}"
+    fit = f"{{steps: 20, lr: 1.0e-3, warmup: 2, heads: {{dino: {heads}, ibot: {heads}}}}}"
+    return [
+        f"teacher={{weights: {finished / 'teacher'}, heads: {mode}, fit: {fit}}}",
+        "schedule.steps=10",
+    ]
+
+
+def test_train__a_teacher_whose_features_are_learned(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    words = ["train", str(recipe), *without_heads(finished, "none"), "--out"]
+    ended = distill(*words, str(tmp_path / "once"))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    run_and_interrupt(
+        [*words, str(tmp_path / "twice")], tmp_path / "twice/tiny/status.json", "family"
+    )
+    ended = distill(*words, str(tmp_path / "twice"))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert_equal_students(tmp_path / "once/tiny", tmp_path / "twice/tiny")
+    row = json.loads((tmp_path / "once/tiny/metrics/conv.jsonl").read_text().splitlines()[-1])
+    assert {"cosine", "smooth_l1"} <= row.keys() and "dino" not in row
+
+
+def test_fit_heads__then_train_equals_train(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    words = [str(recipe), *without_heads(finished, "fit"), "--out"]
+    ended = distill("train", *words, str(tmp_path / "once"))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    ended = distill("weights", "fit-heads", *words, str(tmp_path / "twice"))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "heads/teacher.safetensors" in ended.stdout
+    fitted = load_file(tmp_path / "twice/tiny/heads/teacher.safetensors")
+    assert not (tmp_path / "twice/tiny/students").exists()
+    ended = distill("train", *words, str(tmp_path / "twice"))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert_equal_students(tmp_path / "once/tiny", tmp_path / "twice/tiny")
+    straight = load_file(tmp_path / "once/tiny/heads/teacher.safetensors")
+    assert all(torch.equal(straight[key], tensor) for key, tensor in fitted.items())
+
+
+def test_check__says_what_a_teacher_without_heads_needs(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    for path in (finished / "teacher").iterdir():
+        if path.name != "heads.safetensors":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    ended = distill("check", str(recipe), f"teacher={{weights: {tmp_path}}}")
+    assert ended.returncode == 1
+    assert "no heads.safetensors beside them" in ended.stderr and "`heads: fit`" in ended.stderr
+    for mode, said in (("fit", "20 steps (heads: fit)"), ("none", "features (heads: none)")):
+        ended = distill("check", str(recipe), *without_heads(finished, mode))
+        assert ended.returncode == 0 and said in ended.stdout, ended.stderr
 
 
 def is_in(path: Path, phase: str) -> bool:

@@ -218,7 +218,7 @@ def test_check__one_line_when_all_is_well(distill: Run) -> None:
     assert (result.code, result.err) == (0, "")
     assert result.out.count("\n") == 1
     assert result.out.startswith("quickstart: small, gated, convnext from quickstart-teacher; ")
-    assert result.out.endswith(" images; good for 2 ranks; nothing was started.\n")
+    assert result.out.endswith("is trained with; good for 2 ranks; nothing was started.\n")
 
 
 def test_check__a_teacher_recipe_as_json(distill: Run) -> None:

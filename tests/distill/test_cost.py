@@ -27,4 +27,4 @@ def test_teaching_tflops__the_7b_costs_what_was_published() -> None:
     """7.10 teraflops per image pair at 256 px."""
     dino, ibot = HeadShape(4096, 8192, 512, 262_144), HeadShape(4096, 8192, 384, 98_304)
     crops = CropShapes(256, 112, 8, 77.0)
-    assert teaching_tflops(CATALOG["vit7b16"], dino, ibot, crops) == pytest.approx(7.10, rel=0.02)
+    assert teaching_tflops(CATALOG["vit7b16"], (dino, ibot), crops) == pytest.approx(7.10, rel=0.02)

@@ -6,23 +6,24 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.engine import Engine, EngineSettings, StepRates, prepare_deepspeed
 from distill.exchange import Exchange, lesson_for
 from distill.groups import make_groups
 from distill.plan import Plan, Work, make_plan
-from distill.pupil import Pupil, TaughtBy
+from distill.pupil import Assigner, Pupil, TargetMaker
+from students.objective import FeatureTrainee, Standardiser, build_projectors
 from teacher.batch import CropBatch
 from teacher.frozen import FrozenTeacher
 from teacher.losses import koleo_sum
 from teacher.sinkhorn import sinkhorn
 from teacher.trainee import Objective, StepScalars, Trainee, TraineeTraits
 from tests.ranks import on_ranks
-from tests.teacher.test_trainee import MEAN, STD, network
+from tests.teacher.test_trainee import MEAN, STD, network, teacher
 
 IMAGES = 32
-SCALARS = StepScalars(Objective(1.0, 1.0, 0.1, 1.0), 1.0, 1.0)
+SCALARS = StepScalars(Objective(1.0, 1.0, 0.1, 1.0, cosine=1.0, smooth_l1=1.0), 1.0, 1.0)
 RATES = StepRates(lr=1e-3, lr_prototypes=1e-3, weight_decay=0.04, ema_momentum=0.9)
 
 
@@ -42,17 +43,22 @@ def take(tensor: Tensor, parts: tuple[range, ...]) -> Tensor:
 
 
 def train_family(
-    works: list[Work], num_steps: int, zero: int, precision: str, bad: tuple[str, int] | None = None
+    works: list[Work],
+    num_steps: int,
+    zero: int,
+    precision: str,
+    bad: tuple[str, int] | None = None,
+    has_heads: bool = True,
 ) -> dict[str, Any]:
     """Losses and EMA of every student this rank trains, through exchange, engines and pupils as in the loop."""
     prepare_deepspeed("cpu")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     plan = make_plan(works, 1.0, IMAGES, num_ranks)
     groups = make_groups(plan, timedelta(seconds=60))
-    taught = FrozenTeacher(*network(2), mean=MEAN, std=STD, micro_images=4)
+    taught = teacher(4, has_heads=has_heads)
     exchange = Exchange(plan, rank, groups.exchange, torch.device("cpu"))
     pupils = [
-        make_pupil(plan, groups, p.name, zero, precision)
+        make_pupil(plan, groups, p.name, zero, precision, has_heads=has_heads)
         for p in plan.placements
         if rank in p.world_ranks
     ]
@@ -71,31 +77,38 @@ def train_family(
             if bad == (pupil.name, step):
                 with torch.no_grad():
                     next(iter(pupil.engine.module.dino_head.parameters()))[0, 0] = float("nan")
-            pupil.learn(lesson, TaughtBy(taught.dino_head, taught.ibot_head, 0.07), SCALARS, step)
+            pupil.learn(lesson, 0.07, SCALARS, step)
             losses[pupil.name].append(pupil.read_metrics(wait=0.0)["loss"])
     return {
         "losses": losses,
+        "targets": {pupil.name: pupil.targets.state() for pupil in pupils},
         "ema": {pupil.name: pupil.engine.full("ema") for pupil in pupils},
         "skipped": {pupil.name: pupil.engine.num_skipped for pupil in pupils},
         "received_bytes": exchange.received_bytes,
     }
 
 
-def make_pupil(plan: Plan, groups: Any, name: str, zero: int, precision: str) -> Pupil:
+def make_pupil(
+    plan: Plan, groups: Any, name: str, zero: int, precision: str, *, has_heads: bool = True
+) -> Pupil:
     placement = next(p for p in plan.placements if p.name == name)
-    group = groups.by_network[name]
+    group, group_ranks = groups.by_network[name], len(placement.slices)
     traits = TraineeTraits(masks_input=False, mean=MEAN, std=STD)
-    trainee = Trainee(
-        *network(sum(map(ord, name))),
-        traits,
-        group,
-        len(placement.slices),
-        placement.koleo_is_local,
-    )
+    backbone, *heads = network(sum(map(ord, name)))
+    trainee: nn.Module
+    targets: TargetMaker
+    if has_heads:
+        taught = teacher()
+        assert taught.dino_head is not None and taught.ibot_head is not None
+        trainee = Trainee(backbone, *heads, traits, group, group_ranks, placement.koleo_is_local)
+        targets = Assigner(taught.dino_head, taught.ibot_head)
+    else:
+        projectors = build_projectors(16, 16, torch.Generator().manual_seed(7))
+        trainee = FeatureTrainee(backbone, *projectors, traits, group_ranks)
+        targets = Standardiser(16, torch.device("cpu"))
     settings = EngineSettings(zero, precision, 3.0, len(placement.slice_of(groups.world_rank)))
-    return Pupil(
-        name, placement, Engine(trainee, group, groups.alone, settings), lambda step: RATES
-    )
+    engine = Engine(trainee, group, groups.alone, settings)
+    return Pupil(name, placement, engine, lambda step: RATES, targets)
 
 
 def merged(results: list[dict[str, Any]], key: str, name: str) -> Any:
@@ -188,6 +201,17 @@ def test_losses__over_ranks_equal_one_process(num_ranks: int) -> None:
     torch.testing.assert_close(torch.cat([p[2] for p in parts]), grad, rtol=1e-12, atol=1e-15)
 
 
+def test_family__without_heads_many_processes_equal_one() -> None:
+    alone = on_ranks(1, train_family, FAMILY, 4, 1, "fp32", None, False)[0]
+    results = on_ranks(3, train_family, FAMILY, 4, 2, "fp32", None, False)
+    for name in "abc":
+        losses = merged(results, "losses", name)
+        # fp32 sums in another order; the statistics are float64 sums
+        assert losses == pytest.approx(alone["losses"][name], rel=2e-6)
+        for key, tensor in merged(results, "targets", name).items():
+            torch.testing.assert_close(tensor, alone["targets"][name][key], rtol=1e-6, atol=1e-9)
+
+
 def state_on(num_ranks_before: int) -> dict[str, Tensor]:
     """The full state of one engine over all ranks after two steps."""
     prepare_deepspeed("cpu")
@@ -196,7 +220,7 @@ def state_on(num_ranks_before: int) -> dict[str, Tensor]:
     pupil = make_pupil(plan, groups, "a", 1, "fp32")
     assert dist.get_world_size() == num_ranks_before
     train_one(pupil, plan, range(2))
-    return pupil.engine.state()
+    return pupil.state()
 
 
 def train_one(pupil: Pupil, plan: Plan, steps: range) -> list[float]:
@@ -212,7 +236,7 @@ def train_one(pupil: Pupil, plan: Plan, steps: range) -> list[float]:
             mine, taught.teach(mine, masks[part]), masks[part], masks.sum(dim=2).numpy()
         )
         lesson = lesson_for(delivery, pupil.placement, rank, (2, 2), IMAGES)
-        pupil.learn(lesson, TaughtBy(taught.dino_head, taught.ibot_head, 0.07), SCALARS, step)
+        pupil.learn(lesson, 0.07, SCALARS, step)
         losses.append(pupil.read_metrics(wait=0.0)["loss"])
     return losses
 
@@ -221,17 +245,17 @@ def go_on_from(state: dict[str, Tensor]) -> tuple[list[float], dict[str, Tensor]
     prepare_deepspeed("cpu")
     plan = make_plan([Work("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size())
     pupil = make_pupil(plan, make_groups(plan, timedelta(seconds=60)), "a", 1, "fp32")
-    pupil.engine.load_state(state)
-    restored = pupil.engine.state()
+    pupil.load_state(state)
+    restored = pupil.state()
     assert all(torch.equal(restored[key], tensor) for key, tensor in state.items())
-    return train_one(pupil, plan, range(2, 4)), pupil.engine.state()
+    return train_one(pupil, plan, range(2, 4)), pupil.state()
 
 
 def train_through() -> tuple[list[float], dict[str, Tensor]]:
     prepare_deepspeed("cpu")
     plan = make_plan([Work("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size())
     pupil = make_pupil(plan, make_groups(plan, timedelta(seconds=60)), "a", 1, "fp32")
-    return train_one(pupil, plan, range(4)), pupil.engine.state()
+    return train_one(pupil, plan, range(4)), pupil.state()
 
 
 def test_state__two_ranks_go_on_as_two_bitwise_and_as_three_closely() -> None:

@@ -81,7 +81,7 @@ def test_load_recipe__numbers_are_numbers(tmp_path: Path) -> None:
         (FAMILY, "batch: 32", "batch: many", "r.yaml:7:19: schedule.batch: Input should be a valid integer .got 'many'"),
         (FAMILY, "steps:", "stepps:", "unknown key 'schedule.stepps' - did you mean 'steps'?"),
         (FAMILY, "name: tiny", "name: vits16", "two students are called 'vits16'"),
-        (FAMILY, "name: tiny", "name: teacher", "'teacher' is the teacher's name"),
+        (FAMILY, "name: tiny", "name: teacher", "'teacher' is taken by the teacher"),
         (FAMILY, "name: tiny", "name: ../up", "'../up': use letters, digits"),
         (FAMILY, "width: 64", "width: 66", "r.yaml:5:.*width 66 over 2 heads"),
         (FAMILY, "width: 64, ", "", "free size: it needs 'width'"),
@@ -91,7 +91,7 @@ def test_load_recipe__numbers_are_numbers(tmp_path: Path) -> None:
         (FAMILY, "arch: vit, width", "arch: vitb16, width", "'width' does not apply to arch 'vitb16'"),
         (FAMILY, "patch: 16}", "patch: 16, ranks: 0}", "students.1.ranks: 0: at least 1, or auto"),
         (FAMILY, "{weights: /models/teacher}", "{}", "give either 'train' .a teacher recipe. or 'weights'"),
-        (FAMILY, "{weights: /models/teacher}", "{train: t.yaml, heads: h}", "'heads' goes with 'weights'"),
+        (FAMILY, "{weights: /models/teacher}", "{train: t.yaml, heads: h}", "'h' goes with 'weights'"),
         (FAMILY, "path: /data", "path: builtin:cats", "the only built-in images are 'builtin:photographs'"),
         (FAMILY, "schedule:", "crops: {global: 100}\nschedule:", "crops.global.size: 100 is not a multiple of 16 .* did you mean 96?"),
         (FAMILY, "schedule:", "crops: {blur_sigma: [2, 1]}\nschedule:", "crops.blur_sigma: .2.0, 1.0.: must satisfy 0 < low <= high"),
@@ -420,7 +420,7 @@ FAMILY_RULES = [
     (
         "name: small",
         "name: teacher",
-        "students.1.name: 'teacher' is the teacher's name: choose another",
+        "students.1.name: 'teacher' is taken by the teacher: choose another",
     ),
     (
         "name: small",
@@ -480,7 +480,7 @@ FAMILY_RULES = [
     (
         "{train: teacher.yaml}",
         "{train: t, heads: h}",
-        "teacher.heads: 'heads' goes with 'weights'; a trained",
+        "teacher.heads: 'h' goes with 'weights': a trained",
     ),
     (
         "{train: teacher.yaml}",
@@ -568,7 +568,7 @@ TEACHER_RULES = [
     (
         "name: gram,",
         "name: base,",
-        "stages.1.name: 'base' is taken: stages need different names, none 'family'",
+        "stages.1.name: 'base' is taken: stages need different names, none 'heads' or 'family'",
     ),
     ("name: gram,", "name: family,", "stages.1.name: 'family' is taken"),
     (

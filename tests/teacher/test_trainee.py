@@ -10,7 +10,7 @@ from teacher.batch import CropBatch, LessonBatch, normalise
 from teacher.frozen import Anchor, FrozenTeacher
 from teacher.heads import Head, HeadShape, init_head_
 from teacher.sinkhorn import sinkhorn
-from teacher.trainee import Objective, StepScalars, Trainee, TraineeTraits
+from teacher.trainee import Assignments, Objective, StepScalars, Trainee, TraineeTraits
 from teacher.vit import ViT, ViTSpec, init_vit_
 
 SPEC = ViTSpec(width=16, depth=1, heads=2, ffn_width=32, patch=8, layerscale_init=0.5)
@@ -29,8 +29,10 @@ def network(seed: int) -> tuple[nn.Module, Head, Head]:
     return vit, *heads
 
 
-def teacher(micro_images: int = 2) -> FrozenTeacher:
-    return FrozenTeacher(*network(2), mean=MEAN, std=STD, micro_images=micro_images)
+def teacher(micro_images: int = 2, *, has_heads: bool = True) -> FrozenTeacher:
+    backbone, *heads = network(2)
+    dino, ibot = heads if has_heads else (None, None)
+    return FrozenTeacher(backbone, dino, ibot, mean=MEAN, std=STD, micro_images=micro_images)
 
 
 def trainee(*, masks_input: bool = False) -> Trainee:
@@ -59,11 +61,11 @@ def lesson(taught: FrozenTeacher, images: int = IMAGES) -> LessonBatch:
     return LessonBatch(batch, masks(images), targets, (2, 2), 0, images)
 
 
-def assignments(batch: LessonBatch, taught: FrozenTeacher):  # type: ignore[no-untyped-def]
-    rows = batch.targets.class_bottleneck.transpose(0, 1).flatten(0, 1)
-    return (
+def assignments(batch: LessonBatch, taught: FrozenTeacher) -> Assignments:
+    rows = batch.targets.class_rows.transpose(0, 1).flatten(0, 1)
+    return Assignments(
         sinkhorn(rows, taught.dino_head.prototypes.weight, 0.07),
-        sinkhorn(batch.targets.patch_bottleneck, taught.ibot_head.prototypes.weight, 0.07),
+        sinkhorn(batch.targets.patch_rows, taught.ibot_head.prototypes.weight, 0.07),
     )
 
 
@@ -75,13 +77,14 @@ def test_trainee__loss_equals_loops_over_images_crops_and_patches() -> None:
     taught, learner = teacher().double(), trainee().double()
     taught.anchor = Anchor(network(3)[0].double(), (2, 2))
     batch = lesson(taught)
-    dino, ibot = assignments(batch, taught)
+    targets = assignments(batch, taught)
     weights = Objective(dino=1.0, ibot=0.7, koleo=0.1, local=0.5, gram=2.0)
-    losses = learner(batch, dino, ibot, StepScalars(weights, 1.0, 1.0))
+    losses = learner(batch, targets, StepScalars(weights, 1.0, 1.0))
 
     pixels = normalise(batch.crops.global_crops, MEAN, STD, torch.float64)
     local_pixels = normalise(batch.crops.local_crops, MEAN, STD, torch.float64)
-    p, q = dino.columns(0, 20).view(2, IMAGES, 20), ibot.columns(0, 20)
+    p = targets.dino.columns(0, 20).view(2, IMAGES, 20)
+    q = targets.ibot.columns(0, 20)
     seen = [[learner.backbone(pixels[i, c][None]) for c in range(2)] for i in range(IMAGES)]
     expected_dino, expected_ibot, expected_gram = (
         torch.zeros((), dtype=torch.float64) for _ in range(3)
@@ -130,7 +133,7 @@ def test_trainee__gradients_reach_every_trainable_parameter_and_no_frozen_one(
     batch = lesson(taught)
     losses = learner(
         batch,
-        *assignments(batch, taught),
+        assignments(batch, taught),
         StepScalars(Objective(1.0, 1.0, 0.1, 1.0, 2.0), 1.0, 1.0),
     )
     losses.total.backward()
@@ -145,7 +148,7 @@ def test_trainee__a_zero_weight_leaves_the_term_out() -> None:
     taught = teacher()
     batch = lesson(taught)
     losses = trainee()(
-        batch, *assignments(batch, taught), StepScalars(Objective(1.0, 0.0, 0.0, 1.0), 1.0, 1.0)
+        batch, assignments(batch, taught), StepScalars(Objective(1.0, 0.0, 0.0, 1.0), 1.0, 1.0)
     )
     assert set(losses.parts) == {"dino"}
 
@@ -164,7 +167,7 @@ def test_trainee__a_coarser_map_is_compared_on_the_teachers_grid() -> None:
         vit, *network(1)[1:], TraineeTraits(False, MEAN, STD), None, 1, koleo_is_local=True
     )
     losses = learner(
-        batch, *assignments(batch, taught), StepScalars(Objective(1.0, 1.0, 0.0, 1.0), 1.0, 1.0)
+        batch, assignments(batch, taught), StepScalars(Objective(1.0, 1.0, 0.0, 1.0), 1.0, 1.0)
     )
     assert losses.total.isfinite()
 
@@ -180,12 +183,8 @@ def test_teach__does_not_depend_on_how_many_images_a_rank_has() -> None:
         second = taught.teach(
             CropBatch(batch.global_crops[border:], batch.local_crops[border:]), drawn[border:]
         )
-        assert torch.equal(
-            whole.class_bottleneck, torch.cat([first.class_bottleneck, second.class_bottleneck])
-        )
-        assert torch.equal(
-            whole.patch_bottleneck, torch.cat([first.patch_bottleneck, second.patch_bottleneck])
-        )
+        assert torch.equal(whole.class_rows, torch.cat([first.class_rows, second.class_rows]))
+        assert torch.equal(whole.patch_rows, torch.cat([first.patch_rows, second.patch_rows]))
 
 
 @pytest.mark.parametrize("images", [0, 1, 5])
@@ -196,5 +195,5 @@ def test_teach__one_forward_per_image(images: int) -> None:
     )
     targets = taught.teach(crops(images), masks(5)[:images])
     assert seen == [2] * images  # both global crops of one image at a time
-    assert targets.class_bottleneck.shape == (images, 2, 6)
-    assert targets.patch_bottleneck.shape == (int(masks(5)[:images].sum()), 6)
+    assert targets.class_rows.shape == (images, 2, 6)
+    assert targets.patch_rows.shape == (int(masks(5)[:images].sum()), 6)
