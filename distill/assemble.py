@@ -13,7 +13,9 @@ from torch import nn
 
 from distill import schedule
 from distill.cost import (
+    DEFAULT_DEVICE,
     CropShapes,
+    Device,
     Heads,
     fitting_tflops,
     regression_tflops,
@@ -25,7 +27,7 @@ from distill.data.index import ImageIndex
 from distill.data.loader import Loader
 from distill.engine import Engine, EngineSettings, StepRates
 from distill.errors import CheckpointError
-from distill.exchange import Exchange
+from distill.exchange import AllGather, Slices
 from distill.export import read_backbone, read_heads
 from distill.groups import Groups
 from distill.loop import Phase
@@ -109,26 +111,34 @@ def crop_shapes(recipe: Recipe, grid_hw: tuple[int, int]) -> CropShapes:
     )
 
 
-def plan_pretraining(recipe: TeacherRecipe, num_ranks: int) -> Plan:
+def plan_pretraining(
+    recipe: TeacherRecipe, num_ranks: int, device: Device = DEFAULT_DEVICE
+) -> Plan:
     """One network on all ranks, which teaches itself."""
     shape = shape_of_recipe(recipe)
     assert shape.heads is not None, "a pretrained teacher has heads"
     shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
-    work = Work(ONLINE, training_tflops(shape.spec, shape.heads, shapes), num_ranks)
-    cost = teaching_tflops(shape.spec, shape.heads, shapes)
-    return make_plan([work], cost, recipe.schedule.batch, num_ranks)
+    work = Work(ONLINE, device.seconds(training_tflops(shape.spec, shape.heads, shapes)), num_ranks)
+    teach_s = device.seconds(teaching_tflops(shape.spec, shape.heads, shapes))
+    return make_plan([work], teach_s, recipe.schedule.batch, num_ranks)
 
 
-def plan_fitting(recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int) -> Plan:
+def plan_fitting(
+    recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device = DEFAULT_DEVICE
+) -> Plan:
     """Fresh heads on a frozen teacher, on all ranks; their EMA teaches them."""
     assert shape.heads is not None, "heads to fit have shapes"
     shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
-    work = Work(HEADS_PHASE, fitting_tflops(shape.spec, shape.heads, shapes), num_ranks)
-    cost = teaching_tflops(shape.spec, shape.heads, shapes)
-    return make_plan([work], cost, recipe.schedule.batch, num_ranks)
+    work = Work(
+        HEADS_PHASE, device.seconds(fitting_tflops(shape.spec, shape.heads, shapes)), num_ranks
+    )
+    teach_s = device.seconds(teaching_tflops(shape.spec, shape.heads, shapes))
+    return make_plan([work], teach_s, recipe.schedule.batch, num_ranks)
 
 
-def plan_family(recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int) -> Plan:
+def plan_family(
+    recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device = DEFAULT_DEVICE
+) -> Plan:
     """Students on ranks, the teacher in the gaps."""
     shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
     works = []
@@ -138,9 +148,17 @@ def plan_family(recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int) -> Pl
             cost = regression_tflops(spec, shape.spec.width, shapes)
         else:
             cost = training_tflops(spec, _heads_of(student, spec, shape.heads), shapes)
-        works.append(Work(student.label, cost, None if student.ranks == "auto" else student.ranks))
-    teaching = teaching_tflops(shape.spec, shape.heads, shapes)
-    return make_plan(works, teaching, recipe.schedule.batch, num_ranks)
+        ranks = None if student.ranks == "auto" else student.ranks
+        works.append(Work(student.label, device.seconds(cost), ranks))
+    return make_plan(
+        works,
+        device.seconds(teaching_tflops(shape.spec, shape.heads, shapes)),
+        recipe.schedule.batch,
+        num_ranks,
+        lookahead=recipe.engine.lookahead,
+        unit=recipe.engine.teacher_micro_batch,
+        has_even_shares=recipe.engine.exchange == "all_gather",
+    )
 
 
 def shape_of_recipe(recipe: TeacherRecipe) -> TeacherShape:
@@ -223,7 +241,10 @@ def build_phase(
     pupils: tuple[Pupil, ...],
     objective: Objective,
     after_step: Callable[[int], None],
+    *,
     anchor_resolution: int | None = None,
+    lookahead: int = 0,
+    exchange: type[Slices] | type[AllGather] = Slices,
 ) -> Phase:
     """Loader, masks, exchange and schedules around a teacher and those it teaches.
 
@@ -236,7 +257,8 @@ def build_phase(
         crop_spec(recipe, anchor_resolution),
         seed=recipe.seed,
         images_global=plan.images_global,
-        positions=plan.shares[rank],
+        positions=lambda step: plan.share(rank, step),
+        max_images=plan.largest_shares[rank],
         num_threads=recipe.data.num_threads,
         device=site.device,
     )
@@ -244,13 +266,14 @@ def build_phase(
         name=name,
         num_steps=steps[1],
         first_step=steps[0],
+        lookahead=lookahead,
         plan=plan,
         world_rank=rank,
         grid_hw=scene.grid_hw,
         loader=loader,
         masks=StepMasks(recipe.masks, plan, rank, scene.grid_hw, recipe.seed, site.device),
         teacher=teacher,
-        exchange=Exchange(plan, rank, scene.groups.exchange, site.device),
+        exchange=exchange(plan, rank, scene.groups.exchange, site.device),
         pupils=pupils,
         temperature=lambda step: schedule.teacher_temperature(settings, step),
         scalars=lambda step: StepScalars(
@@ -305,7 +328,15 @@ def family_phase(scene: Scene, teacher: FrozenTeacher, shape: TeacherShape) -> P
     objective = objective_of(recipe.objective)
     steps = (0, recipe.schedule.steps)
     return build_phase(
-        scene, FAMILY_PHASE, steps, teacher, tuple(pupils), objective, lambda _: None
+        scene,
+        FAMILY_PHASE,
+        steps,
+        teacher,
+        tuple(pupils),
+        objective,
+        lambda _: None,
+        lookahead=recipe.engine.lookahead,
+        exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
     )
 
 

@@ -556,7 +556,7 @@ def _rate(value: float) -> str:
 
 def plan_table(plan: "Plan") -> Table:
     """Placement, slices and teacher shares of a plan, a row per network and one for the teaching."""
-    busy = f"busy at most {plan.utilisation:.0%} (even shares: {plan.utilisation_even:.0%})"
+    busy = f"busy at most {plan.utilisation:.0%} (even shares: {plan.utilisation_even_barrier:.0%})"
     table = Table(
         title=f"{plan.num_ranks} ranks, {plan.images_global} images a step, {busy}",
         title_justify="left",
@@ -567,7 +567,7 @@ def plan_table(plan: "Plan") -> Table:
         ranks = placement.world_ranks
         shown = str(ranks.start) if len(ranks) == 1 else f"{ranks.start}-{ranks.stop - 1}"
         table.add_row(placement.name, shown, _sizes(placement.slices))
-    table.add_row("teaching", f"0-{plan.num_ranks - 1}", _sizes(plan.shares))
+    table.add_row("teaching", f"0-{plan.num_ranks - 1}", _shares(plan))
     if plan.notes:
         table.caption, table.caption_justify = "; ".join(plan.notes), "left"
     return table
@@ -577,3 +577,13 @@ def _sizes(parts: Sequence[range]) -> str:
     """Sizes of ranges, runs of equal ones counted: ``2 x 32, 17``."""
     runs = [(size, len(list(group))) for size, group in groupby(len(part) for part in parts)]
     return ", ".join(f"{count} x {size}" if count > 1 else str(size) for size, count in runs)
+
+
+def _shares(plan: "Plan") -> str:
+    """Images each rank teaches per step, on average where they change from step to step."""
+    from distill.plan import run_lengths  # imports torch
+
+    runs = run_lengths([round(share, 1) for share in plan.mean_shares])
+    return ", ".join(
+        f"{count:.0f} x {size:g}" if count > 1 else f"{size:g}" for count, size in runs
+    )

@@ -13,8 +13,38 @@ from teacher.heads import HeadShape
 from teacher.vit import ViTSpec
 
 TRAINING_FACTOR = 3.0  # forward, gradient of the inputs, gradient of the weights
-PROTOTYPE_PASSES = 6.0  # the chunked cross-entropy multiplies six times; two of them against the teacher's prototypes
-SINKHORN_PASSES = 4.0  # three iterations and the last row normalisation
+# Products with the prototypes that the method needs: the student's logits and their two gradients, and
+# the teacher's logits once per Sinkhorn iteration. Walking over them in chunks, which saves the memory
+# of all logits, repeats four.
+PROTOTYPE_PASSES = 3.0
+SINKHORN_PASSES = 3.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan assumes of one device. ``tflops_per_s`` is the peak of dense bf16 products, ``efficiency`` the part of it that training reaches."""
+
+    name: str
+    tflops_per_s: float
+    memory_gib: float
+    efficiency: float
+
+    def seconds(self, tflops: float) -> float:
+        """Time of some work."""
+        return tflops / (self.tflops_per_s * self.efficiency)
+
+
+# Peaks and memory: vendors' data sheets. Efficiency: 40% on GPUs, an assumption until it is measured.
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("h100", 989.0, 80.0, 0.4),
+        Device("h200", 989.0, 141.0, 0.4),
+        Device("a100", 312.0, 80.0, 0.4),
+        Device("cpu", 0.05, 16.0, 0.5),  # one core with AVX-512
+    )
+}
+DEFAULT_DEVICE = DEVICES["h100"]
 
 
 @dataclass(frozen=True)

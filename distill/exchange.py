@@ -1,13 +1,23 @@
 """Teacher targets and crops to the ranks that train on them. The only traffic between groups.
 
-Each rank receives exactly the positions its students need, by one all-to-all with uneven splits per
-tensor. Every rank computes all splits from the plan and the step's mask counts, so no sizes are
-sent. What is on the wire: uint8 crops, and bottlenecks in the teacher's dtype, class tokens and
-masked patches only. Masks are not sent: they are a function of (seed, step, position).
+Two ways, the same result bit for bit:
+
+- ``Slices``: each rank receives exactly the positions its students need, by one all-to-all with
+  uneven splits per tensor. Every rank computes all splits from the plan and the step's mask counts,
+  so no sizes are sent. On the wire: uint8 crops, and the teacher's rows in its own dtype, class
+  tokens and masked patches only.
+- ``AllGather``: the published procedure, kept as the reference. Every rank receives the whole batch,
+  padded to equal shares: crops in the teacher's dtype, class rows, and the rows of all patches.
+
+Masks are not sent: they are a function of (seed, step, position). ``start`` launches the step's
+collectives and returns; ``wait`` on what it returned gives the delivery. Launches stand in step
+order on every rank, on a communicator of their own. Several steps may be in flight.
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,99 +42,277 @@ class Delivery:
     counts: Counts
 
 
-class Exchange:
-    """Delivers each step's crops and targets according to one plan. ``wait_s`` and ``received_bytes`` accumulate."""
+@dataclass(frozen=True)
+class Outgoing:
+    """What a rank hands over for one step: its share, and what every rank knows about the batch.
+
+    ``masks_of_needs`` belong to the positions this rank *needs*; ``counts`` are masked patches per
+    crop of the whole batch, [images_global, 2].
+    """
+
+    step: int
+    crops: CropBatch
+    targets: TeacherTargets
+    masks_of_needs: Tensor
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step's delivery on its way."""
+
+    works: tuple[dist.Work, ...]
+    finish: Callable[[], Delivery]
+    keep: tuple[Tensor, ...]
+    """What is being sent; it must live until the collectives are done."""
+
+
+@runtime_checkable
+class Exchange(Protocol):
+    """One of the two ways. ``wait_s`` and ``received_bytes`` accumulate.
+
+    ``wants_all_patches``: the teacher's rows are to hold all patches instead of the masked ones.
+    """
+
+    wants_all_patches: bool
+    needs: tuple[range, ...]
+    wait_s: float
+    received_bytes: int
+
+    def start(self, outgoing: Outgoing) -> Pending:
+        """Launches a step's collectives over the world."""
+        ...
+
+    def wait(self, pending: Pending) -> Delivery:
+        """Blocks until a step's delivery is complete."""
+        ...
+
+
+@dataclass(frozen=True)
+class WireShape:
+    """Bytes of one image and of one patch row on the wire, for predictions; ``patches`` per crop."""
+
+    global_crop_values: int
+    local_crop_values: int
+    class_row_values: int
+    patch_row_values: int
+    value_bytes: int
+    patches: int
+
+    @property
+    def slice_image_bytes(self) -> int:
+        """Of one image in ``Slices``, without its masked patches."""
+        crops = self.global_crop_values + self.local_crop_values  # uint8
+        return crops + self.class_row_values * self.value_bytes
+
+    @property
+    def slice_patch_bytes(self) -> int:
+        """Of one masked patch in ``Slices``."""
+        return self.patch_row_values * self.value_bytes
+
+    @property
+    def gathered_image_bytes(self) -> int:
+        """Of one image in ``AllGather``, all patches of both global crops included."""
+        values = self.global_crop_values + self.local_crop_values + self.class_row_values
+        return (values + 2 * self.patches * self.patch_row_values) * self.value_bytes
+
+
+def slice_bytes(plan: Plan, step: int, wire: WireShape, per_image: Counts) -> list[int]:
+    """Bytes that every rank receives from others in one step of ``Slices``; ``per_image`` masked patches, [images_global]."""
+    if plan.is_local:
+        return [0] * plan.num_ranks
+    starts = plan.share_borders(step)
+    masked = np.concatenate([[0], np.cumsum(per_image)])
+    received = []
+    for rank in range(plan.num_ranks):
+        own = range(int(starts[rank]), int(starts[rank + 1]))
+        images = patches = 0
+        for part in plan.needs(rank):
+            kept = _overlap(part, own)
+            images += len(part) - len(kept)
+            patches += int(masked[part.stop] - masked[part.start])
+            patches -= int(masked[kept.stop] - masked[kept.start]) if len(kept) else 0
+        received.append(images * wire.slice_image_bytes + patches * wire.slice_patch_bytes)
+    return received
+
+
+def gathered_bytes(plan: Plan, wire: WireShape) -> int:
+    """Bytes that every rank receives from others in one step of ``AllGather`` with even shares."""
+    padded = -(-plan.images_global // plan.num_ranks)
+    return (plan.num_ranks - 1) * padded * wire.gathered_image_bytes
+
+
+def _overlap(one: range, other: range) -> range:
+    start = max(one.start, other.start)
+    return range(start, max(start, min(one.stop, other.stop)))
+
+
+class Slices:
+    """Each rank receives exactly what its students train on."""
+
+    wants_all_patches = False
 
     def __init__(
         self, plan: Plan, world_rank: int, group: dist.ProcessGroup, device: torch.device
     ) -> None:
-        self._plan, self._world_rank, self._group, self._device = plan, world_rank, group, device
+        self._plan, self._rank, self._group, self._device = plan, world_rank, group, device
         self.needs = plan.needs(world_rank)
         self.wait_s = 0.0
         self.received_bytes = 0
-        share = plan.shares[world_rank]
-        self._to = [_overlaps(share, plan.needs(rank)) for rank in range(plan.num_ranks)]
-        self._from = [_overlaps(other, self.needs) for other in plan.shares]
+        # every (rank, part) of the needs of all ranks, so that a step's splits are array arithmetic
+        listed = [(r, p.start, p.stop) for r in range(plan.num_ranks) for p in plan.needs(r)]
+        self._needed = np.array(listed, np.int64).reshape(-1, 3).T
 
-    def deliver(
-        self, crops: CropBatch, targets: TeacherTargets, masks: Tensor, counts: Counts
-    ) -> Delivery:
-        """This rank's part of the batch. Collective over the world, unless every rank trains on what it teaches.
-
-        Args:
-            crops: this rank's teacher share.
-            targets: what the teacher says of it.
-            masks: masks of the positions this rank *needs*.
-            counts: [images_global, 2] masked patches per crop of the whole batch.
-        """
-        per_image = counts.sum(axis=1)
+    def start(self, outgoing: Outgoing) -> Pending:
+        """Launches one all-to-all per tensor; none when every rank trains on what it teaches."""
+        crops, targets, counts = outgoing.crops, outgoing.targets, outgoing.counts
         if self._plan.is_local:
-            return Delivery(crops, targets, masks, self.needs, counts)
-        started = time.perf_counter()
-        images_out, images_in = [_size(p) for p in self._to], [_size(p) for p in self._from]
-        masked_out = [int(sum(per_image[part].sum() for part in _slices(p))) for p in self._to]
-        masked_in = [int(sum(per_image[part].sum() for part in _slices(p))) for p in self._from]
-        rows = self._rows_out(per_image)
-
-        def by_image(tensor: Tensor | None) -> Tensor | None:
-            return (
-                None if tensor is None else self._send(tensor[rows.images], images_out, images_in)
+            told = Delivery(crops, targets, outgoing.masks_of_needs, self.needs, counts)
+            return Pending((), lambda: told, ())
+        routes = self._routes(outgoing.step, counts.sum(axis=1))
+        moved = [
+            self._launch(tensor, routes.images if by_image else routes.masked)
+            for tensor, by_image in (
+                (crops.global_crops, True),
+                (crops.local_crops, True),
+                (targets.class_rows, True),
+                (targets.patch_rows, False),
             )
+        ]
+        anchor = targets.anchor_patches
+        if anchor is not None:
+            moved.append(self._launch(anchor, routes.images))
 
-        moved_crops = CropBatch(
-            self._send(crops.global_crops[rows.images], images_out, images_in),
-            self._send(crops.local_crops[rows.images], images_out, images_in),
-        )
-        moved_targets = TeacherTargets(
-            self._send(targets.class_rows[rows.images], images_out, images_in),
-            self._send(targets.patch_rows[rows.masked], masked_out, masked_in),
-            by_image(targets.anchor_patches),
-        )
+        def finish() -> Delivery:
+            tensors = [tensor for _, _, tensor in moved]
+            arrived = TeacherTargets(*tensors[2:])
+            masks = outgoing.masks_of_needs
+            return Delivery(CropBatch(*tensors[:2]), arrived, masks, self.needs, counts)
+
+        return Pending(tuple(m[0] for m in moved), finish, tuple(m[1] for m in moved))
+
+    def wait(self, pending: Pending) -> Delivery:
+        """Blocks until the step's all-to-alls are done."""
+        started = time.perf_counter()
+        for work in pending.works:
+            work.wait()
+        delivery = pending.finish()
         self.wait_s += time.perf_counter() - started
-        return Delivery(moved_crops, moved_targets, masks, self.needs, counts)
+        return delivery
 
-    def _rows_out(self, per_image: Counts) -> "_Rows":
-        """Rows of this rank's share in sending order: destination by destination, ascending."""
-        share = self._plan.shares[self._world_rank]
-        images = np.concatenate(
-            [np.arange(p.start, p.stop) for parts in self._to for p in parts]
-            or [np.empty(0, np.int64)]
+    def _launch(self, rows: Tensor, route: "_Route") -> tuple[dist.Work, Tensor, Tensor]:
+        sent = rows[route.rows_out].contiguous()
+        received = rows.new_empty(sum(route.sizes_in), *rows.shape[1:])
+        work = dist.all_to_all_single(
+            received, sent, route.sizes_in, route.sizes_out, group=self._group, async_op=True
         )
-        ends = np.cumsum(per_image[share.start : share.stop])
-        starts = ends - per_image[share.start : share.stop]
-        local = images - share.start
-        masked = [np.arange(starts[i], ends[i]) for i in local]
-        return _Rows(
-            torch.from_numpy(local).to(self._device),
-            torch.from_numpy(np.concatenate(masked or [np.empty(0, np.int64)])).to(self._device),
+        foreign = sum(route.sizes_in) - route.sizes_in[self._rank]
+        self.received_bytes += foreign * received.element_size() * int(np.prod(rows.shape[1:]))
+        return work, sent, received
+
+    def _routes(self, step: int, per_image: Counts) -> "_Routes":
+        """Rows out in sending order (destination by destination, ascending) and all split sizes of one step."""
+        plan, rank = self._plan, self._rank
+        borders = plan.share_borders(step)
+        share_start, share_stop = int(borders[rank]), int(borders[rank + 1])
+        to, starts, stops = self._needed
+        starts, stops = starts.clip(share_start, share_stop), stops.clip(share_start, share_stop)
+        masked_before = np.concatenate([[0], np.cumsum(per_image)])
+        sizes_out = np.zeros(plan.num_ranks, np.int64)
+        masked_out = np.zeros(plan.num_ranks, np.int64)
+        np.add.at(sizes_out, to, stops - starts)
+        np.add.at(masked_out, to, masked_before[stops] - masked_before[starts])
+        sizes_in = np.zeros(plan.num_ranks, np.int64)
+        masked_in = np.zeros(plan.num_ranks, np.int64)
+        for part in self.needs:
+            inside = borders.clip(part.start, part.stop)
+            sizes_in += np.diff(inside)
+            masked_in += np.diff(masked_before[inside])
+        spans = [(a, b) for a, b in zip(starts.tolist(), stops.tolist(), strict=True) if b > a]
+        images = [np.arange(a, b) - share_start for a, b in spans]
+        origin = masked_before[share_start]
+        masked = [np.arange(masked_before[a], masked_before[b]) - origin for a, b in spans]
+        return _Routes(
+            _Route(self._index(images), sizes_out.tolist(), sizes_in.tolist()),
+            _Route(self._index(masked), masked_out.tolist(), masked_in.tolist()),
         )
 
-    def _send(self, rows: Tensor, sizes_out: list[int], sizes_in: list[int]) -> Tensor:
-        received = rows.new_empty(sum(sizes_in), *rows.shape[1:])
-        dist.all_to_all_single(received, rows.contiguous(), sizes_in, sizes_out, group=self._group)
-        own = sizes_in[self._world_rank]
-        row_bytes = received.element_size() * (received[0].numel() if len(received) else 0)
-        self.received_bytes += (received.shape[0] - own) * row_bytes
-        return received
+    def _index(self, parts: list[Counts]) -> Tensor:
+        rows = np.concatenate(parts or [np.empty(0, np.int64)])
+        return torch.from_numpy(rows).to(self._device)
 
 
 @dataclass(frozen=True)
-class _Rows:
-    images: Tensor
-    masked: Tensor
+class _Route:
+    rows_out: Tensor
+    sizes_out: list[int]
+    sizes_in: list[int]
 
 
-def _overlaps(share: range, needs: tuple[range, ...]) -> tuple[range, ...]:
-    parts = (range(max(share.start, n.start), min(share.stop, n.stop)) for n in needs)
-    return tuple(part for part in parts if len(part))
+@dataclass(frozen=True)
+class _Routes:
+    images: _Route
+    masked: _Route
 
 
-def _size(parts: tuple[range, ...]) -> int:
-    return sum(len(part) for part in parts)
+class AllGather:
+    """Every rank receives the whole batch, as published; it keeps the positions it needs."""
 
+    wants_all_patches = True
 
-def _slices(parts: tuple[range, ...]) -> list[slice]:
-    return [slice(part.start, part.stop) for part in parts]
+    def __init__(
+        self, plan: Plan, world_rank: int, group: dist.ProcessGroup, device: torch.device
+    ) -> None:
+        self._plan, self._rank, self._group, self._device = plan, world_rank, group, device
+        self.needs = plan.needs(world_rank)
+        self.wait_s = 0.0
+        self.received_bytes = 0
+        self._padded = max(plan.largest_shares)
+
+    def start(self, outgoing: Outgoing) -> Pending:
+        """Launches one all-gather per tensor. ``patch_rows`` hold all patches here, [images * 2 * patches, taught]."""
+        crops, targets = outgoing.crops, outgoing.targets
+        dtype, images = targets.class_rows.dtype, len(targets.class_rows)
+        patches = outgoing.masks_of_needs.shape[2]
+        by_image = [
+            crops.global_crops.to(dtype),  # whole numbers up to 255 are exact in bf16
+            crops.local_crops.to(dtype),
+            targets.class_rows,
+            targets.patch_rows.view(images, 2, patches, -1),
+        ]
+        gathered = [self._launch(tensor) for tensor in by_image]
+
+        def finish() -> Delivery:
+            whole = [self._unpad(tensor, outgoing.step) for _, _, tensor in gathered]
+            global_crops, local_crops, class_rows, patch_rows = whole
+            kept = CropBatch(global_crops.to(torch.uint8), local_crops.to(torch.uint8))
+            masked = patch_rows[outgoing.masks_of_needs]
+            told = TeacherTargets(class_rows, masked)
+            return Delivery(kept, told, outgoing.masks_of_needs, self.needs, outgoing.counts)
+
+        return Pending(tuple(g[0] for g in gathered), finish, tuple(g[1] for g in gathered))
+
+    wait = Slices.wait
+
+    def _launch(self, rows: Tensor) -> tuple[dist.Work, Tensor, Tensor]:
+        padding = self._padded - rows.shape[0]
+        sent = torch.cat([rows, rows.new_zeros(padding, *rows.shape[1:])])
+        num_ranks = self._plan.num_ranks
+        received = rows.new_empty(num_ranks * self._padded, *rows.shape[1:])
+        gather = (
+            getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        )  # renamed in torch 2.13
+        work = gather(received, sent, group=self._group, async_op=True)
+        self.received_bytes += (num_ranks - 1) * sent.numel() * sent.element_size()
+        return work, sent, received
+
+    def _unpad(self, whole: Tensor, step: int) -> Tensor:
+        """The rows of the positions this rank needs."""
+        shares = self._plan.shares(step)
+        padded = whole.view(len(shares), self._padded, *whole.shape[1:])
+        batch = torch.cat([padded[rank, : len(share)] for rank, share in enumerate(shares)])
+        parts = [batch[part.start : part.stop] for part in self.needs]
+        return torch.cat(parts) if parts else batch[:0]
 
 
 def lesson_for(

@@ -1,16 +1,20 @@
 """The loop, read first: fetch, teach, exchange, learn, record, save.
 
 Pretraining and distillation run in it alike; they differ in who teaches and in what happens after a
-step. It looks at no tensor shape. Every rank runs it in step: the exchange meets every step,
-everything else stays inside a network's group, and stopping and saving are agreed at the logging
-interval.
+step. It looks at no tensor shape. A frozen teacher works up to ``lookahead`` steps ahead of the
+students: its answers for later steps are the same now, so ranks whose students are quick fill the
+time by teaching, and nobody waits for the slowest until the buffer of steps is empty. Everything
+else stays inside a network's group; stopping and saving are agreed at the logging interval.
 """
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from distill.data.loader import Loader
-from distill.exchange import Exchange, lesson_for
+from distill.exchange import Exchange, Outgoing, Pending, lesson_for
 from distill.masking import StepMasks
 from distill.plan import Plan
 from distill.pupil import Pupil
@@ -22,15 +26,17 @@ from teacher.trainee import StepScalars
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of steps with a fixed plan, teacher and objective, as one rank sees it.
+    """One stretch of steps with a teacher and an objective, as one rank sees it.
 
     ``first_step`` is where this phase begins in the stream of samples; ``after_step`` updates what
-    follows the trained weights (the EMA network and the Gram anchor of pretraining).
+    follows the trained weights (the EMA network and the Gram anchor of pretraining), so a phase that
+    has one looks no step ahead.
     """
 
     name: str
     num_steps: int
     first_step: int
+    lookahead: int
     plan: Plan
     world_rank: int
     grid_hw: tuple[int, int]
@@ -46,22 +52,20 @@ class Phase:
 
 def run_phase(phase: Phase, recorder: Recorder, saver: Saver, start_step: int) -> bool:
     """Runs the steps from ``start_step`` on; True when the phase is complete, False when a stop was asked for and saved."""
+    on_the_way: deque[Pending] = deque()
     for step in range(start_step, phase.num_steps):
+        stop = min(step + phase.lookahead + 1, phase.num_steps)
+        for ahead in range(step + len(on_the_way), stop):
+            on_the_way.append(_teach(phase, phase.first_step + ahead))
+        delivery = phase.exchange.wait(on_the_way.popleft())
+
         stream_step = phase.first_step + step
-
-        crops = phase.loader.fetch(stream_step)
-
-        masks = phase.masks.draw(stream_step)
-        targets = phase.teacher.teach(crops, masks.of_share)
-
-        delivery = phase.exchange.deliver(crops, targets, masks.of_needs, masks.counts)
-
-        temperature = phase.temperature(stream_step)
         for pupil in phase.pupils:
             lesson = lesson_for(
                 delivery, pupil.placement, phase.world_rank, phase.grid_hw, phase.plan.images_global
             )
-            pupil.learn(lesson, temperature, phase.scalars(stream_step), stream_step)
+            temperature, scalars = phase.temperature(stream_step), phase.scalars(stream_step)
+            pupil.learn(lesson, temperature, scalars, stream_step)
         phase.after_step(step + 1)
 
         wishes = recorder.record(phase, step + 1)
@@ -71,3 +75,15 @@ def run_phase(phase: Phase, recorder: Recorder, saver: Saver, start_step: int) -
         if wishes.stop:
             return False
     return True
+
+
+def _teach(phase: Phase, stream_step: int) -> Pending:
+    """Fetches this rank's share of a step, asks the teacher, and sends the answers on their way."""
+    crops = phase.loader.fetch(stream_step)
+    masks = phase.masks.draw(stream_step)
+    asked = masks.of_share
+    if phase.exchange.wants_all_patches:
+        asked = torch.ones_like(asked)
+    targets = phase.teacher.teach(crops, asked)
+    outgoing = Outgoing(stream_step, crops, targets, masks.of_needs, masks.counts)
+    return phase.exchange.start(outgoing)

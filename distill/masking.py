@@ -35,9 +35,8 @@ class StepMasks:
         device: torch.device,
     ) -> None:
         self._spec, self._seed, self._grid_hw, self._device = spec, seed, grid_hw, device
+        self._plan, self._world_rank = plan, world_rank
         self._images_global = plan.images_global
-        share = plan.shares[world_rank]
-        self._share = np.arange(share.start, share.stop)
         parts = [np.arange(part.start, part.stop) for part in plan.needs(world_rank)]
         self._needs = np.concatenate(parts or [np.empty(0, np.int64)])
 
@@ -51,8 +50,10 @@ class StepMasks:
             probability=self._spec.probability,
             ratio=self._spec.ratio,
         )
-        of_share = self._draw(step, self._share)
-        same = np.array_equal(self._share, self._needs)
+        share = self._plan.share(self._world_rank, step)
+        positions = np.arange(share.start, share.stop)
+        of_share = self._draw(step, positions)
+        same = np.array_equal(positions, self._needs)
         return DrawnMasks(of_share, of_share if same else self._draw(step, self._needs), counts)
 
     def _draw(self, step: int, positions: Counts) -> Bool[Tensor, "images 2 patches"]:

@@ -2,25 +2,41 @@
 
 Teaching is divisible to one image and is the larger part of the work, so it fills the gaps that
 students leave (water filling): rank r teaches ``n_r`` images so that ``n_r * teacher cost + its
-students' cost`` is as equal as possible. Shares and slices are contiguous ranges of positions in
-the global batch, in rank order; together they say exactly which image goes where.
+students' cost`` is the same for all r. Such shares are rarely whole. With look-ahead, ranks need to
+agree on average only, so each step rounds them differently: the borders between shares are shifted
+by a number u in [0, 1) that changes every step, and over the steps every rank teaches its exact
+share. Without look-ahead every step ends together, so one rounding is kept, the one whose largest
+load is smallest.
+
+Shares and slices are contiguous ranges of positions in the global batch, in rank order; together
+they say exactly which image goes where.
 """
 
-from collections.abc import Sequence
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cached_property
+from itertools import accumulate, groupby, pairwise, permutations, product
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from distill.errors import PlanError
 from teacher.trainee import KOLEO_GROUP
 
+SEARCH_LIMIT = 20_000  # placements tried one by one; beyond it the heaviest goes first
+GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples modulo one spread evenly from the start
+SLACK = 1e-9  # floating-point room when a load is compared with the level
+
 
 @dataclass(frozen=True)
 class Work:
-    """One trained network before it is placed: teraflops per image, and how many ranks it asks for (None: any)."""
+    """One trained network before it is placed: seconds per image, and how many ranks it asks for (None: any)."""
 
     name: str
-    tflops_per_image: float
+    image_s: float
     ranks: int | None = None
 
 
@@ -49,44 +65,119 @@ class Placement:
 
 @dataclass(frozen=True)
 class Plan:
-    """The division of every step's work over the ranks."""
+    """The division of every step's work over the ranks.
+
+    ``exact_shares`` are images per rank and step before rounding; ``unit`` images are taught at
+    once. Seconds: ``teach_s`` of the teacher per image, ``image_s`` of each network per image,
+    ``student_s`` of all networks on a rank per step.
+    """
 
     images_global: int
     num_ranks: int
-    shares: tuple[range, ...]
     placements: tuple[Placement, ...]
-    load_tflops: tuple[float, ...]
-    even_load_tflops: tuple[float, ...]
+    exact_shares: tuple[float, ...]
+    unit: int
+    is_dithered: bool
+    teach_s: float
+    image_s: tuple[float, ...]
+    student_s: tuple[float, ...]
     notes: tuple[str, ...]
 
     def needs(self, world_rank: int) -> tuple[range, ...]:
         """Positions a rank receives: the union of its students' slices, merged and ascending."""
-        merged: list[range] = []
-        slices = (p.slice_of(world_rank) for p in self.placements if world_rank in p.world_ranks)
-        for part in sorted((s for s in slices if len(s)), key=lambda s: s.start):
-            if merged and part.start <= merged[-1].stop:
-                merged[-1] = range(merged[-1].start, max(merged[-1].stop, part.stop))
-            else:
-                merged.append(part)
-        return tuple(merged)
+        return self._needs[world_rank]
+
+    @cached_property
+    def _needs(self) -> tuple[tuple[range, ...], ...]:
+        hosted: list[list[range]] = [[] for _ in range(self.num_ranks)]
+        for placement in self.placements:
+            for rank, part in zip(placement.world_ranks, placement.slices, strict=True):
+                hosted[rank].append(part)
+        return tuple(_merge(parts) for parts in hosted)
+
+    @cached_property
+    def _borders(self) -> NDArray[np.float64]:
+        """Where shares end, in units, before rounding; the last is exact."""
+        ends = np.cumsum(np.asarray(self.exact_shares)) / self.unit
+        ends[-1] = self.images_global / self.unit
+        return np.concatenate([[0.0], ends])
+
+    def shares(self, step: int) -> tuple[range, ...]:
+        """The positions each rank teaches at ``step``; rank by rank they cover the batch once."""
+        borders = self.share_borders(step).tolist()
+        return tuple(range(start, stop) for start, stop in pairwise(borders))
+
+    def share(self, world_rank: int, step: int) -> range:
+        """The positions one rank teaches at ``step``."""
+        start, stop = self.share_borders(step)[world_rank : world_rank + 2].tolist()
+        return range(start, stop)
+
+    def share_borders(self, step: int) -> NDArray[np.int64]:
+        """Starts of all shares at ``step`` and the end of the last, [num_ranks + 1]."""
+        shift = (step * GOLDEN) % 1.0 if self.is_dithered else 0.0
+        # the slack keeps a border that is whole but for rounding from falling below itself
+        return self.unit * np.floor(self._borders + shift + SLACK).astype(np.int64)
 
     @property
+    def largest_shares(self) -> tuple[int, ...]:
+        """The most images each rank ever teaches in one step."""
+        if not self.is_dithered:
+            return tuple(len(share) for share in self.shares(0))
+        units = [
+            math.ceil(share / self.unit + SLACK) if share else 0 for share in self.exact_shares
+        ]
+        return tuple(min(count * self.unit, self.images_global) for count in units)
+
+    @cached_property
     def is_local(self) -> bool:
         """Every rank teaches exactly what it trains on: nothing has to travel."""
+        if self.is_dithered:
+            return False
         return all(
-            self.needs(r) == ((self.shares[r],) if len(self.shares[r]) else ())
-            for r in range(self.num_ranks)
+            needs == ((share,) if len(share) else ())
+            for needs, share in zip(self._needs, self.shares(0), strict=True)
         )
+
+    @property
+    def load_s(self) -> tuple[float, ...]:
+        """Seconds of work of each rank and step, on average over steps."""
+        return tuple(
+            own + self.teach_s * share
+            for own, share in zip(self.student_s, self.mean_shares, strict=True)
+        )
+
+    @property
+    def even_load_s(self) -> tuple[float, ...]:
+        """The same with the teaching divided evenly, whole images or not."""
+        each = self.teach_s * self.images_global / self.num_ranks
+        return tuple(own + each for own in self.student_s)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step: the largest load."""
+        return max(self.load_s)
 
     @property
     def utilisation(self) -> float:
         """Mean load over the largest: the bound on how busy the ranks can be."""
-        return sum(self.load_tflops) / (self.num_ranks * max(self.load_tflops))
+        return sum(self.load_s) / (self.num_ranks * self.step_s)
 
     @property
-    def utilisation_even(self) -> float:
-        """The same bound with equal teacher shares."""
-        return sum(self.even_load_tflops) / (self.num_ranks * max(self.even_load_tflops))
+    def utilisation_even_barrier(self) -> float:
+        """The same bound with even shares and a barrier every step, as published."""
+        return sum(self.even_load_s) / (self.num_ranks * max(self.even_load_s))
+
+    @property
+    def gain(self) -> float:
+        """Time of one separate job per student on these ranks, all perfectly filled, over this job's."""
+        separate = sum(self.teach_s + each for each in self.image_s)
+        return separate * self.images_global / self.num_ranks / self.step_s
+
+    @property
+    def gain_bound(self) -> float:
+        """The gain of a job without a gap: (S C_T + sum C_i) / (C_T + sum C_i)."""
+        students = sum(self.image_s)
+        return (len(self.image_s) * self.teach_s + students) / (self.teach_s + students)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data, for ``plan.json`` and ``--json``."""
@@ -97,18 +188,52 @@ class Plan:
             "placements": {
                 p.name: [p.world_ranks.start, p.world_ranks.stop] for p in self.placements
             },
-            "slices": {p.name: [len(s) for s in p.slices] for p in self.placements},
-            "shares": [len(s) for s in self.shares],
+            "slices": {p.name: run_lengths([len(s) for s in p.slices]) for p in self.placements},
+            "shares": run_lengths([round(share, 4) for share in self.mean_shares]),
             "utilisation": self.utilisation,
-            "utilisation_even": self.utilisation_even,
+            "utilisation_even_barrier": self.utilisation_even_barrier,
+            "step_s": self.step_s,
+            "images_per_s": self.images_global / self.step_s,
+            "gain": self.gain,
+            "gain_bound": self.gain_bound,
             "notes": list(self.notes),
         }
 
+    @property
+    def mean_shares(self) -> tuple[float, ...]:
+        """Images each rank teaches per step, on average over steps."""
+        if self.is_dithered:
+            return self.exact_shares
+        return tuple(float(len(share)) for share in self.shares(0))
+
+
+def run_lengths(values: Sequence[float]) -> list[list[float]]:
+    """Run-length code: [count, value] of each run of equal values."""
+    return [[len(list(run)), value] for value, run in groupby(values)]
+
 
 def make_plan(
-    works: Sequence[Work], teaching_tflops: float, images_global: int, num_ranks: int
+    works: Sequence[Work],
+    teach_s: float,
+    images_global: int,
+    num_ranks: int,
+    *,
+    lookahead: int = 0,
+    unit: int = 1,
+    has_even_shares: bool = False,
+    ranks_per_node: int = 8,
 ) -> Plan:
     """Places networks on ranks and divides the teaching.
+
+    Args:
+        works: networks to train.
+        teach_s: seconds the teacher takes per image.
+        images_global: images per step.
+        num_ranks: ranks of the job.
+        lookahead: steps that teaching may run ahead; above 0 shares may differ from step to step.
+        unit: images the teacher takes at once; shares are whole units where they divide the batch.
+        has_even_shares: divide the teaching evenly, as published.
+        ranks_per_node: groups are laid out so that few of them cross a node border.
 
     Raises:
         PlanError: no ranks, fewer images than ranks of a network, or a network that asks for more
@@ -123,36 +248,52 @@ def make_plan(
                 f"{work.name}: {count} ranks for a batch of {images_global} images leaves ranks without an image",
                 fix=f"Use at most {images_global} ranks, or a larger schedule.batch.",
             )
-    placements = _place(works, counts, images_global, num_ranks)
-    cost = {work.name: work.tflops_per_image for work in works}
-    student_load = [
-        sum(cost[p.name] * len(p.slice_of(rank)) for p in placements if rank in p.world_ranks)
-        for rank in range(num_ranks)
-    ]
-    if all(len(p.slices) == num_ranks for p in placements):
-        shares = placements[0].slices  # nothing to fill, and nothing has to travel
+    placements = _place(works, counts, images_global, num_ranks, ranks_per_node)
+    student_s = [0.0] * num_ranks
+    for work, placement in zip(works, placements, strict=True):
+        for rank, part in zip(placement.world_ranks, placement.slices, strict=True):
+            student_s[rank] += work.image_s * len(part)
+    unit = unit if images_global % unit == 0 else 1
+    is_dithered = lookahead > 0 and not has_even_shares
+    if all(len(p.slices) == num_ranks for p in placements):  # nothing to fill, nothing to send
+        exact: Sequence[float] = [float(len(part)) for part in placements[0].slices]
+        is_dithered, unit = False, 1
+    elif has_even_shares:
+        exact, unit = [float(len(part)) for part in split_evenly(images_global, num_ranks)], 1
+    elif is_dithered:
+        exact = fill_exactly(student_s, teach_s, images_global)
     else:
-        shares = fill_shares(student_load, teaching_tflops, images_global)
-    even = split_evenly(images_global, num_ranks)
+        exact = [float(size) for size in fill_whole(student_s, teach_s, images_global, unit)]
     return Plan(
         images_global=images_global,
         num_ranks=num_ranks,
-        shares=shares,
         placements=placements,
-        load_tflops=tuple(
-            load + teaching_tflops * len(share)
-            for load, share in zip(student_load, shares, strict=True)
-        ),
-        even_load_tflops=tuple(
-            load + teaching_tflops * len(share)
-            for load, share in zip(student_load, even, strict=True)
-        ),
+        exact_shares=tuple(exact),
+        unit=unit,
+        is_dithered=is_dithered,
+        teach_s=teach_s,
+        image_s=tuple(work.image_s for work in works),
+        student_s=tuple(student_s),
         notes=notes,
     )
 
 
+def _merge(parts: Sequence[range]) -> tuple[range, ...]:
+    merged: list[range] = []
+    for part in sorted((p for p in parts if len(p)), key=lambda p: p.start):
+        if merged and part.start <= merged[-1].stop:
+            merged[-1] = range(merged[-1].start, max(merged[-1].stop, part.stop))
+        else:
+            merged.append(part)
+    return tuple(merged)
+
+
 def _count_ranks(works: Sequence[Work], num_ranks: int) -> tuple[list[int], tuple[str, ...]]:
-    """Ranks of each network: as asked, the others by giving each next rank to whoever has most work per rank."""
+    """Ranks of each network: as asked, the others by giving each next rank to whoever has most work per rank.
+
+    That order makes the heaviest rank as light as any division of the ranks can (each rank goes where
+    the maximum is), and the teaching fills what remains below it.
+    """
     for work in works:
         if work.ranks is not None and work.ranks > num_ranks:
             raise PlanError(
@@ -165,34 +306,92 @@ def _count_ranks(works: Sequence[Work], num_ranks: int) -> tuple[list[int], tupl
         return counts, (f"{len(works)} networks on {num_ranks} ranks: some ranks hold several",)
     flexible = [index for index, work in enumerate(works) if work.ranks is None]
     for _ in range(free if flexible else 0):
-        heaviest = max(flexible, key=lambda index: works[index].tflops_per_image / counts[index])
+        heaviest = max(flexible, key=lambda index: works[index].image_s / counts[index])
         counts[heaviest] += 1
     idle = num_ranks - sum(counts)
     return counts, ((f"{idle} ranks only teach",) if idle else ())
 
 
 def _place(
-    works: Sequence[Work], counts: Sequence[int], images_global: int, num_ranks: int
+    works: Sequence[Work],
+    counts: Sequence[int],
+    images_global: int,
+    num_ranks: int,
+    ranks_per_node: int,
 ) -> tuple[Placement, ...]:
-    """Side by side where they fit; otherwise the heaviest first, each onto the least loaded neighbouring ranks."""
-    firsts = [0] * len(works)
+    """Side by side where they fit, otherwise stacked so that the fullest rank is as light as can be."""
     if sum(counts) <= num_ranks:
-        firsts = [sum(counts[:index]) for index in range(len(works))]
+        firsts = _side_by_side(counts, ranks_per_node)
     else:
-        load = [0.0] * num_ranks
-        for index in sorted(
-            range(len(works)), key=lambda i: -works[i].tflops_per_image / counts[i]
-        ):
-            count = counts[index]
-            firsts[index] = min(
-                range(num_ranks - count + 1), key=lambda first: max(load[first : first + count])
-            )
-            for rank in range(firsts[index], firsts[index] + count):
-                load[rank] += works[index].tflops_per_image / count
+        firsts = _stacked(
+            [w.image_s / c for w, c in zip(works, counts, strict=True)], counts, num_ranks
+        )
     return tuple(
         Placement(work.name, first, split_evenly(images_global, count))
         for work, first, count in zip(works, firsts, counts, strict=True)
     )
+
+
+def _side_by_side(counts: Sequence[int], ranks_per_node: int) -> list[int]:
+    """First ranks of contiguous groups, in an order with few groups across node borders.
+
+    The recipe's order unless another is better: of all orders for up to six groups; beyond, the one
+    that puts whole nodes first and then fills each node with what fits it best.
+    """
+
+    def crossings(order: Sequence[int]) -> int:
+        ends = list(accumulate(counts[index] for index in order))
+        starts = [0, *ends[:-1]]
+        return sum(
+            (end - 1) // ranks_per_node - start // ranks_per_node
+            for start, end in zip(starts, ends, strict=True)
+        )
+
+    given = tuple(range(len(counts)))
+    orders = permutations(given) if len(counts) <= 6 else (given, _packed(counts, ranks_per_node))
+    order = min(orders, key=crossings)
+    firsts = [0] * len(counts)
+    for index, first in zip(order, accumulate([0, *(counts[i] for i in order)]), strict=False):
+        firsts[index] = first
+    return firsts
+
+
+def _packed(counts: Sequence[int], ranks_per_node: int) -> tuple[int, ...]:
+    """Groups of whole nodes, then the others, each time the largest remainder that fits the open node."""
+    order = [index for index, count in enumerate(counts) if count % ranks_per_node == 0]
+    left = [index for index, count in enumerate(counts) if count % ranks_per_node]
+    filled = 0
+    while left:
+        room = ranks_per_node - filled % ranks_per_node
+        fitting = [index for index in left if counts[index] % ranks_per_node <= room]
+        chosen = max(fitting or left, key=lambda index: counts[index] % ranks_per_node)
+        order.append(chosen)
+        left.remove(chosen)
+        filled += counts[chosen]
+    return tuple(order)
+
+
+def _stacked(load: Sequence[float], counts: Sequence[int], num_ranks: int) -> list[int]:
+    """First ranks when there are fewer ranks than networks want: the best of all placements, or heaviest first."""
+    choices = [range(num_ranks - count + 1) for count in counts]
+
+    def fullest(firsts: Iterable[int]) -> tuple[float, ...]:
+        total = [0.0] * num_ranks
+        for first, count, each in zip(firsts, counts, load, strict=True):
+            for rank in range(first, first + count):
+                total[rank] += each
+        return tuple(sorted(total, reverse=True))
+
+    if math.prod(len(choice) for choice in choices) <= SEARCH_LIMIT:
+        return list(min(product(*choices), key=fullest))
+    firsts = [0] * len(counts)
+    total = [0.0] * num_ranks
+    for index in sorted(range(len(counts)), key=lambda i: -load[i]):
+        count = counts[index]
+        firsts[index] = min(choices[index], key=lambda first: max(total[first : first + count]))
+        for rank in range(firsts[index], firsts[index] + count):
+            total[rank] += load[index]
+    return firsts
 
 
 def split_evenly(images_global: int, num_parts: int) -> tuple[range, ...]:
@@ -203,25 +402,45 @@ def split_evenly(images_global: int, num_parts: int) -> tuple[range, ...]:
     return tuple(range(start, stop) for start, stop in pairwise(borders))
 
 
-def fill_shares(
-    student_load: Sequence[float], teaching_tflops: float, images_global: int
-) -> tuple[range, ...]:
-    """Teacher shares that make all ranks' total load as equal as whole images allow (water filling).
+def fill_exactly(student_s: Sequence[float], teach_s: float, images_global: int) -> list[float]:
+    """Shares that make the total load of all ranks equal (water filling), not rounded.
 
     Ranks whose students already exceed the level teach nothing.
     """
-    level_of = sorted(student_load)
-    level, wet = 0.0, 0
-    for count in range(1, len(level_of) + 1):
-        level = (images_global * teaching_tflops + sum(level_of[:count])) / count
-        wet = count
-        if count == len(level_of) or level <= level_of[count]:
+    ordered = sorted(student_s)
+    level = 0.0
+    for count, below in enumerate(accumulate(ordered), start=1):
+        level = (images_global * teach_s + below) / count
+        if count == len(ordered) or level <= ordered[count]:
             break
-    assert wet > 0, "no rank to teach on"
-    exact = [max(0.0, level - load) / teaching_tflops for load in student_load]
-    sizes = [int(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda rank: (sizes[rank] - exact[rank], rank))
-    for rank in by_remainder[: images_global - sum(sizes)]:
-        sizes[rank] += 1
-    borders = [sum(sizes[:rank]) for rank in range(len(sizes) + 1)]
-    return tuple(range(start, stop) for start, stop in pairwise(borders))
+    return [max(0.0, level - own) / teach_s for own in student_s]
+
+
+def fill_whole(
+    student_s: Sequence[float], teach_s: float, images_global: int, unit: int
+) -> list[int]:
+    """Shares in whole units with the smallest largest load that whole units allow.
+
+    The level is found among the loads that some rank would reach with some share; then one unit is
+    taken from the fullest rank until the batch is divided.
+    """
+    own, cost = np.asarray(student_s), teach_s * unit
+    units = images_global // unit
+    exact = np.asarray(fill_exactly(student_s, teach_s, images_global)) / unit
+    low = np.floor(exact)
+    # at the level of the exact filling at most `units` fit; one more unit on every rank is enough
+    candidates = sorted({*(own + cost * low), *(own + cost * (low + 1))})
+
+    def fitting(level: float) -> NDArray[np.float64]:
+        room: NDArray[np.float64] = np.floor((level - own) / cost + SLACK).clip(min=0.0)
+        return room
+
+    index = bisect_left(candidates, True, key=lambda level: bool(fitting(level).sum() >= units))
+    sizes = fitting(candidates[index])
+    surplus = int(sizes.sum()) - units
+    load = np.where(sizes > 0, own + cost * sizes, -np.inf)
+    for _ in range(surplus):
+        fullest = int(load.argmax())
+        sizes[fullest] -= 1
+        load[fullest] = load[fullest] - cost if sizes[fullest] > 0 else -np.inf
+    return [int(size) * unit for size in sizes]

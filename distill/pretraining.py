@@ -86,7 +86,7 @@ class Pretraining:
             (Pupil(ONLINE, placement, self.engine, rates, _own_targets(self.ema)),),
             objective_of(stage.objective, 0.0 if gram is None else gram.weight),
             lambda step: self._after_step(stage, step),
-            None if gram is None else gram.resolution,
+            anchor_resolution=None if gram is None else gram.resolution,
         )
 
     def _after_step(self, stage: StageSpec, step: int) -> None:

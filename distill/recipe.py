@@ -304,13 +304,19 @@ class DataSpec(Section):
 
 
 class EngineSpec(Section):
-    """Where and how fast. ``processes`` counts local ranks; ``auto`` is one per GPU."""
+    """Where and how fast. ``processes`` counts local ranks; ``auto`` is one per GPU.
+
+    ``lookahead``: steps that a frozen teacher may work ahead of its students. ``exchange``: to each
+    rank its slice, or everything to everybody with even teacher shares, as published.
+    """
 
     device: Literal["auto", "cpu", "cuda"] = machine("auto")
     processes: int | Literal["auto"] = machine("auto")
     precision: Literal["fp32", "bf16"] = science("bf16")
     zero: Literal[1, 2] = machine(1)
     teacher_micro_batch: int = machine(16, ge=1)
+    lookahead: int = machine(2, ge=0, le=16)
+    exchange: Literal["slices", "all_gather"] = machine("slices")
 
 
 class CheckpointSpec(Section):

@@ -142,19 +142,19 @@ class _Run:
         self.saver = Saver(self.checkpoints, self.hash, every.keep, self.recorder)
 
     def _phases(self) -> list[PhaseStatus]:
-        """All phases with their share of the work in teraflops."""
+        """All phases with their share of the work in seconds."""
         phases = []
         if self.teacher_recipe is not None:
-            work = sum(plan_pretraining(self.teacher_recipe, self.num_ranks).load_tflops)
+            work = sum(plan_pretraining(self.teacher_recipe, self.num_ranks).load_s)
             for stage in self.teacher_recipe.stages:
                 phases.append(PhaseStatus(stage.name, stage.steps, stage.steps * work, (ONLINE,)))
         if self.family is not None:
             shape = teacher_shape(self.family, self.teacher_recipe)
             if self.family.teacher.heads_mode == "fit":
-                work = sum(plan_fitting(self.family, shape, self.num_ranks).load_tflops)
+                work = sum(plan_fitting(self.family, shape, self.num_ranks).load_s)
                 steps = self.family.teacher.fit.steps
                 phases.append(PhaseStatus(HEADS_PHASE, steps, steps * work, (HEADS_PHASE,)))
-            work = sum(plan_family(self.family, shape, self.num_ranks).load_tflops)
+            work = sum(plan_family(self.family, shape, self.num_ranks).load_s)
             names = tuple(student.label for student in self.family.students)
             steps = self.family.schedule.steps
             phases.append(PhaseStatus(FAMILY_PHASE, steps, steps * work, names))

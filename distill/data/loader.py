@@ -1,10 +1,12 @@
 """A rank's share of every batch, decoded ahead of the caller.
 
 The loader owns a DALI pipeline and the counter that feeds it. What a step holds is a function of
-(seed, step, positions); going to any step is a rebuild, not a replay.
+(seed, step, positions); going to any step is a rebuild, not a replay. Positions may change from step
+to step: the pipeline is built for the most there are.
 """
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,18 @@ from teacher.batch import CropBatch
 
 
 class Loader:
-    """Crops of the positions ``positions`` of each step's global batch. ``wait_s`` sums the time spent blocked."""
+    """Crops of some positions of each step's global batch. ``wait_s`` sums the time spent blocked.
+
+    Args:
+        index: the images.
+        crops: what is cut from them.
+        seed: of order, windows and colours.
+        images_global: images of a step, all ranks together.
+        positions: the positions wanted at a step; may differ from step to step.
+        max_images: the most positions of any step; none are ever wanted where it is 0.
+        num_threads: of the decoder.
+        device: where the crops go.
+    """
 
     def __init__(
         self,
@@ -31,7 +44,8 @@ class Loader:
         *,
         seed: int,
         images_global: int,
-        positions: range,
+        positions: Callable[[int], range],
+        max_images: int,
         num_threads: int,
         device: torch.device,
     ) -> None:
@@ -41,7 +55,7 @@ class Loader:
             seed,
             images_global,
         )
-        self._positions = np.arange(positions.start, positions.stop)
+        self._positions, self._max_images = positions, max_images
         self._num_threads, self._device = num_threads, device
         self._pipeline: Any = None
         self._next_fed = self._next_fetched = -1
@@ -53,12 +67,15 @@ class Loader:
         Raises:
             DataError: an image cannot be read or decoded; names the file.
         """
-        if not len(self._positions):
+        if not self._max_images:
             return self._nothing()
         started = time.perf_counter()
         try:
             if step != self._next_fetched:
                 self._rebuild(step)
+            if not len(self._positions(step)):
+                self._next_fetched = step + 1
+                return self._nothing()
             outputs = [from_dlpack(output.as_tensor()) for output in self._pipeline.run()]
         except (RuntimeError, OSError) as error:
             raise self._explain(step, error) from error
@@ -66,7 +83,7 @@ class Loader:
         num_crops = self._crops.num_crops
         batch = CropBatch(
             global_crops=torch.stack(outputs[:NUM_GLOBAL], dim=1),
-            local_crops=self._stack_locals(outputs[NUM_GLOBAL:num_crops]),
+            local_crops=self._stack_locals(outputs[NUM_GLOBAL:num_crops], len(outputs[0])),
             anchor_crops=torch.stack(outputs[num_crops:], dim=1) if outputs[num_crops:] else None,
         )
         self.wait_s += time.perf_counter() - started
@@ -81,19 +98,22 @@ class Loader:
         self._next_fed = step
         device_id = self._device.index if self._device.type == "cuda" else None
         self._pipeline = build_pipeline(
-            self._crops, self._feed, len(self._positions), self._num_threads, device_id
+            self._crops, self._feed, self._max_images, self._num_threads, device_id
         )
 
     def _feed(self) -> tuple[Any, ...]:
         """The next batch's encoded images and parameters; called by DALI ahead of ``fetch``."""
+        while not len(self._positions(self._next_fed)):
+            self._next_fed += 1  # a step without images has no batch
         step = self._next_fed
         self._next_fed += 1
+        positions = self._positions(step)
         ids = self._ids(step)
         parameters = draw_parameters(
             self._crops,
             seed=self._seed,
             step=step,
-            positions=self._positions,
+            positions=np.arange(positions.start, positions.stop),
             sample_ids=ids,
             hw=self._index.hw[ids],
         )
@@ -101,9 +121,9 @@ class Loader:
         return source_outputs(encoded, parameters.windows, parameters.photometric)
 
     def _ids(self, step: int) -> NDArray[np.int64]:
-        return sample_ids(
-            self._seed, len(self._index.paths), step, self._images_global, self._positions
-        )
+        wanted = self._positions(step)
+        positions = np.arange(wanted.start, wanted.stop)
+        return sample_ids(self._seed, len(self._index.paths), step, self._images_global, positions)
 
     def _explain(self, step: int, error: Exception) -> Exception:
         """A broken image of this batch or of those prepared after it, or the error itself when every image can be decoded."""
@@ -117,13 +137,11 @@ class Loader:
                 )
         return error
 
-    def _stack_locals(self, crops: list[Tensor]) -> Tensor:
+    def _stack_locals(self, crops: list[Tensor], num_images: int) -> Tensor:
         if crops:
             return torch.stack(crops, dim=1)
         size = self._crops.local_size
-        return torch.empty(
-            len(self._positions), 0, 3, size, size, dtype=torch.uint8, device=self._device
-        )
+        return torch.empty(num_images, 0, 3, size, size, dtype=torch.uint8, device=self._device)
 
     def _nothing(self) -> CropBatch:
         """No images, with the right shapes for an exchange."""

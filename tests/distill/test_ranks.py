@@ -1,5 +1,6 @@
 """Claims about several processes, on real gloo groups and real engines with tiny networks."""
 
+from collections import deque
 from datetime import timedelta
 from typing import Any
 
@@ -9,7 +10,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.engine import Engine, EngineSettings, StepRates, prepare_deepspeed
-from distill.exchange import Exchange, lesson_for
+from distill.exchange import (
+    AllGather,
+    Outgoing,
+    Pending,
+    Slices,
+    WireShape,
+    gathered_bytes,
+    lesson_for,
+    slice_bytes,
+)
 from distill.groups import make_groups
 from distill.plan import Plan, Work, make_plan
 from distill.pupil import Assigner, Pupil, TargetMaker
@@ -24,6 +34,8 @@ from tests.teacher.test_trainee import MEAN, STD, network, teacher
 
 IMAGES = 32
 SCALARS = StepScalars(Objective(1.0, 1.0, 0.1, 1.0, cosine=1.0, smooth_l1=1.0), 1.0, 1.0)
+# 2 global crops of 16 px and 2 local ones of 8 px; bottlenecks of 6 numbers in fp32; 4 patches
+WIRE = WireShape(2 * 3 * 16 * 16, 2 * 3 * 8 * 8, 2 * 6, 6, 4, 4)
 RATES = StepRates(lr=1e-3, lr_prototypes=1e-3, weight_decay=0.04, ema_momentum=0.9)
 
 
@@ -49,29 +61,45 @@ def train_family(
     precision: str,
     bad: tuple[str, int] | None = None,
     has_heads: bool = True,
+    lookahead: int = 0,
+    is_published: bool = False,
 ) -> dict[str, Any]:
     """Losses and EMA of every student this rank trains, through exchange, engines and pupils as in the loop."""
     prepare_deepspeed("cpu")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    plan = make_plan(works, 1.0, IMAGES, num_ranks)
+    plan = make_plan(
+        works, 1.0, IMAGES, num_ranks, lookahead=lookahead, has_even_shares=is_published
+    )
     groups = make_groups(plan, timedelta(seconds=60))
     taught = teacher(4, has_heads=has_heads)
-    exchange = Exchange(plan, rank, groups.exchange, torch.device("cpu"))
+    way = AllGather if is_published else Slices
+    exchange = way(plan, rank, groups.exchange, torch.device("cpu"))
     pupils = [
         make_pupil(plan, groups, p.name, zero, precision, has_heads=has_heads)
         for p in plan.placements
         if rank in p.world_ranks
     ]
     losses: dict[str, list[float]] = {pupil.name: [] for pupil in pupils}
+    on_the_way: deque[Pending] = deque()
+    predicted_bytes = 0
     for step in range(num_steps):
-        crops, masks = batch_of(step)
-        share = plan.shares[rank]
-        part = slice(share.start, share.stop)
-        mine = CropBatch(crops.global_crops[part], crops.local_crops[part])
-        targets = taught.teach(mine, masks[part])
-        delivery = exchange.deliver(
-            mine, targets, take(masks, exchange.needs), masks.sum(dim=2).numpy()
-        )
+        for ahead in range(step + len(on_the_way), min(step + lookahead + 1, num_steps)):
+            crops, masks = batch_of(ahead)
+            share = plan.share(rank, ahead)
+            part = slice(share.start, share.stop)
+            mine = CropBatch(crops.global_crops[part], crops.local_crops[part])
+            asked = torch.ones_like(masks[part]) if is_published else masks[part]
+            counts = masks.sum(dim=2).numpy()
+            needed = take(masks, exchange.needs)
+            on_the_way.append(
+                exchange.start(Outgoing(ahead, mine, taught.teach(mine, asked), needed, counts))
+            )
+            predicted_bytes += (
+                gathered_bytes(plan, WIRE)
+                if is_published
+                else slice_bytes(plan, ahead, WIRE, counts.sum(axis=1))[rank]
+            )
+        delivery = exchange.wait(on_the_way.popleft())
         for pupil in pupils:
             lesson = lesson_for(delivery, pupil.placement, rank, (2, 2), IMAGES)
             if bad == (pupil.name, step):
@@ -85,6 +113,7 @@ def train_family(
         "ema": {pupil.name: pupil.engine.full("ema") for pupil in pupils},
         "skipped": {pupil.name: pupil.engine.num_skipped for pupil in pupils},
         "received_bytes": exchange.received_bytes,
+        "predicted_bytes": predicted_bytes,
     }
 
 
@@ -162,17 +191,41 @@ def test_family__bf16_follows_fp32(alone: dict[str, Any]) -> None:
         )  # 8 bits of mantissa
 
 
-def test_exchange__receives_exactly_what_the_rank_trains_on() -> None:
-    results = on_ranks(2, train_family, FAMILY, 1, 1, "fp32")
-    plan = make_plan(FAMILY, 1.0, IMAGES, 2)
-    _, masks = batch_of(0)
-    per_image = masks.sum(dim=(1, 2))
+WAYS = [(0, False), (1, False), (3, False), (0, True), (2, True)]  # look-ahead, published
+
+
+@pytest.fixture(scope="module")
+def filled() -> list[dict[str, Any]]:
+    """Three students on three ranks, shares filled, no look-ahead."""
+    return on_ranks(3, train_family, FAMILY, 6, 1, "fp32")
+
+
+@pytest.mark.parametrize(("lookahead", "is_published"), WAYS)
+def test_exchange__every_way_gives_the_same_bits_and_the_predicted_bytes(
+    lookahead: int, is_published: bool, filled: list[dict[str, Any]]
+) -> None:
+    results = on_ranks(3, train_family, FAMILY, 6, 1, "fp32", None, True, lookahead, is_published)
     for rank, result in enumerate(results):
-        foreign = [i for part in plan.needs(rank) for i in part if i not in plan.shares[rank]]
-        pixels = 2 * 3 * 16 * 16 + 2 * 3 * 8 * 8
-        expected = (
-            len(foreign) * (pixels + 2 * 6 * 4) + sum(int(per_image[i]) for i in foreign) * 6 * 4
-        )
+        assert result["losses"] == filled[rank]["losses"]
+        for name, weights in result["ema"].items():
+            for key, tensor in weights.items():
+                assert torch.equal(tensor, filled[rank]["ema"][name][key]), (name, key)
+        assert result["received_bytes"] == result["predicted_bytes"]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_exchange__counts_what_arrives_from_other_ranks(num_ranks: int) -> None:
+    results = on_ranks(num_ranks, train_family, FAMILY, 3, 1, "fp32", None, True, 2, False)
+    plan = make_plan(FAMILY, 1.0, IMAGES, num_ranks, lookahead=2)
+    for rank, result in enumerate(results):
+        expected = 0
+        for step in range(3):
+            per_image = batch_of(step)[1].sum(dim=(1, 2))
+            share = plan.share(rank, step)
+            foreign = [i for part in plan.needs(rank) for i in part if i not in share]
+            pixels = 2 * 3 * 16 * 16 + 2 * 3 * 8 * 8
+            expected += len(foreign) * (pixels + 2 * 6 * 4)
+            expected += sum(int(per_image[i]) for i in foreign) * 6 * 4
         assert result["received_bytes"] == expected
 
 
@@ -226,15 +279,15 @@ def state_on(num_ranks_before: int) -> dict[str, Tensor]:
 def train_one(pupil: Pupil, plan: Plan, steps: range) -> list[float]:
     taught = FrozenTeacher(*network(2), mean=MEAN, std=STD, micro_images=4)
     losses, rank = [], dist.get_rank()
-    exchange = Exchange(plan, rank, dist.group.WORLD, torch.device("cpu"))  # type: ignore[arg-type]
+    exchange = Slices(plan, rank, dist.group.WORLD, torch.device("cpu"))  # type: ignore[arg-type]
     assert plan.is_local
     for step in steps:
         crops, masks = batch_of(step)
-        part = slice(plan.shares[rank].start, plan.shares[rank].stop)
+        part = slice(plan.share(rank, step).start, plan.share(rank, step).stop)
         mine = CropBatch(crops.global_crops[part], crops.local_crops[part])
-        delivery = exchange.deliver(
-            mine, taught.teach(mine, masks[part]), masks[part], masks.sum(dim=2).numpy()
-        )
+        targets = taught.teach(mine, masks[part])
+        outgoing = Outgoing(step, mine, targets, masks[part], masks.sum(dim=2).numpy())
+        delivery = exchange.wait(exchange.start(outgoing))
         lesson = lesson_for(delivery, pupil.placement, rank, (2, 2), IMAGES)
         pupil.learn(lesson, 0.07, SCALARS, step)
         losses.append(pupil.read_metrics(wait=0.0)["loss"])

@@ -44,7 +44,8 @@ def loader(
         spec,
         seed=5,
         images_global=IMAGES,
-        positions=positions,
+        positions=lambda step: positions,
+        max_images=len(positions),
         num_threads=num_threads,
         device=torch.device("cpu"),
     )
