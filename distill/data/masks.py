@@ -63,33 +63,36 @@ def draw_masks(
         ratio=ratio,
     )[positions]
     masks = np.zeros((len(positions), 2, grid_hw[0] * grid_hw[1]), bool)
-    for row, crop in zip(*counts.nonzero(), strict=True):
-        word = hashes("mask", seed, step, 2 * positions[row] + crop)
-        masks[row, crop] = _grow(word, int(counts[row, crop]), grid_hw)
+    rows, crops = counts.nonzero()
+    if len(rows):
+        words = hashes("mask", seed, step, 2 * positions[rows] + crops)
+        masks[rows, crops] = _grow(words, counts[rows, crops], grid_hw)
     return torch.from_numpy(masks)
 
 
-def _grow(word: Hash, count: int, grid_hw: tuple[int, int]) -> NDArray[np.bool_]:
-    """One flat mask with exactly ``count`` patches: blocks while they fit, then single patches at random."""
+def _grow(words: Hash, counts: NDArray[np.int64], grid_hw: tuple[int, int]) -> NDArray[np.bool_]:
+    """Flat masks with exactly ``counts`` patches, [crops, patches]: blocks while they fit, then single patches at random."""
     height, width = grid_hw
-    mask = np.zeros((height, width), bool)
-    draws = uniforms(word, 4 * BLOCK_TRIES).reshape(BLOCK_TRIES, 4)
-    for area_u, aspect_u, top_u, left_u in draws:
-        missing = count - int(mask.sum())
-        if missing <= 0:
-            break
-        area = min(MIN_BLOCK_PATCHES, missing) + area_u * max(0, missing - MIN_BLOCK_PATCHES)
-        aspect = math.exp((2.0 * aspect_u - 1.0) * math.log(1.0 / MIN_ASPECT))
-        rows = min(height, max(1, round(math.sqrt(area * aspect))))
-        columns = min(width, max(1, round(math.sqrt(area / aspect))))
-        top, left = int(top_u * (height - rows + 1)), int(left_u * (width - columns + 1))
-        block = mask[top : top + rows, left : left + columns]
-        if block.size - int(block.sum()) <= missing:
-            block[:] = True
-    flat = mask.ravel()
-    missing = count - int(flat.sum())
-    if missing:
-        free = np.flatnonzero(~flat)
-        order = np.argsort(hashes("mask-fill", word, free), kind="stable")
-        flat[free[order[:missing]]] = True
-    return flat
+    masks = np.zeros((len(counts), height, width), bool)
+    draws = uniforms(words, 4 * BLOCK_TRIES).reshape(-1, BLOCK_TRIES, 4)
+    down, right = np.arange(height)[None, :, None], np.arange(width)[None, None, :]
+    for attempt in range(BLOCK_TRIES):
+        area_u, aspect_u, top_u, left_u = draws[:, attempt].T
+        missing = counts - masks.sum(axis=(1, 2))
+        area = np.minimum(MIN_BLOCK_PATCHES, missing)
+        area = area + area_u * np.maximum(0, missing - MIN_BLOCK_PATCHES)
+        aspect = np.exp((2.0 * aspect_u - 1.0) * math.log(1.0 / MIN_ASPECT))
+        rows = np.rint(np.sqrt(area * aspect)).clip(1, height)[:, None, None]
+        columns = np.rint(np.sqrt(area / aspect)).clip(1, width)[:, None, None]
+        top = np.floor(top_u[:, None, None] * (height - rows + 1))
+        left = np.floor(left_u[:, None, None] * (width - columns + 1))
+        block = (down >= top) & (down < top + rows) & (right >= left) & (right < left + columns)
+        block &= ~masks
+        fits = block.sum(axis=(1, 2)) <= missing  # none does where nothing is missing
+        masks |= block & fits[:, None, None]
+    flat = masks.reshape(len(counts), -1)
+    missing = counts - flat.sum(axis=1)
+    keys = hashes("mask-fill", words[:, None], np.arange(flat.shape[1])[None])
+    keys[flat] = np.iinfo(keys.dtype).max
+    places = np.argsort(np.argsort(keys, axis=1, kind="stable"), axis=1, kind="stable")
+    return flat | (places < missing[:, None])
