@@ -5,13 +5,15 @@ a network, or its heads, teach themselves.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from distill import schedule
+from distill.balance import Balancer
+from distill.budget import Needs, Student, head_parameters, needs_of
 from distill.cost import (
     DEFAULT_DEVICE,
     CropShapes,
@@ -28,11 +30,10 @@ from distill.data.loader import Loader
 from distill.engine import Engine, EngineSettings, StepRates
 from distill.errors import CheckpointError
 from distill.exchange import AllGather, Slices
-from distill.export import read_backbone, read_heads
 from distill.groups import Groups
 from distill.loop import Phase
 from distill.masking import StepMasks
-from distill.plan import Placement, Plan, Work, make_plan
+from distill.plan import Placement, Plan, Timetable, Work, make_plan
 from distill.pupil import Assigner, Pupil, TargetMaker
 from distill.recipe import (
     FAMILY_PHASE,
@@ -45,7 +46,9 @@ from distill.recipe import (
     StudentSpec,
     TeacherRecipe,
 )
-from students.catalog import BackboneSpec, build_backbone, init_weights_
+from distill.stopwatch import Stopwatch
+from distill.weights import load_backbone, load_heads
+from students.catalog import BackboneSpec, build_backbone, count_parameters, init_weights_
 from students.objective import FeatureTrainee, Standardiser, build_projectors
 from students.student import build_heads, grid_of, seeded, student_heads
 from teacher.frozen import FrozenTeacher
@@ -75,13 +78,17 @@ class TeacherShape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What the parts of a phase are built from, on one rank. ``grid_hw`` is the teacher's patch grid."""
+    """What the parts of a phase are built from, on one rank.
+
+    ``grid_hw`` is the teacher's patch grid; ``tell`` takes events that people should read.
+    """
 
     recipe: Recipe
     plan: Plan
     groups: Groups
     site: Site
     grid_hw: tuple[int, int]
+    tell: Callable[[str], None]
 
     def placement(self, name: str) -> Placement:
         """Where a network trains."""
@@ -158,6 +165,29 @@ def plan_family(
         lookahead=recipe.engine.lookahead,
         unit=recipe.engine.teacher_micro_batch,
         has_even_shares=recipe.engine.exchange == "all_gather",
+    )
+
+
+def family_needs(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs:
+    """Memory and traffic of a family's plan."""
+    grid_hw = grid_of(shape.spec, recipe.crops.global_.size)
+    students = []
+    for student in recipe.students:
+        spec = student.backbone_spec()
+        if shape.heads is None:
+            extra = 2 * (spec.width + 1) * shape.spec.width
+        else:
+            extra = head_parameters(_heads_of(student, spec, shape.heads))
+        students.append(Student(student.label, spec, count_parameters(spec) + extra))
+    return needs_of(
+        plan,
+        students,
+        shape.spec,
+        shape.heads,
+        crop_shapes(recipe, grid_hw),
+        zero_stage=recipe.engine.zero,
+        lookahead=recipe.engine.lookahead,
+        patches=grid_hw[0] * grid_hw[1],
     )
 
 
@@ -251,13 +281,14 @@ def build_phase(
     ``steps``: where the phase begins in the stream of samples, and its length.
     """
     recipe, plan, rank, site = scene.recipe, scene.plan, scene.groups.world_rank, scene.site
+    timetable = Timetable(plan)
     bounds, settings = recipe.schedule.rope_rescale, recipe.schedule
     loader = Loader(
         site.index,
         crop_spec(recipe, anchor_resolution),
         seed=recipe.seed,
         images_global=plan.images_global,
-        positions=lambda step: plan.share(rank, step),
+        positions=lambda step: timetable.at(step).share(rank, step),
         max_images=plan.largest_shares[rank],
         num_threads=recipe.data.num_threads,
         device=site.device,
@@ -268,12 +299,14 @@ def build_phase(
         first_step=steps[0],
         lookahead=lookahead,
         plan=plan,
+        timetable=timetable,
         world_rank=rank,
         grid_hw=scene.grid_hw,
         loader=loader,
-        masks=StepMasks(recipe.masks, plan, rank, scene.grid_hw, recipe.seed, site.device),
+        masks=StepMasks(recipe.masks, timetable, rank, scene.grid_hw, recipe.seed, site.device),
         teacher=teacher,
-        exchange=exchange(plan, rank, scene.groups.exchange, site.device),
+        teaching=Stopwatch(site.device),
+        exchange=exchange(timetable, rank, scene.groups.exchange, site.device),
         pupils=pupils,
         temperature=lambda step: schedule.teacher_temperature(settings, step),
         scalars=lambda step: StepScalars(
@@ -304,8 +337,8 @@ def load_teacher(
     Raises:
         CheckpointError: files are missing, damaged, or do not fit each other.
     """
-    backbone, spec = read_backbone(folder)
-    both = None if heads is None else read_heads(heads, spec.width)
+    backbone, spec = load_backbone(folder)
+    both = None if heads is None else load_heads(heads, spec.width)
     shapes = None if both is None else (both[0].shape, both[1].shape)
     return freeze(recipe, device, backbone, both), TeacherShape(spec, shapes)
 
@@ -327,7 +360,7 @@ def family_phase(scene: Scene, teacher: FrozenTeacher, shape: TeacherShape) -> P
         pupils.append(Pupil(student.label, placement, engine, rates, targets))
     objective = objective_of(recipe.objective)
     steps = (0, recipe.schedule.steps)
-    return build_phase(
+    phase = build_phase(
         scene,
         FAMILY_PHASE,
         steps,
@@ -338,6 +371,19 @@ def family_phase(scene: Scene, teacher: FrozenTeacher, shape: TeacherShape) -> P
         lookahead=recipe.engine.lookahead,
         exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
     )
+    if not recipe.engine.balance or not scene.plan.is_dithered:
+        return phase
+    balancer = Balancer(
+        phase.timetable,
+        scene.groups.world_rank,
+        scene.groups.control,
+        phase.loader,
+        (phase.teaching, [pupil.training for pupil in pupils]),
+        lookahead=phase.lookahead,
+        every=recipe.engine.balance,
+        tell=scene.tell,
+    )
+    return replace(phase, after_step=balancer.after_step)
 
 
 def _student(

@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 
 from distill.errors import DataError, RecipeError, UserError
+from distill.export_cli import Precision, WeightLayout, export
 
 if TYPE_CHECKING:
     from distill.launch import Options
@@ -203,6 +204,51 @@ def pretrain(
     _start(recipe, texts, options, as_json=as_json)
 
 
+@weights_app.command("inspect")
+def inspect_weights(
+    path: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A folder, a .safetensors or a .pth file.")
+    ],
+    check_values: Annotated[
+        bool, typer.Option("--check-values", help="Read every number and look for NaN.")
+    ] = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Name what a file of weights is, without executing anything in it."""
+    from distill.console import inspection_table
+    from distill.weights import inspect
+
+    found = inspect(path, check_values=check_values)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        Console().print(inspection_table(found))
+
+
+@weights_app.command("convert")
+def convert_weights(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET")],
+    layout: Annotated[WeightLayout, typer.Option("--to", help="Whose names the tensors get.")],
+    dtype: Annotated[Precision, typer.Option("--dtype")] = Precision.FP32,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Write a backbone in another layout: a folder for hf and timm, a .pth file for meta."""
+    import torch
+
+    from distill.console import inspection_table
+    from distill.weights import convert
+
+    kind = torch.bfloat16 if dtype == Precision.BF16 else torch.float32
+    found = convert(source, target, layout=layout.value, dtype=kind)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        Console().print(inspection_table(found))
+
+
 @weights_app.command("fit-heads")
 def fit_heads(
     recipe: RecipeArgument,
@@ -314,23 +360,37 @@ def plan(
         int | None,
         typer.Option("--ranks", min=1, help="Number of ranks; by default this machine's."),
     ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="h100, h200, a100, cpu, or measured: this machine's.")
+    ] = "h100",
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
-    """Who trains where, who teaches how much. Trains nothing, needs no GPU."""
+    """Who trains where, who teaches how much, how long, how much memory. Trains nothing, needs no GPU.
+
+    A recipe that names its teacher's arch is planned before the weights are there.
+    """
     from distill.recipe_file import load_job
 
     loaded, teacher = load_job(recipe, list(overrides or []))
 
-    from distill.console import plan_table  # after the recipe is right: these import torch
+    from distill.budget import require_fit  # after the recipe is right: these import torch
+    from distill.console import plan_tables
+    from distill.cost import find_device
     from distill.prepare import check_job
 
-    plans = check_job(loaded, teacher, _num_ranks(loaded.engine.processes, ranks))
+    assumed = find_device(device)
+    num_ranks = _num_ranks(loaded.engine.processes, ranks)
+    plans = check_job(loaded, teacher, num_ranks, assumed, has_files=False)
     if as_json:
-        _print_json(plans[-1].to_json())
-        return
-    for each in plans:
-        Console().print(plan_table(each))
+        _print_json({**plans[-1].to_json(), "device": assumed.name})
+    else:
+        for each in plans:
+            for table in plan_tables(each, assumed):
+                Console().print(table)
+    needs = plans[-1].needs
+    if needs is not None:
+        require_fit(needs, assumed)
 
 
 def _num_ranks(processes: int | str, asked: int | None) -> int:
@@ -356,6 +416,9 @@ def evaluate(
         _print_json(summary)
     else:
         Console().print(scores_table(summary))
+
+
+app.command("export", rich_help_panel="Results")(export)
 
 
 @app.command(rich_help_panel="Before you train")

@@ -15,7 +15,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from itertools import groupby
 from pathlib import Path
@@ -39,7 +39,11 @@ from distill.metrics import (
 )
 
 if TYPE_CHECKING:
+    from distill.budget import Needs
+    from distill.cost import Device
     from distill.plan import Plan
+    from distill.prepare import JobPlan
+    from distill.weights import Inspection
 
 REFRESH_S = 0.25  # of the live panel and of looking for events
 PROGRESS_FRACTION = 0.1  # a plain progress line at least this often ...
@@ -554,36 +558,90 @@ def _rate(value: float) -> str:
     return f"{value:.1f}" if value < 10 else f"{_steps(round(value))}"
 
 
-def plan_table(plan: "Plan") -> Table:
-    """Placement, slices and teacher shares of a plan, a row per network and one for the teaching."""
-    busy = f"busy at most {plan.utilisation:.0%} (even shares: {plan.utilisation_even_barrier:.0%})"
+def plan_tables(job: "JobPlan", device: "Device") -> list[Table]:
+    """Placement, slices, shares and seconds of a plan, a row per network and one for the teaching; then what it needs."""
+    plan = job.plan
+    busy = f"busy {plan.utilisation:.0%} (even shares and a barrier: {plan.utilisation_even_barrier:.0%})"
     table = Table(
         title=f"{plan.num_ranks} ranks, {plan.images_global} images a step, {busy}",
         title_justify="left",
     )
-    for column in ("network", "ranks", "images per rank"):
+    for column in ("network", "ranks", "images per rank", "seconds per rank and step"):
         table.add_column(column)
-    for placement in plan.placements:
+    for placement, image_s in zip(plan.placements, plan.image_s, strict=True):
         ranks = placement.world_ranks
         shown = str(ranks.start) if len(ranks) == 1 else f"{ranks.start}-{ranks.stop - 1}"
-        table.add_row(placement.name, shown, _sizes(placement.slices))
-    table.add_row("teaching", f"0-{plan.num_ranks - 1}", _shares(plan))
+        seconds = image_s * max(len(part) for part in placement.slices)
+        table.add_row(placement.name, shown, _sizes(placement.slices), f"{seconds:.3g}")
+    low, high = (plan.teach_s * each(plan.mean_shares) for each in (min, max))
+    spread = f"{low:.3g} to {high:.3g}" if high > low else f"{low:.3g}"
+    table.add_row("teaching", f"0-{plan.num_ranks - 1}", _shares(plan), spread)
     if plan.notes:
         table.caption, table.caption_justify = "; ".join(plan.notes), "left"
+    facts = Table(show_header=False, box=None, padding=(0, 2))
+    rate = plan.images_global / plan.step_s
+    days = job.num_steps * plan.step_s / 86_400
+    length = f"{days:.1f} days" if days >= 1 else duration(days * 86_400)
+    facts.add_row(
+        "speed",
+        f"{plan.step_s:.3g} s a step, {rate:,.0f} images/s, {length} for {job.num_steps:,} steps, if "
+        f"{device.name} reaches {device.efficiency:.0%} of {device.tflops_per_s:.3g} TFLOP/s",
+    )
+    if len(plan.placements) > 1:
+        facts.add_row(
+            "gain", f"{plan.gain:.2f}x over separate jobs, of at most {plan.gain_bound:.2f}x"
+        )
+    if job.needs is not None:
+        _add_needs(facts, job.needs)
+    return [table, facts]
+
+
+def _add_needs(facts: Table, needs: "Needs") -> None:
+    memory = needs.fullest
+    parts = ", ".join(
+        f"{name} {value:.1f}" for name, value in asdict(memory).items() if value >= 0.05
+    )
+    facts.add_row("memory", f"{memory.total:.1f} GiB on the fullest rank ({parts})")
+    most = max(needs.sliced_bytes) / 1e6
+    facts.add_row(
+        "exchange",
+        f"at most {most:,.1f} MB to a rank per step; everything to everybody: {needs.gathered_bytes / 1e6:,.0f} MB",
+    )
+
+
+def inspection_table(found: "Inspection") -> Table:
+    """What a file of weights is."""
+    table = Table(show_header=False, box=None, padding=(0, 2))
+    what = found.what if found.arch is None else f"{found.what}, {found.arch}"
+    table.add_row("file", found.path)
+    table.add_row("is", f"{what} ({found.layout} layout)" if found.layout else what)
+    if found.released is not None:
+        table.add_row("name says", f"the released {found.released}")
+    size = f"{found.num_bytes / 1e6:,.1f} MB, {', '.join(found.dtypes)}"
+    table.add_row("holds", f"{found.parameters:,} numbers in {found.tensors} tensors, {size}")
+    if found.has_nan is not None:
+        table.add_row("values", "some are not finite" if found.has_nan else "all finite")
+    for note in found.notes:
+        table.add_row("note", note)
     return table
+
+
+MOST_RUNS = 6  # of equal numbers that are written out
 
 
 def _sizes(parts: Sequence[range]) -> str:
     """Sizes of ranges, runs of equal ones counted: ``2 x 32, 17``."""
-    runs = [(size, len(list(group))) for size, group in groupby(len(part) for part in parts)]
-    return ", ".join(f"{count} x {size}" if count > 1 else str(size) for size, count in runs)
+    return _runs([len(part) for part in parts])
 
 
 def _shares(plan: "Plan") -> str:
     """Images each rank teaches per step, on average where they change from step to step."""
-    from distill.plan import run_lengths  # imports torch
+    return _runs([round(share, 1) for share in plan.mean_shares])
 
-    runs = run_lengths([round(share, 1) for share in plan.mean_shares])
-    return ", ".join(
-        f"{count:.0f} x {size:g}" if count > 1 else f"{size:g}" for count, size in runs
-    )
+
+def _runs(values: Sequence[float]) -> str:
+    """Numbers with runs of equal ones counted; their range where there are too many runs."""
+    runs = [(len(list(run)), value) for value, run in groupby(values)]
+    if len(runs) > MOST_RUNS:
+        return f"{min(values):g} to {max(values):g}, mean {sum(values) / len(values):.1f}"
+    return ", ".join(f"{count} x {size:g}" if count > 1 else f"{size:g}" for count, size in runs)

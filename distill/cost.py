@@ -5,10 +5,15 @@ of the work of every network here. Training costs three forward passes. The plan
 these numbers; measured times may replace them.
 """
 
+import os
+import time
 from dataclasses import dataclass
 
+import torch
+
+from distill.errors import PlanError
 from students.catalog import BackboneSpec
-from students.convnext import ConvNeXtSpec
+from students.convnext import STEM, ConvNeXtSpec
 from teacher.heads import HeadShape
 from teacher.vit import ViTSpec
 
@@ -45,6 +50,34 @@ DEVICES = {
     )
 }
 DEFAULT_DEVICE = DEVICES["h100"]
+MEASURED_SIDE, MEASURED_S = 2048, 0.5  # matrix side and seconds of the product that is timed
+
+
+def find_device(name: str) -> Device:
+    """A device by name; ``measured`` times a matrix product here, in the precision that trains here.
+
+    Raises:
+        PlanError: the name is another one.
+    """
+    if name in DEVICES:
+        return DEVICES[name]
+    if name != "measured":
+        known = ", ".join([*DEVICES, "measured"])
+        raise PlanError(f"--device {name}: not known", fix=f"Choose one of {known}.")
+    has_gpu = torch.cuda.is_available()
+    where, dtype = ("cuda", torch.bfloat16) if has_gpu else ("cpu", torch.float32)
+    matrix = torch.ones(MEASURED_SIDE, MEASURED_SIDE, device=where, dtype=dtype)
+    float((matrix @ matrix)[0, 0])  # first call: libraries load
+    started, products = time.perf_counter(), 0
+    while time.perf_counter() - started < MEASURED_S:
+        float((matrix @ matrix)[0, 0])  # waits for the device
+        products += 1
+    tflops = products * 2.0 * MEASURED_SIDE**3 / (time.perf_counter() - started) / 1e12
+    if has_gpu:
+        memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
+    else:
+        memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return Device("measured", tflops, memory_gib, 0.5)
 
 
 @dataclass(frozen=True)
@@ -68,13 +101,12 @@ def _vit_flops(spec: ViTSpec, size: int) -> float:
     tokens = (size // spec.patch) ** 2 + 1 + spec.registers
     matrices = 4 * spec.width**2 + (3 if spec.ffn == "swiglu" else 2) * spec.width * spec.ffn_width
     attention = 4 * tokens**2 * spec.width
-    embedding = 2 * (size // spec.patch) ** 2 * spec.in_channels * spec.patch**2 * spec.width
-    return float(embedding + spec.depth * (2 * tokens * matrices + attention))
+    return float(_first_layer_flops(spec, size) + spec.depth * (2 * tokens * matrices + attention))
 
 
 def _convnext_flops(spec: ConvNeXtSpec, size: int) -> float:
-    side = size // 4
-    flops = 2.0 * side**2 * 16 * spec.in_channels * spec.widths[0]
+    side = size // STEM
+    flops = _first_layer_flops(spec, size)
     for stage, (depth, width) in enumerate(zip(spec.depths, spec.widths, strict=True)):
         if stage:
             side //= 2
@@ -99,8 +131,8 @@ def teaching_tflops(spec: BackboneSpec, heads: Heads | None, crops: CropShapes) 
 def training_tflops(spec: BackboneSpec, heads: Heads, crops: CropShapes) -> float:
     """Teraflops of one student's step on one image: all crops, heads, prototypes, Sinkhorn, backward."""
     rows = 2 + crops.num_locals
-    forward = _crops_tflops(spec, crops) + _heads_tflops(heads, rows, crops)
-    return TRAINING_FACTOR * forward + _logits_tflops(heads, crops)
+    trained = TRAINING_FACTOR * _heads_tflops(heads, rows, crops)
+    return _trained_tflops(spec, crops) + trained + _logits_tflops(heads, crops)
 
 
 def fitting_tflops(spec: BackboneSpec, heads: Heads, crops: CropShapes) -> float:
@@ -113,7 +145,7 @@ def regression_tflops(spec: BackboneSpec, taught_width: int, crops: CropShapes) 
     """Teraflops of one student's step on one image without heads: all crops, two projectors, backward."""
     rows = 2 + crops.num_locals + crops.masked_per_image
     projected = 2.0 * rows * spec.width * taught_width / 1e12
-    return TRAINING_FACTOR * (_crops_tflops(spec, crops) + projected)
+    return _trained_tflops(spec, crops) + TRAINING_FACTOR * projected
 
 
 def _crops_tflops(spec: BackboneSpec, crops: CropShapes) -> float:
@@ -121,6 +153,21 @@ def _crops_tflops(spec: BackboneSpec, crops: CropShapes) -> float:
         crops.num_locals * backbone_tflops(spec, crops.local_size) if crops.num_locals else 0.0
     )
     return 2 * backbone_tflops(spec, crops.global_size) + of_locals
+
+
+def _trained_tflops(spec: BackboneSpec, crops: CropShapes) -> float:
+    """Three forward passes' worth, but nobody asks for the gradient of the pixels."""
+    first = 2 * _first_layer_flops(spec, crops.global_size)
+    first += crops.num_locals * _first_layer_flops(spec, crops.local_size)
+    return TRAINING_FACTOR * _crops_tflops(spec, crops) - first / 1e12
+
+
+def _first_layer_flops(spec: BackboneSpec, size: int) -> float:
+    if isinstance(spec, ConvNeXtSpec):
+        patch, width = STEM, spec.widths[0]
+    else:
+        patch, width = spec.patch, spec.width
+    return 2.0 * (size // patch) ** 2 * spec.in_channels * patch**2 * width
 
 
 def _heads_tflops(heads: Heads, rows: int, crops: CropShapes) -> float:

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 
 from distill.data.index import ImageIndex
 from distill.errors import UserError
-from distill.export import read_backbone
 from distill.metrics import write_json
+from distill.weights import load_backbone
 from students.catalog import build_backbone, init_weights_
 from teacher.batch import normalise
 
@@ -256,7 +256,7 @@ def _network_scores(
     folder: Path, train: Scored, test: Scored, k: int, device: torch.device
 ) -> tuple[float, float]:
     """Scores of the exported network and of an untrained copy with a fixed seed."""
-    trained, spec = read_backbone(folder)
+    trained, spec = load_backbone(folder)
     untrained = build_backbone(spec)
     init_weights_(untrained, torch.Generator().manual_seed(UNTRAINED_SEED))
     preparation = read_preparation(folder)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.plan import Placement, Plan
+from distill.plan import Placement, Plan, Timetable
 from teacher.batch import CropBatch, LessonBatch, TeacherTargets
 
 Counts = NDArray[np.int64]
@@ -153,9 +153,16 @@ class Slices:
     wants_all_patches = False
 
     def __init__(
-        self, plan: Plan, world_rank: int, group: dist.ProcessGroup, device: torch.device
+        self, timetable: Timetable, world_rank: int, group: dist.ProcessGroup, device: torch.device
     ) -> None:
-        self._plan, self._rank, self._group, self._device = plan, world_rank, group, device
+        plan = timetable.at(0)
+        self._timetable, self._rank, self._group, self._device = (
+            timetable,
+            world_rank,
+            group,
+            device,
+        )
+        self._is_local, self._num_ranks = plan.is_local, plan.num_ranks
         self.needs = plan.needs(world_rank)
         self.wait_s = 0.0
         self.received_bytes = 0
@@ -166,7 +173,7 @@ class Slices:
     def start(self, outgoing: Outgoing) -> Pending:
         """Launches one all-to-all per tensor; none when every rank trains on what it teaches."""
         crops, targets, counts = outgoing.crops, outgoing.targets, outgoing.counts
-        if self._plan.is_local:
+        if self._is_local:
             told = Delivery(crops, targets, outgoing.masks_of_needs, self.needs, counts)
             return Pending((), lambda: told, ())
         routes = self._routes(outgoing.step, counts.sum(axis=1))
@@ -212,18 +219,18 @@ class Slices:
 
     def _routes(self, step: int, per_image: Counts) -> "_Routes":
         """Rows out in sending order (destination by destination, ascending) and all split sizes of one step."""
-        plan, rank = self._plan, self._rank
-        borders = plan.share_borders(step)
+        rank, num_ranks = self._rank, self._num_ranks
+        borders = self._timetable.at(step).share_borders(step)
         share_start, share_stop = int(borders[rank]), int(borders[rank + 1])
         to, starts, stops = self._needed
         starts, stops = starts.clip(share_start, share_stop), stops.clip(share_start, share_stop)
         masked_before = np.concatenate([[0], np.cumsum(per_image)])
-        sizes_out = np.zeros(plan.num_ranks, np.int64)
-        masked_out = np.zeros(plan.num_ranks, np.int64)
+        sizes_out = np.zeros(num_ranks, np.int64)
+        masked_out = np.zeros(num_ranks, np.int64)
         np.add.at(sizes_out, to, stops - starts)
         np.add.at(masked_out, to, masked_before[stops] - masked_before[starts])
-        sizes_in = np.zeros(plan.num_ranks, np.int64)
-        masked_in = np.zeros(plan.num_ranks, np.int64)
+        sizes_in = np.zeros(num_ranks, np.int64)
+        masked_in = np.zeros(num_ranks, np.int64)
         for part in self.needs:
             inside = borders.clip(part.start, part.stop)
             sizes_in += np.diff(inside)
@@ -261,8 +268,9 @@ class AllGather:
     wants_all_patches = True
 
     def __init__(
-        self, plan: Plan, world_rank: int, group: dist.ProcessGroup, device: torch.device
+        self, timetable: Timetable, world_rank: int, group: dist.ProcessGroup, device: torch.device
     ) -> None:
+        plan = timetable.at(0)
         self._plan, self._rank, self._group, self._device = plan, world_rank, group, device
         self.needs = plan.needs(world_rank)
         self.wait_s = 0.0

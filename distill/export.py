@@ -12,22 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
-from distill.errors import CheckpointError
-from students.catalog import (
-    BackboneSpec,
-    build_backbone,
-    hf_config,
-    preprocessor_config,
-    spec_from_hf_config,
-)
-from teacher.heads import Head, HeadShape
+from students.catalog import BackboneSpec, hf_config, preprocessor_config
 
 LOCAL_NORM_PREFIX = (
     "local_cls_norm."  # used on local crops in training only; no other library knows it
 )
+
+
+SHARD_BYTES = 5 * 10**9  # of one file, as Hugging Face does
 
 
 @dataclass(frozen=True)
@@ -56,53 +51,36 @@ def write_backbone(
     )
     _write_json(folder / "distill.json", facts.provenance)
     (folder / "README.md").write_text(_card(folder.name, kept, facts))
-    aside = folder / ".model.safetensors.part"
-    save_file(kept, aside, {"format": "pt"})
-    aside.rename(folder / "model.safetensors")
+    write_tensors(folder, kept)
 
 
-def read_backbone(folder: Path) -> tuple[nn.Module, BackboneSpec]:
-    """The network of a Hugging Face folder, fp32 on the CPU, in eval mode, and its shape.
-
-    Raises:
-        CheckpointError: files are missing, or keys or shapes do not fit the config.
-    """
-    config_path, weights_path = folder / "config.json", folder / "model.safetensors"
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path}: missing", fix=f"Give a Hugging Face folder with {path.name}."
-            )
-    try:
-        spec = spec_from_hf_config(json.loads(config_path.read_text()))
-        weights = load_file(weights_path)
-    except (ValueError, OSError) as error:
-        raise CheckpointError(
-            f"{folder}: {error}", fix="Check that the folder was copied whole."
-        ) from error
-    except Exception as error:  # safetensors raises its own type for a damaged file
-        raise CheckpointError(
-            f"{weights_path}: {error}", fix="Check that the file was copied whole."
-        ) from error
-    backbone = build_backbone(spec)
-    expected = {name: tensor.shape for name, tensor in backbone.state_dict().items()}
-    wrong = sorted(
-        name
-        for name in expected.keys() | weights.keys()
-        if _shape(weights, name) != expected.get(name)
-    )
-    if wrong:
-        raise CheckpointError(
-            f"{weights_path}: {len(wrong)} tensors do not fit config.json, first {wrong[0]}: "
-            f"file {_shape(weights, wrong[0])}, config {expected.get(wrong[0])}",
-            fix="Use the config.json that belongs to these weights.",
-        )
-    backbone.load_state_dict(weights)
-    return backbone.eval(), spec
-
-
-def _shape(weights: Mapping[str, Tensor], name: str) -> torch.Size | None:
-    return weights[name].shape if name in weights else None
+def write_tensors(
+    folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes ``model.safetensors``, or shards of at most ``shard_bytes`` and their index; each in one rename."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if filled and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += size
+    count = len(shards)
+    files = [
+        "model.safetensors" if count == 1 else f"model-{i + 1:05}-of-{count:05}.safetensors"
+        for i in range(count)
+    ]
+    for file, shard in zip(files, shards, strict=True):
+        aside = folder / f".{file}.part"
+        save_file(shard, aside, {"format": "pt"})
+        aside.rename(folder / file)
+    if count > 1:
+        total = sum(t.numel() * t.element_size() for t in tensors.values())
+        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        _write_json(folder / "model.safetensors.index.json", index)
 
 
 def write_heads(path: Path, weights: Mapping[str, Tensor]) -> None:
@@ -116,54 +94,6 @@ def write_heads(path: Path, weights: Mapping[str, Tensor]) -> None:
     aside = path.with_name(f".{path.name}.part")
     save_file(kept, aside, {"format": "pt"})
     aside.rename(path)
-
-
-def read_heads(path: Path, width: int) -> tuple[Head, Head]:
-    """The DINO and iBOT heads of a teacher of ``width``; shapes come from the file.
-
-    Raises:
-        CheckpointError: the file is missing or damaged, or belongs to a teacher of another width.
-    """
-    if not path.is_file():
-        raise CheckpointError(
-            f"teacher.heads = {path}: no such file",
-            fix="Name the heads.safetensors of this teacher.",
-        )
-    try:
-        weights = load_file(path)
-    except Exception as error:  # safetensors raises its own type for a damaged file
-        raise CheckpointError(
-            f"{path}: {error}", fix="Check that the file was copied whole."
-        ) from error
-    return _head(weights, "dino_head.", path, width), _head(weights, "ibot_head.", path, width)
-
-
-def _head(weights: Mapping[str, Tensor], prefix: str, path: Path, width: int) -> Head:
-    own = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in weights.items()
-        if name.startswith(prefix)
-    }
-    needed = ("mlp.0.weight", "mlp.4.weight", "prototypes.weight")
-    if any(name not in own for name in needed):
-        raise CheckpointError(
-            f"{path}: no complete {prefix.rstrip('.')} in it",
-            fix="Use a heads file written by distill.",
-        )
-    shape = HeadShape(
-        width=own["mlp.0.weight"].shape[1],
-        hidden=own["mlp.0.weight"].shape[0],
-        bottleneck=own["mlp.4.weight"].shape[0],
-        prototypes=own["prototypes.weight"].shape[0],
-    )
-    if shape.width != width:
-        raise CheckpointError(
-            f"{path}: heads for a teacher of width {shape.width}, this teacher has width {width}",
-            fix="Use the heads that were trained with this teacher.",
-        )
-    head = Head(shape)
-    head.load_state_dict(own)
-    return head
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:

@@ -12,11 +12,11 @@ from PIL import Image, ImageOps
 from distill.data.index import ImageIndex
 from distill.data.photographs import photograph_paths
 from distill.evaluate import evaluate_run
-from distill.export import read_backbone
 from distill.features import draw
 from distill.metrics import StatusFile, read_rows, write_json
 from distill.prepare import BUILTIN_PHOTOGRAPHS, read_job
 from distill.recipe import FamilyRecipe
+from distill.weights import load_backbone
 
 NUM_PHOTOGRAPHS = 4  # rows of the picture
 
@@ -43,8 +43,8 @@ def finish(run_folder: Path) -> dict[str, Any]:
     }
     write_json(run_folder / "summary.json", summary)
     summary = evaluate_run(run_folder, teacher_folder=job.teacher_paths[0])
-    networks = {"teacher": read_backbone(job.teacher_paths[0])[0]}
-    networks |= {name: read_backbone(run_folder / "students" / name)[0] for name in names}
+    networks = {"teacher": load_backbone(job.teacher_paths[0])[0]}
+    networks |= {name: load_backbone(run_folder / "students" / name)[0] for name in names}
     data = job.recipe.data
     photographs = _photographs(run_folder, data.sources[0].path)
     draw(networks, photographs, run_folder / "features.png", mean=data.mean, std=data.std)

@@ -16,10 +16,11 @@ import torch
 from distill.data.loader import Loader
 from distill.exchange import Exchange, Outgoing, Pending, lesson_for
 from distill.masking import StepMasks
-from distill.plan import Plan
+from distill.plan import Plan, Timetable
 from distill.pupil import Pupil
 from distill.record import Recorder
 from distill.saver import Saver
+from distill.stopwatch import Stopwatch
 from teacher.frozen import FrozenTeacher
 from teacher.trainee import StepScalars
 
@@ -28,9 +29,10 @@ from teacher.trainee import StepScalars
 class Phase:
     """One stretch of steps with a teacher and an objective, as one rank sees it.
 
-    ``first_step`` is where this phase begins in the stream of samples; ``after_step`` updates what
-    follows the trained weights (the EMA network and the Gram anchor of pretraining), so a phase that
-    has one looks no step ahead.
+    ``first_step`` is where this phase begins in the stream of samples. ``after_step`` is told the
+    number of finished steps: in pretraining it updates what follows the trained weights (the EMA
+    network that teaches, the Gram anchor), which is why such a phase looks no step ahead; in a
+    family it re-plans the shares.
     """
 
     name: str
@@ -38,11 +40,13 @@ class Phase:
     first_step: int
     lookahead: int
     plan: Plan
+    timetable: Timetable
     world_rank: int
     grid_hw: tuple[int, int]
     loader: Loader
     masks: StepMasks
     teacher: FrozenTeacher
+    teaching: Stopwatch
     exchange: Exchange
     pupils: tuple[Pupil, ...]
     temperature: Callable[[int], float]
@@ -84,6 +88,7 @@ def _teach(phase: Phase, stream_step: int) -> Pending:
     asked = masks.of_share
     if phase.exchange.wants_all_patches:
         asked = torch.ones_like(asked)
-    targets = phase.teacher.teach(crops, asked)
+    with phase.teaching.running():
+        targets = phase.teacher.teach(crops, asked)
     outgoing = Outgoing(stream_step, crops, targets, masks.of_needs, masks.counts)
     return phase.exchange.start(outgoing)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from distill.data.masks import draw_masks, mask_counts
 from distill.exchange import Counts
-from distill.plan import Plan
+from distill.plan import Timetable
 from distill.recipe import MasksSpec
 
 
@@ -28,14 +28,15 @@ class StepMasks:
     def __init__(
         self,
         spec: MasksSpec,
-        plan: Plan,
+        timetable: Timetable,
         world_rank: int,
         grid_hw: tuple[int, int],
         seed: int,
         device: torch.device,
     ) -> None:
         self._spec, self._seed, self._grid_hw, self._device = spec, seed, grid_hw, device
-        self._plan, self._world_rank = plan, world_rank
+        plan = timetable.at(0)
+        self._timetable, self._world_rank = timetable, world_rank
         self._images_global = plan.images_global
         parts = [np.arange(part.start, part.stop) for part in plan.needs(world_rank)]
         self._needs = np.concatenate(parts or [np.empty(0, np.int64)])
@@ -50,7 +51,7 @@ class StepMasks:
             probability=self._spec.probability,
             ratio=self._spec.ratio,
         )
-        share = self._plan.share(self._world_rank, step)
+        share = self._timetable.at(step).share(self._world_rank, step)
         positions = np.arange(share.start, share.stop)
         of_share = self._draw(step, positions)
         same = np.array_equal(positions, self._needs)

@@ -15,7 +15,7 @@ they say exactly which image goes where.
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise, permutations, product
 from typing import Any
@@ -28,6 +28,7 @@ from teacher.trainee import KOLEO_GROUP
 
 SEARCH_LIMIT = 20_000  # placements tried one by one; beyond it the heaviest goes first
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples modulo one spread evenly from the start
+LEAST_SHARE = 0.05  # images per step of a rank that has taught before
 SLACK = 1e-9  # floating-point room when a load is compared with the level
 
 
@@ -261,7 +262,7 @@ def make_plan(
     elif has_even_shares:
         exact, unit = [float(len(part)) for part in split_evenly(images_global, num_ranks)], 1
     elif is_dithered:
-        exact = fill_exactly(student_s, teach_s, images_global)
+        exact = fill_exactly(student_s, [teach_s] * num_ranks, images_global)
     else:
         exact = [float(size) for size in fill_whole(student_s, teach_s, images_global, unit)]
     return Plan(
@@ -402,18 +403,56 @@ def split_evenly(images_global: int, num_parts: int) -> tuple[range, ...]:
     return tuple(range(start, stop) for start, stop in pairwise(borders))
 
 
-def fill_exactly(student_s: Sequence[float], teach_s: float, images_global: int) -> list[float]:
+def fill_exactly(
+    student_s: Sequence[float], teach_s: Sequence[float], images_global: int
+) -> list[float]:
     """Shares that make the total load of all ranks equal (water filling), not rounded.
 
-    Ranks whose students already exceed the level teach nothing.
+    ``teach_s`` is each rank's own time per image: a slow rank teaches less. Ranks whose students
+    already exceed the level teach nothing.
     """
-    ordered = sorted(student_s)
-    level = 0.0
-    for count, below in enumerate(accumulate(ordered), start=1):
-        level = (images_global * teach_s + below) / count
-        if count == len(ordered) or level <= ordered[count]:
+    order = sorted(range(len(student_s)), key=lambda rank: student_s[rank])
+    level = speed = offset = 0.0
+    for count, rank in enumerate(order, start=1):
+        speed += 1.0 / teach_s[rank]
+        offset += student_s[rank] / teach_s[rank]
+        level = (images_global + offset) / speed
+        if count == len(order) or level <= student_s[order[count]]:
             break
-    return [max(0.0, level - own) / teach_s for own in student_s]
+    return [max(0.0, level - own) / each for own, each in zip(student_s, teach_s, strict=True)]
+
+
+def rebalanced(plan: Plan, teach_s: Sequence[float], student_s: Sequence[float]) -> Plan:
+    """The plan with shares for measured seconds: per image taught, and per step of the students, of each rank.
+
+    Placements stay. For plans whose shares are dithered; others come back as they are.
+    """
+    if not plan.is_dithered:
+        return plan
+    exact = fill_exactly(student_s, teach_s, plan.images_global)
+    # a rank that teaches goes on to, however little: its decoder waits for a step with an image
+    least = [LEAST_SHARE if before else 0.0 for before in plan.exact_shares]
+    kept = [max(share, floor) for share, floor in zip(exact, least, strict=True)]
+    whole = plan.images_global / sum(kept)
+    return replace(
+        plan, exact_shares=tuple(share * whole for share in kept), student_s=tuple(student_s)
+    )
+
+
+class Timetable:
+    """The plan in force at each step. It changes only at steps that all ranks agree on, and only ahead of them."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._entries = [(0, plan)]
+
+    def at(self, step: int) -> Plan:
+        """The plan of a step."""
+        return next(plan for start, plan in reversed(self._entries) if start <= step)
+
+    def change(self, from_step: int, plan: Plan) -> None:
+        """Puts another plan in force from a step on that nobody has begun to prepare."""
+        assert from_step > self._entries[-1][0], "plans change forward in time"
+        self._entries = [*self._entries[-1:], (from_step, plan)]
 
 
 def fill_whole(
@@ -426,7 +465,7 @@ def fill_whole(
     """
     own, cost = np.asarray(student_s), teach_s * unit
     units = images_global // unit
-    exact = np.asarray(fill_exactly(student_s, teach_s, images_global)) / unit
+    exact = np.asarray(fill_exactly(student_s, [teach_s] * len(student_s), images_global)) / unit
     low = np.floor(exact)
     # at the level of the exact filling at most `units` fit; one more unit on every rank is enough
     candidates = sorted({*(own + cost * low), *(own + cost * (low + 1))})

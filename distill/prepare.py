@@ -18,17 +18,19 @@ from typing import Any
 
 from distill.assemble import (
     TeacherShape,
+    family_needs,
     head_shapes,
     plan_family,
     plan_fitting,
     plan_pretraining,
     shape_of_recipe,
 )
+from distill.budget import Needs
 from distill.checkpoint import find_latest
+from distill.cost import DEFAULT_DEVICE, Device
 from distill.data.index import ImageIndex, build_index, list_images, split
 from distill.data.photographs import photograph_paths, write_tiles
 from distill.errors import CheckpointError, DataError
-from distill.export import read_backbone, read_heads
 from distill.metrics import write_json
 from distill.plan import Plan
 from distill.recipe import (
@@ -39,6 +41,8 @@ from distill.recipe import (
     recipe_hash,
 )
 from distill.recipe_file import TEACHER_PREFIX, find_recipe, load_job, resolved_yaml
+from distill.weights import has_heads, head_shapes_of, shape_of
+from students.catalog import CATALOG
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 TRAINED_HEADS = "heads.safetensors"  # beside the weights of a teacher
@@ -113,10 +117,32 @@ def read_job(run_folder: Path) -> Job:
     return Job(request, recipe, teacher_recipe, stored["data_fingerprint"])
 
 
+@dataclass(frozen=True)
+class JobPlan:
+    """The plan of one part of a job; ``needs`` for families only."""
+
+    plan: Plan
+    num_steps: int
+    needs: Needs | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        needs = {} if self.needs is None else self.needs.to_json()
+        days = self.num_steps * self.plan.step_s / 86_400
+        return {**self.plan.to_json(), **needs, "steps": self.num_steps, "days": days}
+
+
 def check_job(
-    recipe: FamilyRecipe | TeacherRecipe, teacher_recipe: TeacherRecipe | None, num_ranks: int
-) -> tuple[Plan, ...]:
-    """The plans of all phases for ``num_ranks`` ranks, pretraining first.
+    recipe: FamilyRecipe | TeacherRecipe,
+    teacher_recipe: TeacherRecipe | None,
+    num_ranks: int,
+    device: Device = DEFAULT_DEVICE,
+    *,
+    has_files: bool = True,
+) -> tuple[JobPlan, ...]:
+    """The plans of all parts for ``num_ranks`` ranks, pretraining first.
+
+    ``has_files=False`` plans from ``teacher.arch`` where the teacher's files are not there.
 
     Raises:
         PlanError: the recipe cannot run on this many ranks.
@@ -125,31 +151,40 @@ def check_job(
     plans = []
     pretrained = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
     if pretrained is not None:
-        plans.append(plan_pretraining(pretrained, num_ranks))
+        num_steps = sum(stage.steps for stage in pretrained.stages)
+        plans.append(JobPlan(plan_pretraining(pretrained, num_ranks, device), num_steps, None))
     if isinstance(recipe, FamilyRecipe):
-        shape = teacher_shape(recipe, teacher_recipe)
+        shape = teacher_shape(recipe, teacher_recipe, has_files=has_files)
         if recipe.teacher.heads_mode == "fit":
-            plans.append(plan_fitting(recipe, shape, num_ranks))
-        plans.append(plan_family(recipe, shape, num_ranks))
+            fitting = plan_fitting(recipe, shape, num_ranks, device)
+            plans.append(JobPlan(fitting, recipe.teacher.fit.steps, None))
+        family = plan_family(recipe, shape, num_ranks, device)
+        needs = family_needs(recipe, shape, family)
+        plans.append(JobPlan(family, recipe.schedule.steps, needs))
     return tuple(plans)
 
 
-def teacher_shape(recipe: FamilyRecipe, teacher_recipe: TeacherRecipe | None) -> TeacherShape:
+def teacher_shape(
+    recipe: FamilyRecipe, teacher_recipe: TeacherRecipe | None, *, has_files: bool = True
+) -> TeacherShape:
     """Shapes of the family's teacher as its students will meet it, from recipes and files.
+
+    ``has_files=False``: from ``teacher.arch`` where there are no files.
 
     Raises:
         CheckpointError: files are missing or do not fit.
     """
     source = recipe.teacher
+    weights = Path(str(source.weights))
     if teacher_recipe is not None:
         shape = shape_of_recipe(teacher_recipe)
+    elif not has_files and source.arch is not None and not weights.exists():
+        spec = CATALOG[source.arch]
+        shape = TeacherShape(spec, head_shapes(source.fit.heads, spec.width))
     else:
-        weights = Path(str(source.weights))
-        spec = read_backbone(weights)[1]
-        heads = None
+        spec, heads = shape_of(weights), None
         if source.heads_mode == "file":
-            dino, ibot = read_heads(heads_file(source, weights), spec.width)
-            heads = dino.shape, ibot.shape
+            heads = head_shapes_of(heads_file(source, weights), spec.width)
         shape = TeacherShape(spec, heads)
     if source.heads_mode == "none":
         return replace(shape, heads=None)
@@ -166,7 +201,9 @@ def heads_file(source: TeacherSource, weights: Path) -> Path:
     """
     if source.heads is not None:
         return Path(source.heads)
-    beside = weights / TRAINED_HEADS
+    if weights.is_file() and has_heads(weights):
+        return weights  # a training file holds both
+    beside = (weights if weights.is_dir() else weights.parent) / TRAINED_HEADS
     if source.weights is not None and not beside.is_file():
         raise CheckpointError(
             f"teacher.weights = {weights}: no {TRAINED_HEADS} beside them (released teachers have none)",

@@ -49,6 +49,10 @@ def _own_targets(ema: FrozenTeacher) -> Assigner:
     return Assigner(ema.dino_head, ema.ibot_head)
 
 
+def _say_nothing(_: str) -> None:
+    """Nothing is re-planned where every rank teaches itself."""
+
+
 class Pretraining:
     """The online network, its EMA and its Gram anchor over all stages of a teacher recipe, on one rank."""
 
@@ -58,7 +62,7 @@ class Pretraining:
         assert self.shape.heads is not None, "a pretrained teacher has heads"
         spec, heads = self.shape.spec, self.shape.heads
         grid_hw = grid_of(spec, recipe.crops.global_.size)
-        self.scene = Scene(recipe, plan, groups, site, grid_hw)
+        self.scene = Scene(recipe, plan, groups, site, grid_hw, _say_nothing)
         online = build_network(spec, *heads, seeded(recipe.seed, ONLINE))
         backbone, *copies = build_network(spec, *heads, seeded(recipe.seed, ONLINE))
         trainee = build_trainee(self.scene, ONLINE, online, masks_input=True)
@@ -137,7 +141,12 @@ class HeadFitting:
         assert shape.heads is not None, "heads to fit have shapes"
         self.recipe = recipe
         self.scene = Scene(
-            recipe, plan, groups, site, grid_of(shape.spec, recipe.crops.global_.size)
+            recipe,
+            plan,
+            groups,
+            site,
+            grid_of(shape.spec, recipe.crops.global_.size),
+            _say_nothing,
         )
         backbone.requires_grad_(False).eval()
         heads, copies = (

@@ -1,6 +1,5 @@
 """One network in training on this rank: its targets, its step, its numbers."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from distill.engine import Engine, StepRates
 from distill.plan import Placement
+from distill.stopwatch import Stopwatch
 from teacher.batch import LessonBatch
 from teacher.heads import Head
 from teacher.sinkhorn import sinkhorn
@@ -77,7 +77,7 @@ class Pupil:
     ) -> None:
         self.name, self.placement, self.engine, self.rates = name, placement, engine, rates
         self.targets = targets
-        self.busy_s = 0.0
+        self.training = Stopwatch(next(engine.module.parameters()).device)
         self._sums: dict[str, Tensor] = {}
         self._num_steps = 0
         self._skipped_before = engine.num_skipped
@@ -86,13 +86,12 @@ class Pupil:
         self, lesson: LessonBatch, temperature: float, scalars: StepScalars, step: int
     ) -> None:
         """One step of this network. Collective over its group: targets, KoLeo where cut, gradients."""
-        started = time.perf_counter()
         group = self.engine.group if dist.get_world_size(self.engine.group) > 1 else None
-        targets = self.targets.make(lesson, temperature, group)
-        losses: Losses = self.engine.forward(lesson, targets, scalars)
-        self.engine.backward_and_step(losses.total, self.rates(step))
+        with self.training.running():
+            targets = self.targets.make(lesson, temperature, group)
+            losses: Losses = self.engine.forward(lesson, targets, scalars)
+            self.engine.backward_and_step(losses.total, self.rates(step))
         self._add({"loss": losses.total.detach(), **losses.parts})
-        self.busy_s += time.perf_counter() - started
 
     def _add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():

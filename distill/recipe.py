@@ -100,7 +100,14 @@ def _arch_mapping(value: object) -> object:
     return {"arch": value} if isinstance(value, str) else value
 
 
+def _catalogue_name(name: str) -> str:
+    if name in FREE_SIZES:
+        raise ValueError(f"{name!r}: a catalogue name, or leave it out: the weights tell")
+    return _known_arch(name)
+
+
 Arch = Annotated[str, AfterValidator(_known_arch)]
+CatalogueName = Annotated[str, AfterValidator(_catalogue_name)]
 Name = Annotated[str, AfterValidator(_safe_name)]
 Pair = Annotated[tuple[float, float], Strict(False)]
 Triple = Annotated[tuple[float, float, float], Strict(False)]
@@ -307,7 +314,8 @@ class EngineSpec(Section):
     """Where and how fast. ``processes`` counts local ranks; ``auto`` is one per GPU.
 
     ``lookahead``: steps that a frozen teacher may work ahead of its students. ``exchange``: to each
-    rank its slice, or everything to everybody with even teacher shares, as published.
+    rank its slice, or everything to everybody with even teacher shares, as published. ``balance``:
+    steps between two measurements of every rank's speed, after which shares follow it; 0 for never.
     """
 
     device: Literal["auto", "cpu", "cuda"] = machine("auto")
@@ -317,6 +325,7 @@ class EngineSpec(Section):
     teacher_micro_batch: int = machine(16, ge=1)
     lookahead: int = machine(2, ge=0, le=16)
     exchange: Literal["slices", "all_gather"] = machine("slices")
+    balance: int = machine(200, ge=0)
 
 
 class CheckpointSpec(Section):
@@ -378,10 +387,12 @@ class TeacherSource(Section):
 
     ``heads``: a file; ``fit`` to learn them on the frozen teacher first; ``none`` to learn from its
     features instead. By default the ones that lie beside the weights or that the recipe trains.
+    ``arch`` says what the weights are, so that a plan can be made before they are there.
     """
 
     train: str | None = science(None)
     weights: str | None = machine(None)
+    arch: CatalogueName | None = machine(None)
     heads: str | None = machine(None)
     fit: FitSpec = science(FitSpec())
 

@@ -230,12 +230,15 @@ class _Run:
             write_json(self.job.run_folder / "plan.json", plan.to_json())
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
         grid_hw = grid_of(shape.spec, recipe.crops.global_.size)
-        scene = Scene(recipe, plan, groups, self._site("train"), grid_hw)
+        scene = Scene(recipe, plan, groups, self._site("train"), grid_hw, self._tell)
         phase = family_phase(scene, teacher, shape)
         finished = self._run_phase(phase, self._restore(phase))
         if finished:
             self._write_students(phase, recipe)
         return finished
+
+    def _tell(self, event: str) -> None:
+        self.recorder.show("training", message=event)
 
     def _site(self, images: str) -> Site:
         folder = self.job.run_folder

@@ -89,6 +89,12 @@ class Loader:
         self.wait_s += time.perf_counter() - started
         return batch
 
+    def make_room(self, max_images: int) -> None:
+        """Allows for more positions per step; the pipeline is rebuilt if it was made for fewer."""
+        if max_images > self._max_images:
+            self._max_images = max_images
+            self.close()
+
     def close(self) -> None:
         """Lets go of the pipeline and its threads."""
         self._pipeline = None

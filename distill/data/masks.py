@@ -92,7 +92,8 @@ def _grow(words: Hash, counts: NDArray[np.int64], grid_hw: tuple[int, int]) -> N
         masks |= block & fits[:, None, None]
     flat = masks.reshape(len(counts), -1)
     missing = counts - flat.sum(axis=1)
-    keys = hashes("mask-fill", words[:, None], np.arange(flat.shape[1])[None])
+    words = np.asarray(words)
+    keys = np.asarray(hashes("mask-fill", words[:, None], np.arange(flat.shape[1])[None]))
     keys[flat] = np.iinfo(keys.dtype).max
     places = np.argsort(np.argsort(keys, axis=1, kind="stable"), axis=1, kind="stable")
     return flat | (places < missing[:, None])

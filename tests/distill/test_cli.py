@@ -109,8 +109,11 @@ def test_plan__json_says_who_and_how_much(capsys: pytest.CaptureFixture[str]) ->
     code, out, _ = run(capsys, "plan", "quickstart", "--json")
     plan = json.loads(out)
     assert code == 0 and plan["ranks"] == {"small": 1, "gated": 1, "convnext": 1}
-    assert sum(plan["shares"]) == plan["images_global"] and plan["notes"]
-    assert plan["utilisation"] >= plan["utilisation_even"]
+    taught = sum(count * share for count, share in plan["shares"])
+    assert taught == pytest.approx(plan["images_global"], rel=1e-4) and plan["notes"]
+    assert plan["utilisation"] >= plan["utilisation_even_barrier"]
+    wanted = {"memory_gib_max", "exchange_bytes_max", "exchange_bytes_all_gather", "step_s"}
+    assert wanted | {"images_per_s", "gain", "gain_bound", "days"} <= plan.keys()
 
 
 def test_recipes__list_show_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -281,6 +284,40 @@ def test_plan__needs_no_gpu_and_trains_nothing(distill: Run) -> None:
     assert plan["num_ranks"] == 3
     shown = distill("plan", "quickstart", "--ranks", "3").out
     assert all(name in shown for name in ("small", "gated", "convnext", "teaching"))
+
+
+def test_plan__the_published_launch(distill: Run) -> None:
+    """48/48/80/120 of 296 ranks, batch 1920: METHOD section 5."""
+    plan = json.loads(distill("plan", "family_published", "--ranks", "296", "--json").out)
+    assert list(plan["ranks"].values()) == [48, 48, 80, 120]
+    assert plan["utilisation_even_barrier"] == pytest.approx(0.851, abs=0.004)
+    assert plan["utilisation"] == pytest.approx(1.0)
+    assert plan["exchange_bytes_max"] < 32e6
+    assert plan["exchange_bytes_all_gather"] > 3.4e9
+    assert plan["memory_gib_max"] < 80
+    shown = distill("plan", "family_published", "--ranks", "296").out
+    assert "busy 100%" in shown
+
+
+def test_plan__eight_ranks_are_balanced(distill: Run) -> None:
+    result = distill("plan", "family_vit", "--ranks", "8", "--device", "h200", "--json")
+    plan = json.loads(result.out)
+    assert list(plan["ranks"].values()) == [1, 1, 1, 2, 3]
+    assert plan["utilisation"] == pytest.approx(1.0)
+    assert plan["gain"] == pytest.approx(2.92, rel=0.01)
+
+
+def test_plan__says_what_does_not_fit(distill: Run) -> None:
+    result = distill("plan", "family_vit", "--ranks", "8")
+    assert result.code == 2
+    assert "GiB (activations" in result.err and "h100 has 80" in result.err
+    result = distill("plan", "family_vit", "--device", "tpu")
+    assert (result.code, result.err.splitlines()[0]) == (2, "--device tpu: not known")
+
+
+def test_plan__a_missing_teacher_is_only_planned_for(distill: Run) -> None:
+    assert distill("check", "family_published", "--gpus", "296").code == 2
+    assert distill("plan", "family_published", "--ranks", "296").code == 0
 
 
 def test_train__passes_options_and_overrides_in_any_order(

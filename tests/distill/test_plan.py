@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.errors import PlanError
-from distill.plan import Work, fill_exactly, fill_whole, make_plan, split_evenly
+from distill.plan import (
+    LEAST_SHARE,
+    Timetable,
+    Work,
+    fill_exactly,
+    fill_whole,
+    make_plan,
+    rebalanced,
+    split_evenly,
+)
 from teacher.trainee import KOLEO_GROUP
 
 costs = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=9)
@@ -92,14 +101,40 @@ def test_fill_whole__is_the_best_division_there_is(
     images=st.integers(1, 500),
 )
 def test_fill_exactly__is_level(load: list[float], cost: float, images: int) -> None:
-    shares = fill_exactly(load, cost, images)
+    costs = [cost * (1 + i % 3) for i in range(len(load))]  # ranks of three speeds
+    shares = fill_exactly(load, costs, images)
     assert sum(shares) == pytest.approx(images)
-    busy = [own + cost * share for own, share in zip(load, shares, strict=True)]
+    busy = [own + c * share for own, c, share in zip(load, costs, shares, strict=True)]
     level = max(b for b, share in zip(busy, shares, strict=True) if share > 0)
     assert all(b == pytest.approx(level) for b, share in zip(busy, shares, strict=True) if share)
     assert all(
         own >= level * (1 - 1e-9) for own, share in zip(load, shares, strict=True) if not share
     )
+
+
+def test_rebalanced__a_slow_rank_teaches_less_and_nobody_stops() -> None:
+    plan = make_plan([Work("a", 3.0), Work("b", 1.3)], 1.7, 100, 5, lookahead=1)
+    slow = [1.7, 1.7, 1.7 * 1.5, 1.7, 1.7]
+    changed = rebalanced(plan, slow, plan.student_s)
+    assert sum(changed.exact_shares) == pytest.approx(100)
+    assert changed.exact_shares[2] < plan.exact_shares[2]
+    busy = [s + c * n for s, c, n in zip(plan.student_s, slow, changed.exact_shares, strict=True)]
+    assert max(busy) == pytest.approx(min(busy))
+    stuck = rebalanced(plan, plan.student_s, [*plan.student_s[:4], 1e6])
+    assert 0 < stuck.exact_shares[4] <= LEAST_SHARE
+    assert rebalanced(make_plan([Work("a", 1.0)], 1.0, 8, 2), [9.0, 1.0], [0.0, 0.0]).shares(0) == (
+        range(4),
+        range(4, 8),
+    )
+
+
+def test_timetable__the_newest_plan_that_has_begun_is_in_force() -> None:
+    first, second, third = (make_plan([Work("a", 1.0)], 1.0, n, 1) for n in (8, 9, 10))
+    timetable = Timetable(first)
+    timetable.change(5, second)
+    assert (timetable.at(4), timetable.at(5)) == (first, second)
+    timetable.change(9, third)
+    assert (timetable.at(8), timetable.at(9)) == (second, third)
 
 
 def test_shares__over_many_steps_are_the_exact_ones() -> None:

@@ -21,7 +21,7 @@ from distill.exchange import (
     slice_bytes,
 )
 from distill.groups import make_groups
-from distill.plan import Plan, Work, make_plan
+from distill.plan import Plan, Timetable, Work, make_plan
 from distill.pupil import Assigner, Pupil, TargetMaker
 from students.objective import FeatureTrainee, Standardiser, build_projectors
 from teacher.batch import CropBatch
@@ -73,7 +73,7 @@ def train_family(
     groups = make_groups(plan, timedelta(seconds=60))
     taught = teacher(4, has_heads=has_heads)
     way = AllGather if is_published else Slices
-    exchange = way(plan, rank, groups.exchange, torch.device("cpu"))
+    exchange = way(Timetable(plan), rank, groups.exchange, torch.device("cpu"))
     pupils = [
         make_pupil(plan, groups, p.name, zero, precision, has_heads=has_heads)
         for p in plan.placements
@@ -279,7 +279,7 @@ def state_on(num_ranks_before: int) -> dict[str, Tensor]:
 def train_one(pupil: Pupil, plan: Plan, steps: range) -> list[float]:
     taught = FrozenTeacher(*network(2), mean=MEAN, std=STD, micro_images=4)
     losses, rank = [], dist.get_rank()
-    exchange = Slices(plan, rank, dist.group.WORLD, torch.device("cpu"))  # type: ignore[arg-type]
+    exchange = Slices(Timetable(plan), rank, dist.group.WORLD, torch.device("cpu"))  # type: ignore[arg-type]
     assert plan.is_local
     for step in steps:
         crops, masks = batch_of(step)

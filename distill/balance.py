@@ -1,0 +1,107 @@
+"""Teacher shares that follow the measured speed of every rank.
+
+Every ``every`` steps all ranks tell each other how long they took to teach an image and to train a
+step (one all-gather of two numbers). Each computes the same new shares from the same numbers, and
+they come into force at a later step that nobody has begun to prepare. A slow rank teaches less; the
+others teach more. What is taught does not depend on who teaches it, so results stay the same bit for
+bit.
+"""
+
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+
+from distill.data.pipeline import PREFETCH
+from distill.plan import Timetable, rebalanced
+from distill.stopwatch import Stopwatch
+
+SLOW = 1.15  # times the median time per image: a rank is called slow
+MARGIN = 2  # steps, beside look-ahead and what the decoder has in hand
+WORTH = 0.02  # shares are left alone when the step would become shorter by less
+
+
+@runtime_checkable
+class _Room(Protocol):
+    def make_room(self, max_images: int) -> None: ...
+
+
+class Balancer:
+    """Re-plans the shares of one phase; the same calls on every rank."""
+
+    def __init__(
+        self,
+        timetable: Timetable,
+        world_rank: int,
+        group: dist.ProcessGroup,
+        loader: _Room,
+        clocks: tuple[Stopwatch, Sequence[Stopwatch]],
+        *,
+        lookahead: int,
+        every: int,
+        tell: Callable[[str], None],
+    ) -> None:
+        """``clocks``: of teaching, and of each student on this rank. ``tell`` gets one line per event, on rank 0."""
+        self._timetable, self._rank, self._group = timetable, world_rank, group
+        self._loader, self._teaching, self._training = loader, *clocks
+        self._every = every
+        self._delay = lookahead + PREFETCH + MARGIN
+        self._tell = tell
+        self._known_slow: set[int] = set()
+        self._last_step = -1
+        self._last: tuple[float, float] = (0.0, 0.0)
+
+    def after_step(self, step: int) -> None:
+        """Counts a finished step of the phase; at the interval, measures and re-plans. Collective over the world then."""
+        if self._last_step < 0:  # the first step loads libraries and finds algorithms: not counted
+            self._last_step, self._last = step, self._read()
+        if step - self._last_step < self._every:
+            return
+        taught = sum(
+            len(self._timetable.at(s).share(self._rank, s)) for s in range(self._last_step, step)
+        )
+        now = self._read()
+        teach_s, train_s = (after - before for after, before in zip(now, self._last, strict=True))
+        num_steps = step - self._last_step
+        self._last_step, self._last = step, now
+        self._replan(step, teach_s / taught if taught else 0.0, train_s / num_steps)
+
+    def _read(self) -> tuple[float, float]:
+        return self._teaching.read_s(), sum(clock.read_s() for clock in self._training)
+
+    def _replan(self, step: int, teach_s: float, train_s: float) -> None:
+        plan = self._timetable.at(step)
+        own = torch.tensor([teach_s, train_s], dtype=torch.float64)
+        device = torch.device("cuda") if dist.get_backend(self._group) == "nccl" else own.device
+        everyone = own.new_zeros(plan.num_ranks, 2).to(device)
+        everyone[self._rank] = own.to(device)
+        dist.all_reduce(everyone, group=self._group)  # a sum with zeros gathers exactly
+        taught = [seconds for seconds in everyone[:, 0].tolist() if seconds > 0]
+        typical = median(taught)
+        each = [seconds or typical for seconds in everyone[:, 0].tolist()]
+        self._report(step, each, typical)
+        changed = rebalanced(plan, each, everyone[:, 1].tolist())
+        before, after = (
+            max(
+                own_s + share * image_s
+                for own_s, share, image_s in zip(
+                    changed.student_s, which.exact_shares, each, strict=True
+                )
+            )
+            for which in (plan, changed)
+        )
+        if after > before * (1.0 - WORTH):
+            return
+        self._timetable.change(step + self._delay, changed)
+        self._loader.make_room(changed.largest_shares[self._rank])
+
+    def _report(self, step: int, each: Sequence[float], typical: float) -> None:
+        """Names a rank once when it becomes slow."""
+        slow = {rank for rank, seconds in enumerate(each) if seconds > SLOW * typical}
+        for rank in sorted(slow - self._known_slow):
+            self._tell(
+                f"step {step}: rank {rank} takes {each[rank] / typical:.2f}x the usual time per image; it will teach less"
+            )
+        self._known_slow = slow

@@ -1,0 +1,204 @@
+"""What a plan needs: GiB per rank by part, and bytes per rank and step on the wire. From shapes alone.
+
+Weights, gradients and optimizer state are exact. Activations are an estimate: 34 bytes per token,
+channel and block for a transformer in bf16 with a fused attention (Korthikanti et al. 2022, equation
+1 without the attention matrices), two thirds of that in proportion to the channels of a ConvNeXt block.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from distill.cost import CropShapes, Device, Heads
+from distill.errors import PlanError
+from distill.exchange import WireShape, gathered_bytes, slice_bytes
+from distill.plan import Plan
+from students.catalog import BackboneSpec, count_parameters
+from students.convnext import ConvNeXtSpec
+from teacher.losses import PROTOTYPES_AT_ONCE
+from teacher.vit import ViTSpec
+
+GIB = 2**30
+PARAMETER_BYTES = 2  # bf16 weights, and as much for gradients
+STATE_BYTES = 16  # fp32 master weight, two moments, EMA; sharded over the group
+ACTIVATION_BYTES = 34  # per token, channel and transformer block
+CONV_ACTIVATION_BYTES = 24  # per pixel, channel and ConvNeXt block
+LOGIT_BYTES = 12  # three fp32 matrices of [rows, chunk] at once
+CONTEXT_GIB = 1.5  # driver, communicators, kernels
+
+
+@dataclass(frozen=True)
+class Student:
+    """What a student's memory follows from. ``parameters`` count backbone, heads or projectors."""
+
+    name: str
+    spec: BackboneSpec
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB of one rank by part."""
+
+    teacher: float
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+    context: float
+
+    @property
+    def total(self) -> float:
+        """All parts together."""
+        return float(sum(asdict(self).values()))
+
+
+def head_parameters(heads: Heads) -> int:
+    """Weights and biases of both heads."""
+    return sum(
+        (h.width + 1) * h.hidden
+        + (h.hidden + 1) * h.hidden
+        + (h.hidden + 1) * h.bottleneck
+        + h.prototypes * h.bottleneck
+        for h in heads
+    )
+
+
+def wire_shape(
+    crops: CropShapes, heads: Heads | None, teacher_width: int, patches: int
+) -> WireShape:
+    """Values per image on the wire; the teacher's rows travel in bf16."""
+    dino, ibot = (
+        (teacher_width, teacher_width)
+        if heads is None
+        else (heads[0].bottleneck, heads[1].bottleneck)
+    )
+    return WireShape(
+        global_crop_values=2 * 3 * crops.global_size**2,
+        local_crop_values=crops.num_locals * 3 * crops.local_size**2,
+        class_row_values=2 * dino,
+        patch_row_values=ibot,
+        value_bytes=2,
+        patches=patches,
+    )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a family needs on some ranks. ``memory`` is per rank; bytes are per rank and step."""
+
+    memory: tuple[Memory, ...]
+    sliced_bytes: tuple[int, ...]
+    sliced_bytes_bound: tuple[int, ...]
+    gathered_bytes: int
+
+    @property
+    def fullest(self) -> Memory:
+        """The rank that needs most."""
+        return max(self.memory, key=lambda memory: memory.total)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, to join the plan's."""
+        parts = {name: round(value, 3) for name, value in asdict(self.fullest).items()}
+        return {
+            "memory_gib_max": round(self.fullest.total, 3),
+            "memory_gib": parts,
+            "exchange_bytes_max": max(self.sliced_bytes),
+            "exchange_bytes_bound": max(self.sliced_bytes_bound),
+            "exchange_bytes_all_gather": self.gathered_bytes,
+        }
+
+
+def needs_of(
+    plan: Plan,
+    students: Sequence[Student],
+    teacher_spec: BackboneSpec,
+    heads: Heads | None,
+    crops: CropShapes,
+    *,
+    zero_stage: int,
+    lookahead: int,
+    patches: int,
+) -> Needs:
+    """Memory and traffic of every rank of a family's plan; masked patches at their mean."""
+    wire = wire_shape(crops, heads, teacher_spec.width, patches)
+    of_teacher = count_parameters(teacher_spec) + (0 if heads is None else head_parameters(heads))
+    image_bytes = wire.slice_image_bytes + crops.masked_per_image * wire.slice_patch_bytes
+    parts = np.zeros((plan.num_ranks, 5))  # weights, gradients, optimizer, activations, logits
+    for student, placement in zip(students, plan.placements, strict=True):
+        group = len(placement.slices)
+        for rank, part in zip(placement.world_ranks, placement.slices, strict=True):
+            count = student.parameters
+            sharded = count / group if zero_stage >= 2 else count
+            rows = len(part) * (2 + crops.num_locals + crops.masked_per_image)
+            logits = 0.0 if heads is None else rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES
+            parts[rank, :3] += (
+                count * PARAMETER_BYTES,
+                sharded * PARAMETER_BYTES,
+                count * STATE_BYTES / group,
+            )
+            # students of a rank train one after the other: what is alive at once is the largest
+            activations = len(part) * activation_bytes(student.spec, crops)
+            parts[rank, 3:] = np.maximum(parts[rank, 3:], (activations, logits))
+    largest = plan.largest_shares
+    teaching = [PARAMETER_BYTES * of_teacher if most else 0 for most in largest]
+    held = [sum(map(len, plan.needs(rank))) for rank in range(plan.num_ranks)]
+    memory = tuple(
+        Memory(
+            teacher=teaching[rank] / GIB,
+            weights=float(parts[rank, 0]) / GIB,
+            gradients=float(parts[rank, 1]) / GIB,
+            optimizer=float(parts[rank, 2]) / GIB,
+            activations=float(parts[rank, 3]) / GIB,
+            logits=float(parts[rank, 4]) / GIB,
+            buffers=(lookahead + 1) * (held[rank] + largest[rank]) * image_bytes / GIB,
+            context=CONTEXT_GIB,
+        )
+        for rank in range(plan.num_ranks)
+    )
+    masked = np.full(plan.images_global, round(crops.masked_per_image), np.int64)
+    return Needs(
+        memory=memory,
+        sliced_bytes=tuple(slice_bytes(plan, 0, wire, masked)),
+        sliced_bytes_bound=tuple(int(count * image_bytes) for count in held),
+        gathered_bytes=gathered_bytes(plan, wire),
+    )
+
+
+def activation_bytes(spec: BackboneSpec, crops: CropShapes) -> float:
+    """Bytes kept for the backward pass of all crops of one image."""
+    sides = [crops.global_size] * 2 + [crops.local_size] * crops.num_locals
+    if isinstance(spec, ViTSpec):
+        tokens = sum((side // spec.patch) ** 2 + 1 + spec.registers for side in sides)
+        ratio = (3 if spec.ffn == "swiglu" else 2) * spec.ffn_width / (8 * spec.width)
+        per_token = ACTIVATION_BYTES * spec.width * (0.5 + 0.5 * ratio)
+        return spec.depth * tokens * per_token
+    if isinstance(spec, ConvNeXtSpec):
+        return sum(
+            depth * width * (side // (4 * 2**stage)) ** 2 * CONV_ACTIVATION_BYTES
+            for side in sides
+            for stage, (depth, width) in enumerate(zip(spec.depths, spec.widths, strict=True))
+        )
+    return float(sum(side**2 for side in sides) * spec.width)  # a network whose inside is not known
+
+
+def require_fit(needs: Needs, device: Device) -> None:
+    """Refuses a plan that does not fit on its device.
+
+    Raises:
+        PlanError: says which part is largest.
+    """
+    fullest = needs.fullest
+    if fullest.total <= device.memory_gib:
+        return
+    parts = sorted(asdict(fullest).items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name} {value:.1f}" for name, value in parts[:4])
+    rank = needs.memory.index(fullest)
+    raise PlanError(
+        f"rank {rank} needs {fullest.total:.0f} GiB ({shown}); {device.name} has {device.memory_gib:.0f}",
+        fix="Use more ranks, a smaller schedule.batch, engine.zero: 2, or a device with more memory.",
+    )

@@ -1,0 +1,186 @@
+"""Files and folders of tensors, opened safely: names and shapes first, then one tensor at a time.
+
+Nothing in a file is ever executed: pickles are read with ``weights_only`` and may hold tensors in
+dicts, nothing else. Files are memory-mapped and opened anew for every tensor's worth of bytes, so
+that what is mapped does not pile up.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from distill.errors import CheckpointError
+
+REFUSED = "Weights only load failed"  # how torch begins when it meets anything but tensors
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@runtime_checkable
+class Container(Protocol):
+    """A file or folder of tensors, opened."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; may be a view of the mapped file."""
+        ...
+
+
+class _Safetensors:
+    """One file, or the shards of an index."""
+
+    def __init__(self, path: Path, files: Mapping[str, Path] | None = None) -> None:
+        """``files``: which file holds which tensor, for shards."""
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        self._file_of: dict[str, Path] = {}
+        for file in [path] if files is None else sorted(set(files.values())):
+            try:
+                with safe_open(file, "pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118  # not a mapping
+                        part = opened.get_slice(name)
+                        self.shapes[name] = tuple(part.get_shape())
+                        self.dtypes[name] = part.get_dtype().lower()
+                        self._file_of[name] = file
+            except (SafetensorError, OSError) as error:
+                raise broken_file(file, error) from error
+        absent = sorted(set(files or ()) - self.shapes.keys())
+        if absent:
+            raise CheckpointError(
+                f"{path}: {len(absent)} tensors of the index are in no shard, first {absent[0]}",
+                fix="Copy all shards of the folder.",
+            )
+
+    def read(self, name: str) -> Tensor:
+        try:
+            with safe_open(self._file_of[name], "pt") as opened:
+                tensor: Tensor = opened.get_tensor(name)
+                return tensor
+        except (SafetensorError, OSError) as error:
+            raise broken_file(self._file_of[name], error) from error
+
+
+class _Pickled:
+    """A ``.pth`` file: tensors in dicts, mapped; anything else is refused."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tensors = self._open()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.dtypes = {
+            name: str(tensor.dtype).removeprefix("torch.") for name, tensor in self._tensors.items()
+        }
+        self._largest = max(map(_num_bytes, self._tensors.values()), default=0)
+        self._read_bytes = 0
+
+    def read(self, name: str) -> Tensor:
+        if self._read_bytes > self._largest:
+            self._tensors, self._read_bytes = self._open(), 0
+        tensor = self._tensors[name]
+        self._read_bytes += _num_bytes(tensor)
+        return tensor
+
+    def _open(self) -> dict[str, Tensor]:
+        try:
+            loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # the unpickler raises whatever a broken stream leads it to
+            if REFUSED not in str(error):
+                raise broken_file(self.path, error) from error
+            raise CheckpointError(
+                f"{self.path}: holds more than tensors; it was not executed",
+                fix="Only dicts of tensors are read. Save the state dict alone with torch.save.",
+            ) from error
+        return dict(self._flat(loaded, ""))
+
+    def _flat(self, value: Any, name: str) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                if isinstance(item, Tensor | Mapping):
+                    yield from self._flat(item, f"{name}.{key}" if name else str(key))
+        else:
+            raise CheckpointError(
+                f"{self.path}: {name or 'the file'} is a {type(value).__name__}, not tensors in dicts",
+                fix="Give a state dict.",
+            )
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def broken_file(path: Path, error: Exception) -> CheckpointError:
+    """What to say of a file that cannot be read."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CheckpointError(
+        f"{path}: cannot be read ({reason})", fix="Check that the file was copied whole."
+    )
+
+
+def open_weights(path: Path) -> Container:
+    """A folder, a ``.safetensors`` file or a ``.pth`` file, opened; no tensor is read yet.
+
+    Raises:
+        CheckpointError: it is none of these, or damaged, or holds something else than tensors.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder", fix="Check the path.")
+    if path.is_dir():
+        return _open_folder(path)
+    with path.open("rb") as file:
+        start = file.read(4)
+    if path.suffix == ".safetensors":
+        return _Safetensors(path)
+    if start in (b"PK\x03\x04",):
+        return _Pickled(path)
+    if path.suffix in (".pth", ".pt", ".bin"):
+        raise CheckpointError(
+            f"{path}: not in the zip format that torch.save writes since 1.6",
+            fix="Load it in the torch version it was made with and save the state dict again.",
+        )
+    raise CheckpointError(
+        f"{path}: not a file of weights", fix="Give a folder, a .safetensors or a .pth file."
+    )
+
+
+def _open_folder(folder: Path) -> Container:
+    if (folder / INDEX).is_file():
+        listed = read_json(folder / INDEX)
+        files = listed.get("weight_map") if isinstance(listed, dict) else None
+        if not isinstance(files, dict) or not all(map(_is_file_name, files.values())):
+            raise CheckpointError(
+                f"{folder / INDEX}: no weight_map of plain file names",
+                fix="Check that the folder was copied whole.",
+            )
+        return _Safetensors(folder, {key: folder / name for key, name in files.items()})
+    if (folder / SINGLE).is_file():
+        return _Safetensors(folder / SINGLE)
+    raise CheckpointError(
+        f"{folder / SINGLE}: missing", fix=f"Give a Hugging Face folder with {SINGLE}."
+    )
+
+
+def _is_file_name(name: object) -> bool:
+    """A name in the folder itself, and no way out of it."""
+    return isinstance(name, str) and Path(name).name == name
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise broken_file(path, error) from error

@@ -1,0 +1,105 @@
+"""A backbone as one ONNX graph: ``pixel_values`` to ``class_token`` and ``patch_tokens``.
+
+Batch, rows and columns of patches stay free; position angles are part of the graph and follow the
+size of the image. The graph computes in fp32. Weights in bf16 are stored as such and widened where
+they are used, so the file is half as large and runtimes need no bf16 arithmetic.
+"""
+
+import importlib.util
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from distill.errors import SetupError
+from students.catalog import BackboneSpec
+
+MAX_GRID = 1024  # patches per side; 16,384 px at stride 16
+MAX_BATCH = 65_536
+ONE_FILE_BYTES = 2**31 - 2**24  # protobuf holds 2 GiB; the graph itself needs some of it
+
+
+class _NamedOutputs(nn.Module):
+    """A backbone whose parameters are widened to fp32 and whose features are a plain tuple."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        weights = {name: each.float() for name, each in self.backbone.named_parameters()}
+        found = torch.func.functional_call(self.backbone, weights, (pixel_values,))
+        return found.class_token, found.patch_tokens
+
+
+def require_exporter() -> None:
+    """Passes when torch can write ONNX here.
+
+    Raises:
+        SetupError: a library is missing.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SetupError(
+            f"--to onnx: {' and '.join(missing)} not installed",
+            fix='pip install "distill-family[onnx]"',
+        )
+
+
+def write_onnx(
+    backbone: nn.Module, spec: BackboneSpec, path: Path, *, dtype: torch.dtype = torch.float32
+) -> None:
+    """Writes ``path``, and ``path``.data beside it when the weights do not fit into one file.
+
+    The backbone is changed: its parameters end in ``dtype``.
+
+    Raises:
+        SetupError: the exporter's libraries are missing.
+    """
+    require_exporter()
+    graph = _NamedOutputs(backbone.to(dtype)).eval()
+    stride = spec.stride
+    sample = torch.zeros(2, spec.in_channels, 3 * stride, 4 * stride)
+    rows = torch.export.Dim("grid_rows", min=1, max=MAX_GRID)
+    columns = torch.export.Dim("grid_columns", min=1, max=MAX_GRID)
+    free = {
+        0: torch.export.Dim("batch", min=1, max=MAX_BATCH),
+        2: stride * rows,
+        3: stride * columns,
+    }
+    with _quiet():
+        program = torch.onnx.export(
+            graph,
+            (sample,),
+            dynamo=True,
+            dynamic_shapes=(free,),
+            input_names=["pixel_values"],
+            output_names=["class_token", "patch_tokens"],
+            verbose=False,
+        )
+    assert program is not None, "torch.onnx.export with dynamo=True returns a program"
+    patches = program.model.graph.outputs[1]
+    assert patches.shape is not None, "the exporter knows the rank of each output"
+    patches.shape = type(patches.shape)(["batch", "patches", spec.width])
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.clear()  # stack traces, with the paths of this machine
+    num_bytes = sum(each.numel() * each.element_size() for each in backbone.parameters())
+    program.save(str(path), external_data=num_bytes > ONE_FILE_BYTES)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's words about torchvision and about its own deprecated calls."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)
