@@ -28,7 +28,7 @@ from distill.data.crops import CropSpec
 from distill.data.index import ImageIndex
 from distill.data.loader import Loader
 from distill.engine import Engine, EngineSettings, StepRates
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, PlanError
 from distill.exchange import AllGather, Slices
 from distill.groups import Groups
 from distill.loop import Phase
@@ -49,6 +49,7 @@ from distill.recipe import (
 from distill.stopwatch import Stopwatch
 from distill.weights import load_backbone, load_heads
 from students.catalog import BackboneSpec, build_backbone, count_parameters, init_weights_
+from students.custom import CustomSpec
 from students.objective import FeatureTrainee, Standardiser, build_projectors
 from students.student import build_heads, grid_of, seeded, student_heads
 from teacher.frozen import FrozenTeacher
@@ -151,6 +152,8 @@ def plan_family(
     works = []
     for student in recipe.students:
         spec = student.backbone_spec()
+        if isinstance(spec, CustomSpec):
+            _require_whole_patches(recipe, student.label, spec)
         if shape.heads is None:
             cost = regression_tflops(spec, shape.spec.width, shapes)
         else:
@@ -166,6 +169,19 @@ def plan_family(
         unit=recipe.engine.teacher_micro_batch,
         has_even_shares=recipe.engine.exchange == "all_gather",
     )
+
+
+def _require_whole_patches(recipe: FamilyRecipe, label: str, spec: CustomSpec) -> None:
+    """The rule that the recipe checks for networks it knows."""
+    sizes = {"global.size": recipe.crops.global_.size, "eval_size": recipe.crops.input_size}
+    if recipe.crops.local.count:
+        sizes["local.size"] = recipe.crops.local.size
+    for key, size in sizes.items():
+        if size % spec.stride:
+            raise PlanError(
+                f"crops.{key} = {size}: not a multiple of {spec.stride}, the stride of {label}",
+                fix=f"Use a multiple of {spec.stride}.",
+            )
 
 
 def family_needs(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs:

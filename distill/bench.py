@@ -446,6 +446,77 @@ def _mode_report(ranks: list[list[list[tuple[float, ...]]]], batch: int) -> dict
     }
 
 
+def tables(report: dict[str, Any]) -> list[Any]:
+    """The figures for people: a row per mode, and what follows from them."""
+    from rich.table import Table
+
+    title = f"{report['recipe']} on {report['ranks']} ranks, batch {report['batch']}"
+    table = Table(title=title, title_justify="left")
+    for column in (
+        "mode",
+        "step s (min - max)",
+        "predicted",
+        "images/s",
+        "busy",
+        "predicted",
+        "MB",
+    ):
+        table.add_column(column)
+    for name, found in report["modes"].items():
+        step = found["step_s"]
+        table.add_row(
+            name,
+            f"{step['median']:.3f} ({step['min']:.3f} - {step['max']:.3f})",
+            f"{found['predicted_step_s']:.3f}",
+            f"{found['images_per_s']:,.0f}",
+            f"{found['utilisation']:.1%}",
+            f"{found['predicted_utilisation']:.1%}",
+            f"{found['exchange_bytes_max'] / 1e6:.2f}",
+        )
+    facts = Table(show_header=False, box=None, padding=(0, 2))
+    if "faster_than_published" in report:
+        facts.add_row("published", f"{report['faster_than_published']:.2f}x as long per step")
+    if "gain" in report:
+        told = f"{report['gain']:.2f}x of at most {report['gain_bound']:.2f}x ({report['of_bound']:.1%})"
+        facts.add_row("gain over separate jobs", told)
+    if "mfu" in report:
+        peak = report["matmul_tflops_per_s"]
+        facts.add_row("MFU", f"{report['mfu']:.1%} of a matrix product's {peak:.3g} TFLOP/s")
+    return [table, facts]
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """A picture: for each of the joint modes, what every rank does during a mean step."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    modes = [name for name in ("ours", "published") if name in report["modes"]]
+    longest = max(report["modes"][name]["step_s"]["median"] for name in modes)
+    ranks = report["ranks"]
+    figure = Figure(figsize=(8, 0.9 + len(modes) * (0.7 + 0.22 * ranks)), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name in zip(figure.subplots(len(modes), 1, squeeze=False).flat, modes, strict=True):
+        found = report["modes"][name]
+        step_s = found["step_s"]["median"]
+        for rank in range(ranks):
+            teach, train = found["teach_s"][rank], found["train_s"][rank]
+            rest = max(0.0, step_s - teach - train)
+            left = 0.0
+            for length, colour in ((teach, "#4477aa"), (train, "#ee8866"), (rest, "#dddddd")):
+                axes.barh(rank, length, left=left, color=colour, edgecolor="white", linewidth=0.5)
+                left += length
+        axes.set_title(
+            f"{name}: {step_s:.3f} s a step, busy {found['utilisation']:.0%}", loc="left"
+        )
+        axes.set_xlim(0, longest * 1.02)
+        axes.set_ylabel("rank")
+        axes.set_yticks(range(ranks))
+        axes.invert_yaxis()
+    axes.set_xlabel("seconds: teaching (blue), training (orange), idle (grey)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def save_report(report: dict[str, Any], path: Path) -> None:
     """Writes the figures as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)

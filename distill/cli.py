@@ -313,6 +313,83 @@ def _require_run(run: Path) -> None:
         raise UserError(f"{run}: not a run folder", fix=fix)
 
 
+@app.command(rich_help_panel="Train")
+def bench(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", min=1, help="Local processes; by default the recipe's.")
+    ] = None,
+    against: Annotated[
+        str, typer.Option("--against", help="published, separate, both with a comma, or none.")
+    ] = "published,separate",
+    steps: Annotated[int, typer.Option("--steps", min=10, help="Measured steps per mode.")] = 30,
+    warmup: Annotated[int, typer.Option("--warmup", min=1, help="Steps before them.")] = 10,
+    sleep: Annotated[
+        float | None,
+        typer.Option(
+            "--sleep", min=0.01, help="Networks sleep instead; a planned step lasts this."
+        ),
+    ] = None,
+    slow: Annotated[
+        str | None, typer.Option("--slow", help="RANK=FACTOR: with --sleep, a slow rank.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json-file", metavar="FILE", help="Write the figures here.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="Write a PNG of one step.")
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Measure a family's throughput against the published procedure and separate jobs, on synthetic images."""
+    from distill.recipe import FamilyRecipe
+    from distill.recipe_file import load_job
+
+    texts = list(overrides or [])
+    loaded = load_job(recipe, texts)[0]
+    modes = [] if against == "none" else against.split(",")
+    if not isinstance(loaded, FamilyRecipe):
+        raise RecipeError(f"{recipe}: not a family recipe", fix="Give one with students.")
+    if not set(modes) <= {"published", "separate"}:
+        raise RecipeError(
+            f"--against {against}: not known",
+            fix="Write published,separate or one of them, or none.",
+        )
+    slow_rank, slow_factor = _slow(slow)
+    if slow_rank is not None and sleep is None:
+        raise RecipeError("--slow needs --sleep", fix="Add --sleep 0.5.")
+
+    from distill.bench import Request, draw, measure, save_report, tables
+
+    num_ranks = _num_ranks(loaded.engine.processes, ranks)
+    request = Request(
+        recipe, tuple(texts), tuple(modes), num_ranks, steps, warmup, sleep, slow_rank, slow_factor
+    )
+    with redirect_stdout(sys.stderr):
+        report = measure(request)
+    if json_file is not None:
+        save_report(report, json_file)
+    if picture is not None:
+        draw(report, picture)
+    if as_json:
+        _print_json(report)
+    else:
+        for table in tables(report):
+            Console().print(table)
+
+
+def _slow(text: str | None) -> tuple[int | None, float]:
+    if text is None:
+        return None, 1.0
+    rank, _, factor = text.partition("=")
+    try:
+        return int(rank), float(factor)
+    except ValueError as error:
+        raise RecipeError(f"--slow {text}: not RANK=FACTOR", fix="Write --slow 2=1.5.") from error
+
+
 @app.command(rich_help_panel="Before you train")
 def check(
     recipe: RecipeArgument,

@@ -8,12 +8,14 @@ these numbers; measured times may replace them.
 import os
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from distill.errors import PlanError
 from students.catalog import BackboneSpec
 from students.convnext import STEM, ConvNeXtSpec
+from students.custom import CustomSpec, count_flops
 from teacher.heads import HeadShape
 from teacher.vit import ViTSpec
 
@@ -92,6 +94,8 @@ class CropShapes:
 
 def backbone_tflops(spec: BackboneSpec, size: int) -> float:
     """Teraflops of one forward pass on one crop of ``size`` pixels."""
+    if isinstance(spec, CustomSpec):
+        return _custom_flops(spec, size) / 1e12
     if isinstance(spec, ConvNeXtSpec):
         return _convnext_flops(spec, size) / 1e12
     return _vit_flops(spec, size) / 1e12
@@ -162,7 +166,14 @@ def _trained_tflops(spec: BackboneSpec, crops: CropShapes) -> float:
     return TRAINING_FACTOR * _crops_tflops(spec, crops) - first / 1e12
 
 
+@lru_cache(maxsize=256)
+def _custom_flops(spec: CustomSpec, size: int) -> float:
+    return count_flops(spec, size)
+
+
 def _first_layer_flops(spec: BackboneSpec, size: int) -> float:
+    if isinstance(spec, CustomSpec):
+        return 0.0  # what comes first in it is not known
     if isinstance(spec, ConvNeXtSpec):
         patch, width = STEM, spec.widths[0]
     else:

@@ -17,7 +17,7 @@ untrained ViT differ in the fourth digit only, and fp32 cosines of them are all 
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from distill.data.index import ImageIndex
 from distill.errors import UserError
 from distill.metrics import write_json
 from distill.weights import load_backbone
-from students.catalog import build_backbone, init_weights_
+from students.catalog import BackboneSpec, build_backbone, init_weights_
 from teacher.batch import normalise
 
 KNN_K = 5
@@ -193,6 +193,7 @@ def evaluate_run(
     progress: Callable[[str], None] | None = None,
     *,
     teacher_folder: Path | None = None,
+    specs: Mapping[str, BackboneSpec] | None = None,
     k: int = KNN_K,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
@@ -201,7 +202,8 @@ def evaluate_run(
     Scores the teacher, every student, an untrained copy of each, raw pixels and colour statistics.
     What else the summary holds (loss, images/s, phases) is kept. Images without labels give no
     scores; ``knn`` is then None and ``knn_reason`` says why. ``progress`` is told what is next.
-    ``teacher_folder`` is where a teacher that was not trained in this run lies.
+    ``teacher_folder`` is where a teacher that was not trained in this run lies; ``specs`` say what
+    students are, which custom ones need.
 
     Raises:
         UserError: the folder holds no network, or no image index.
@@ -217,7 +219,7 @@ def evaluate_run(
         if not reason:
             say(f"k-NN of {name} and its untrained copy ({number} of {len(folders)})")
             entry["knn"], untrained[name] = _network_scores(
-                folder, train, test, k, device or torch.device("cpu")
+                folder, (specs or {}).get(name), train, test, k, device or torch.device("cpu")
             )
     if not reason:
         say("k-NN of raw pixels and of colours")
@@ -253,10 +255,15 @@ def network_folders(run_folder: Path, teacher_folder: Path) -> dict[str, Path]:
 
 
 def _network_scores(
-    folder: Path, train: Scored, test: Scored, k: int, device: torch.device
+    folder: Path,
+    spec: BackboneSpec | None,
+    train: Scored,
+    test: Scored,
+    k: int,
+    device: torch.device,
 ) -> tuple[float, float]:
     """Scores of the exported network and of an untrained copy with a fixed seed."""
-    trained, spec = load_backbone(folder)
+    trained, spec = load_backbone(folder, spec=spec)
     untrained = build_backbone(spec)
     init_weights_(untrained, torch.Generator().manual_seed(UNTRAINED_SEED))
     preparation = read_preparation(folder)

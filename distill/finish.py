@@ -29,22 +29,20 @@ def finish(run_folder: Path) -> dict[str, Any]:
     assert status is not None, "a run that ended has a status"
     status_file.write(replace(status, state="evaluating", updated_unix=time.time()))
     timing = json.loads((run_folder / "timing.json").read_text())
-    names = (
-        [student.label for student in job.recipe.students]
-        if isinstance(job.recipe, FamilyRecipe)
-        else []
-    )
+    students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
+    specs = {student.label: student.backbone_spec() for student in students}
     last = [phase.name for phase in status.phases][-1]
     summary: dict[str, Any] = {
         "teacher": {},
-        "students": {name: {"loss": read_rows(run_folder, name)[-1].loss} for name in names},
+        "students": {name: {"loss": read_rows(run_folder, name)[-1].loss} for name in specs},
         "images_per_s": timing[last]["images"] / timing[last]["s"],
         "phases_s": {name: entry["s"] for name, entry in timing.items()},
     }
     write_json(run_folder / "summary.json", summary)
-    summary = evaluate_run(run_folder, teacher_folder=job.teacher_paths[0])
+    summary = evaluate_run(run_folder, teacher_folder=job.teacher_paths[0], specs=specs)
     networks = {"teacher": load_backbone(job.teacher_paths[0])[0]}
-    networks |= {name: load_backbone(run_folder / "students" / name)[0] for name in names}
+    for name, spec in specs.items():
+        networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0]
     data = job.recipe.data
     photographs = _photographs(run_folder, data.sources[0].path)
     draw(networks, photographs, run_folder / "features.png", mean=data.mean, std=data.std)

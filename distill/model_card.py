@@ -16,6 +16,7 @@ from ruamel.yaml.error import YAMLError
 from distill.evaluate import KNN_K, TEACHER
 from distill.parity import Format, Parity
 from students.catalog import CATALOG, BackboneSpec, count_parameters
+from students.convnext import ConvNeXtSpec
 from teacher.vit import ViTSpec
 
 UNKNOWN_LICENCE = "unknown: check the teacher's licence"
@@ -214,6 +215,7 @@ def _loading_meta(spec: BackboneSpec, path: str) -> list[str]:
             'mask_k_bias=True, pos_embed_rope_dtype="fp32",',
         ]
     else:
+        assert isinstance(spec, ConvNeXtSpec), "a custom network is not written for Meta's code"
         module, class_ = "convnext", "ConvNeXt"
         arguments = [f"depths={list(spec.depths)}, dims={list(spec.widths)},"]
     return [

@@ -18,9 +18,12 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+from distill.errors import RecipeError
 
 if TYPE_CHECKING:
     from students.catalog import BackboneSpec
@@ -59,9 +62,18 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
+def is_custom(arch: str) -> bool:
+    """A network from outside: ``package.module:factory``, ``transformers:NAME`` or ``timm:NAME``."""
+    return ":" in arch
+
+
 def _known_arch(name: str) -> str:
     if name in ARCHITECTURES or name in FREE_SIZES:
         return name
+    if is_custom(name):
+        if re.fullmatch(r"[A-Za-z_][\w.]*:[\w./-]+", name):
+            return name
+        raise ValueError(f"{name!r}: write package.module:factory, transformers:NAME or timm:NAME")
     close = difflib.get_close_matches(name, [*ARCHITECTURES, *FREE_SIZES], n=1)
     hint = (
         f" - did you mean {close[0]!r}?"
@@ -128,22 +140,39 @@ class ArchSpec(Section):
     layerscale: float | None = science(None, gt=0.0)
     depths: Ints | None = science(None)
     widths: Ints | None = science(None)
+    args: dict[str, Any] | None = science(None)
 
     @property
     def stride(self) -> int:
-        """Pixels per side of a patch of the network's map."""
+        """Pixels per side of a patch of the network's map. A custom network is built to find out."""
+        if is_custom(self.arch):
+            return self.backbone_spec().stride
         if self.arch == "convnext":
             return int(CONVNEXT_STEM * 2 ** (len(self.depths or ()) - 1))
         if self.arch == "vit":
             return self.patch or 16
-        return VIT_PATCHES.get(self.arch) or CONVNEXT_STRIDES[self.arch]
+        if self.arch in VIT_PATCHES:
+            return self.patch or VIT_PATCHES[self.arch]
+        return CONVNEXT_STRIDES[self.arch]
 
     def backbone_spec(self) -> "BackboneSpec":
-        """The shape to build."""
+        """The shape to build.
+
+        Raises:
+            RecipeError: a custom network cannot be built or does not keep to the protocol.
+        """
         from students.catalog import CATALOG
         from students.convnext import ConvNeXtSpec
         from teacher.vit import ViTSpec
 
+        if is_custom(self.arch):
+            from students.custom import probe
+
+            try:
+                return probe(self.arch, json.dumps(self.args or {}, sort_keys=True))
+            except ValueError as error:
+                fix = "See docs/custom-students.md for what a factory returns."
+                raise RecipeError(str(error), fix=fix) from error
         if self.arch == "convnext":
             assert self.depths is not None and self.widths is not None, "checked by the rules"
             return ConvNeXtSpec(self.depths, self.widths, layerscale_init=self.layerscale or 1e-6)
@@ -161,7 +190,10 @@ class ArchSpec(Section):
                 self.ffn or "mlp",
                 layerscale_init=self.layerscale or 1e-5,
             )
-        return CATALOG[self.arch]
+        known = CATALOG[self.arch]
+        if isinstance(known, ViTSpec) and self.patch is not None:
+            return replace(known, patch=self.patch)
+        return known
 
 
 class HeadSpec(Section):
@@ -558,6 +590,8 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
         label = parts.get((*place, "name")) or parts.get((*place, "arch"))
         if label is None:
             continue
+        if is_custom(label):
+            yield (*place, "arch"), f"{label!r} comes from outside: give the student a 'name'"
         if label in seen:
             yield place, f"two students are called {label!r}: give one a 'name'"
         if label in RESERVED_NETWORKS:
@@ -596,7 +630,7 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
 def _teacher_rules(parts: Parts) -> Iterator[Problem]:
     arch, stride = parts.get(("model", "arch")), _stride(parts, ("model",))
     yield from _arch_rules(parts, ("model",))
-    if arch is not None and arch.startswith("convnext"):
+    if arch is not None and (arch.startswith("convnext") or is_custom(arch)):
         yield ("model", "arch"), f"{arch!r} has no mask token: a teacher must be a ViT"
     elif stride is not None:
         for key in ("global", "local", "eval_size"):
@@ -625,6 +659,10 @@ def _arch_rules(parts: Parts, place: Loc) -> Iterator[Problem]:
     if arch is None:
         return
     needed, optional = FREE_SIZE_KEYS.get(arch, ((), ()))
+    if arch in VIT_PATCHES:
+        optional = ("patch",)
+    if is_custom(arch):
+        optional = ("args",)
     absent = [key for key in needed if (*place, key) in parts and parts[*place, key] is None]
     if absent:
         yield (
@@ -653,7 +691,7 @@ def _arch_rules(parts: Parts, place: Loc) -> Iterator[Problem]:
 def _stride(parts: Parts, place: Loc) -> int | None:
     """Pixels per side of a patch of the network at ``place``; None while that is not known."""
     keys = ("arch", "patch", "depths")
-    if any((*place, key) not in parts for key in keys):
+    if any((*place, key) not in parts for key in keys) or is_custom(parts[*place, "arch"]):
         return None
     spec = ArchSpec.model_construct(**{key: parts[*place, key] for key in keys})
     return None if spec.arch == "convnext" and not spec.depths else spec.stride

@@ -22,6 +22,7 @@ from distill.containers import SINGLE, Container, open_weights, read_json
 from distill.errors import CheckpointError
 from distill.export import write_tensors
 from students.catalog import BackboneSpec, build_backbone, hf_config, spec_from_hf_config
+from students.custom import CustomSpec
 from students.identity import Identity, catalogue_name, identify
 from students.layouts import Layout, Origin, origins
 from teacher.heads import Head, HeadShape
@@ -58,13 +59,14 @@ TIMM_NAMES = {
 }
 
 
-def _identify(container: Container) -> Identity:
-    """What is in it; a config.json beside it is believed where shapes cannot tell."""
+def _identify(container: Container, spec: BackboneSpec | None = None) -> Identity:
+    """What is in it; a config.json beside it is believed where shapes cannot tell, and ``spec`` before that."""
     folder = container.path if container.path.is_dir() else container.path.parent
     config = folder / CONFIG
     is_folder = container.path.is_dir() or container.path.name == SINGLE
     try:
-        spec = None
+        if spec is not None:
+            return identify(container.shapes, spec)
         if config.is_file():
             described = read_json(config)
             if isinstance(described, dict) and "model_type" in described:
@@ -92,19 +94,29 @@ def shape_of(path: Path) -> BackboneSpec:
 
 
 def load_backbone(
-    path: Path, *, dtype: torch.dtype = torch.float32, device: torch.device = CPU
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    spec: BackboneSpec | None = None,
 ) -> tuple[nn.Module, BackboneSpec]:
     """The network in a file or folder, in eval mode, and its shape.
+
+    ``spec``: what the network is, where the caller knows. A custom network is loaded only then: the
+    code that a file names is not run because a file names it.
 
     Raises:
         CheckpointError: it is damaged, is something else, does not fit its config, or holds numbers
             that are not finite; nothing is returned half-loaded.
     """
     container = open_weights(path)
-    identity = _identify(container)
-    with torch.device("meta"):
-        backbone = build_backbone(identity.spec)
-    backbone.to(dtype).to_empty(device=device)
+    identity = _identify(container, spec)
+    if isinstance(identity.spec, CustomSpec):
+        backbone = build_backbone(identity.spec).to(device, dtype)
+    else:
+        with torch.device("meta"):
+            backbone = build_backbone(identity.spec)
+        backbone.to(dtype).to_empty(device=device)
     table = origins(identity.spec, identity.layout, "hf")
     with torch.no_grad():
         for name, target in backbone.state_dict().items():

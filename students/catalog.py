@@ -1,5 +1,6 @@
 """The closed table of names; from a shape to a network, to a Hugging Face config and back."""
 
+import json
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -9,11 +10,14 @@ from torch import nn
 
 from students.convnext import NORM_EPS as CONVNEXT_NORM_EPS
 from students.convnext import ConvNeXt, ConvNeXtSpec, init_convnext_
+from students.custom import Adapted, CustomSpec, build_custom, init_custom_
 from teacher.rope import ROPE_BASE
 from teacher.vit import NORM_EPS as VIT_NORM_EPS
 from teacher.vit import ViT, ViTSpec, init_vit_
 
-BackboneSpec = ViTSpec | ConvNeXtSpec
+BackboneSpec = ViTSpec | ConvNeXtSpec | CustomSpec
+
+CUSTOM_TYPE = "distill_custom"  # no library's; the weights belong to the factory's code
 
 CATALOG: Mapping[str, BackboneSpec] = MappingProxyType(
     {
@@ -36,6 +40,8 @@ def build_backbone(spec: BackboneSpec) -> nn.Module:
 
     Class and register tokens are uninitialised memory until then.
     """
+    if isinstance(spec, CustomSpec):
+        return build_custom(spec)
     return ViT(spec) if isinstance(spec, ViTSpec) else ConvNeXt(spec)
 
 
@@ -43,21 +49,23 @@ def init_weights_(backbone: nn.Module, generator: torch.Generator) -> None:
     """Fresh weights drawn from ``generator``, the published way for each kind of network.
 
     Raises:
-        ValueError: the network is neither a ViT nor a ConvNeXt of ours.
+        ValueError: the network is none of ours.
     """
     if isinstance(backbone, ViT):
         init_vit_(backbone, generator)
     elif isinstance(backbone, ConvNeXt):
         init_convnext_(backbone, generator)
+    elif isinstance(backbone, Adapted):
+        init_custom_(backbone, generator)
     else:
         raise ValueError(
-            f"{type(backbone).__name__}: only ViT and ConvNeXt have a known initialisation"
+            f"{type(backbone).__name__}: only ViT, ConvNeXt and adapted networks have a known initialisation"
         )
 
 
 def count_parameters(spec: BackboneSpec) -> int:
-    """Number of parameters, from shapes alone."""
-    with torch.device("meta"):
+    """Number of parameters, from shapes alone; a custom network is built for it."""
+    with torch.device("cpu" if isinstance(spec, CustomSpec) else "meta"):
         return sum(parameter.numel() for parameter in build_backbone(spec).parameters())
 
 
@@ -68,6 +76,14 @@ def hf_config(spec: BackboneSpec) -> dict[str, Any]:
     not exported. ``layerscale_value`` is the value this network starts from, where the published
     ViT files say 1.0; loading weights overrides either.
     """
+    if isinstance(spec, CustomSpec):
+        return {
+            "model_type": CUSTOM_TYPE,
+            "factory": spec.factory,
+            "args": json.loads(spec.args_json),
+            "width": spec.width,
+            "stride": spec.stride,
+        }
     shared: dict[str, Any] = {
         "image_size": 224,
         "num_channels": spec.in_channels,
@@ -129,6 +145,11 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> BackboneSpec:
             widths=tuple(_read(config, "hidden_sizes")),
             in_channels=_read_int(config, "num_channels"),
             layerscale_init=_read(config, "layer_scale_init_value"),
+        )
+    if kind == CUSTOM_TYPE:
+        factory = _read(config, "factory")
+        raise ValueError(
+            f"a custom network, made by {factory}: only the recipe that names it loads it"
         )
     if kind != "dinov3_vit":
         raise ValueError(f"model_type = {kind!r}: must be dinov3_vit or dinov3_convnext")

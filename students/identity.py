@@ -6,6 +6,7 @@ from typing import Literal
 
 from students.catalog import CATALOG, BackboneSpec
 from students.convnext import ConvNeXtSpec
+from students.custom import CustomSpec
 from students.layouts import Layout, renamed_vit, shapes
 from teacher.vit import ViTSpec
 
@@ -39,6 +40,8 @@ def identify(found: Shapes, spec: BackboneSpec | None = None) -> Identity:
         ValueError: there is no backbone among them, its number of attention heads cannot be told, or
             tensors are missing, unexpected or of another shape.
     """
+    if isinstance(spec, CustomSpec):
+        return _custom(found, spec)
     prefix = _prefix(found)
     inner = {name[len(prefix) :]: shape for name, shape in found.items() if name.startswith(prefix)}
     outside = [name for name in found if not name.startswith(prefix)]
@@ -65,6 +68,15 @@ def identify(found: Shapes, spec: BackboneSpec | None = None) -> Identity:
     )
     arch = catalogue_name(guessed)
     return Identity(layout, guessed, arch, prefix, tuple(ignored), has_heads)
+
+
+def _custom(found: Shapes, spec: CustomSpec) -> Identity:
+    """Tensors of a network from outside: they fit its code, or not."""
+    wanted = shapes(spec, "hf")
+    wrong = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors do not fit {spec.factory}, first {wrong[0]}")
+    return Identity("hf", spec, None, "", (), has_heads=False)
 
 
 def _is_extra(name: str) -> bool:
@@ -191,9 +203,13 @@ def _guess_convnext(inner: Shapes, layout: Layout) -> ConvNeXtSpec:
 def catalogue_name(spec: BackboneSpec) -> str | None:
     """The name of a published shape; LayerScale's start does not count."""
     for name, known in CATALOG.items():
-        if type(known) is type(spec) and known == replace(
-            spec, layerscale_init=known.layerscale_init
+        if (isinstance(known, ViTSpec) and isinstance(spec, ViTSpec)) or (
+            isinstance(known, ConvNeXtSpec) and isinstance(spec, ConvNeXtSpec)
         ):
+            is_same = known == replace(spec, layerscale_init=known.layerscale_init)
+        else:
+            is_same = False
+        if is_same:
             return name
     return None
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from students.catalog import BackboneSpec, build_backbone
 from students.convnext import ConvNeXtSpec
+from students.custom import CustomSpec
 from teacher.rope import ROPE_BASE
 from teacher.vit import ViTSpec
 
@@ -72,19 +73,24 @@ def names(spec: BackboneSpec, layout: Layout) -> tuple[str, ...]:
     """Names of all tensors of a network in one layout."""
     if layout != "hf":
         return tuple(_from_hf(spec, layout))
-    with torch.device("meta"):
+    with _where(spec):
         keys = build_backbone(_portable(spec)).state_dict().keys()
     return tuple(keys)
 
 
 def shapes(spec: BackboneSpec, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors of a network in one layout; nothing is allocated."""
-    with torch.device("meta"):
+    with _where(spec):
         own = build_backbone(_portable(spec)).state_dict()
         return {
             name: tuple(origin.make(*(own[part] for part in origin.sources)).shape)
             for name, origin in origins(spec, "hf", layout).items()
         }
+
+
+def _where(spec: BackboneSpec) -> torch.device:
+    """Where a network is built when only its shapes are wanted; code from outside may not stand the meta device."""
+    return torch.device("cpu" if isinstance(spec, CustomSpec) else "meta")
 
 
 def _portable(spec: BackboneSpec) -> BackboneSpec:

@@ -224,6 +224,38 @@ def test_train__a_teacher_whose_features_are_learned(
     assert {"cosine", "smooth_l1"} <= row.keys() and "dino" not in row
 
 
+def test_train__a_network_from_outside(recipe: Path, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.width, self.stride = 12, 8\n"
+        "        self.conv = nn.Conv2d(3, 12, 8, 8)\n"
+        "    def forward(self, image):\n"
+        "        patch_map = self.conv(image)\n"
+        "        return patch_map.mean((2, 3)), patch_map\n"
+    )
+    student = '{name: mine, arch: "mynet:Net", head_widths: {dino_hidden: 16, ibot_hidden: 16}}'
+    words = [f"teacher={{weights: {finished / 'teacher'}}}", f"students=[{student}]"]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(
+        [
+            *(sys.executable, "-m", "distill", "train", str(recipe), *words),
+            *("schedule.steps=10", "--out", str(tmp_path / "runs")),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    summary = json.loads((tmp_path / "runs/tiny/summary.json").read_text())
+    assert summary["students"]["mine"]["knn"] > 0
+    ended = distill("train", str(recipe), *words, "--out", str(tmp_path / "elsewhere"))
+    assert ended.returncode == 2 and "is its folder on PYTHONPATH" in ended.stderr
+
+
 def test_fit_heads__then_train_equals_train(recipe: Path, finished: Path, tmp_path: Path) -> None:
     words = [str(recipe), *without_heads(finished, "fit"), "--out"]
     ended = distill("train", *words, str(tmp_path / "once"))

@@ -1,0 +1,227 @@
+"""Students from outside: your own module, a transformers backbone, a timm model.
+
+    "package.module:factory"     factory(**args) returns the network
+    "transformers:NAME"          a model type such as convnextv2, with args for its config, or a local folder
+    "timm:NAME"                  timm.create_model(NAME, **args), where timm is installed
+
+Your own network is an ``nn.Module`` with ``width`` (features) and ``stride`` (pixels per patch side)
+whose forward pass takes images [rows, 3, height, width] and returns a class feature [rows, width] and
+a patch map [rows, width, height / stride, width / stride]. That is the whole protocol.
+
+A network whose statistics move outside its parameters (BatchNorm) is refused: the EMA and the
+checkpoints hold parameters. Nothing is downloaded.
+"""
+
+import difflib
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from teacher.batch import Features
+
+TRANSFORMERS, TIMM = "transformers", "timm"
+PROBE_STRIDES = (4, 6)  # sides of the test image in patches: not square, so a transposed map shows
+
+
+@dataclass(frozen=True)
+class CustomSpec:
+    """Where a network comes from, and what it says of itself. ``args_json`` are the factory's arguments."""
+
+    factory: str
+    args_json: str
+    width: int
+    stride: int
+    in_channels: int = 3
+
+
+class Adapted(nn.Module):
+    """A network from outside as a ``teacher.batch.Backbone``."""
+
+    def __init__(self, spec: CustomSpec, network: nn.Module) -> None:
+        super().__init__()
+        self.spec, self.width, self.stride = spec, spec.width, spec.stride
+        self.network = network
+
+    def forward(
+        self,
+        pixels: Float[Tensor, "rows channels height width"],
+        masks: Bool[Tensor, "rows patches"] | None = None,
+        *,
+        rope_scale: float = 1.0,  # noqa: ARG002  # part of the protocol; there is no RoPE here
+        is_local: bool = False,  # noqa: ARG002  # part of the protocol; all crops are seen alike
+    ) -> Features:
+        """Class feature and patch map.
+
+        Raises:
+            ValueError: masks are given: a network from outside has no mask token.
+        """
+        if masks is not None:
+            raise ValueError("a custom network has no mask token: it cannot see masked input")
+        class_feature, patch_map = self.network(pixels)
+        grid_hw = (patch_map.shape[2], patch_map.shape[3])
+        return Features(class_feature, patch_map.flatten(2).transpose(1, 2), grid_hw)
+
+
+def build_custom(spec: CustomSpec) -> Adapted:
+    """The network, with whatever weights its factory gives it."""
+    return Adapted(spec, _make(spec.factory, json.loads(spec.args_json)))
+
+
+def init_custom_(network: Adapted, generator: torch.Generator) -> None:
+    """The weights that the factory gives under a seed drawn from ``generator``; global state is left alone."""
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        fresh = build_custom(network.spec)
+    network.load_state_dict(fresh.state_dict())
+
+
+@lru_cache(maxsize=64)
+def probe(factory: str, args_json: str) -> CustomSpec:
+    """Builds a network once, looks at one image with it, and says what it is.
+
+    Raises:
+        ValueError: it cannot be built, or does not keep to the protocol.
+    """
+    args = json.loads(args_json)
+    with torch.random.fork_rng(devices=[]):
+        network = _make(factory, args)
+    width, stride = _facts(network, factory)
+    moving = [name for name, buffer in network.named_buffers() if buffer.is_floating_point()]
+    moving = [name for name in moving if name in network.state_dict()]
+    if moving:
+        raise ValueError(
+            f"{factory}: {moving[0]} is a buffer that training may move; use a norm without running statistics"
+        )
+    spec = CustomSpec(factory, args_json, width, stride)
+    height, across = (stride * patches for patches in PROBE_STRIDES)
+    with torch.no_grad():
+        found = network.eval()(torch.zeros(2, 3, height, across))
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ValueError(
+            f"{factory}: must return (class feature, patch map), gave {type(found).__name__}"
+        )
+    shapes = [list(part.shape) for part in found]
+    wanted = [[2, width], [2, width, *PROBE_STRIDES]]
+    if shapes != wanted:
+        raise ValueError(
+            f"{factory}: an image of {height} x {across} px gave {shapes[0]} and {shapes[1]}, "
+            f"width {width} and stride {stride} promise {wanted[0]} and {wanted[1]}"
+        )
+    if not all(part.isfinite().all() for part in found):
+        raise ValueError(f"{factory}: a black image gives numbers that are not finite")
+    return spec
+
+
+def count_flops(spec: CustomSpec, size: int) -> float:
+    """Operations of one forward pass on one crop of ``size`` pixels, a multiply-add as two; counted, not estimated."""
+    with torch.random.fork_rng(devices=[]):
+        network = build_custom(spec).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, spec.in_channels, size, size))
+    return float(counter.get_total_flops())
+
+
+def _facts(network: nn.Module, factory: str) -> tuple[int, int]:
+    facts = []
+    for name in ("width", "stride"):
+        if not hasattr(network, name) or not isinstance(getattr(network, name), int):
+            raise ValueError(
+                f"{factory}: the network needs a whole number {name!r} as an attribute"
+            )
+        facts.append(getattr(network, name))
+    return facts[0], facts[1]
+
+
+def _make(factory: str, args: Mapping[str, Any]) -> nn.Module:
+    source, _, name = factory.partition(":")
+    if source == TRANSFORMERS:
+        return _TransformersNetwork(name, args)
+    if source == TIMM:
+        return _TimmNetwork(name, args)
+    return _own(source, name, args)
+
+
+def _own(module_name: str, name: str, args: Mapping[str, Any]) -> nn.Module:
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(f"{module_name}:{name}: {error}; is its folder on PYTHONPATH?") from error
+    if not callable(getattr(module, name, None)):
+        known = [key for key in vars(module) if not key.startswith("_")]
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f" - did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{module_name}:{name}: the module has no such factory{hint}")
+    try:
+        network = getattr(module, name)(**args)
+    except TypeError as error:
+        raise ValueError(f"{module_name}:{name}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{module_name}:{name}: gave a {type(network).__name__}, not an nn.Module")
+    return network
+
+
+class _TransformersNetwork(nn.Module):
+    """The last feature map of a transformers backbone; the class feature is its mean over the map."""
+
+    def __init__(self, name: str, args: Mapping[str, Any]) -> None:
+        super().__init__()
+        try:
+            library = importlib.import_module(TRANSFORMERS)
+        except ImportError as error:
+            raise ValueError(f"transformers:{name}: {error}; pip install transformers") from error
+        try:
+            if "/" in name or "." in name:  # a local folder; a hub is never asked
+                backbone = library.AutoBackbone.from_pretrained(name, local_files_only=True, **args)
+            else:
+                backbone = library.AutoBackbone.from_config(
+                    library.AutoConfig.for_model(name, **args)
+                )
+        except (ValueError, OSError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"transformers:{name}: {reason}") from error
+        self.backbone = backbone
+        side = 224
+        with torch.no_grad():
+            last = self._map(torch.zeros(1, 3, side, side))
+        self.width, self.stride = int(last.shape[1]), side // int(last.shape[2])
+
+    def _map(self, image: Tensor) -> Tensor:
+        maps: tuple[Tensor, ...] = self.backbone(image).feature_maps
+        return maps[-1]
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        patch_map = self._map(image)
+        return patch_map.mean(dim=(2, 3)), patch_map
+
+
+class _TimmNetwork(nn.Module):
+    """The last feature map of a timm model, and what it pools from it."""
+
+    def __init__(self, name: str, args: Mapping[str, Any]) -> None:
+        super().__init__()
+        try:
+            library = importlib.import_module(TIMM)
+        except (ImportError, RuntimeError) as error:  # torchvision raises either
+            raise ValueError(
+                f"timm:{name}: timm cannot be imported ({error}); pip install timm"
+            ) from error
+        self.model = library.create_model(name, pretrained=False, num_classes=0, **args)
+        side = 224
+        with torch.no_grad():
+            class_feature, last = self(torch.zeros(1, 3, side, side))
+        self.width, self.stride = int(class_feature.shape[1]), side // int(last.shape[2])
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        final, maps = self.model.forward_intermediates(
+            image, indices=1, output_fmt="NCHW", norm=True
+        )
+        return self.model.forward_head(final, pre_logits=True), maps[-1]

@@ -1,0 +1,175 @@
+"""Networks from outside: the documented example, transformers backbones, and what is refused."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from students.catalog import build_backbone, count_parameters, init_weights_
+from students.custom import CustomSpec, count_flops, probe
+from students.student import seeded
+
+DOCS = Path(__file__).parents[2] / "docs" / "custom-students.md"
+
+
+@pytest.fixture
+def mynet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The example of the documentation as a module."""
+    blocks = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
+    (tmp_path / "mynet.py").write_text(blocks[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    probe.cache_clear()
+    yield "mynet:Pyramid"
+    sys.modules.pop("mynet", None)
+
+
+def write(folder: Path, name: str, body: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    text = "import torch\nfrom torch import nn\n\nclass Net(nn.Module):\n"
+    text += "    def __init__(self):\n        super().__init__()\n"
+    text += "        self.width, self.stride = 4, 8\n        self.conv = nn.Conv2d(3, 4, 8, 8)\n"
+    (folder / f"{name}.py").write_text(text + body)
+    monkeypatch.syspath_prepend(folder)
+    return f"{name}:Net"
+
+
+def test_probe__the_documented_example_works(mynet: str) -> None:
+    spec = probe(mynet, '{"width": 48}')
+    assert (spec.width, spec.stride) == (48, 8)
+    network = build_backbone(spec)
+    found = network(torch.randn(2, 3, 16, 24))
+    assert found.grid_hw == (2, 3)
+    assert found.class_token.shape == (2, 48) and found.patch_tokens.shape == (2, 6, 48)
+    assert count_parameters(spec) == sum(p.numel() for p in network.parameters())
+    found.patch_tokens.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+    with pytest.raises(ValueError, match="no mask token"):
+        network(torch.zeros(1, 3, 16, 16), torch.zeros(1, 4, dtype=torch.bool))
+
+
+def test_documented_example__has_at_most_twenty_lines() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 20
+
+
+def test_init_weights__depend_on_the_generator_alone(mynet: str) -> None:
+    spec = probe(mynet, "{}")
+    networks = []
+    for seed, noise in ((0, 1), (0, 2), (1, 3)):
+        torch.manual_seed(noise)
+        before = torch.random.get_rng_state()
+        network = build_backbone(spec)
+        torch.random.set_rng_state(before)
+        init_weights_(network, seeded(seed, "pyramid"))
+        assert torch.equal(torch.random.get_rng_state(), before)
+        networks.append(network.state_dict())
+    one, same, other = networks
+    assert all(torch.equal(one[key], tensor) for key, tensor in same.items())
+    assert not torch.equal(one["network.layers.0.weight"], other["network.layers.0.weight"])
+
+
+def test_count_flops__equals_the_hand_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = "    def forward(self, x):\n        m = self.conv(x)\n        return m.mean((2, 3)), m\n"
+    spec = probe(write(tmp_path, "handnet", body, monkeypatch), "{}")
+    assert count_flops(spec, 32) == 2 * 16 * 4 * 3 * 64
+
+
+@pytest.mark.parametrize(
+    ("model_type", "args"),
+    [
+        ("convnextv2", {"depths": [1, 1], "hidden_sizes": [8, 16], "num_stages": 2}),
+        (
+            "dinov2",
+            {
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "patch_size": 16,
+                "image_size": 224,
+            },
+        ),
+        ("swin", {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4}),
+    ],
+)
+def test_probe__transformers_backbones(model_type: str, args: dict[str, object]) -> None:
+    spec = probe(f"transformers:{model_type}", json.dumps(args))
+    network = build_backbone(spec)
+    init_weights_(network, seeded(0, model_type))
+    found = network(torch.randn(1, 3, 8 * spec.stride, 8 * spec.stride))
+    assert found.patch_tokens.shape == (1, 64, spec.width)
+    assert count_flops(spec, 8 * spec.stride) > 0
+
+
+NETS = {
+    "no tuple": (
+        "    def forward(self, x):\n        return self.conv(x)\n",
+        r"must return \(class feature, patch map\)",
+    ),
+    "wrong width": (
+        "    def forward(self, x):\n        m = self.conv(x)\n        return m.mean((2, 3))[:, :3], m\n",
+        r"gave \[2, 3\]",
+    ),
+    "wrong grid": (
+        "    def forward(self, x):\n        m = self.conv(x)\n        return m.mean((2, 3)), m.transpose(2, 3)\n",
+        "width 4 and stride 8 promise",
+    ),
+    "not finite": (
+        "    def forward(self, x):\n        m = self.conv(x) / 0\n        return m.mean((2, 3)), m\n",
+        "numbers that are not finite",
+    ),
+    "running statistics": (
+        "        self.norm = nn.BatchNorm2d(4)\n    def forward(self, x):\n        m = self.norm(self.conv(x))\n        return m.mean((2, 3)), m\n",
+        "norm without running statistics",
+    ),
+    "no stride": (
+        "        del self.stride\n    def forward(self, x):\n        return x\n",
+        "needs a whole number 'stride'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NETS)
+def test_probe__refuses_what_breaks_the_protocol(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body, message = NETS[kind]
+    factory = write(tmp_path, f"net_{kind.replace(' ', '_')}", body, monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        probe(factory, "{}")
+
+
+@pytest.mark.parametrize(
+    ("factory", "args", "message"),
+    [
+        ("nowhere.at.all:Net", "{}", "is its folder on PYTHONPATH"),
+        ("torch.nn:Linaer", "{}", "no such factory - did you mean 'Linear'"),
+        ("torch.nn:Linear", '{"size": 3}', "unexpected keyword argument"),
+        ("builtins:dict", "{}", "gave a dict, not an nn.Module"),
+        ("transformers:nonsense", "{}", "transformers:nonsense: "),
+        ("transformers:./nowhere", "{}", "transformers:./nowhere: "),
+        ("timm:resnet18", "{}", "timm cannot be imported"),
+    ],
+)
+def test_probe__says_what_is_missing(factory: str, args: str, message: str) -> None:
+    if factory.startswith("timm") and _has_timm():
+        pytest.skip("timm is installed and imports")
+    with pytest.raises(ValueError, match=message):
+        probe(factory, args)
+
+
+def _has_timm() -> bool:
+    try:
+        import timm  # noqa: F401
+    except (ImportError, RuntimeError):
+        return False
+    return True
+
+
+def test_custom_spec__is_a_value() -> None:
+    assert CustomSpec("a:b", "{}", 4, 8) == CustomSpec("a:b", "{}", 4, 8)
+    assert isinstance(hash(CustomSpec("a:b", "{}", 4, 8)), int)
