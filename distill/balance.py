@@ -19,6 +19,7 @@ from distill.plan import Timetable, rebalanced
 from distill.stopwatch import Stopwatch
 
 SLOW = 1.15  # times the median time per image: a rank is called slow
+RECOVERED = 1.05  # times the median: it no longer is
 MARGIN = 2  # steps, beside look-ahead and what the decoder has in hand
 WORTH = 0.02  # shares are left alone when the step would become shorter by less
 
@@ -50,8 +51,9 @@ class Balancer:
         self._delay = lookahead + PREFETCH + MARGIN
         self._tell = tell
         self._known_slow: set[int] = set()
+        self._known_s: dict[int, float] = {}
         self._last_step = -1
-        self._last: tuple[float, float] = (0.0, 0.0)
+        self._last: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def after_step(self, step: int) -> None:
         """Counts a finished step of the phase; at the interval, measures and re-plans. Collective over the world then."""
@@ -59,17 +61,18 @@ class Balancer:
             self._last_step, self._last = step, self._read()
         if step - self._last_step < self._every:
             return
-        taught = sum(
-            len(self._timetable.at(s).share(self._rank, s)) for s in range(self._last_step, step)
-        )
         now = self._read()
-        teach_s, train_s = (after - before for after, before in zip(now, self._last, strict=True))
+        taught, teach_s, train_s = (
+            after - before for after, before in zip(now, self._last, strict=True)
+        )
         num_steps = step - self._last_step
         self._last_step, self._last = step, now
         self._replan(step, teach_s / taught if taught else 0.0, train_s / num_steps)
 
-    def _read(self) -> tuple[float, float]:
-        return self._teaching.read_s(), sum(clock.read_s() for clock in self._training)
+    def _read(self) -> tuple[float, float, float]:
+        """Images taught, seconds of teaching, seconds of training, all so far."""
+        training_s = sum(clock.read_s() for clock in self._training)
+        return float(self._teaching.units), self._teaching.read_s(), training_s
 
     def _replan(self, step: int, teach_s: float, train_s: float) -> None:
         plan = self._timetable.at(step)
@@ -78,9 +81,11 @@ class Balancer:
         everyone = own.new_zeros(plan.num_ranks, 2).to(device)
         everyone[self._rank] = own.to(device)
         dist.all_reduce(everyone, group=self._group)  # a sum with zeros gathers exactly
-        taught = [seconds for seconds in everyone[:, 0].tolist() if seconds > 0]
-        typical = median(taught)
-        each = [seconds or typical for seconds in everyone[:, 0].tolist()]
+        measured = everyone[:, 0].tolist()
+        typical = median(seconds for seconds in measured if seconds > 0)
+        # a rank that taught nothing this time is as fast as it was
+        each = [now or self._known_s.get(r, typical) for r, now in enumerate(measured)]
+        self._known_s = dict(enumerate(each))
         self._report(step, each, typical)
         changed = rebalanced(plan, each, everyone[:, 1].tolist())
         before, after = (
@@ -100,8 +105,9 @@ class Balancer:
     def _report(self, step: int, each: Sequence[float], typical: float) -> None:
         """Names a rank once when it becomes slow."""
         slow = {rank for rank, seconds in enumerate(each) if seconds > SLOW * typical}
+        recovered = {rank for rank, seconds in enumerate(each) if seconds < RECOVERED * typical}
         for rank in sorted(slow - self._known_slow):
             self._tell(
                 f"step {step}: rank {rank} takes {each[rank] / typical:.2f}x the usual time per image; it will teach less"
             )
-        self._known_slow = slow
+        self._known_slow = (self._known_slow | slow) - recovered

@@ -13,6 +13,7 @@ for many devices, and what is measured is the orchestration alone.
 import json
 import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -221,7 +222,7 @@ class _Bench:
 
     def _tell(self, event: str) -> None:
         if self.rank == 0:
-            print(event, flush=True)  # noqa: T201  # progress of a command
+            sys.stderr.write(event + "\n")
 
     def _sleeping_phase(self, scene: Scene, recipe: FamilyRecipe, groups: Groups) -> Phase:
         assert self.scale is not None, "sleeps have a scale"

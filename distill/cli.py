@@ -367,8 +367,7 @@ def bench(
     request = Request(
         recipe, tuple(texts), tuple(modes), num_ranks, steps, warmup, sleep, slow_rank, slow_factor
     )
-    with redirect_stdout(sys.stderr):
-        report = measure(request)
+    report = measure(request)
     if json_file is not None:
         save_report(report, json_file)
     if picture is not None:

@@ -88,7 +88,8 @@ def _teach(phase: Phase, stream_step: int) -> Pending:
     asked = masks.of_share
     if phase.exchange.wants_all_patches:
         asked = torch.ones_like(asked)
-    with phase.teaching.running():
+    share = phase.timetable.at(stream_step).share(phase.world_rank, stream_step)
+    with phase.teaching.running(len(share)):
         targets = phase.teacher.teach(crops, asked)
     outgoing = Outgoing(stream_step, crops, targets, masks.of_needs, masks.counts)
     return phase.exchange.start(outgoing)

@@ -12,16 +12,18 @@ import torch
 
 
 class Stopwatch:
-    """Adds up spans of one kind of work."""
+    """Adds up spans of one kind of work, and how many units were done in them."""
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._total_s = 0.0
+        self.units = 0
         self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
-    def running(self) -> Iterator[None]:
-        """Counts what is started inside."""
+    def running(self, units: int = 1) -> Iterator[None]:
+        """Counts what is started inside, as so many units."""
+        self.units += units
         if self._is_cuda:
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -188,7 +188,7 @@ def test_build_backbone__follows_the_kind_of_spec() -> None:
 
 
 def test_init_weights__refuses_strangers() -> None:
-    with pytest.raises(ValueError, match="Linear: only ViT and ConvNeXt"):
+    with pytest.raises(ValueError, match="Linear: only ViT, ConvNeXt and adapted networks"):
         init_weights_(nn.Linear(2, 2), torch.Generator())
 
 

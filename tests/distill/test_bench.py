@@ -1,0 +1,72 @@
+"""The benchmark runs every mode through the real loop, with sleeps and with networks."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.test_journeys import distill
+
+TINY = """\
+name: tiny
+teacher: {arch: vits16, weights: /nowhere, fit: {heads: HEADS}}
+students:
+  - {name: one, arch: vit, width: 32, depth: 2, heads: 2, patch: 16, head_widths: {dino_hidden: 16, ibot_hidden: 16}}
+  - {name: two, arch: vit, width: 16, depth: 1, heads: 2, patch: 16, head_widths: {dino_hidden: 16, ibot_hidden: 16}}
+data: {sources: [{path: /nowhere}]}
+crops: {global: {size: 64}, local: {count: 2, size: 32}}
+schedule: {batch: 8, steps: 10, lr: {peak: 1.0e-3}}
+engine: {device: cpu, processes: 2, precision: fp32, teacher_micro_batch: 1}
+"""
+HEADS = "{dino: {hidden: 16, bottleneck: 8, prototypes: 16}, ibot: {hidden: 16, bottleneck: 8, prototypes: 16}}"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.replace("HEADS", HEADS))
+    return path
+
+
+def run(*words: object) -> dict[str, Any]:
+    ended = distill("bench", *map(str, words), "--steps", "10", "--warmup", "1", "--json")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    report: dict[str, Any] = json.loads(ended.stdout)
+    return report
+
+
+def test_bench__networks_in_every_mode(recipe: Path, tmp_path: Path) -> None:
+    files = ("--json-file", tmp_path / "b.json", "--picture", tmp_path / "b.png")
+    report = run(recipe, *files)
+    assert set(report["modes"]) == {"ours", "published", "separate one", "separate two"}
+    for found in report["modes"].values():
+        step = found["step_s"]
+        assert 0 < step["min"] <= step["median"] <= step["max"]
+        assert 0 < found["utilisation"] <= 1 and len(found["teach_s"]) == 2
+    sent = {name: found["exchange_bytes_max"] for name, found in report["modes"].items()}
+    assert 0 < sent["ours"] < sent["published"] and sent["separate one"] == 0
+    assert report["gain"] > 0 and report["gain_bound"] > 1 and report["mfu"] > 0
+    assert json.loads((tmp_path / "b.json").read_text()) == report
+    with Image.open(tmp_path / "b.png") as picture:
+        assert picture.size[0] > 100
+
+
+def test_bench__sleeps_take_the_planned_time(recipe: Path) -> None:
+    report = run(recipe, "--sleep", "0.2", "--against", "published")
+    ours = report["modes"]["ours"]
+    assert ours["predicted_step_s"] == pytest.approx(0.2)
+    assert (
+        ours["step_s"]["median"] >= 0.19
+    )  # sleeps never end early; how late is not a test's business
+
+
+def test_bench__says_what_is_wrong(recipe: Path) -> None:
+    for words, message in (
+        (("--slow", "1=2"), "--slow needs --sleep"),
+        (("--slow", "x", "--sleep", "1"), "--slow x: not RANK=FACTOR"),
+        (("--against", "yesterday"), "--against yesterday: not known"),
+    ):
+        ended = distill("bench", str(recipe), *words)
+        assert ended.returncode == 2 and message in ended.stderr
