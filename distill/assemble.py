@@ -4,7 +4,7 @@ A family phase has a frozen teacher and its students. ``distill.pretraining`` ha
 a network, or its heads, teach themselves.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from distill.exchange import AllGather, Slices
 from distill.groups import Groups
 from distill.loop import Phase
 from distill.masking import StepMasks
-from distill.plan import Placement, Plan, Timetable, Work, make_plan
+from distill.plan import Placement, Plan, Timetable, Work, make_plan, without
 from distill.pupil import Assigner, Pupil, TargetMaker
 from distill.recipe import (
     FAMILY_PHASE,
@@ -54,7 +54,7 @@ from students.objective import FeatureTrainee, Standardiser, build_projectors
 from students.student import build_heads, grid_of, seeded, student_heads
 from teacher.frozen import FrozenTeacher
 from teacher.heads import Head, HeadShape
-from teacher.trainee import Objective, StepScalars, Trainee, TraineeTraits
+from teacher.trainee import KOLEO_GROUP, Objective, StepScalars, Trainee, TraineeTraits, scaled_size
 
 ONLINE = "teacher"  # the name of the pretrained network in metrics, checkpoints and plans
 Recipe = FamilyRecipe | TeacherRecipe
@@ -95,6 +95,11 @@ class Scene:
         """Where a network trains."""
         return next(p for p in self.plan.placements if p.name == name)
 
+    def parts_of(self, name: str) -> tuple[slice, ...]:
+        """The micro-batches of a network's slice on this rank."""
+        micro_batch = self.recipe.engine.micro_batch
+        return self.placement(name).parts_of(self.groups.world_rank, micro_batch)
+
 
 def crop_spec(recipe: Recipe, anchor_resolution: int | None) -> CropSpec:
     """The loader's crops for a recipe, with anchor crops where a Gram stage wants them."""
@@ -128,7 +133,10 @@ def plan_pretraining(
     shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
     work = Work(ONLINE, device.seconds(training_tflops(shape.spec, shape.heads, shapes)), num_ranks)
     teach_s = device.seconds(teaching_tflops(shape.spec, shape.heads, shapes))
-    return make_plan([work], teach_s, recipe.schedule.batch, num_ranks)
+    whole = recipe.engine.micro_batch is not None
+    plan = make_plan([work], teach_s, recipe.schedule.batch, num_ranks, has_whole_groups=whole)
+    require_whole_groups(recipe, plan)
+    return plan
 
 
 def plan_fitting(
@@ -147,20 +155,34 @@ def plan_fitting(
 def plan_family(
     recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device = DEFAULT_DEVICE
 ) -> Plan:
-    """Students on ranks, the teacher in the gaps."""
+    """Students on ranks, the teacher in the gaps: whole on every rank where the device's memory allows, sharded where not."""
+    sharding = recipe.engine.teacher_sharding
+    plan = _plan_family(recipe, shape, num_ranks, device, is_sharded=sharding == "sharded")
+    if sharding == "auto" and num_ranks > 1:
+        most = family_needs(recipe, shape, plan).fullest.total
+        if most > device.memory_gib:
+            sharded = _plan_family(recipe, shape, num_ranks, device, is_sharded=True)
+            if family_needs(recipe, shape, sharded).fullest.total <= device.memory_gib:
+                return sharded
+    return plan
+
+
+def _plan_family(
+    recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device, *, is_sharded: bool
+) -> Plan:
     shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
     works = []
     for student in recipe.students:
-        spec = student.backbone_spec()
+        spec, seen = student.backbone_spec(), shapes.scaled(student.crop_scale)
         if isinstance(spec, CustomSpec):
-            _require_whole_patches(recipe, student.label, spec)
+            _require_whole_patches(recipe, student, spec)
         if shape.heads is None:
-            cost = regression_tflops(spec, shape.spec.width, shapes)
+            cost = regression_tflops(spec, shape.spec.width, seen)
         else:
-            cost = training_tflops(spec, _heads_of(student, spec, shape.heads), shapes)
+            cost = training_tflops(spec, _heads_of(student, spec, shape.heads), seen)
         ranks = None if student.ranks == "auto" else student.ranks
         works.append(Work(student.label, device.seconds(cost), ranks))
-    return make_plan(
+    plan = make_plan(
         works,
         device.seconds(teaching_tflops(shape.spec, shape.heads, shapes)),
         recipe.schedule.batch,
@@ -168,18 +190,45 @@ def plan_family(
         lookahead=recipe.engine.lookahead,
         unit=recipe.engine.teacher_micro_batch,
         has_even_shares=recipe.engine.exchange == "all_gather",
+        is_teacher_sharded=is_sharded,
+        has_whole_groups=recipe.engine.micro_batch is not None,
     )
+    if recipe.objective.koleo and shape.heads is not None:
+        require_whole_groups(recipe, plan)
+    ends = [f"{s.label} is finished at step {s.steps:,}" for s in recipe.students if s.steps]
+    return replace(plan, notes=(*plan.notes, *ends))
 
 
-def _require_whole_patches(recipe: FamilyRecipe, label: str, spec: CustomSpec) -> None:
+def require_whole_groups(recipe: Recipe, plan: Plan) -> None:
+    """Micro-batches must not cut the groups of images that KoLeo compares.
+
+    Raises:
+        PlanError: names the network and batches that work.
+    """
+    micro_batch = recipe.engine.micro_batch
+    for placement in plan.placements:
+        parts = [placement.parts_of(rank, micro_batch) for rank in placement.world_ranks]
+        whole = placement.koleo_is_local and all(
+            part.start % KOLEO_GROUP == 0 for each in parts for part in each
+        )
+        if len(parts[0]) > 1 and not whole:
+            unit = KOLEO_GROUP * len(placement.slices)
+            near = max(unit, round(plan.images_global / unit) * unit)
+            raise PlanError(
+                f"engine.micro_batch = {micro_batch}: the slices of {placement.name} are not whole KoLeo groups of {KOLEO_GROUP} images",
+                fix=f"Write schedule.batch: {near} (a multiple of {unit}), or leave micro_batch out.",
+            )
+
+
+def _require_whole_patches(recipe: FamilyRecipe, student: StudentSpec, spec: CustomSpec) -> None:
     """The rule that the recipe checks for networks it knows."""
     sizes = {"global.size": recipe.crops.global_.size, "eval_size": recipe.crops.input_size}
     if recipe.crops.local.count:
         sizes["local.size"] = recipe.crops.local.size
     for key, size in sizes.items():
-        if size % spec.stride:
+        if scaled_size(size, student.crop_scale) % spec.stride:
             raise PlanError(
-                f"crops.{key} = {size}: not a multiple of {spec.stride}, the stride of {label}",
+                f"crops.{key} = {size}: not a multiple of {spec.stride}, the stride of {student.label}",
                 fix=f"Use a multiple of {spec.stride}.",
             )
 
@@ -194,7 +243,8 @@ def family_needs(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs
             extra = 2 * (spec.width + 1) * shape.spec.width
         else:
             extra = head_parameters(_heads_of(student, spec, shape.heads))
-        students.append(Student(student.label, spec, count_parameters(spec) + extra))
+        parameters = count_parameters(spec) + extra
+        students.append(Student(student.label, spec, parameters, student.crop_scale))
     return needs_of(
         plan,
         students,
@@ -203,6 +253,7 @@ def family_needs(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs
         crop_shapes(recipe, grid_hw),
         zero_stage=recipe.engine.zero,
         lookahead=recipe.engine.lookahead,
+        micro_batch=recipe.engine.micro_batch,
         patches=grid_hw[0] * grid_hw[1],
     )
 
@@ -232,19 +283,19 @@ def objective_of(spec: ObjectiveSpec, gram: float = 0.0) -> Objective:
     return Objective(**spec.model_dump(), gram=gram)
 
 
-def traits_of(recipe: Recipe, *, masks_input: bool) -> TraineeTraits:
+def traits_of(recipe: Recipe, *, masks_input: bool, crop_scale: float = 1.0) -> TraineeTraits:
     """How a network of this recipe is trained."""
-    return TraineeTraits(masks_input, recipe.data.mean, recipe.data.std)
+    return TraineeTraits(masks_input, recipe.data.mean, recipe.data.std, crop_scale)
 
 
 def build_trainee(
-    scene: Scene, name: str, network: tuple[nn.Module, Head, Head], *, masks_input: bool
+    scene: Scene, name: str, network: tuple[nn.Module, Head, Head], traits: TraineeTraits
 ) -> Trainee:
     """A network with heads, on the group of ``name``."""
     placement = scene.placement(name)
     return Trainee(
         *network,
-        traits_of(scene.recipe, masks_input=masks_input),
+        traits,
         scene.groups.by_network[name],
         len(placement.slices),
         placement.koleo_is_local,
@@ -253,12 +304,13 @@ def build_trainee(
 
 def build_engine(scene: Scene, name: str, trainee: nn.Module) -> Engine:
     """A trainee on its group, wrapped by its own engine. Collective over the group."""
-    groups = scene.groups
+    groups, parts = scene.groups, scene.parts_of(name)
     settings = EngineSettings(
         zero_stage=scene.recipe.engine.zero,
         precision=scene.recipe.engine.precision,
         gradient_clip=scene.recipe.schedule.clip,
-        images_per_rank=len(scene.placement(name).slice_of(groups.world_rank)),
+        images_per_rank=max(part.stop - part.start for part in parts),
+        num_parts=len(parts),
     )
     device = scene.site.device
     return Engine(trainee.to(device), groups.by_network[name], groups.alone, settings)
@@ -275,8 +327,7 @@ def freeze(
         std=recipe.data.std,
         micro_images=recipe.engine.teacher_micro_batch,
     )
-    precision = recipe.engine.precision
-    return teacher.to(device, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return teacher.to(device, compute_dtype(recipe))
 
 
 def build_phase(
@@ -291,13 +342,15 @@ def build_phase(
     anchor_resolution: int | None = None,
     lookahead: int = 0,
     exchange: type[Slices] | type[AllGather] = Slices,
+    later: Sequence[tuple[int, Plan]] = (),
 ) -> Phase:
     """Loader, masks, exchange and schedules around a teacher and those it teaches.
 
-    ``steps``: where the phase begins in the stream of samples, and its length.
+    ``steps``: where the phase begins in the stream of samples, and its length. ``later``: plans for
+    when networks are finished.
     """
     recipe, plan, rank, site = scene.recipe, scene.plan, scene.groups.world_rank, scene.site
-    timetable = Timetable(plan)
+    timetable = Timetable(plan, later)
     bounds, settings = recipe.schedule.rope_rescale, recipe.schedule
     loader = Loader(
         site.index,
@@ -305,7 +358,8 @@ def build_phase(
         seed=recipe.seed,
         images_global=plan.images_global,
         positions=lambda step: timetable.at(step).share(rank, step),
-        max_images=plan.largest_shares[rank],
+        max_images=timetable.most_images(rank),
+        stop_step=sum(steps),
         num_threads=recipe.data.num_threads,
         device=site.device,
     )
@@ -347,16 +401,32 @@ def step_rates(
 
 def load_teacher(
     recipe: FamilyRecipe, folder: Path, heads: Path | None, device: torch.device
-) -> tuple[FrozenTeacher, TeacherShape]:
+) -> FrozenTeacher:
     """A teacher from its folder and heads file; without heads where ``heads`` is None.
+
+    The backbone goes to ``device`` in the recipe's precision; heads follow.
 
     Raises:
         CheckpointError: files are missing, damaged, or do not fit each other.
     """
-    backbone, spec = load_backbone(folder)
+    backbone, spec = load_backbone(folder, dtype=compute_dtype(recipe), device=device)
     both = None if heads is None else load_heads(heads, spec.width)
-    shapes = None if both is None else (both[0].shape, both[1].shape)
-    return freeze(recipe, device, backbone, both), TeacherShape(spec, shapes)
+    return freeze(recipe, device, backbone, both)
+
+
+def shard_teacher(scene: Scene, teacher: FrozenTeacher) -> None:
+    """Leaves each rank its part of a teacher that was loaded to the CPU, where the plan says so. Collective over the world."""
+    if not scene.plan.is_teacher_sharded:
+        return
+    teacher.shard(scene.groups.teacher, scene.site.device)
+    teacher.to(scene.site.device)
+    most = max(scene.plan.largest_shares)
+    teacher.min_forwards = -(-most // scene.recipe.engine.teacher_micro_batch)
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """What networks of the recipe compute in."""
+    return torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
 
 
 def family_phase(scene: Scene, teacher: FrozenTeacher, shape: TeacherShape) -> Phase:
@@ -372,8 +442,12 @@ def family_phase(scene: Scene, teacher: FrozenTeacher, shape: TeacherShape) -> P
         if student.lr is not None:
             lr = lr.model_copy(update={"peak": student.lr})
         engine = build_engine(scene, student.label, trainee)
-        rates = _student_rates(recipe, lr)
-        pupils.append(Pupil(student.label, placement, engine, rates, targets))
+        rates = _student_rates(recipe.schedule, lr, student.steps or recipe.schedule.steps)
+        parts = scene.parts_of(student.label)
+        pupil = Pupil(
+            student.label, placement, engine, rates, targets, parts=parts, num_steps=student.steps
+        )
+        pupils.append(pupil)
     objective = objective_of(recipe.objective)
     steps = (0, recipe.schedule.steps)
     phase = build_phase(
@@ -386,6 +460,7 @@ def family_phase(scene: Scene, teacher: FrozenTeacher, shape: TeacherShape) -> P
         lambda _: None,
         lookahead=recipe.engine.lookahead,
         exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
+        later=later_plans(recipe, scene.plan),
     )
     if not recipe.engine.balance or not scene.plan.is_dithered:
         return phase
@@ -408,7 +483,7 @@ def _student(
     """A student with fresh weights, and what makes its targets: heads if the teacher has them, projectors if not."""
     recipe, device = scene.recipe, scene.site.device
     spec, generator = student.backbone_spec(), seeded(recipe.seed, student.label)
-    grid_hw = grid_of(spec, recipe.crops.global_.size)
+    grid_hw = grid_of(spec, scaled_size(recipe.crops.global_.size, student.crop_scale))
     if grid_hw[0] > scene.grid_hw[0]:
         raise CheckpointError(
             f"students.{student.label}: its {grid_hw} patch grid is finer than the teacher's {scene.grid_hw}",
@@ -416,23 +491,33 @@ def _student(
         )
     backbone = build_backbone(spec)
     init_weights_(backbone, generator)
+    traits = traits_of(recipe, masks_input=False, crop_scale=student.crop_scale)
     if shape.heads is None:
         taught = shape.spec.width
         projectors = build_projectors(spec.width, taught, generator)
         num_ranks = len(scene.placement(student.label).slices)
-        traits = traits_of(recipe, masks_input=False)
         trainee = FeatureTrainee(backbone, *projectors, traits, num_ranks)
         return trainee, Standardiser(taught, device)
     assert teacher.dino_head is not None and teacher.ibot_head is not None, "shapes without heads"
     heads = build_heads(*_heads_of(student, spec, shape.heads), generator)
-    network = build_trainee(scene, student.label, (backbone, *heads), masks_input=False)
+    network = build_trainee(scene, student.label, (backbone, *heads), traits)
     return network, Assigner(teacher.dino_head, teacher.ibot_head)
 
 
-def _student_rates(recipe: FamilyRecipe, lr: LrSpec) -> Callable[[int], StepRates]:
-    settings = recipe.schedule
+def later_plans(recipe: FamilyRecipe, plan: Plan) -> tuple[tuple[int, Plan], ...]:
+    """The plans from each step on at which a student is finished."""
+    ends = {student.label: student.steps or recipe.schedule.steps for student in recipe.students}
+    moments = sorted({end for end in ends.values() if end < recipe.schedule.steps})
+    return tuple(
+        (moment, without(plan, {name for name, end in ends.items() if end <= moment}))
+        for moment in moments
+    )
 
+
+def _student_rates(
+    settings: ScheduleSpec, lr: LrSpec, num_steps: int
+) -> Callable[[int], StepRates]:
     def momentum(step: int) -> float:
-        return schedule.student_momentum(settings.ema, step, settings.steps)
+        return schedule.student_momentum(settings.ema, step, num_steps)
 
-    return step_rates(settings, lr, momentum, settings.steps)
+    return step_rates(settings, lr, momentum, num_steps)

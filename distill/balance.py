@@ -1,8 +1,8 @@
 """Teacher shares that follow the measured speed of every rank.
 
 Every ``every`` steps all ranks tell each other how long they took to teach an image and to train a
-step (one all-gather of two numbers). Each computes the same new shares from the same numbers, and
-they come into force at a later step that nobody has begun to prepare. A slow rank teaches less; the
+step (a ballot: two numbers each, nobody waits). Each computes the same new shares from the same
+numbers, and they come into force at a later step that nobody has begun to prepare. A slow rank teaches less; the
 others teach more. What is taught does not depend on who teaches it, so results stay the same bit for
 bit.
 """
@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Protocol, runtime_checkable
 
-import torch
 import torch.distributed as dist
 
+from distill.ballot import Ballot, gather_rows
 from distill.data.pipeline import PREFETCH
 from distill.plan import Timetable, rebalanced
 from distill.stopwatch import Stopwatch
@@ -45,7 +45,9 @@ class Balancer:
         tell: Callable[[str], None],
     ) -> None:
         """``clocks``: of teaching, and of each student on this rank. ``tell`` gets one line per event, on rank 0."""
-        self._timetable, self._rank, self._group = timetable, world_rank, group
+        self._timetable, self._rank = timetable, world_rank
+        self._num_ranks = dist.get_world_size(group)
+        self._ballot = Ballot(group, lookahead)
         self._loader, self._teaching, self._training = loader, *clocks
         self._every = every
         self._delay = lookahead + PREFETCH + MARGIN
@@ -56,38 +58,44 @@ class Balancer:
         self._last: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def after_step(self, step: int) -> None:
-        """Counts a finished step of the phase; at the interval, measures and re-plans. Collective over the world then."""
+        """Counts a finished step of the phase; at the interval, measures, and re-plans once all have said theirs.
+
+        Communication: one ballot over the world per interval.
+        """
         if self._last_step < 0:  # the first step loads libraries and finds algorithms: not counted
             self._last_step, self._last = step, self._read()
-        if step - self._last_step < self._every:
+        if self._ballot.is_due(step):
+            self._replan(step, self._ballot.count().tolist())
+        if step - self._last_step < self._every or self._ballot.is_open:
             return
         now = self._read()
         taught, teach_s, train_s = (
             after - before for after, before in zip(now, self._last, strict=True)
         )
-        num_steps = step - self._last_step
+        own = (teach_s / taught if taught else 0.0, train_s / (step - self._last_step))
         self._last_step, self._last = step, now
-        self._replan(step, teach_s / taught if taught else 0.0, train_s / num_steps)
+        self._ballot.cast(step, gather_rows(own, self._rank, self._num_ranks), dist.ReduceOp.SUM)
+        if self._ballot.is_due(step):
+            self._replan(step, self._ballot.count().tolist())
 
     def _read(self) -> tuple[float, float, float]:
         """Images taught, seconds of teaching, seconds of training, all so far."""
         training_s = sum(clock.read_s() for clock in self._training)
         return float(self._teaching.units), self._teaching.read_s(), training_s
 
-    def _replan(self, step: int, teach_s: float, train_s: float) -> None:
+    def _replan(self, step: int, everyone: Sequence[tuple[float, float]]) -> None:
+        """New shares from every rank's seconds per image taught, and of its students per step."""
+        from_step, first_measured = step + self._delay, self._ballot.cast_at - self._every
+        if not self._timetable.has_same_networks(first_measured, from_step):
+            return  # a network finishes: what was measured says nothing about what comes
         plan = self._timetable.at(step)
-        own = torch.tensor([teach_s, train_s], dtype=torch.float64)
-        device = torch.device("cuda") if dist.get_backend(self._group) == "nccl" else own.device
-        everyone = own.new_zeros(plan.num_ranks, 2).to(device)
-        everyone[self._rank] = own.to(device)
-        dist.all_reduce(everyone, group=self._group)  # a sum with zeros gathers exactly
-        measured = everyone[:, 0].tolist()
+        measured, student_s = zip(*everyone, strict=True)
         typical = median(seconds for seconds in measured if seconds > 0)
         # a rank that taught nothing this time is as fast as it was
         each = [now or self._known_s.get(r, typical) for r, now in enumerate(measured)]
         self._known_s = dict(enumerate(each))
-        self._report(step, each, typical)
-        changed = rebalanced(plan, each, everyone[:, 1].tolist())
+        self._report(self._ballot.cast_at, each, typical)
+        changed = rebalanced(plan, each, student_s)
         before, after = (
             max(
                 own_s + share * image_s
@@ -99,7 +107,7 @@ class Balancer:
         )
         if after > before * (1.0 - WORTH):
             return
-        self._timetable.change(step + self._delay, changed)
+        self._timetable.change(from_step, changed)
         self._loader.make_room(changed.largest_shares[self._rank])
 
     def _report(self, step: int, each: Sequence[float], typical: float) -> None:

@@ -40,6 +40,7 @@ from distill.cost import DEFAULT_DEVICE, find_device
 from distill.data.crops import NUM_GLOBAL
 from distill.data.index import ImageIndex
 from distill.engine import prepare_deepspeed
+from distill.errors import PlanError
 from distill.exchange import AllGather, Slices
 from distill.groups import Groups, make_groups
 from distill.loop import Phase, run_phase
@@ -51,7 +52,7 @@ from distill.record import Wishes
 from distill.stopwatch import Stopwatch
 from students.catalog import build_backbone, init_weights_
 from students.student import build_heads, grid_of, seeded
-from teacher.batch import CropBatch, LessonBatch, TeacherTargets
+from teacher.batch import CropBatch, LessonBatch, PatchMasks, TeacherTargets
 from teacher.frozen import FrozenTeacher
 from teacher.trainee import Objective
 
@@ -85,7 +86,12 @@ def measure(request: Request) -> dict[str, Any]:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     family, shape = _family(request)
-    plan_family(family, shape, request.num_ranks)  # what cannot work is said here, once
+    plan = plan_family(family, shape, request.num_ranks)  # what cannot work is said here, once
+    if plan.is_teacher_sharded and request.sleep_s is None:
+        raise PlanError(
+            "bench compares teachers that are whole on every rank; this one would be sharded",
+            fix="Write engine.teacher_sharding=replicated, or use --sleep.",
+        )
     with tempfile.TemporaryDirectory() as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -322,12 +328,12 @@ class SleepingTeacher:
     def __init__(self, image_s: float) -> None:
         self._image_s = image_s
 
-    def teach(self, crops: CropBatch, masks: Tensor) -> TeacherTargets:
+    def teach(self, crops: CropBatch, masks: PatchMasks) -> TeacherTargets:
         """Zeros, one number per token."""
         num_images = len(crops.global_crops)
         time.sleep(num_images * self._image_s)
         return TeacherTargets(
-            torch.zeros(num_images, NUM_GLOBAL, 1), torch.zeros(int(masks.sum()), 1)
+            torch.zeros(num_images, NUM_GLOBAL, 1), torch.zeros(sum(masks.counts), 1)
         )
 
 
@@ -341,6 +347,10 @@ class SleepingPupil:
         self.training = Stopwatch(torch.device("cpu"))
         self._group, self._image_s = group, image_s
         self._seconds = len(placement.slice_of(world_rank)) * image_s
+
+    def is_finished(self, step: int) -> bool:  # noqa: ARG002  # a pupil's signature
+        """Never: a bench trains everyone."""
+        return False
 
     def learn(self, lesson: LessonBatch, *_: object) -> None:  # noqa: ARG002  # a pupil's signature
         """Sleeps, then one all-reduce over the group."""
@@ -443,6 +453,7 @@ def _mode_report(ranks: list[list[list[tuple[float, ...]]]], batch: int) -> dict
         "train_s": list(columns[2]),
         "wait_s": list(columns[3]),
         "loader_s": list(columns[4]),
+        "host_s": [wall - sum(rest) for wall, *rest in zip(*columns[:5], strict=True)],
         "exchange_bytes_max": max(columns[5]),
     }
 
@@ -480,6 +491,8 @@ def tables(report: dict[str, Any]) -> list[Any]:
     if "gain" in report:
         told = f"{report['gain']:.2f}x of at most {report['gain_bound']:.2f}x ({report['of_bound']:.1%})"
         facts.add_row("gain over separate jobs", told)
+    host_s = statistics.median(report["modes"]["ours"]["host_s"])
+    facts.add_row("beside all that", f"{host_s * 1000:.1f} ms of a step of ours")
     if "mfu" in report:
         peak = report["matmul_tflops_per_s"]
         facts.add_row("MFU", f"{report['mfu']:.1%} of a matrix product's {peak:.3g} TFLOP/s")

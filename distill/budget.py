@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from distill.cost import CropShapes, Device, Heads
-from distill.errors import PlanError
+from distill.cost import CropShapes, Heads
 from distill.exchange import WireShape, gathered_bytes, slice_bytes
 from distill.plan import Plan
 from students.catalog import BackboneSpec, count_parameters
@@ -22,6 +21,7 @@ from teacher.vit import ViTSpec
 
 GIB = 2**30
 PARAMETER_BYTES = 2  # bf16 weights, and as much for gradients
+SUM_BYTES = 4  # gradients of micro-batches are added up in fp32, sharded over the group
 STATE_BYTES = 16  # fp32 master weight, two moments, EMA; sharded over the group
 ACTIVATION_BYTES = 34  # per token, channel and transformer block
 CONV_ACTIVATION_BYTES = 24  # per pixel, channel and ConvNeXt block
@@ -36,6 +36,7 @@ class Student:
     name: str
     spec: BackboneSpec
     parameters: int
+    crop_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,12 @@ class Memory:
     def total(self) -> float:
         """All parts together."""
         return float(sum(asdict(self).values()))
+
+    def describe(self) -> str:
+        """The total and the largest parts, for people."""
+        parts = sorted(asdict(self).items(), key=lambda item: -item[1])
+        shown = ", ".join(f"{name} {value:.1f}" for name, value in parts[:4])
+        return f"{self.total:.0f} GiB ({shown})"
 
 
 def head_parameters(heads: Heads) -> int:
@@ -99,7 +106,12 @@ class Needs:
     @property
     def fullest(self) -> Memory:
         """The rank that needs most."""
-        return max(self.memory, key=lambda memory: memory.total)
+        return self.memory[self.fullest_rank]
+
+    @property
+    def fullest_rank(self) -> int:
+        """Its number."""
+        return max(range(len(self.memory)), key=lambda rank: self.memory[rank].total)
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, to join the plan's."""
@@ -122,27 +134,34 @@ def needs_of(
     *,
     zero_stage: int,
     lookahead: int,
+    micro_batch: int | None,
     patches: int,
 ) -> Needs:
     """Memory and traffic of every rank of a family's plan; masked patches at their mean."""
     wire = wire_shape(crops, heads, teacher_spec.width, patches)
-    of_teacher = count_parameters(teacher_spec) + (0 if heads is None else head_parameters(heads))
+    of_backbone = count_parameters(teacher_spec)
+    if plan.is_teacher_sharded:  # its own part, the block at work and the next one
+        depth = teacher_spec.depth if isinstance(teacher_spec, ViTSpec) else 1
+        of_backbone = of_backbone // plan.num_ranks + 2 * of_backbone // depth
+    of_teacher = of_backbone + (0 if heads is None else head_parameters(heads))
     image_bytes = wire.slice_image_bytes + crops.masked_per_image * wire.slice_patch_bytes
     parts = np.zeros((plan.num_ranks, 5))  # weights, gradients, optimizer, activations, logits
     for student, placement in zip(students, plan.placements, strict=True):
         group = len(placement.slices)
-        for rank, part in zip(placement.world_ranks, placement.slices, strict=True):
+        for rank in placement.world_ranks:
             count = student.parameters
             sharded = count / group if zero_stage >= 2 else count
-            rows = len(part) * (2 + crops.num_locals + crops.masked_per_image)
+            images = max(p.stop - p.start for p in placement.parts_of(rank, micro_batch))
+            rows = images * (2 + crops.num_locals + crops.masked_per_image)
             logits = 0.0 if heads is None else rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES
+            added_up = count * SUM_BYTES / group if images < len(placement.slice_of(rank)) else 0
             parts[rank, :3] += (
                 count * PARAMETER_BYTES,
-                sharded * PARAMETER_BYTES,
+                sharded * PARAMETER_BYTES + added_up,
                 count * STATE_BYTES / group,
             )
             # students of a rank train one after the other: what is alive at once is the largest
-            activations = len(part) * activation_bytes(student.spec, crops)
+            activations = images * activation_bytes(student.spec, crops.scaled(student.crop_scale))
             parts[rank, 3:] = np.maximum(parts[rank, 3:], (activations, logits))
     largest = plan.largest_shares
     teaching = [PARAMETER_BYTES * of_teacher if most else 0 for most in largest]
@@ -184,21 +203,3 @@ def activation_bytes(spec: BackboneSpec, crops: CropShapes) -> float:
             for stage, (depth, width) in enumerate(zip(spec.depths, spec.widths, strict=True))
         )
     return float(sum(side**2 for side in sides) * spec.width)  # a network whose inside is not known
-
-
-def require_fit(needs: Needs, device: Device) -> None:
-    """Refuses a plan that does not fit on its device.
-
-    Raises:
-        PlanError: says which part is largest.
-    """
-    fullest = needs.fullest
-    if fullest.total <= device.memory_gib:
-        return
-    parts = sorted(asdict(fullest).items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} {value:.1f}" for name, value in parts[:4])
-    rank = needs.memory.index(fullest)
-    raise PlanError(
-        f"rank {rank} needs {fullest.total:.0f} GiB ({shown}); {device.name} has {device.memory_gib:.0f}",
-        fix="Use more ranks, a smaller schedule.batch, engine.zero: 2, or a device with more memory.",
-    )

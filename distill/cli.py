@@ -406,10 +406,13 @@ def check(
         texts = _with_data(recipe, overrides, data)
         loaded, teacher = load_job(recipe, texts, check_folders=True)
 
-        from distill.prepare import check_data, check_job, heads_story  # imports torch
+        from distill.cost import find_device  # these import torch
+        from distill.prepare import check_data, check_job, has_gpu, heads_story, require_fit
 
         num_ranks = _num_ranks(loaded.engine.processes, gpus)
         plans = check_job(loaded, teacher, num_ranks)
+        if has_gpu(loaded):
+            require_fit(plans[-1], loaded, teacher, find_device("measured"))
         facts = check_data(loaded, teacher)
     except DataError as error:  # to a check, data that is not there is a wrong recipe
         raise RecipeError(error.message, fix=error.fix) from error
@@ -450,10 +453,9 @@ def plan(
 
     loaded, teacher = load_job(recipe, list(overrides or []))
 
-    from distill.budget import require_fit  # after the recipe is right: these import torch
-    from distill.console import plan_tables
+    from distill.console import plan_tables  # after the recipe is right: these import torch
     from distill.cost import find_device
-    from distill.prepare import check_job
+    from distill.prepare import check_job, require_fit
 
     assumed = find_device(device)
     num_ranks = _num_ranks(loaded.engine.processes, ranks)
@@ -464,9 +466,7 @@ def plan(
         for each in plans:
             for table in plan_tables(each, assumed):
                 Console().print(table)
-    needs = plans[-1].needs
-    if needs is not None:
-        require_fit(needs, assumed)
+    require_fit(plans[-1], loaded, teacher, assumed)
 
 
 def _num_ranks(processes: int | str, asked: int | None) -> int:

@@ -580,7 +580,7 @@ def plan_tables(job: "JobPlan", device: "Device") -> list[Table]:
         table.caption, table.caption_justify = "; ".join(plan.notes), "left"
     facts = Table(show_header=False, box=None, padding=(0, 2))
     rate = plan.images_global / plan.step_s
-    days = job.num_steps * plan.step_s / 86_400
+    days = job.seconds / 86_400
     length = f"{days:.1f} days" if days >= 1 else duration(days * 86_400)
     facts.add_row(
         "speed",

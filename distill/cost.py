@@ -7,7 +7,7 @@ these numbers; measured times may replace them.
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -17,6 +17,7 @@ from students.catalog import BackboneSpec
 from students.convnext import STEM, ConvNeXtSpec
 from students.custom import CustomSpec, count_flops
 from teacher.heads import HeadShape
+from teacher.trainee import scaled_size
 from teacher.vit import ViTSpec
 
 TRAINING_FACTOR = 3.0  # forward, gradient of the inputs, gradient of the weights
@@ -90,6 +91,14 @@ class CropShapes:
     local_size: int
     num_locals: int
     masked_per_image: float
+
+    def scaled(self, scale: float) -> "CropShapes":
+        """What a network sees that takes crops at a part of their size; it is asked for as many patches."""
+        return replace(
+            self,
+            global_size=scaled_size(self.global_size, scale),
+            local_size=scaled_size(self.local_size, scale),
+        )
 
 
 def backbone_tflops(spec: BackboneSpec, size: int) -> float:

@@ -35,12 +35,17 @@ BETAS = (0.9, 0.99)  # METHOD section 4
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How one network is optimised. ``precision`` is "fp32" or "bf16" (fp32 master weights either way)."""
+    """How one network is optimised. ``precision`` is "fp32" or "bf16" (fp32 master weights either way).
+
+    A step's gradient is the sum of ``num_parts`` micro-batches', added up in fp32. In bf16 that takes
+    stage 2: the other stages add up in bf16, where late micro-batches round away.
+    """
 
     zero_stage: int
     precision: str
     gradient_clip: float
     images_per_rank: int
+    num_parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -84,7 +89,7 @@ class Engine:
         """Wraps ``module``; collective over ``group`` (every rank of it, no other)."""
         import deepspeed
 
-        self.group = group
+        self.group, self._num_parts = group, settings.num_parts
         self._mpu = _GroupLayout(group, self_group)
         fused = next(module.parameters()).device.type == "cuda"
         optimizer = torch.optim.AdamW(_parameter_groups(module), lr=0.0, betas=BETAS, fused=fused)
@@ -117,15 +122,19 @@ class Engine:
             return self._engine(*inputs)
 
     def backward_and_step(self, loss: Tensor, rates: StepRates) -> None:
-        """Gradients averaged over the group, clipped and applied, then the EMA; skipped together if not finite."""
+        """One micro-batch's gradients; after the step's last one: averaged over the group, clipped and applied, then the EMA.
+
+        The step is skipped, by all ranks together, if its gradient is not finite.
+        """
         for param_group in self._zero.optimizer.param_groups:
             param_group["lr"] = rates.lr_prototypes if param_group["is_prototypes"] else rates.lr
             param_group["weight_decay"] = rates.weight_decay if param_group["is_decayed"] else 0.0
         skipped_before = self._engine.skipped_steps
         with as_world(self._mpu):
-            self._engine.backward(loss)
+            self._engine.backward(loss * self._num_parts)  # DeepSpeed divides by it
+            is_last = self._engine.is_gradient_accumulation_boundary()
             self._engine.step()
-        if self._engine.skipped_steps == skipped_before:
+        if is_last and self._engine.skipped_steps == skipped_before:
             with torch.no_grad():
                 for shard, state in zip(self._shards, self._states, strict=True):
                     state["ema"].lerp_(shard, 1.0 - rates.ema_momentum)
@@ -207,14 +216,20 @@ def _parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
 
 
 def _config(settings: EngineSettings) -> dict[str, Any]:
+    adds_halves = settings.precision == "bf16" and settings.num_parts > 1
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": max(1, settings.images_per_rank),
-        "gradient_accumulation_steps": 1,
+        "gradient_accumulation_steps": settings.num_parts,
         "gradient_clipping": settings.gradient_clip,
-        "zero_optimization": {"stage": settings.zero_stage, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": 2 if adds_halves else settings.zero_stage,
+            "overlap_comm": False,
+        },
     }
     if settings.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+    if adds_halves:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
 
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.plan import Placement, Plan, Timetable
-from teacher.batch import CropBatch, LessonBatch, TeacherTargets
+from teacher.batch import CropBatch, LessonBatch, PatchMasks, TeacherTargets
 
 Counts = NDArray[np.int64]
 
@@ -37,9 +37,8 @@ class Delivery:
 
     crops: CropBatch
     targets: TeacherTargets
-    masks: Tensor
+    masks: PatchMasks
     positions: tuple[range, ...]
-    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Outgoing:
     step: int
     crops: CropBatch
     targets: TeacherTargets
-    masks_of_needs: Tensor
+    masks_of_needs: PatchMasks
     counts: Counts
 
 
@@ -75,7 +74,6 @@ class Exchange(Protocol):
     """
 
     wants_all_patches: bool
-    needs: tuple[range, ...]
     wait_s: float
     received_bytes: int
 
@@ -155,28 +153,20 @@ class Slices:
     def __init__(
         self, timetable: Timetable, world_rank: int, group: dist.ProcessGroup, device: torch.device
     ) -> None:
-        plan = timetable.at(0)
-        self._timetable, self._rank, self._group, self._device = (
-            timetable,
-            world_rank,
-            group,
-            device,
-        )
-        self._is_local, self._num_ranks = plan.is_local, plan.num_ranks
-        self.needs = plan.needs(world_rank)
+        self._timetable, self._rank = timetable, world_rank
+        self._group, self._device = group, device
         self.wait_s = 0.0
         self.received_bytes = 0
-        # every (rank, part) of the needs of all ranks, so that a step's splits are array arithmetic
-        listed = [(r, p.start, p.stop) for r in range(plan.num_ranks) for p in plan.needs(r)]
-        self._needed = np.array(listed, np.int64).reshape(-1, 3).T
 
     def start(self, outgoing: Outgoing) -> Pending:
         """Launches one all-to-all per tensor; none when every rank trains on what it teaches."""
         crops, targets, counts = outgoing.crops, outgoing.targets, outgoing.counts
-        if self._is_local:
-            told = Delivery(crops, targets, outgoing.masks_of_needs, self.needs, counts)
+        plan = self._timetable.at(outgoing.step)
+        needs = plan.needs(self._rank)
+        if plan.is_local:
+            told = Delivery(crops, targets, outgoing.masks_of_needs, needs)
             return Pending((), lambda: told, ())
-        routes = self._routes(outgoing.step, counts.sum(axis=1))
+        routes = self._routes(plan, outgoing.step, counts.sum(axis=1))
         moved = [
             self._launch(tensor, routes.images if by_image else routes.masked)
             for tensor, by_image in (
@@ -194,7 +184,7 @@ class Slices:
             tensors = [tensor for _, _, tensor in moved]
             arrived = TeacherTargets(*tensors[2:])
             masks = outgoing.masks_of_needs
-            return Delivery(CropBatch(*tensors[:2]), arrived, masks, self.needs, counts)
+            return Delivery(CropBatch(*tensors[:2]), arrived, masks, needs)
 
         return Pending(tuple(m[0] for m in moved), finish, tuple(m[1] for m in moved))
 
@@ -217,12 +207,12 @@ class Slices:
         self.received_bytes += foreign * received.element_size() * int(np.prod(rows.shape[1:]))
         return work, sent, received
 
-    def _routes(self, step: int, per_image: Counts) -> "_Routes":
+    def _routes(self, plan: Plan, step: int, per_image: Counts) -> "_Routes":
         """Rows out in sending order (destination by destination, ascending) and all split sizes of one step."""
-        rank, num_ranks = self._rank, self._num_ranks
-        borders = self._timetable.at(step).share_borders(step)
+        rank, num_ranks = self._rank, plan.num_ranks
+        borders = plan.share_borders(step)
         share_start, share_stop = int(borders[rank]), int(borders[rank + 1])
-        to, starts, stops = self._needed
+        to, starts, stops = plan.needed
         starts, stops = starts.clip(share_start, share_stop), stops.clip(share_start, share_stop)
         masked_before = np.concatenate([[0], np.cumsum(per_image)])
         sizes_out = np.zeros(num_ranks, np.int64)
@@ -231,7 +221,7 @@ class Slices:
         np.add.at(masked_out, to, masked_before[stops] - masked_before[starts])
         sizes_in = np.zeros(num_ranks, np.int64)
         masked_in = np.zeros(num_ranks, np.int64)
-        for part in self.needs:
+        for part in plan.needs(rank):
             inside = borders.clip(part.start, part.stop)
             sizes_in += np.diff(inside)
             masked_in += np.diff(masked_before[inside])
@@ -270,18 +260,18 @@ class AllGather:
     def __init__(
         self, timetable: Timetable, world_rank: int, group: dist.ProcessGroup, device: torch.device
     ) -> None:
-        plan = timetable.at(0)
-        self._plan, self._rank, self._group, self._device = plan, world_rank, group, device
-        self.needs = plan.needs(world_rank)
+        self._timetable, self._rank = timetable, world_rank
+        self._group, self._device = group, device
         self.wait_s = 0.0
         self.received_bytes = 0
-        self._padded = max(plan.largest_shares)
+        self._num_ranks = timetable.at(0).num_ranks
+        self._padded = max(timetable.at(0).largest_shares)  # even shares stay as they are
 
     def start(self, outgoing: Outgoing) -> Pending:
         """Launches one all-gather per tensor. ``patch_rows`` hold all patches here, [images * 2 * patches, taught]."""
         crops, targets = outgoing.crops, outgoing.targets
         dtype, images = targets.class_rows.dtype, len(targets.class_rows)
-        patches = outgoing.masks_of_needs.shape[2]
+        patches = outgoing.masks_of_needs.flags.shape[2]
         by_image = [
             crops.global_crops.to(dtype),  # whole numbers up to 255 are exact in bf16
             crops.local_crops.to(dtype),
@@ -291,12 +281,14 @@ class AllGather:
         gathered = [self._launch(tensor) for tensor in by_image]
 
         def finish() -> Delivery:
-            whole = [self._unpad(tensor, outgoing.step) for _, _, tensor in gathered]
+            plan = self._timetable.at(outgoing.step)
+            whole = [self._unpad(tensor, plan, outgoing.step) for _, _, tensor in gathered]
             global_crops, local_crops, class_rows, patch_rows = whole
             kept = CropBatch(global_crops.to(torch.uint8), local_crops.to(torch.uint8))
-            masked = patch_rows[outgoing.masks_of_needs]
+            masked = patch_rows.flatten(0, 2)[outgoing.masks_of_needs.rows()]
             told = TeacherTargets(class_rows, masked)
-            return Delivery(kept, told, outgoing.masks_of_needs, self.needs, outgoing.counts)
+            needs = plan.needs(self._rank)
+            return Delivery(kept, told, outgoing.masks_of_needs, needs)
 
         return Pending(tuple(g[0] for g in gathered), finish, tuple(g[1] for g in gathered))
 
@@ -305,7 +297,7 @@ class AllGather:
     def _launch(self, rows: Tensor) -> tuple[dist.Work, Tensor, Tensor]:
         padding = self._padded - rows.shape[0]
         sent = torch.cat([rows, rows.new_zeros(padding, *rows.shape[1:])])
-        num_ranks = self._plan.num_ranks
+        num_ranks = self._num_ranks
         received = rows.new_empty(num_ranks * self._padded, *rows.shape[1:])
         gather = (
             getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -314,12 +306,12 @@ class AllGather:
         self.received_bytes += (num_ranks - 1) * sent.numel() * sent.element_size()
         return work, sent, received
 
-    def _unpad(self, whole: Tensor, step: int) -> Tensor:
+    def _unpad(self, whole: Tensor, plan: Plan, step: int) -> Tensor:
         """The rows of the positions this rank needs."""
-        shares = self._plan.shares(step)
+        shares = plan.shares(step)
         padded = whole.view(len(shares), self._padded, *whole.shape[1:])
         batch = torch.cat([padded[rank, : len(share)] for rank, share in enumerate(shares)])
-        parts = [batch[part.start : part.stop] for part in self.needs]
+        parts = [batch[part.start : part.stop] for part in plan.needs(self._rank)]
         return torch.cat(parts) if parts else batch[:0]
 
 
@@ -338,22 +330,12 @@ def lesson_for(
             break
         before += len(part)
     first = before + wanted.start - part.start
-    images = slice(first, first + len(wanted))
-    held = np.concatenate(
-        [delivery.counts[p.start : p.stop].sum(axis=1) for p in delivery.positions]
-    )
-    masked = slice(int(held[:first].sum()), int(held[: first + len(wanted)].sum()))
-    crops, targets = delivery.crops, delivery.targets
-    anchor = targets.anchor_patches
-    return LessonBatch(
-        crops=CropBatch(crops.global_crops[images], crops.local_crops[images]),
-        masks=delivery.masks[images],
-        targets=TeacherTargets(
-            targets.class_rows[images],
-            targets.patch_rows[masked],
-            None if anchor is None else anchor[images],
-        ),
+    whole = LessonBatch(
+        crops=delivery.crops,
+        masks=delivery.masks,
+        targets=delivery.targets,
         grid_hw=grid_hw,
-        start=wanted.start,
+        start=wanted.start - first,
         images_global=images_global,
     )
+    return whole.part(slice(first, first + len(wanted)))

@@ -84,7 +84,7 @@ def export(
     finished: list[Exported] = []
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         for name, folder in folders.items():
-            background, inputs = _background(run, name, folder, recipe), _inputs(recipe)
+            background, inputs = _background(run, name, folder, recipe), _inputs(recipe, name)
             done = export_network(
                 name, folder, target / name, to.value, dtype.value, background, inputs
             )
@@ -175,10 +175,14 @@ def _teacher_folder(run: Path, recipe: "FamilyRecipe | TeacherRecipe") -> Path:
     return run / "teacher"
 
 
-def _inputs(recipe: "FamilyRecipe | TeacherRecipe") -> "Inputs":
+def _inputs(recipe: "FamilyRecipe | TeacherRecipe", name: str) -> "Inputs":
     from distill.formats import Inputs
+    from distill.recipe import FamilyRecipe
 
-    return Inputs(recipe.crops.input_size, recipe.data.mean, recipe.data.std)
+    size = recipe.crops.input_size
+    if isinstance(recipe, FamilyRecipe):
+        size = recipe.input_size_of(name)
+    return Inputs(size, recipe.data.mean, recipe.data.std)
 
 
 def _background(

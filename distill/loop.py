@@ -11,8 +11,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from distill.data.loader import Loader
 from distill.exchange import Exchange, Outgoing, Pending, lesson_for
 from distill.masking import StepMasks
@@ -21,6 +19,7 @@ from distill.pupil import Pupil
 from distill.record import Recorder
 from distill.saver import Saver
 from distill.stopwatch import Stopwatch
+from teacher.batch import PatchMasks
 from teacher.frozen import FrozenTeacher
 from teacher.trainee import StepScalars
 
@@ -65,6 +64,8 @@ def run_phase(phase: Phase, recorder: Recorder, saver: Saver, start_step: int) -
 
         stream_step = phase.first_step + step
         for pupil in phase.pupils:
+            if pupil.is_finished(step):
+                continue
             lesson = lesson_for(
                 delivery, pupil.placement, phase.world_rank, phase.grid_hw, phase.plan.images_global
             )
@@ -87,7 +88,7 @@ def _teach(phase: Phase, stream_step: int) -> Pending:
     masks = phase.masks.draw(stream_step)
     asked = masks.of_share
     if phase.exchange.wants_all_patches:
-        asked = torch.ones_like(asked)
+        asked = PatchMasks.all_of(asked)
     share = phase.timetable.at(stream_step).share(phase.world_rank, stream_step)
     with phase.teaching.running(len(share)):
         targets = phase.teacher.teach(crops, asked)

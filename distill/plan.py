@@ -10,11 +10,14 @@ load is smallest.
 
 Shares and slices are contiguous ranges of positions in the global batch, in rank order; together
 they say exactly which image goes where.
+
+A network that finishes before the others leaves the plan from that step on: it needs nothing any
+more, and the time of its ranks goes into teaching.
 """
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise, permutations, product
@@ -29,6 +32,12 @@ from teacher.trainee import KOLEO_GROUP
 SEARCH_LIMIT = 20_000  # placements tried one by one; beyond it the heaviest goes first
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples modulo one spread evenly from the start
 LEAST_SHARE = 0.05  # images per step of a rank that has taught before
+SHARDED_NOTE = "the teacher is sharded over all ranks (ZeRO-3), so shares are even"
+NEARLY = 0.01  # placements whose steps differ by less are as good as each other
+GROWTH = (
+    1.2  # times the ranks of the heaviest network, from one overlapping placement tried to the next
+)
+KEPT_PLANS = 3  # that steps in preparation may still refer to
 SLACK = 1e-9  # floating-point room when a load is compared with the level
 
 
@@ -58,6 +67,18 @@ class Placement:
         """The positions that one of its ranks trains on."""
         return self.slices[world_rank - self.first_rank]
 
+    def parts_of(self, world_rank: int, micro_batch: int | None) -> tuple[slice, ...]:
+        """A rank's slice cut into as many micro-batches as the largest slice needs, by numbers within the slice.
+
+        Whole KoLeo groups where the slice is.
+        """
+        own = self.slice_of(world_rank)
+        most = max(len(part) for part in self.slices)
+        count = 1 if micro_batch is None else -(-most // micro_batch)
+        unit = KOLEO_GROUP if own.start % KOLEO_GROUP == 0 == len(own) % KOLEO_GROUP else 1
+        borders = [unit * (len(own) // unit * part // count) for part in range(count + 1)]
+        return tuple(slice(start, stop) for start, stop in pairwise(borders))
+
     @property
     def koleo_is_local(self) -> bool:
         """No KoLeo group is cut by a slice border."""
@@ -69,7 +90,7 @@ class Plan:
     """The division of every step's work over the ranks.
 
     ``exact_shares`` are images per rank and step before rounding; ``unit`` images are taught at
-    once. Seconds: ``teach_s`` of the teacher per image, ``image_s`` of each network per image,
+    once; ``is_filled``: teaching fills the gaps that students leave. Seconds: ``teach_s`` of the teacher per image, ``image_s`` of each network per image,
     ``student_s`` of all networks on a rank per step.
     """
 
@@ -78,7 +99,9 @@ class Plan:
     placements: tuple[Placement, ...]
     exact_shares: tuple[float, ...]
     unit: int
+    is_filled: bool
     is_dithered: bool
+    is_teacher_sharded: bool
     teach_s: float
     image_s: tuple[float, ...]
     student_s: tuple[float, ...]
@@ -87,6 +110,12 @@ class Plan:
     def needs(self, world_rank: int) -> tuple[range, ...]:
         """Positions a rank receives: the union of its students' slices, merged and ascending."""
         return self._needs[world_rank]
+
+    @cached_property
+    def needed(self) -> NDArray[np.int64]:
+        """(rank, start, stop) of every part of all ranks' needs, [3, parts]: a step's splits are array arithmetic."""
+        listed = [(r, p.start, p.stop) for r, parts in enumerate(self._needs) for p in parts]
+        return np.array(listed, np.int64).reshape(-1, 3).T
 
     @cached_property
     def _needs(self) -> tuple[tuple[range, ...], ...]:
@@ -222,6 +251,8 @@ def make_plan(
     lookahead: int = 0,
     unit: int = 1,
     has_even_shares: bool = False,
+    is_teacher_sharded: bool = False,
+    has_whole_groups: bool = False,
     ranks_per_node: int = 8,
 ) -> Plan:
     """Places networks on ranks and divides the teaching.
@@ -234,6 +265,8 @@ def make_plan(
         lookahead: steps that teaching may run ahead; above 0 shares may differ from step to step.
         unit: images the teacher takes at once; shares are whole units where they divide the batch.
         has_even_shares: divide the teaching evenly, as published.
+        has_whole_groups: slices are whole KoLeo groups wherever there are enough.
+        is_teacher_sharded: every rank holds a part of the teacher, so shares are even.
         ranks_per_node: groups are laid out so that few of them cross a node border.
 
     Raises:
@@ -242,41 +275,89 @@ def make_plan(
     """
     if num_ranks < 1:
         raise PlanError(f"{num_ranks} ranks: at least one is needed", fix="Pass --gpus 1 or more.")
-    counts, notes = _count_ranks(works, num_ranks)
+    counts, firsts, notes = _arrange(
+        works,
+        teach_s,
+        images_global,
+        num_ranks,
+        ranks_per_node,
+        is_filled=not (has_even_shares or is_teacher_sharded),
+        may_overlap=not has_even_shares,
+    )
     for work, count in zip(works, counts, strict=True):
         if count > images_global:
             raise PlanError(
                 f"{work.name}: {count} ranks for a batch of {images_global} images leaves ranks without an image",
                 fix=f"Use at most {images_global} ranks, or a larger schedule.batch.",
             )
-    placements = _place(works, counts, images_global, num_ranks, ranks_per_node)
-    student_s = [0.0] * num_ranks
-    for work, placement in zip(works, placements, strict=True):
-        for rank, part in zip(placement.world_ranks, placement.slices, strict=True):
-            student_s[rank] += work.image_s * len(part)
+    placements = tuple(
+        Placement(work.name, first, split_evenly(images_global, count, in_groups=has_whole_groups))
+        for work, first, count in zip(works, firsts, counts, strict=True)
+    )
+    image_s = tuple(work.image_s for work in works)
+    student_s = _student_seconds(placements, image_s, num_ranks)
     unit = unit if images_global % unit == 0 else 1
-    is_dithered = lookahead > 0 and not has_even_shares
-    if all(len(p.slices) == num_ranks for p in placements):  # nothing to fill, nothing to send
-        exact: Sequence[float] = [float(len(part)) for part in placements[0].slices]
-        is_dithered, unit = False, 1
+    is_local = all(len(p.slices) == num_ranks for p in placements)  # nothing to fill or to send
+    has_even_shares |= is_teacher_sharded
+    is_filled = not is_local and not has_even_shares
+    is_dithered = is_filled and lookahead > 0
+    if is_local:
+        exact, unit = [float(len(part)) for part in placements[0].slices], 1
     elif has_even_shares:
         exact, unit = [float(len(part)) for part in split_evenly(images_global, num_ranks)], 1
-    elif is_dithered:
-        exact = fill_exactly(student_s, [teach_s] * num_ranks, images_global)
     else:
-        exact = [float(size) for size in fill_whole(student_s, teach_s, images_global, unit)]
+        exact = _fill(student_s, teach_s, images_global, unit, is_dithered=is_dithered)
     return Plan(
         images_global=images_global,
         num_ranks=num_ranks,
         placements=placements,
         exact_shares=tuple(exact),
         unit=unit,
+        is_filled=is_filled,
         is_dithered=is_dithered,
+        is_teacher_sharded=is_teacher_sharded,
         teach_s=teach_s,
-        image_s=tuple(work.image_s for work in works),
-        student_s=tuple(student_s),
-        notes=notes,
+        image_s=image_s,
+        student_s=student_s,
+        notes=(*notes, SHARDED_NOTE) if is_teacher_sharded else notes,
     )
+
+
+def without(plan: Plan, names: Collection[str]) -> Plan:
+    """The plan once some networks are finished; placements of the others stay."""
+    kept = [
+        (placement, image_s)
+        for placement, image_s in zip(plan.placements, plan.image_s, strict=True)
+        if placement.name not in names
+    ]
+    placements, image_s = (tuple(column) for column in zip(*kept, strict=True))
+    student_s = _student_seconds(placements, image_s, plan.num_ranks)
+    changed = replace(plan, placements=placements, image_s=image_s, student_s=student_s)
+    if not plan.is_filled:
+        return changed
+    dithered = plan.is_dithered
+    shares = _fill(student_s, plan.teach_s, plan.images_global, plan.unit, is_dithered=dithered)
+    return replace(changed, exact_shares=tuple(shares))
+
+
+def _student_seconds(
+    placements: Sequence[Placement], image_s: Sequence[float], num_ranks: int
+) -> tuple[float, ...]:
+    """Seconds of all networks on each rank per step."""
+    student_s = [0.0] * num_ranks
+    for placement, each in zip(placements, image_s, strict=True):
+        for rank, part in zip(placement.world_ranks, placement.slices, strict=True):
+            student_s[rank] += each * len(part)
+    return tuple(student_s)
+
+
+def _fill(
+    student_s: Sequence[float], teach_s: float, images_global: int, unit: int, *, is_dithered: bool
+) -> list[float]:
+    """Shares that fill the gaps: exact ones where steps may differ, whole ones where they may not."""
+    if is_dithered:
+        return fill_exactly(student_s, [teach_s] * len(student_s), images_global)
+    return [float(size) for size in fill_whole(student_s, teach_s, images_global, unit)]
 
 
 def _merge(parts: Sequence[range]) -> tuple[range, ...]:
@@ -287,6 +368,65 @@ def _merge(parts: Sequence[range]) -> tuple[range, ...]:
         else:
             merged.append(part)
     return tuple(merged)
+
+
+def _arrange(
+    works: Sequence[Work],
+    teach_s: float,
+    images_global: int,
+    num_ranks: int,
+    ranks_per_node: int,
+    *,
+    is_filled: bool,
+    may_overlap: bool,
+) -> tuple[Sequence[int], Sequence[int], tuple[str, ...]]:
+    """Number of ranks and first rank of each network, and notes.
+
+    Side by side where that keeps all ranks busy. Where one network is too heavy for the ranks it
+    would get, groups may overlap: it trains on more ranks, which hold others too.
+    """
+    counts, notes = _count_ranks(works, num_ranks)
+    firsts = _first_ranks(works, counts, num_ranks, ranks_per_node)
+    total_s = images_global * (teach_s + sum(work.image_s for work in works))
+    ideal_s = total_s / num_ranks
+
+    def step_s(counts: Sequence[int], firsts: Sequence[int]) -> float:
+        student_s = np.zeros(num_ranks)
+        for work, count, first in zip(works, counts, firsts, strict=True):
+            student_s[first : first + count] += work.image_s * images_global / count
+        even = teach_s * images_global / num_ranks
+        return float(max(student_s.max(), ideal_s) if is_filled else student_s.max() + even)
+
+    if not may_overlap or step_s(counts, firsts) <= ideal_s * (1.0 + NEARLY):
+        return counts, firsts, notes
+    candidates = _overlapping(works, num_ranks, images_global)
+    found = min(candidates, key=lambda c: (round(step_s(*c) / ideal_s, 2), sum(c[0]), step_s(*c)))
+    if step_s(*found) > step_s(counts, firsts) * (1.0 - NEARLY):
+        return counts, firsts, notes
+    return *found, (f"{len(works)} networks on {num_ranks} ranks: some ranks hold several",)
+
+
+def _overlapping(
+    works: Sequence[Work], num_ranks: int, images_global: int
+) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
+    """Counts and first ranks of groups that may overlap: all there are, or the heaviest spread step by step."""
+    most = min(num_ranks, images_global)
+    allowed = [range(1, most + 1) if w.ranks is None else (w.ranks,) for w in works]
+    spans = [[(n, first) for n in each for first in range(num_ranks - n + 1)] for each in allowed]
+    if math.prod(len(each) for each in spans) <= SEARCH_LIMIT:
+        for chosen in product(*spans):
+            yield tuple(zip(*chosen, strict=True))  # type: ignore[misc]  # two rows
+        return
+    counts = [each[0] for each in allowed]
+    while True:
+        load = [work.image_s / count for work, count in zip(works, counts, strict=True)]
+        yield tuple(counts), tuple(_heaviest_first(load, counts, num_ranks))
+        growing = [i for i, each in enumerate(allowed) if counts[i] < each[-1]]
+        if not growing:
+            return
+        heaviest = max(growing, key=lambda index: load[index])
+        grown = max(counts[heaviest] + 1, math.ceil(counts[heaviest] * GROWTH))
+        counts[heaviest] = min(grown, allowed[heaviest][-1])
 
 
 def _count_ranks(works: Sequence[Work], num_ranks: int) -> tuple[list[int], tuple[str, ...]]:
@@ -313,24 +453,13 @@ def _count_ranks(works: Sequence[Work], num_ranks: int) -> tuple[list[int], tupl
     return counts, ((f"{idle} ranks only teach",) if idle else ())
 
 
-def _place(
-    works: Sequence[Work],
-    counts: Sequence[int],
-    images_global: int,
-    num_ranks: int,
-    ranks_per_node: int,
-) -> tuple[Placement, ...]:
+def _first_ranks(
+    works: Sequence[Work], counts: Sequence[int], num_ranks: int, ranks_per_node: int
+) -> list[int]:
     """Side by side where they fit, otherwise stacked so that the fullest rank is as light as can be."""
     if sum(counts) <= num_ranks:
-        firsts = _side_by_side(counts, ranks_per_node)
-    else:
-        firsts = _stacked(
-            [w.image_s / c for w, c in zip(works, counts, strict=True)], counts, num_ranks
-        )
-    return tuple(
-        Placement(work.name, first, split_evenly(images_global, count))
-        for work, first, count in zip(works, firsts, counts, strict=True)
-    )
+        return _side_by_side(counts, ranks_per_node)
+    return _stacked([w.image_s / c for w, c in zip(works, counts, strict=True)], counts, num_ranks)
 
 
 def _side_by_side(counts: Sequence[int], ranks_per_node: int) -> list[int]:
@@ -385,19 +514,32 @@ def _stacked(load: Sequence[float], counts: Sequence[int], num_ranks: int) -> li
 
     if math.prod(len(choice) for choice in choices) <= SEARCH_LIMIT:
         return list(min(product(*choices), key=fullest))
+    return _heaviest_first(load, counts, num_ranks)
+
+
+def _heaviest_first(load: Sequence[float], counts: Sequence[int], num_ranks: int) -> list[int]:
+    """First ranks, each network in turn where the fullest of its ranks is emptiest."""
     firsts = [0] * len(counts)
     total = [0.0] * num_ranks
     for index in sorted(range(len(counts)), key=lambda i: -load[i]):
         count = counts[index]
-        firsts[index] = min(choices[index], key=lambda first: max(total[first : first + count]))
+        starts = range(num_ranks - count + 1)
+        firsts[index] = min(starts, key=lambda first: max(total[first : first + count]))
         for rank in range(firsts[index], firsts[index] + count):
             total[rank] += load[index]
     return firsts
 
 
-def split_evenly(images_global: int, num_parts: int) -> tuple[range, ...]:
-    """Contiguous ranges whose sizes differ by at most one, or by none in whole KoLeo groups where those divide."""
-    unit = KOLEO_GROUP if images_global % (KOLEO_GROUP * num_parts) == 0 else 1
+def split_evenly(
+    images_global: int, num_parts: int, *, in_groups: bool = False
+) -> tuple[range, ...]:
+    """Contiguous ranges whose sizes differ by at most one, or by none in whole KoLeo groups where those divide.
+
+    ``in_groups``: whole KoLeo groups wherever there are enough, so that sizes may differ by one group.
+    """
+    groups, rest = divmod(images_global, KOLEO_GROUP)
+    is_whole = rest == 0 and (groups % num_parts == 0 or (in_groups and groups >= num_parts))
+    unit = KOLEO_GROUP if is_whole else 1
     units = images_global // unit
     borders = [unit * (units * part // num_parts) for part in range(num_parts + 1)]
     return tuple(range(start, stop) for start, stop in pairwise(borders))
@@ -440,19 +582,32 @@ def rebalanced(plan: Plan, teach_s: Sequence[float], student_s: Sequence[float])
 
 
 class Timetable:
-    """The plan in force at each step. It changes only at steps that all ranks agree on, and only ahead of them."""
+    """The plan in force at each step. It changes only at steps that all ranks agree on, and only ahead of them.
 
-    def __init__(self, plan: Plan) -> None:
-        self._entries = [(0, plan)]
+    ``later`` are changes known from the start, ascending: networks that finish early.
+    """
+
+    def __init__(self, plan: Plan, later: Sequence[tuple[int, Plan]] = ()) -> None:
+        self._entries = [(0, plan), *later]
 
     def at(self, step: int) -> Plan:
         """The plan of a step."""
         return next(plan for start, plan in reversed(self._entries) if start <= step)
 
     def change(self, from_step: int, plan: Plan) -> None:
-        """Puts another plan in force from a step on that nobody has begun to prepare."""
-        assert from_step > self._entries[-1][0], "plans change forward in time"
-        self._entries = [*self._entries[-1:], (from_step, plan)]
+        """Puts another plan in force from a step on that nobody has begun to prepare, until the next known change."""
+        before = [entry for entry in self._entries if entry[0] <= from_step]
+        assert before[-1][0] < from_step, "one plan per step"
+        later = self._entries[len(before) :]
+        self._entries = [*before[-KEPT_PLANS:], (from_step, plan), *later]
+
+    def has_same_networks(self, from_step: int, to_step: int) -> bool:
+        """No network finishes between two steps."""
+        return self.at(from_step).placements == self.at(to_step).placements
+
+    def most_images(self, world_rank: int) -> int:
+        """The most images a rank ever teaches in one step of the plans known now."""
+        return max(plan.largest_shares[world_rank] for _, plan in self._entries)
 
 
 def fill_whole(

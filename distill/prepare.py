@@ -11,15 +11,20 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from distill.assemble import (
     TeacherShape,
     family_needs,
     head_shapes,
+    later_plans,
     plan_family,
     plan_fitting,
     plan_pretraining,
@@ -30,7 +35,7 @@ from distill.checkpoint import find_latest
 from distill.cost import DEFAULT_DEVICE, Device
 from distill.data.index import ImageIndex, build_index, list_images, split
 from distill.data.photographs import photograph_paths, write_tiles
-from distill.errors import CheckpointError, DataError
+from distill.errors import CheckpointError, DataError, PlanError
 from distill.metrics import write_json
 from distill.plan import Plan
 from distill.recipe import (
@@ -117,18 +122,29 @@ def read_job(run_folder: Path) -> Job:
     return Job(request, recipe, teacher_recipe, stored["data_fingerprint"])
 
 
+MORE_RANKS = (1, 2, 4, 8, 16)  # times the ranks asked for: what is tried when memory is short
+SMALLER_MICRO_BATCHES = (256, 128, 64, 32, 16)
+
+
 @dataclass(frozen=True)
 class JobPlan:
-    """The plan of one part of a job; ``needs`` for families only."""
+    """The plan of one part of a job; ``needs`` for families only, ``later`` for students that are finished early."""
 
     plan: Plan
     num_steps: int
     needs: Needs | None
+    later: tuple[tuple[int, Plan], ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps together."""
+        starts = [(0, self.plan), *self.later, (self.num_steps, self.plan)]
+        return sum((stop - start) * plan.step_s for (start, plan), (stop, _) in pairwise(starts))
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
         needs = {} if self.needs is None else self.needs.to_json()
-        days = self.num_steps * self.plan.step_s / 86_400
+        days = self.seconds / 86_400
         return {**self.plan.to_json(), **needs, "steps": self.num_steps, "days": days}
 
 
@@ -160,8 +176,43 @@ def check_job(
             plans.append(JobPlan(fitting, recipe.teacher.fit.steps, None))
         family = plan_family(recipe, shape, num_ranks, device)
         needs = family_needs(recipe, shape, family)
-        plans.append(JobPlan(family, recipe.schedule.steps, needs))
+        plans.append(JobPlan(family, recipe.schedule.steps, needs, later_plans(recipe, family)))
     return tuple(plans)
+
+
+def require_fit(
+    job: JobPlan,
+    recipe: FamilyRecipe | TeacherRecipe,
+    teacher_recipe: TeacherRecipe | None,
+    device: Device,
+) -> None:
+    """Refuses a family's plan that does not fit on its device.
+
+    Raises:
+        PlanError: says which part is largest, and the nearest plan that fits.
+    """
+    if job.needs is None or job.needs.fullest.total <= device.memory_gib:
+        return
+    assert isinstance(recipe, FamilyRecipe), "only families have needs"
+    shape = teacher_shape(recipe, teacher_recipe, has_files=False)
+    fix = _nearest_fit(recipe, shape, job.plan.num_ranks, device)
+    told = f"rank {job.needs.fullest_rank} needs {job.needs.fullest.describe()}"
+    raise PlanError(f"{told}; {device.name} has {device.memory_gib:.0f} GiB", fix=fix)
+
+
+def _nearest_fit(recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device) -> str:
+    """The change with which a family fits: smaller micro-batches if they do, then more ranks too."""
+    for factor in MORE_RANKS:
+        for micro_batch in (recipe.engine.micro_batch, *SMALLER_MICRO_BATCHES):
+            engine = recipe.engine.model_copy(update={"micro_batch": micro_batch})
+            changed = recipe.model_copy(update={"engine": engine})
+            with suppress(PlanError):
+                plan = plan_family(changed, shape, factor * num_ranks, device)
+                found = family_needs(changed, shape, plan).fullest.total
+                if found <= device.memory_gib:
+                    on = f" on {factor * num_ranks} ranks" if factor > 1 else ""
+                    return f"engine.micro_batch={micro_batch}{on} needs {found:.0f} GiB."
+    return "No number of ranks tried makes room: use smaller networks or a device with more memory."
 
 
 def teacher_shape(
@@ -211,6 +262,11 @@ def heads_file(source: TeacherSource, weights: Path) -> Path:
             "its features, or name a file.",
         )
     return beside
+
+
+def has_gpu(recipe: FamilyRecipe | TeacherRecipe) -> bool:
+    """The recipe would run on a GPU of this machine."""
+    return recipe.engine.device != "cpu" and torch.cuda.is_available()
 
 
 def heads_story(recipe: FamilyRecipe) -> str:

@@ -23,6 +23,7 @@ from distill.assemble import (
     objective_of,
     shape_of_recipe,
     step_rates,
+    traits_of,
 )
 from distill.groups import Groups
 from distill.loop import Phase
@@ -65,7 +66,8 @@ class Pretraining:
         self.scene = Scene(recipe, plan, groups, site, grid_hw, _say_nothing)
         online = build_network(spec, *heads, seeded(recipe.seed, ONLINE))
         backbone, *copies = build_network(spec, *heads, seeded(recipe.seed, ONLINE))
-        trainee = build_trainee(self.scene, ONLINE, online, masks_input=True)
+        traits = traits_of(recipe, masks_input=True)
+        trainee = build_trainee(self.scene, ONLINE, online, traits)
         self.engine = build_engine(self.scene, ONLINE, trainee)
         self.ema = freeze(recipe, site.device, backbone, (copies[0], copies[1]))
 
@@ -81,13 +83,15 @@ class Pretraining:
         num_steps = sum(s.steps for s in stages)
         lr = stage.lr or recipe.schedule.lr
         rates = step_rates(recipe.schedule, lr, lambda _: recipe.schedule.ema, num_steps)
-        placement = self.scene.placement(ONLINE)
+        placement, parts = self.scene.placement(ONLINE), self.scene.parts_of(ONLINE)
+        targets = _own_targets(self.ema)
+        pupil = Pupil(ONLINE, placement, self.engine, rates, targets, parts=parts)
         return build_phase(
             self.scene,
             stage.name,
             (first_step, stage.steps),
             self.ema,
-            (Pupil(ONLINE, placement, self.engine, rates, _own_targets(self.ema)),),
+            (pupil,),
             objective_of(stage.objective, 0.0 if gram is None else gram.weight),
             lambda step: self._after_step(stage, step),
             anchor_resolution=None if gram is None else gram.resolution,
@@ -156,7 +160,8 @@ class HeadFitting:
             self.scene,
             HEADS_PHASE,
             (backbone, *heads),
-            masks_input=isinstance(backbone, ViT),  # nothing else has a mask token
+            # nothing else has a mask token
+            traits_of(recipe, masks_input=isinstance(backbone, ViT)),
         )
         self.engine = build_engine(self.scene, HEADS_PHASE, trainee)
         self.ema = freeze(recipe, site.device, backbone, copies)
@@ -169,13 +174,15 @@ class HeadFitting:
             dino=objective.dino, ibot=objective.ibot, koleo=0.0, local=objective.local
         )
         rates = step_rates(self.recipe.schedule, lr, lambda _: fit.ema, fit.steps)
-        placement = self.scene.placement(HEADS_PHASE)
+        placement, parts = self.scene.placement(HEADS_PHASE), self.scene.parts_of(HEADS_PHASE)
+        targets = _own_targets(self.ema)
+        pupil = Pupil(HEADS_PHASE, placement, self.engine, rates, targets, parts=parts)
         return build_phase(
             self.scene,
             HEADS_PHASE,
             (0, fit.steps),
             self.ema,
-            (Pupil(HEADS_PHASE, placement, self.engine, rates, _own_targets(self.ema)),),
+            (pupil,),
             objective_of(weights),
             lambda _: self.engine.copy_ema_to(self.ema),
         )

@@ -1,6 +1,6 @@
 """One network in training on this rank: its targets, its step, its numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -20,12 +20,21 @@ TARGETS_PREFIX = "targets/"  # of a target maker's tensors in a network's state
 
 
 @runtime_checkable
+class Targets(Protocol):
+    """What the loss of a slice compares with."""
+
+    def part(self, images: slice, masked: slice) -> "Targets":
+        """Of some images of the slice and their masked patches."""
+        ...
+
+
+@runtime_checkable
 class TargetMaker(Protocol):
     """Turns what the teacher said of a slice into what the network's loss compares with."""
 
     def make(
         self, lesson: LessonBatch, temperature: float, group: dist.ProcessGroup | None
-    ) -> object:
+    ) -> Targets:
         """The targets; collective over ``group`` where there is one."""
         ...
 
@@ -74,7 +83,12 @@ class Pupil:
         engine: Engine,
         rates: Callable[[int], StepRates],
         targets: TargetMaker,
+        *,
+        parts: Sequence[slice] = (slice(None),),
+        num_steps: int | None = None,
     ) -> None:
+        """``parts``: micro-batches of this rank's slice; ``num_steps``: where the network is finished, None for the phase's end."""
+        self._parts, self._stop_step = parts, num_steps
         self.name, self.placement, self.engine, self.rates = name, placement, engine, rates
         self.targets = targets
         self.training = Stopwatch(next(engine.module.parameters()).device)
@@ -89,20 +103,31 @@ class Pupil:
         group = self.engine.group if dist.get_world_size(self.engine.group) > 1 else None
         with self.training.running():
             targets = self.targets.make(lesson, temperature, group)
-            losses: Losses = self.engine.forward(lesson, targets, scalars)
-            self.engine.backward_and_step(losses.total, self.rates(step))
-        self._add({"loss": losses.total.detach(), **losses.parts})
+            for images in self._parts:
+                part, its_targets = lesson, targets
+                if len(self._parts) > 1:
+                    part = lesson.part(images)
+                    its_targets = targets.part(images, lesson.masks.masked(images))
+                losses: Losses = self.engine.forward(part, its_targets, scalars)
+                self.engine.backward_and_step(losses.total, self.rates(step))
+                self._add({"loss": losses.total.detach(), **losses.parts})
+        self._num_steps += 1
+
+    def is_finished(self, step: int) -> bool:
+        """The network has trained all its steps when a step begins."""
+        return self._stop_step is not None and step >= self._stop_step
 
     def _add(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             self._sums[name] = self._sums[name] + value if name in self._sums else value.float()
-        self._num_steps += 1
 
-    def read_metrics(self, wait: float) -> dict[str, float]:
+    def read_metrics(self, wait: float) -> dict[str, float] | None:
         """Means over the group since the last call: loss, its terms, ``wait``, gradient norm, steps skipped. One sync, one all-reduce.
 
-        Collective over the network's group.
+        None when there was no step. Collective over the network's group.
         """
+        if not self._num_steps:
+            return None
         names = sorted(self._sums)
         sums = torch.stack([self._sums[name] for name in names]) / self._num_steps
         sums = torch.cat([sums, sums.new_tensor([wait])])

@@ -348,6 +348,9 @@ class EngineSpec(Section):
     ``lookahead``: steps that a frozen teacher may work ahead of its students. ``exchange``: to each
     rank its slice, or everything to everybody with even teacher shares, as published. ``balance``:
     steps between two measurements of every rank's speed, after which shares follow it; 0 for never.
+    ``teacher_sharding``: the whole teacher on every rank, or a part of it (ZeRO-3) with even shares;
+    ``auto`` for whole where it fits. ``micro_batch``: images that a trained network takes at once, whole KoLeo groups of 16; by default
+    all of a rank's slice.
     """
 
     device: Literal["auto", "cpu", "cuda"] = machine("auto")
@@ -355,6 +358,8 @@ class EngineSpec(Section):
     precision: Literal["fp32", "bf16"] = science("bf16")
     zero: Literal[1, 2] = machine(1)
     teacher_micro_batch: int = machine(16, ge=1)
+    teacher_sharding: Literal["auto", "replicated", "sharded"] = machine("auto")
+    micro_batch: int | None = machine(None, ge=16, multiple_of=16)
     lookahead: int = machine(2, ge=0, le=16)
     exchange: Literal["slices", "all_gather"] = machine("slices")
     balance: int = machine(200, ge=0)
@@ -388,11 +393,17 @@ class StudentHeadsSpec(Section):
 
 
 class StudentSpec(ArchSpec):
-    """One student. ``lr`` replaces the schedule's peak; ``ranks`` is a number, or ``auto``."""
+    """One student. ``lr`` replaces the schedule's peak; ``ranks`` is a number, or ``auto``.
+
+    ``steps``: it is finished earlier than the schedule, and its ranks teach from then on.
+    ``crop_scale``: it sees every crop at this part of its size.
+    """
 
     name: Name | None = science(None)
     head_widths: StudentHeadsSpec = science(StudentHeadsSpec())
     lr: float | None = science(None, gt=0.0)
+    steps: int | None = science(None, ge=1)
+    crop_scale: float = science(1.0, gt=0.0, le=1.0)
     ranks: int | Literal["auto"] = machine("auto")
 
     @property
@@ -455,6 +466,13 @@ class FamilyRecipe(Section):
     schedule: FamilyScheduleSpec = science()
     engine: EngineSpec = science(EngineSpec())
     checkpoint: CheckpointSpec = machine(CheckpointSpec())
+
+    def input_size_of(self, name: str) -> int:
+        """Pixels per side that a finished network is scored at, the teacher included."""
+        from teacher.trainee import scaled_size
+
+        scales = {student.label: student.crop_scale for student in self.students}
+        return scaled_size(self.crops.input_size, scales.get(name, 1.0))
 
 
 class TeacherRecipe(Section):
@@ -583,6 +601,8 @@ def _shared_rules(parts: Parts) -> Iterator[Problem]:
 def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
     seen: set[str] = set()
     strides: dict[str, int] = {}
+    ends: dict[str, int | None] = {}
+    num_steps = parts.get(("schedule", "steps"))
     teacher_stride = _stride(teacher, ("model",))
     for index in items_of(parts, "students"):
         place = ("students", index)
@@ -601,11 +621,27 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
         if isinstance(ranks, int) and ranks < 1:
             yield (*place, "ranks"), f"{ranks}: at least 1, or auto"
         stride = _stride(parts, place)
-        if stride is not None:
-            strides[label] = stride
-            if teacher_stride is not None and stride < teacher_stride:
+        scale = parts.get((*place, "crop_scale"), 1.0)
+        if stride is not None and scale is not None:
+            if scale == 1.0:
+                strides[label] = stride
+            else:
+                yield from _scale_rules(parts, place, stride, scale)
+            if teacher_stride is not None and stride < teacher_stride * scale:
                 finer = f"patches of {stride} px are finer than the teacher's {teacher_stride} px"
                 yield (*place, "patch"), f"{finer}: use {teacher_stride} or a multiple of it"
+        ends[label] = parts.get((*place, "steps"))
+        if ends[label] is not None and num_steps is not None and ends[label] > num_steps:
+            yield (
+                (*place, "steps"),
+                f"{ends[label]}: the family ends at schedule.steps = {num_steps}",
+            )
+    if ends and num_steps is not None and all(end and end < num_steps for end in ends.values()):
+        last = max(end for end in ends.values() if end)
+        yield (
+            ("schedule", "steps"),
+            f"{num_steps}: no student trains so long - did you mean {last}?",
+        )
     seen_by_teacher = {} if teacher_stride is None else {"the teacher": teacher_stride}
     for key in ("global", "eval_size"):
         yield from _crop_rules(parts, key, {**seen_by_teacher, **strides})
@@ -625,6 +661,19 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
                 ("data", key),
                 f"{list(own)} is not the teacher recipe's {list(theirs)}: use the same in both",
             )
+
+
+def _scale_rules(parts: Parts, place: Loc, stride: int, scale: float) -> Iterator[Problem]:
+    """Every crop at a student's scale must be whole patches of it."""
+    for key in (("global", "size"), ("local", "size"), ("eval_size",)):
+        size = parts.get(("crops", *key))
+        if size is None or (key[0] == "local" and parts.get(("crops", "local", "count")) == 0):
+            continue
+        seen = size * scale
+        if abs(seen - round(seen)) > 1e-6 or round(seen) % stride:
+            name = ".".join(("crops", *key))
+            told = f"{scale} of {name} = {size} is {seen:g} px, not a multiple of the patch of {stride}"
+            yield (*place, "crop_scale"), told
 
 
 def _teacher_rules(parts: Parts) -> Iterator[Problem]:

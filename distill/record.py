@@ -1,8 +1,9 @@
 """Numbers out of the loop at the logging interval, and the answer to "save? stop?" that all ranks share.
 
 Between intervals nothing is read from the device and nothing is sent. At an interval each network's
-group averages its numbers (one all-reduce), and the world agrees on one small vector: stop asked
-for, save due, worst loader wait.
+group averages its numbers (one all-reduce), and the world votes on one small vector: stop asked
+for, save due, worst loader wait. The votes are counted when the look-ahead has passed, so that
+nobody waits for the rank furthest behind.
 """
 
 import time
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from distill.ballot import Ballot
 from distill.metrics import (
     CheckpointStatus,
     MetricsRow,
@@ -53,14 +55,11 @@ class Recorder:
         save_every_s: float | None,
         save_every_steps: int | None,
         resume_command: str,
-        device: torch.device,
+        control: dist.ProcessGroup,
     ) -> None:
-        self._run_folder, self._world_rank, self._stop_asked, self._device = (
-            run_folder,
-            world_rank,
-            stop_asked,
-            device,
-        )
+        """``control`` is a gloo group of the world."""
+        self._run_folder, self._world_rank, self._stop_asked = run_folder, world_rank, stop_asked
+        self._control = control
         self._save_every_s, self._save_every_steps = save_every_s, save_every_steps
         self._file = StatusFile(run_folder)
         previous = self._file.read() if world_rank == 0 else None
@@ -76,6 +75,7 @@ class Recorder:
         self._writers: dict[str, MetricsWriter] = {}
         self._last_save = time.monotonic()
         self._images_seen = 0
+        self._loader_wait = 0.0
 
     def start(self, phase: "Phase", start_step: int) -> None:
         """Begins a phase at ``start_step``; metrics past that point (of a run that died) are dropped."""
@@ -99,6 +99,7 @@ class Recorder:
         self._phase_start_step = self._interval_step = start_step
         self._phase_started = self._interval_started = time.monotonic()
         self._marks = self._read_clocks(phase)
+        self._ballot = Ballot(self._control, phase.lookahead)
 
     def show(self, state: RunState, **changes: object) -> None:
         """Changes the status; written by world rank 0."""
@@ -112,9 +113,31 @@ class Recorder:
         self.show("training", last_checkpoint=CheckpointStatus(phase, step, path, time.time()))
 
     def record(self, phase: "Phase", step: int) -> Wishes:
-        """Counts a finished step; at the interval, and at the last step, writes numbers and asks the world what to do."""
-        if step % LOG_EVERY and step != phase.num_steps:
-            return Wishes(save=False, stop=False)
+        """Counts a finished step; at the interval, and at the last step, writes numbers and asks the world what to do.
+
+        The answer comes ``lookahead`` steps later, at the last step at once.
+        """
+        is_last = step == phase.num_steps
+        answers = []
+        if self._ballot.is_due(step) or (is_last and self._ballot.is_open):
+            answers.append(self._ballot.count())
+        saves_now = False
+        if step % LOG_EVERY == 0 or is_last:
+            loader_wait = self._write(phase, step)
+            if not self._ballot.is_open:
+                self._ballot.cast(step, self._votes(loader_wait), dist.ReduceOp.MAX)
+            if is_last or self._ballot.is_due(step):
+                answers.append(self._ballot.count())
+            every = self._save_every_steps
+            saves_now = every is not None and step % every < LOG_EVERY
+        stop = save = False
+        for stop_votes, save_votes, loader_wait in (answer.tolist() for answer in answers):
+            stop, save = stop or bool(stop_votes), save or bool(save_votes)
+            self._loader_wait = loader_wait
+        return Wishes(save=save or saves_now, stop=stop)
+
+    def _write(self, phase: "Phase", step: int) -> float:
+        """Metrics and status of the interval that ends at ``step``; this rank's loader wait as a part of its time."""
         elapsed = max(1e-9, time.monotonic() - self._interval_started)
         num_steps = step - self._interval_step
         clocks = self._read_clocks(phase)
@@ -124,7 +147,7 @@ class Recorder:
         images_per_s = num_steps * phase.plan.images_global / elapsed
         for pupil in phase.pupils:
             values = pupil.read_metrics(wait=exchange_s / elapsed)
-            if pupil.name in self._writers:
+            if values is not None and pupil.name in self._writers:
                 row = MetricsRow(
                     phase=phase.name,
                     step=step,
@@ -138,22 +161,26 @@ class Recorder:
                     terms=values,
                 )
                 self._writers[pupil.name].write(row)
-        wishes, loader_wait = self._agree(step, loader_s / elapsed)
         self._images_seen += num_steps * phase.plan.images_global
         done = work_done(self.status.phases, phase.name, step)
         before = work_done(self.status.phases, phase.name, self._phase_start_step)
         phase_s = time.monotonic() - self._phase_started
+        left = {p.name for p in phase.timetable.at(phase.first_step + step).placements}
         self.show(
             "training",
             step=step,
+            networks={
+                name: network if name in left else replace(network, state="done")
+                for name, network in self.status.networks.items()
+            },
             step_s=elapsed / num_steps,
             work_done=done,
             eta_s=(1.0 - done) * phase_s / max(1e-9, done - before),
-            loader_wait=loader_wait,
+            loader_wait=self._loader_wait,
             images_per_s=images_per_s,
         )
         self._interval_started, self._interval_step, self._marks = time.monotonic(), step, clocks
-        return wishes
+        return loader_s / elapsed
 
     def finish_phase(self) -> None:
         """Closes the phase's metric files."""
@@ -169,16 +196,10 @@ class Recorder:
     def _read_clocks(self, phase: "Phase") -> tuple[float, float]:
         return phase.loader.wait_s, phase.exchange.wait_s
 
-    def _agree(self, step: int, loader_wait: float) -> tuple[Wishes, float]:
-        """Collective over the world: one all-reduce of three numbers."""
-        due = self._save_every_steps is not None and step % self._save_every_steps < LOG_EVERY
-        due |= (
+    def _votes(self, loader_wait: float) -> torch.Tensor:
+        """Stop asked for on this rank, save due by the clock of rank 0, loader wait."""
+        due = (
             self._save_every_s is not None
             and time.monotonic() - self._last_save >= self._save_every_s
         )
-        asks = torch.tensor(
-            [self._stop_asked(), due and self._world_rank == 0, loader_wait], device=self._device
-        )
-        dist.all_reduce(asks, op=dist.ReduceOp.MAX)
-        stop, save, worst = asks.tolist()
-        return Wishes(save=bool(save), stop=bool(stop)), worst
+        return torch.tensor([self._stop_asked(), due and self._world_rank == 0, loader_wait])

@@ -15,7 +15,7 @@ import signal
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,12 +32,14 @@ from distill.assemble import (
     plan_family,
     plan_fitting,
     plan_pretraining,
+    shard_teacher,
 )
+from distill.cost import DEFAULT_DEVICE, Device
 from distill.data.index import ImageIndex
 from distill.engine import Engine, prepare_deepspeed
 from distill.errors import SetupError, UserError
 from distill.export import ExportFacts, fingerprint, write_backbone, write_heads
-from distill.groups import make_groups
+from distill.groups import make_control, make_groups
 from distill.loop import Phase, run_phase
 from distill.metrics import PhaseStatus, write_json
 from distill.prepare import FITTED_HEADS, TRAINED_HEADS, Job, read_job, teacher_shape
@@ -137,7 +139,7 @@ class _Run:
             every.every_s,
             every.every_steps,
             job.resume_command,
-            device,
+            make_control(COLLECTIVE_TIMEOUT),
         )
         self.saver = Saver(self.checkpoints, self.hash, every.keep, self.recorder)
 
@@ -208,7 +210,7 @@ class _Run:
         shape = teacher_shape(recipe, self.teacher_recipe)
         plan = plan_fitting(recipe, shape, self.num_ranks)
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
-        teacher = load_teacher(recipe, self.job.teacher_paths[0], None, self.device)[0]
+        teacher = load_teacher(recipe, self.job.teacher_paths[0], None, self.device)
         fitting = HeadFitting(recipe, teacher.backbone, shape, plan, groups, self._site("train"))
         phase = fitting.phase()
         start_step = self._restore(phase)
@@ -224,18 +226,32 @@ class _Run:
     def _train_family(self) -> bool:
         recipe = self.family
         assert recipe is not None, "a family phase without a family recipe"
-        teacher, shape = load_teacher(recipe, *self.job.teacher_paths, self.device)
-        plan = plan_family(recipe, shape, self.num_ranks)
+        shape = teacher_shape(recipe, self.teacher_recipe)
+        plan = plan_family(recipe, shape, self.num_ranks, self._planned_device())
+        place = torch.device("cpu") if plan.is_teacher_sharded else self.device
+        teacher = load_teacher(recipe, *self.job.teacher_paths, place)
+        is_first = any(placement.first_rank == self.rank for placement in plan.placements)
+        taught_by = fingerprint(teacher.backbone.state_dict()) if is_first else ""
         if self.rank == 0:
             write_json(self.job.run_folder / "plan.json", plan.to_json())
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
         grid_hw = grid_of(shape.spec, recipe.crops.global_.size)
         scene = Scene(recipe, plan, groups, self._site("train"), grid_hw, self._tell)
+        shard_teacher(scene, teacher)
         phase = family_phase(scene, teacher, shape)
         finished = self._run_phase(phase, self._restore(phase))
         if finished:
-            self._write_students(phase, recipe)
+            self._write_students(phase, recipe, taught_by)
         return finished
+
+    def _planned_device(self) -> Device:
+        """What the plan assumes, with the memory of the smallest device of the job. Collective over the world."""
+        if self.device.type != "cuda":
+            return DEFAULT_DEVICE
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        smallest = torch.tensor([float(total)], device=self.device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return replace(DEFAULT_DEVICE, memory_gib=float(smallest) / 2**30)
 
     def _tell(self, event: str) -> None:
         self.recorder.show("training", message=event)
@@ -283,17 +299,19 @@ class _Run:
         write_heads(folder / TRAINED_HEADS, weights)
         write_backbone(folder, _backbone_only(weights), spec, facts)
 
-    def _write_students(self, phase: Phase, recipe: FamilyRecipe) -> None:
+    def _write_students(self, phase: Phase, recipe: FamilyRecipe, taught_by: str) -> None:
         """Every student's EMA as a folder, by the first rank of its group."""
         specs = {student.label: student.backbone_spec() for student in recipe.students}
         provenance = self._provenance(recipe, phase.num_steps)
-        provenance["teacher_fingerprint"] = fingerprint(phase.teacher.backbone.state_dict())
-        facts = ExportFacts(recipe.crops.input_size, recipe.data.mean, recipe.data.std, provenance)
+        provenance["teacher_fingerprint"] = taught_by
+        sizes = {student.label: recipe.input_size_of(student.label) for student in recipe.students}
+        mean, std = recipe.data.mean, recipe.data.std
         for pupil in phase.pupils:
             engine: Engine = pupil.engine
             weights = engine.full("ema")
             if pupil.placement.first_rank == self.rank:
                 folder = self.job.run_folder / "students" / pupil.name
+                facts = ExportFacts(sizes[pupil.name], mean, std, provenance)
                 write_backbone(folder, _backbone_only(weights), specs[pupil.name], facts)
         dist.barrier()
 

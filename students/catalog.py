@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -63,6 +64,7 @@ def init_weights_(backbone: nn.Module, generator: torch.Generator) -> None:
         )
 
 
+@lru_cache(maxsize=64)  # planning asks for the same few networks again and again
 def count_parameters(spec: BackboneSpec) -> int:
     """Number of parameters, from shapes alone; a custom network is built for it."""
     with torch.device("cpu" if isinstance(spec, CustomSpec) else "meta"):

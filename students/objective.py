@@ -37,6 +37,10 @@ class StandardFeatures:
     class_rows: Float[Tensor, "images 2 taught"]
     patch_rows: Float[Tensor, "masked patch_taught"]
 
+    def part(self, images: slice, masked: slice) -> "StandardFeatures":
+        """Of some images and their masked patches; views."""
+        return StandardFeatures(self.class_rows[images], self.patch_rows[masked])
+
 
 class ChannelStatistics:
     """Running mean and mean square of each channel of one kind of token.

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 
@@ -33,6 +33,45 @@ class CropBatch:
     global_crops: UInt8[Tensor, "images 2 3 global_height global_width"]
     local_crops: UInt8[Tensor, "images locals 3 local_height local_width"]
     anchor_crops: UInt8[Tensor, "images 2 3 anchor_height anchor_width"] | None = None
+
+
+@dataclass(frozen=True)
+class PatchMasks:
+    """Which patches of some images are masked. ``counts``, per image, are known to the host, so that nobody waits for a device to count."""
+
+    flags: Bool[Tensor, "images 2 patches"]
+    counts: tuple[int, ...]
+
+    @staticmethod
+    def of(flags: Bool[Tensor, "images 2 patches"]) -> "PatchMasks":
+        """Masks with their counts read off; waits for the device that holds them."""
+        return PatchMasks(flags, tuple(flags.sum(dim=(1, 2)).tolist()))
+
+    @staticmethod
+    def all_of(masks: "PatchMasks") -> "PatchMasks":
+        """Masks over every patch of as many images."""
+        each = masks.flags.shape[1] * masks.flags.shape[2]
+        return PatchMasks(torch.ones_like(masks.flags), (each,) * len(masks))
+
+    def __len__(self) -> int:
+        """Images."""
+        return len(self.counts)
+
+    def to(self, device: torch.device) -> "PatchMasks":
+        """The same masks on a device."""
+        return PatchMasks(self.flags.to(device), self.counts)
+
+    def part(self, images: slice) -> "PatchMasks":
+        """The masks of some of the images; a view."""
+        return PatchMasks(self.flags[images], self.counts[images])
+
+    def rows(self) -> Int64[Tensor, " masked"]:
+        """Places of the masked patches among all patches, ascending."""
+        return torch.nonzero_static(self.flags.flatten(), size=sum(self.counts)).squeeze(1)
+
+    def masked(self, images: slice) -> slice:
+        """Where the rows of some images' masked patches lie among those of all."""
+        return slice(sum(self.counts[: images.start]), sum(self.counts[: images.stop]))
 
 
 @dataclass(frozen=True)
@@ -67,11 +106,28 @@ class LessonBatch:
     """
 
     crops: CropBatch
-    masks: Bool[Tensor, "images 2 patches"]
+    masks: PatchMasks
     targets: TeacherTargets
     grid_hw: tuple[int, int]
     start: int
     images_global: int
+
+    def part(self, images: slice) -> "LessonBatch":
+        """The lesson of some of its images, by their numbers in the slice; views."""
+        crops, targets = self.crops, self.targets
+        anchor = targets.anchor_patches
+        return LessonBatch(
+            crops=CropBatch(crops.global_crops[images], crops.local_crops[images]),
+            masks=self.masks.part(images),
+            targets=TeacherTargets(
+                targets.class_rows[images],
+                targets.patch_rows[self.masks.masked(images)],
+                None if anchor is None else anchor[images],
+            ),
+            grid_hw=self.grid_hw,
+            start=self.start + images.start,
+            images_global=self.images_global,
+        )
 
 
 class Backbone(Protocol):

@@ -10,12 +10,22 @@ step.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+import torch.distributed as dist
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
-from teacher.batch import Backbone, CropBatch, Features, TeacherTargets, normalise
+from teacher.batch import (
+    Backbone,
+    CropBatch,
+    Features,
+    PatchMasks,
+    TeacherTargets,
+    normalise,
+)
 from teacher.gram import resize_grid
 from teacher.heads import Head
+from teacher.vit import Block
 
 HEAD_ROWS = 256  # masked patches the iBOT head takes at once, the last block padded
 
@@ -39,6 +49,9 @@ class FrozenTeacher(nn.Module):
         mean: RGB mean in [0, 1] that the backbone was trained with.
         std: RGB standard deviation.
         micro_images: images per forward pass (two global crops each).
+
+    ``min_forwards``: passes of every ``teach``, with nothing in them where there are no images; for
+    sharded backbones, whose ranks work in step.
     """
 
     def __init__(
@@ -56,6 +69,7 @@ class FrozenTeacher(nn.Module):
         self.dino_head = dino_head
         self.ibot_head = ibot_head
         self.anchor: Anchor | None = None
+        self.min_forwards = 0
         self.mean, self.std, self.micro_images = mean, std, micro_images
         self.requires_grad_(False)
         self.eval()
@@ -65,11 +79,26 @@ class FrozenTeacher(nn.Module):
         """What the network computes in, and what travels."""
         return next(self.backbone.parameters()).dtype
 
+    def shard(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Leaves each rank of ``group`` its part of the backbone (ZeRO-3): a block is gathered when it works, then let go.
+
+        The backbone may be on the CPU: its parts go to ``device``. From now on every forward pass is
+        collective over ``group``; set ``min_forwards`` so that all ranks make as many.
+
+        Source: Rajbhandari et al. 2020 (ZeRO, stage 3), as PyTorch's ``fully_shard``.
+        """
+        from torch.distributed.fsdp import fully_shard  # costs 0.4 s, for few
+
+        mesh = DeviceMesh.from_group(group, device.type)
+        blocks = [module for module in self.backbone.modules() if isinstance(module, Block)]
+        for module in (*blocks, self.backbone):
+            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
     @torch.no_grad()
-    def teach(self, crops: CropBatch, masks: Bool[Tensor, "images 2 patches"]) -> TeacherTargets:
+    def teach(self, crops: CropBatch, masks: PatchMasks) -> TeacherTargets:
         """Targets for every image of ``crops``: one backbone forward per image, none for an empty batch.
 
-        No communication.
+        No communication, unless the backbone is sharded.
         """
         num_images = crops.global_crops.shape[0]
         class_rows, patch_rows = [], []
@@ -79,10 +108,12 @@ class FrozenTeacher(nn.Module):
             tokens = features.class_token
             spoken = tokens if self.dino_head is None else self.dino_head(tokens)
             class_rows.append(spoken[: 2 * (stop - start)])
-            wanted = masks[start:stop].flatten().nonzero().squeeze(1)
+            wanted = masks.part(slice(start, stop)).rows()
             patch_rows.append(features.patch_tokens.flatten(0, 1).index_select(0, wanted))
+        for _ in range(len(class_rows), self.min_forwards):
+            self._forward(self.backbone, crops.global_crops[:0])
         if not class_rows:
-            return self._nothing()
+            return self._nothing(crops.global_crops.device)
         return TeacherTargets(
             class_rows=torch.cat(class_rows).unflatten(0, (num_images, 2)),
             patch_rows=self._patch_rows(torch.cat(patch_rows)),
@@ -121,8 +152,8 @@ class FrozenTeacher(nn.Module):
             rows.append(resize_grid(patches, features.grid_hw, self.anchor.grid_hw, "bicubic"))
         return torch.cat(rows).unflatten(0, (crops.shape[0], 2))
 
-    def _nothing(self) -> TeacherTargets:
-        nothing = next(self.backbone.parameters()).new_zeros(0)
+    def _nothing(self, device: torch.device) -> TeacherTargets:
+        nothing = torch.zeros(0, dtype=self.dtype, device=device)
         seer: Backbone = self.backbone  # type: ignore[assignment]
         class_width, patch_width = (
             seer.width if head is None else head.shape.bottleneck

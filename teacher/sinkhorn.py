@@ -6,7 +6,7 @@ one number per row and one per prototype. Whoever needs ``p`` rebuilds the chunk
 bottleneck (512 numbers a row, against 262,144 logits).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,14 @@ class Assignment:
     log_rows: Float[Tensor, " rows"]
     log_columns: Float[Tensor, " prototypes"]
     temperature: float
+
+    def part(self, rows: slice, blocks: int = 1) -> "Assignment":
+        """The assignment of some rows, the same of each of ``blocks`` equal blocks; the balance stays that of all."""
+        bottleneck, log_rows = (
+            tensor.unflatten(0, (blocks, -1 if len(tensor) else 0))[:, rows].flatten(0, 1)
+            for tensor in (self.bottleneck, self.log_rows)
+        )
+        return replace(self, bottleneck=bottleneck, log_rows=log_rows)
 
     def columns(self, start: int, stop: int) -> Float[Tensor, "rows columns"]:
         """``p[:, start:stop]``, in the dtype of the log factors (fp32, or float64 in tests)."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -40,11 +41,15 @@ class Objective:
 
 @dataclass(frozen=True)
 class TraineeTraits:
-    """How one network is trained: masked input for the online network, plain input for students."""
+    """How one network is trained: masked input for the online network, plain input for students.
+
+    ``crop_scale``: it sees crops at this part of their size.
+    """
 
     masks_input: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    crop_scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,10 @@ class Assignments:
 
     dino: Assignment
     ibot: Assignment
+
+    def part(self, images: slice, masked: slice) -> "Assignments":
+        """Of some images and their masked patches."""
+        return Assignments(self.dino.part(images, NUM_GLOBAL), self.ibot.part(masked))
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,7 @@ class Trainee(nn.Module):
     def forward(self, batch: LessonBatch, assignments: Assignments, scalars: StepScalars) -> Losses:
         """All loss terms for this rank's slice. Communication: KoLeo only, when a slice border cuts one of its groups."""
         weights = scalars.objective
-        num_images = batch.masks.shape[0]
+        num_images = len(batch.masks)
         globals_, locals_ = see_crops(self.backbone, batch, self.traits, scalars)
         parts = {"dino": self._dino(globals_, locals_, assignments.dino, weights.local, batch)}
         if weights.ibot:
@@ -170,14 +179,31 @@ def see_crops(
     dtype = next(backbone.parameters()).dtype
     seer: Backbone = backbone  # type: ignore[assignment]  # nn.Module that satisfies the protocol
     pixels = [
-        normalise(crops.flatten(0, 1), traits.mean, traits.std, dtype)
+        _shrunk(normalise(crops.flatten(0, 1), traits.mean, traits.std, torch.float32), traits).to(
+            dtype
+        )
         for crops in (batch.crops.global_crops, batch.crops.local_crops)
     ]
-    masks = batch.masks.flatten(0, 1) if traits.masks_input else None
+    masks = batch.masks.flags.flatten(0, 1) if traits.masks_input else None
     return (
         seer(pixels[0], masks, rope_scale=scalars.rope_scale_global, is_local=False),
         seer(pixels[1], None, rope_scale=scalars.rope_scale_local, is_local=True),
     )
+
+
+def _shrunk(
+    pixels: Float[Tensor, "rows 3 height width"], traits: TraineeTraits
+) -> Float[Tensor, "rows 3 smaller_height smaller_width"]:
+    """Crops at the size that the network sees, bilinear with antialias."""
+    if traits.crop_scale == 1.0 or not len(pixels):
+        return pixels
+    size = [scaled_size(side, traits.crop_scale) for side in pixels.shape[2:]]
+    return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
+
+
+def scaled_size(size: int, scale: float) -> int:
+    """Pixels per side of a crop that a network sees at a part of its size."""
+    return round(size * scale)
 
 
 def masked_rows(
@@ -188,9 +214,9 @@ def masked_rows(
     A network with another grid has its map resized first. The weights average over the masked
     patches of a crop, then over all global crops of the batch.
     """
-    masks = batch.masks.flatten(0, 1)  # [images * 2, patches]
+    masks = batch.masks.flags.flatten(0, 1)  # [images * 2, patches]
     patches = resize_grid(globals_.patch_tokens, globals_.grid_hw, batch.grid_hw, "bilinear")
-    rows = masks.flatten().nonzero().squeeze(1)
+    rows = batch.masks.rows()
     num_masked = masks.sum(dim=1)
     per_row = (1.0 / num_masked.clamp(min=1)).repeat_interleave(
         num_masked, output_size=rows.shape[0]

@@ -256,6 +256,47 @@ def test_train__a_network_from_outside(recipe: Path, finished: Path, tmp_path: P
     assert ended.returncode == 2 and "is its folder on PYTHONPATH" in ended.stderr
 
 
+def test_train__students_of_every_kind_in_one_job(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    sizes = (
+        "arch: vit, width: 16, depth: 1, heads: 2, head_widths: {dino_hidden: 16, ibot_hidden: 16}"
+    )
+    students = f"[{{name: early, ranks: 1, patch: 8, steps: 12, {sizes}}}, {{name: half, ranks: 1, patch: 4, crop_scale: 0.5, {sizes}}}]"
+    words = ["train", str(recipe), f"teacher={{weights: {finished / 'teacher'}}}"]
+    words += [
+        f"students={students}",
+        "schedule.batch=32",
+        "engine.micro_batch=16",
+        "schedule.steps=30",
+        "--out",
+    ]
+    ended = distill(*words, str(tmp_path / "once"))
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    run = tmp_path / "once/tiny"
+    steps = {
+        name: [json.loads(line)["step"] for line in rows.read_text().splitlines()]
+        for name, rows in ((n, run / f"metrics/{n}.jsonl") for n in ("early", "half"))
+    }
+    assert steps == {"early": [10, 20], "half": [10, 20, 30]}
+    for name, size in {"early": 32, "half": 16}.items():
+        said = json.loads((run / f"students/{name}/preprocessor_config.json").read_text())
+        assert said["size"] == {"height": size, "width": size}
+    words[-1:] = ["engine.teacher_sharding=sharded", "engine.lookahead=1", "--out"]  # no matter
+    words.append(str(tmp_path / "twice"))
+    run_and_interrupt(words, tmp_path / "twice/tiny/status.json", "family")
+    ended = distill(*words)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    plan = json.loads((tmp_path / "twice/tiny/plan.json").read_text())
+    assert any("sharded" in note for note in plan["notes"])
+    for name in steps:
+        once, twice = (
+            load_file(folder / f"tiny/students/{name}/model.safetensors")
+            for folder in (tmp_path / "once", tmp_path / "twice")
+        )
+        assert all(torch.equal(once[key], twice[key]) for key in once)
+
+
 def test_fit_heads__then_train_equals_train(recipe: Path, finished: Path, tmp_path: Path) -> None:
     words = [str(recipe), *without_heads(finished, "fit"), "--out"]
     ended = distill("train", *words, str(tmp_path / "once"))

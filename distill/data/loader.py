@@ -17,7 +17,6 @@ from torch.utils.dlpack import from_dlpack
 
 from distill.data.crops import NUM_GLOBAL, CropSpec, draw_parameters
 from distill.data.index import ImageIndex, find_undecodable
-from distill.data.pipeline import build_pipeline, source_outputs
 from distill.data.sampler import sample_ids
 from distill.errors import DataError
 from teacher.batch import CropBatch
@@ -33,6 +32,7 @@ class Loader:
         images_global: images of a step, all ranks together.
         positions: the positions wanted at a step; may differ from step to step.
         max_images: the most positions of any step; none are ever wanted where it is 0.
+        stop_step: no step from this one on is ever wanted.
         num_threads: of the decoder.
         device: where the crops go.
     """
@@ -46,6 +46,7 @@ class Loader:
         images_global: int,
         positions: Callable[[int], range],
         max_images: int,
+        stop_step: int,
         num_threads: int,
         device: torch.device,
     ) -> None:
@@ -55,10 +56,10 @@ class Loader:
             seed,
             images_global,
         )
-        self._positions, self._max_images = positions, max_images
+        self._positions, self._max_images, self._stop_step = positions, max_images, stop_step
         self._num_threads, self._device = num_threads, device
         self._pipeline: Any = None
-        self._next_fed = self._next_fetched = -1
+        self._next_fed = self._next_fetched = self._last_fed = -1
         self.wait_s = 0.0
 
     def fetch(self, step: int) -> CropBatch:
@@ -101,6 +102,8 @@ class Loader:
         self._next_fetched = -1
 
     def _rebuild(self, step: int) -> None:
+        from distill.data.pipeline import build_pipeline  # a plan needs no decoder
+
         self._next_fed = step
         device_id = self._device.index if self._device.type == "cuda" else None
         self._pipeline = build_pipeline(
@@ -109,10 +112,12 @@ class Loader:
 
     def _feed(self) -> tuple[Any, ...]:
         """The next batch's encoded images and parameters; called by DALI ahead of ``fetch``."""
-        while not len(self._positions(self._next_fed)):
-            self._next_fed += 1  # a step without images has no batch
         step = self._next_fed
-        self._next_fed += 1
+        while step < self._stop_step and not len(self._positions(step)):
+            step += 1  # a step without images has no batch
+        if step >= self._stop_step:
+            step = self._last_fed  # DALI works ahead: something that nobody will fetch
+        self._last_fed, self._next_fed = step, max(self._next_fed, step + 1)
         positions = self._positions(step)
         ids = self._ids(step)
         parameters = draw_parameters(
@@ -124,6 +129,8 @@ class Loader:
             hw=self._index.hw[ids],
         )
         encoded = [np.fromfile(self._index.paths[i], np.uint8) for i in ids]
+        from distill.data.pipeline import source_outputs
+
         return source_outputs(encoded, parameters.windows, parameters.photometric)
 
     def _ids(self, step: int) -> NDArray[np.int64]:

@@ -47,26 +47,17 @@ def draw_masks(
     *,
     seed: int,
     step: int,
-    images_global: int,
+    counts: NDArray[np.int64],
     positions: NDArray[np.int64],
     grid_hw: tuple[int, int],
-    probability: float,
-    ratio: tuple[float, float],
 ) -> Bool[Tensor, "images 2 patches"]:
-    """Masks of the images at ``positions`` of the global batch, with exactly the counts of ``mask_counts``."""
-    counts = mask_counts(
-        seed=seed,
-        step=step,
-        images_global=images_global,
-        grid_hw=grid_hw,
-        probability=probability,
-        ratio=ratio,
-    )[positions]
+    """Masks of the images at ``positions`` of the global batch; ``counts`` are those of the whole batch, from ``mask_counts``."""
+    wanted = counts[positions]
     masks = np.zeros((len(positions), 2, grid_hw[0] * grid_hw[1]), bool)
-    rows, crops = counts.nonzero()
+    rows, crops = wanted.nonzero()
     if len(rows):
         words = hashes("mask", seed, step, 2 * positions[rows] + crops)
-        masks[rows, crops] = _grow(words, counts[rows, crops], grid_hw)
+        masks[rows, crops] = _grow(words, wanted[rows, crops], grid_hw)
     return torch.from_numpy(masks)
 
 
@@ -95,5 +86,5 @@ def _grow(words: Hash, counts: NDArray[np.int64], grid_hw: tuple[int, int]) -> N
     words = np.asarray(words)
     keys = np.asarray(hashes("mask-fill", words[:, None], np.arange(flat.shape[1])[None]))
     keys[flat] = np.iinfo(keys.dtype).max
-    places = np.argsort(np.argsort(keys, axis=1, kind="stable"), axis=1, kind="stable")
-    return flat | (places < missing[:, None])
+    last = np.take_along_axis(np.sort(keys, axis=1), (missing - 1).clip(0)[:, None], axis=1)
+    return flat | ((keys <= last) & (missing > 0)[:, None])

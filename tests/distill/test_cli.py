@@ -308,9 +308,10 @@ def test_plan__eight_ranks_are_balanced(distill: Run) -> None:
 
 
 def test_plan__says_what_does_not_fit(distill: Run) -> None:
-    result = distill("plan", "family_vit", "--ranks", "8")
+    result = distill("plan", "family_vit", "engine.micro_batch=null", "--ranks", "8")
     assert result.code == 2
     assert "GiB (activations" in result.err and "h100 has 80" in result.err
+    assert "engine.micro_batch=" in result.err
     result = distill("plan", "family_vit", "--device", "tpu")
     assert (result.code, result.err.splitlines()[0]) == (2, "--device tpu: not known")
 

@@ -1,6 +1,7 @@
 """Claims about several processes, on real gloo groups and real engines with tiny networks."""
 
 from collections import deque
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -21,10 +22,10 @@ from distill.exchange import (
     slice_bytes,
 )
 from distill.groups import make_groups
-from distill.plan import Plan, Timetable, Work, make_plan
+from distill.plan import Plan, Timetable, Work, make_plan, without
 from distill.pupil import Assigner, Pupil, TargetMaker
 from students.objective import FeatureTrainee, Standardiser, build_projectors
-from teacher.batch import CropBatch
+from teacher.batch import CropBatch, PatchMasks
 from teacher.frozen import FrozenTeacher
 from teacher.losses import koleo_sum
 from teacher.sinkhorn import sinkhorn
@@ -54,28 +55,52 @@ def take(tensor: Tensor, parts: tuple[range, ...]) -> Tensor:
     return torch.cat([tensor[p.start : p.stop] for p in parts]) if parts else tensor[:0]
 
 
+@dataclass(frozen=True)
+class Ways:
+    """How a family is trained, apart from what it learns; ``ends``: students that finish early."""
+
+    has_heads: bool = True
+    lookahead: int = 0
+    is_published: bool = False
+    is_sharded: bool = False
+    micro_batch: int | None = None
+    ends: tuple[tuple[str, int], ...] = ()
+
+
 def train_family(
     works: list[Work],
     num_steps: int,
     zero: int,
     precision: str,
     bad: tuple[str, int] | None = None,
-    has_heads: bool = True,
-    lookahead: int = 0,
-    is_published: bool = False,
+    ways: Ways = Ways(),
 ) -> dict[str, Any]:
     """Losses and EMA of every student this rank trains, through exchange, engines and pupils as in the loop."""
     prepare_deepspeed("cpu")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    lookahead, is_published = ways.lookahead, ways.is_published
     plan = make_plan(
-        works, 1.0, IMAGES, num_ranks, lookahead=lookahead, has_even_shares=is_published
+        works,
+        1.0,
+        IMAGES,
+        num_ranks,
+        lookahead=lookahead,
+        has_even_shares=is_published,
+        is_teacher_sharded=ways.is_sharded,
     )
+    timetable = Timetable(plan, [(end, without(plan, {name})) for name, end in ways.ends])
     groups = make_groups(plan, timedelta(seconds=60))
-    taught = teacher(4, has_heads=has_heads)
+    taught = teacher(4, has_heads=ways.has_heads)
+    whole = sum(p.numel() for p in taught.backbone.parameters())
+    if ways.is_sharded:
+        taught.shard(groups.teacher, torch.device("cpu"))
+        taught.min_forwards = -(-max(plan.largest_shares) // 4)
+        parts = [p.to_local().numel() for p in taught.backbone.parameters()]  # type: ignore[attr-defined]
+        assert sum(parts) < whole / num_ranks * 1.3  # rows do not divide evenly
     way = AllGather if is_published else Slices
-    exchange = way(Timetable(plan), rank, groups.exchange, torch.device("cpu"))
+    exchange = way(timetable, rank, groups.exchange, torch.device("cpu"))
     pupils = [
-        make_pupil(plan, groups, p.name, zero, precision, has_heads=has_heads)
+        make_pupil(plan, groups, p.name, zero, precision, ways)
         for p in plan.placements
         if rank in p.world_ranks
     ]
@@ -85,28 +110,31 @@ def train_family(
     for step in range(num_steps):
         for ahead in range(step + len(on_the_way), min(step + lookahead + 1, num_steps)):
             crops, masks = batch_of(ahead)
-            share = plan.share(rank, ahead)
+            now = timetable.at(ahead)
+            share = now.share(rank, ahead)
             part = slice(share.start, share.stop)
             mine = CropBatch(crops.global_crops[part], crops.local_crops[part])
-            asked = torch.ones_like(masks[part]) if is_published else masks[part]
+            asked = PatchMasks.of(torch.ones_like(masks[part]) if is_published else masks[part])
             counts = masks.sum(dim=2).numpy()
-            needed = take(masks, exchange.needs)
+            needed = PatchMasks.of(take(masks, now.needs(rank)))
             on_the_way.append(
                 exchange.start(Outgoing(ahead, mine, taught.teach(mine, asked), needed, counts))
             )
             predicted_bytes += (
                 gathered_bytes(plan, WIRE)
                 if is_published
-                else slice_bytes(plan, ahead, WIRE, counts.sum(axis=1))[rank]
+                else slice_bytes(now, ahead, WIRE, counts.sum(axis=1))[rank]
             )
         delivery = exchange.wait(on_the_way.popleft())
         for pupil in pupils:
+            if pupil.is_finished(step):
+                continue
             lesson = lesson_for(delivery, pupil.placement, rank, (2, 2), IMAGES)
             if bad == (pupil.name, step):
                 with torch.no_grad():
                     next(iter(pupil.engine.module.dino_head.parameters()))[0, 0] = float("nan")
             pupil.learn(lesson, 0.07, SCALARS, step)
-            losses[pupil.name].append(pupil.read_metrics(wait=0.0)["loss"])
+            losses[pupil.name].append(loss_of(pupil))
     return {
         "losses": losses,
         "targets": {pupil.name: pupil.targets.state() for pupil in pupils},
@@ -118,7 +146,7 @@ def train_family(
 
 
 def make_pupil(
-    plan: Plan, groups: Any, name: str, zero: int, precision: str, *, has_heads: bool = True
+    plan: Plan, groups: Any, name: str, zero: int, precision: str, ways: Ways = Ways()
 ) -> Pupil:
     placement = next(p for p in plan.placements if p.name == name)
     group, group_ranks = groups.by_network[name], len(placement.slices)
@@ -126,7 +154,7 @@ def make_pupil(
     backbone, *heads = network(sum(map(ord, name)))
     trainee: nn.Module
     targets: TargetMaker
-    if has_heads:
+    if ways.has_heads:
         taught = teacher()
         assert taught.dino_head is not None and taught.ibot_head is not None
         trainee = Trainee(backbone, *heads, traits, group, group_ranks, placement.koleo_is_local)
@@ -135,9 +163,17 @@ def make_pupil(
         projectors = build_projectors(16, 16, torch.Generator().manual_seed(7))
         trainee = FeatureTrainee(backbone, *projectors, traits, group_ranks)
         targets = Standardiser(16, torch.device("cpu"))
-    settings = EngineSettings(zero, precision, 3.0, len(placement.slice_of(groups.world_rank)))
+    parts = placement.parts_of(groups.world_rank, ways.micro_batch)
+    settings = EngineSettings(zero, precision, 3.0, parts[0].stop, len(parts))
     engine = Engine(trainee, group, groups.alone, settings)
-    return Pupil(name, placement, engine, lambda step: RATES, targets)
+    end = dict(ways.ends).get(name)
+    return Pupil(name, placement, engine, lambda step: RATES, targets, parts=parts, num_steps=end)
+
+
+def loss_of(pupil: Pupil) -> float:
+    values = pupil.read_metrics(wait=0.0)
+    assert values is not None
+    return values["loss"]
 
 
 def merged(results: list[dict[str, Any]], key: str, name: str) -> Any:
@@ -145,6 +181,7 @@ def merged(results: list[dict[str, Any]], key: str, name: str) -> Any:
 
 
 FAMILY = [Work("a", 3.0), Work("b", 2.0), Work("c", 1.0)]
+APART = [replace(work, ranks=1) for work in FAMILY]  # without, groups overlap on three ranks
 
 
 @pytest.fixture(scope="module")
@@ -197,14 +234,16 @@ WAYS = [(0, False), (1, False), (3, False), (0, True), (2, True)]  # look-ahead,
 @pytest.fixture(scope="module")
 def filled() -> list[dict[str, Any]]:
     """Three students on three ranks, shares filled, no look-ahead."""
-    return on_ranks(3, train_family, FAMILY, 6, 1, "fp32")
+    return on_ranks(3, train_family, APART, 6, 1, "fp32")
 
 
 @pytest.mark.parametrize(("lookahead", "is_published"), WAYS)
 def test_exchange__every_way_gives_the_same_bits_and_the_predicted_bytes(
     lookahead: int, is_published: bool, filled: list[dict[str, Any]]
 ) -> None:
-    results = on_ranks(3, train_family, FAMILY, 6, 1, "fp32", None, True, lookahead, is_published)
+    results = on_ranks(
+        3, train_family, APART, 6, 1, "fp32", None, Ways(True, lookahead, is_published)
+    )
     for rank, result in enumerate(results):
         assert result["losses"] == filled[rank]["losses"]
         for name, weights in result["ema"].items():
@@ -213,9 +252,28 @@ def test_exchange__every_way_gives_the_same_bits_and_the_predicted_bytes(
         assert result["received_bytes"] == result["predicted_bytes"]
 
 
+def test_family__a_sharded_teacher_gives_the_same_bits(filled: list[dict[str, Any]]) -> None:
+    ways = Ways(lookahead=2, is_sharded=True)
+    results = on_ranks(3, train_family, APART, 6, 1, "fp32", None, ways)  # 11, 10 and 11 images
+    for rank, result in enumerate(results):
+        assert result["losses"] == filled[rank]["losses"]
+        assert result["received_bytes"] == result["predicted_bytes"]
+
+
+def test_exchange__lookahead_gives_the_same_bits_where_groups_overlap() -> None:
+    runs = [
+        on_ranks(3, train_family, FAMILY, 4, 1, "fp32", None, Ways(lookahead=lookahead))
+        for lookahead in (0, 2)
+    ]
+    assert sum(len(result["losses"]) for result in runs[0]) > len(FAMILY)
+    for at_once, ahead in zip(*runs, strict=True):
+        assert at_once["losses"] == ahead["losses"]
+        assert ahead["received_bytes"] == ahead["predicted_bytes"]
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_exchange__counts_what_arrives_from_other_ranks(num_ranks: int) -> None:
-    results = on_ranks(num_ranks, train_family, FAMILY, 3, 1, "fp32", None, True, 2, False)
+    results = on_ranks(num_ranks, train_family, FAMILY, 3, 1, "fp32", None, Ways(lookahead=2))
     plan = make_plan(FAMILY, 1.0, IMAGES, num_ranks, lookahead=2)
     for rank, result in enumerate(results):
         expected = 0
@@ -227,6 +285,47 @@ def test_exchange__counts_what_arrives_from_other_ranks(num_ranks: int) -> None:
             expected += len(foreign) * (pixels + 2 * 6 * 4)
             expected += sum(int(per_image[i]) for i in foreign) * 6 * 4
         assert result["received_bytes"] == expected
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "zero", "has_heads"), [(1, 1, True), (1, 2, False), (2, 2, True)]
+)
+def test_family__micro_batches_add_up_to_the_whole_slice(
+    num_ranks: int, zero: int, has_heads: bool, alone: dict[str, Any]
+) -> None:
+    whole = alone
+    if not has_heads:
+        whole = on_ranks(1, train_family, FAMILY, 4, 1, "fp32", None, Ways(has_heads=False))[0]
+    ways = Ways(has_heads, micro_batch=16)
+    results = on_ranks(num_ranks, train_family, FAMILY, 4, zero, "fp32", None, ways)
+    for name in "abc":
+        assert merged(results, "losses", name) == pytest.approx(whole["losses"][name], rel=2e-6)
+        for key, tensor in merged(results, "ema", name).items():
+            torch.testing.assert_close(tensor, whole["ema"][name][key], rtol=0, atol=2e-5)
+
+
+def test_family__micro_batches_in_bf16_add_up_in_fp32(alone: dict[str, Any]) -> None:
+    results = on_ranks(2, train_family, FAMILY, 4, 1, "bf16", None, Ways(micro_batch=16))
+    for name in "abc":
+        losses = merged(results, "losses", name)
+        assert losses == pytest.approx(alone["losses"][name], rel=2e-2)  # 8 bits of mantissa
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_family__a_student_that_finishes_early_leaves_the_others_as_they_were(
+    lookahead: int, filled: list[dict[str, Any]]
+) -> None:
+    ways = Ways(lookahead=lookahead, ends=(("a", 3),))
+    results = on_ranks(3, train_family, APART, 6, 1, "fp32", None, ways)
+    for rank, result in enumerate(results):
+        assert result["received_bytes"] == result["predicted_bytes"]
+        for name, losses in result["losses"].items():
+            assert losses == filled[rank]["losses"][name][: 3 if name == "a" else 6]
+            for key, tensor in result["ema"][name].items():
+                same = torch.equal(tensor, filled[rank]["ema"][name][key])
+                assert same or name == "a", (name, key)
+    (rank,) = (rank for rank, result in enumerate(results) if "a" in result["losses"])
+    assert results[rank]["received_bytes"] < filled[rank]["received_bytes"]  # nothing for nobody
 
 
 def sinkhorn_and_koleo(num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -255,8 +354,8 @@ def test_losses__over_ranks_equal_one_process(num_ranks: int) -> None:
 
 
 def test_family__without_heads_many_processes_equal_one() -> None:
-    alone = on_ranks(1, train_family, FAMILY, 4, 1, "fp32", None, False)[0]
-    results = on_ranks(3, train_family, FAMILY, 4, 2, "fp32", None, False)
+    alone = on_ranks(1, train_family, FAMILY, 4, 1, "fp32", None, Ways(has_heads=False))[0]
+    results = on_ranks(3, train_family, FAMILY, 4, 2, "fp32", None, Ways(has_heads=False))
     for name in "abc":
         losses = merged(results, "losses", name)
         # fp32 sums in another order; the statistics are float64 sums
@@ -285,12 +384,12 @@ def train_one(pupil: Pupil, plan: Plan, steps: range) -> list[float]:
         crops, masks = batch_of(step)
         part = slice(plan.share(rank, step).start, plan.share(rank, step).stop)
         mine = CropBatch(crops.global_crops[part], crops.local_crops[part])
-        targets = taught.teach(mine, masks[part])
-        outgoing = Outgoing(step, mine, targets, masks[part], masks.sum(dim=2).numpy())
+        own = PatchMasks.of(masks[part])
+        outgoing = Outgoing(step, mine, taught.teach(mine, own), own, masks.sum(dim=2).numpy())
         delivery = exchange.wait(exchange.start(outgoing))
         lesson = lesson_for(delivery, pupil.placement, rank, (2, 2), IMAGES)
         pupil.learn(lesson, 0.07, SCALARS, step)
-        losses.append(pupil.read_metrics(wait=0.0)["loss"])
+        losses.append(loss_of(pupil))
     return losses
 
 

@@ -59,7 +59,7 @@ def test_feature_trainee__loss_equals_loops_over_images_crops_and_patches() -> N
             seen = learner.backbone(pixels[i, c][None])
             own = learner.class_projector(seen.class_token[0])
             expected[0] += torch.stack(distances(own, targets.class_rows[i, c]))
-            masked = batch.masks[i, c].nonzero().flatten().tolist()
+            masked = batch.masks.flags[i, c].nonzero().flatten().tolist()
             for patch in masked:
                 own = learner.patch_projector(seen.patch_tokens[0, patch])
                 parts = torch.stack(distances(own, targets.patch_rows[row]))

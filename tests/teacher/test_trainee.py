@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from teacher.batch import CropBatch, LessonBatch, normalise
+from teacher.batch import CropBatch, LessonBatch, PatchMasks, normalise
 from teacher.frozen import Anchor, FrozenTeacher
 from teacher.heads import Head, HeadShape, init_head_
 from teacher.sinkhorn import sinkhorn
@@ -57,8 +57,8 @@ def masks(images: int = IMAGES) -> Tensor:
 
 def lesson(taught: FrozenTeacher, images: int = IMAGES) -> LessonBatch:
     batch = crops(images, with_anchor=taught.anchor is not None)
-    targets = taught.teach(batch, masks(images))
-    return LessonBatch(batch, masks(images), targets, (2, 2), 0, images)
+    targets = taught.teach(batch, PatchMasks.of(masks(images)))
+    return LessonBatch(batch, PatchMasks.of(masks(images)), targets, (2, 2), 0, images)
 
 
 def assignments(batch: LessonBatch, taught: FrozenTeacher) -> Assignments:
@@ -104,8 +104,8 @@ def test_trainee__loss_equals_loops_over_images_crops_and_patches() -> None:
                         student, learner.dino_head.prototypes.weight, p[t, i]
                     )
         for c in range(2):
-            total, count = 0.0, int(batch.masks[i, c].sum())
-            for patch in batch.masks[i, c].nonzero().flatten().tolist():
+            total, count = 0.0, int(batch.masks.flags[i, c].sum())
+            for patch in batch.masks.flags[i, c].nonzero().flatten().tolist():
                 student = learner.ibot_head(seen[i][c].patch_tokens[0, patch])
                 total = total + ce(student, learner.ibot_head.prototypes.weight, q[row]) / count
                 row += 1
@@ -174,14 +174,16 @@ def test_trainee__a_coarser_map_is_compared_on_the_teachers_grid() -> None:
 
 def test_teach__does_not_depend_on_how_many_images_a_rank_has() -> None:
     taught = teacher(micro_images=4)
-    batch, drawn = crops(), masks()
+    batch, drawn = crops(), PatchMasks.of(masks())
     whole = taught.teach(batch, drawn)
     for border in (1, 2, 4):
         first = taught.teach(
-            CropBatch(batch.global_crops[:border], batch.local_crops[:border]), drawn[:border]
+            CropBatch(batch.global_crops[:border], batch.local_crops[:border]),
+            drawn.part(slice(0, border)),
         )
         second = taught.teach(
-            CropBatch(batch.global_crops[border:], batch.local_crops[border:]), drawn[border:]
+            CropBatch(batch.global_crops[border:], batch.local_crops[border:]),
+            drawn.part(slice(border, None)),
         )
         assert torch.equal(whole.class_rows, torch.cat([first.class_rows, second.class_rows]))
         assert torch.equal(whole.patch_rows, torch.cat([first.patch_rows, second.patch_rows]))
@@ -193,7 +195,7 @@ def test_teach__one_forward_per_image(images: int) -> None:
     taught.backbone.register_forward_hook(
         lambda module, inputs, output: seen.append(inputs[0].shape[0])
     )
-    targets = taught.teach(crops(images), masks(5)[:images])
+    targets = taught.teach(crops(images), PatchMasks.of(masks(5)[:images]))
     assert seen == [2] * images  # both global crops of one image at a time
     assert targets.class_rows.shape == (images, 2, 6)
     assert targets.patch_rows.shape == (int(masks(5)[:images].sum()), 6)

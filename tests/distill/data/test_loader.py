@@ -46,6 +46,7 @@ def loader(
         images_global=IMAGES,
         positions=lambda step: positions,
         max_images=len(positions),
+        stop_step=100,
         num_threads=num_threads,
         device=torch.device("cpu"),
     )

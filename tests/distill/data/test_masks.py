@@ -3,10 +3,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
+from torch import Tensor
 
 from distill.data.masks import draw_masks, mask_counts
 
 WANTED = {"grid_hw": (8, 8), "probability": 0.5, "ratio": (0.1, 0.5)}
+
+
+def draw(images: int, seed: int, step: int, positions: NDArray[np.int64] | None = None) -> Tensor:
+    """Masks of some images of a batch, by default of all."""
+    counts = mask_counts(seed=seed, step=step, images_global=images, **WANTED)
+    some = np.arange(images) if positions is None else positions
+    return draw_masks(seed=seed, step=step, counts=counts, positions=some, grid_hw=(8, 8))
 
 
 @settings(max_examples=60, deadline=None)
@@ -22,27 +31,20 @@ def test_draw_masks__have_exactly_the_counts(
 ) -> None:
     wanted = {"grid_hw": (height, width), "probability": 0.5, "ratio": (0.1, 0.5)}
     counts = mask_counts(seed=seed, step=step, images_global=images, **wanted)
+    everyone = np.arange(images)
     masks = draw_masks(
-        seed=seed, step=step, images_global=images, positions=np.arange(images), **wanted
+        seed=seed, step=step, counts=counts, positions=everyone, grid_hw=(height, width)
     )
     assert masks.shape == (images, 2, height * width)
     assert np.array_equal(masks.sum(dim=2).numpy(), counts)
 
 
 def test_draw_masks__any_rank_draws_the_same() -> None:
-    whole = draw_masks(seed=1, step=5, images_global=16, positions=np.arange(16), **WANTED)
+    whole = draw(16, seed=1, step=5)
     some = np.array([3, 4, 11])
-    assert torch.equal(
-        draw_masks(seed=1, step=5, images_global=16, positions=some, **WANTED), whole[some]
-    )
-    assert draw_masks(seed=1, step=5, images_global=16, positions=np.arange(0), **WANTED).shape == (
-        0,
-        2,
-        64,
-    )
-    assert not torch.equal(
-        whole, draw_masks(seed=1, step=6, images_global=16, positions=np.arange(16), **WANTED)
-    )
+    assert torch.equal(draw(16, seed=1, step=5, positions=some), whole[some])
+    assert draw(16, seed=1, step=5, positions=np.arange(0)).shape == (0, 2, 64)
+    assert not torch.equal(whole, draw(16, seed=1, step=6))
 
 
 def test_mask_counts__half_of_the_crops_at_evenly_spread_ratios() -> None:
@@ -57,11 +59,7 @@ def test_mask_counts__half_of_the_crops_at_evenly_spread_ratios() -> None:
 
 def test_draw_masks__are_made_of_blocks() -> None:
     """A block-wise mask has more masked neighbours than the same number of patches scattered at random."""
-    masks = (
-        draw_masks(seed=0, step=0, images_global=64, positions=np.arange(64), **WANTED)
-        .view(-1, 8, 8)
-        .float()
-    )
+    masks = draw(64, seed=0, step=0).view(-1, 8, 8).float()
     pairs = (masks[:, 1:] * masks[:, :-1]).sum() + (masks[:, :, 1:] * masks[:, :, :-1]).sum()
     ratio = masks.mean(dim=(1, 2))
     at_random = (ratio**2).sum() * 2 * 7 * 8

@@ -1,0 +1,59 @@
+"""What all ranks agree on without anyone waiting: numbers are handed in at one step and read some steps later.
+
+A blocking all-reduce over the world would be a barrier: the rank furthest ahead would wait for the
+one furthest behind and lose its lead, which is the buffer that look-ahead gives it. Started early
+and read ``delay`` steps later, when every rank that is within the look-ahead has handed in, it costs
+nothing. Reading at a fixed later step, not when it happens to be there, keeps all ranks at one decision.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+
+class Ballot:
+    """One vote at a time over a group of CPU tensors (gloo): cast at a step, counted ``delay`` steps later.
+
+    Every rank casts at the same steps, as many numbers, with the same operation.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, delay: int) -> None:
+        self._group, self._delay = group, delay
+        self._cast_at = 0
+        self._votes: torch.Tensor | None = None
+        self._work: dist.Work | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Cast and not counted yet."""
+        return self._work is not None
+
+    @property
+    def cast_at(self) -> int:
+        """The step at which the last vote was cast."""
+        return self._cast_at
+
+    def cast(self, step: int, votes: torch.Tensor, op: dist.ReduceOp.RedOpType) -> None:
+        """Hands in this rank's numbers, any CPU tensor. Communication: one all-reduce, not waited for."""
+        assert not self.is_open, "one vote at a time"
+        self._cast_at, self._votes = step, votes
+        self._work = dist.all_reduce(votes, op=op, group=self._group, async_op=True)
+
+    def is_due(self, step: int) -> bool:
+        """An open vote is to be counted at this step."""
+        return self.is_open and step >= self._cast_at + self._delay
+
+    def count(self) -> torch.Tensor:
+        """The reduced numbers of the open vote; waits for ranks that have not cast theirs."""
+        assert self._work is not None and self._votes is not None, "nothing was cast"
+        self._work.wait()
+        self._work = None
+        return self._votes
+
+
+def gather_rows(row: Sequence[float], rank: int, num_ranks: int) -> torch.Tensor:
+    """A rank's row in a matrix of zeros, float64: the sum over ranks gathers all rows exactly."""
+    rows = torch.zeros(num_ranks, len(row), dtype=torch.float64)
+    rows[rank] = torch.tensor(row, dtype=torch.float64)
+    return rows
