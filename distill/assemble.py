@@ -24,9 +24,8 @@ from distill.cost import (
     teaching_tflops,
     training_tflops,
 )
-from distill.data.crops import CropSpec
+from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.index import ImageIndex
-from distill.data.loader import Loader
 from distill.engine import Engine, EngineSettings, StepRates
 from distill.errors import CheckpointError, PlanError
 from distill.exchange import AllGather, Slices
@@ -47,6 +46,7 @@ from distill.recipe import (
     TeacherRecipe,
 )
 from distill.stopwatch import Stopwatch
+from distill.supply import build_feed, build_loader, crop_schedule, has_own_colours
 from distill.weights import load_backbone, load_heads
 from students.catalog import BackboneSpec, build_backbone, count_parameters, init_weights_
 from students.custom import CustomSpec
@@ -99,21 +99,6 @@ class Scene:
         """The micro-batches of a network's slice on this rank."""
         micro_batch = self.recipe.engine.micro_batch
         return self.placement(name).parts_of(self.groups.world_rank, micro_batch)
-
-
-def crop_spec(recipe: Recipe, anchor_resolution: int | None) -> CropSpec:
-    """The loader's crops for a recipe, with anchor crops where a Gram stage wants them."""
-    crops = recipe.crops
-    return CropSpec(
-        global_size=crops.global_.size,
-        global_scale=crops.global_.scale,
-        num_local=crops.local.count,
-        local_size=crops.local.size,
-        local_scale=crops.local.scale,
-        anchor_size=None if anchor_resolution is None else anchor_resolution * crops.global_.size,
-        flip_probability=crops.flip,
-        blur_sigma=crops.blur_sigma,
-    )
 
 
 def crop_shapes(recipe: Recipe, grid_hw: tuple[int, int]) -> CropShapes:
@@ -255,6 +240,7 @@ def family_needs(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs
         lookahead=recipe.engine.lookahead,
         micro_batch=recipe.engine.micro_batch,
         patches=grid_hw[0] * grid_hw[1],
+        has_colours=has_own_colours(recipe.data),
     )
 
 
@@ -352,17 +338,16 @@ def build_phase(
     recipe, plan, rank, site = scene.recipe, scene.plan, scene.groups.world_rank, scene.site
     timetable = Timetable(plan, later)
     bounds, settings = recipe.schedule.rope_rescale, recipe.schedule
-    loader = Loader(
+    crops = crop_schedule(recipe, anchor_resolution)
+    feed = build_feed(
+        recipe,
         site.index,
-        crop_spec(recipe, anchor_resolution),
-        seed=recipe.seed,
-        images_global=plan.images_global,
-        positions=lambda step: timetable.at(step).share(rank, step),
-        max_images=timetable.most_images(rank),
-        stop_step=sum(steps),
-        num_threads=recipe.data.num_threads,
-        device=site.device,
+        crops,
+        site.run_folder / BAD_SAMPLES_FILE,
+        lambda step: timetable.at(step).share(rank, step),
+        sum(steps),
     )
+    loader = build_loader(recipe, feed, crops, timetable.most_images(rank), site.device)
     return Phase(
         name=name,
         num_steps=steps[1],

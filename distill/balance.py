@@ -14,7 +14,8 @@ from typing import Protocol, runtime_checkable
 import torch.distributed as dist
 
 from distill.ballot import Ballot, gather_rows
-from distill.data.pipeline import PREFETCH
+from distill.data.feed import PREPARED
+from distill.data.loader import PREFETCH
 from distill.plan import Timetable, rebalanced
 from distill.stopwatch import Stopwatch
 
@@ -50,7 +51,7 @@ class Balancer:
         self._ballot = Ballot(group, lookahead)
         self._loader, self._teaching, self._training = loader, *clocks
         self._every = every
-        self._delay = lookahead + PREFETCH + MARGIN
+        self._delay = lookahead + PREFETCH + PREPARED + MARGIN
         self._tell = tell
         self._known_slow: set[int] = set()
         self._known_s: dict[int, float] = {}

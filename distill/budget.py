@@ -76,7 +76,12 @@ def head_parameters(heads: Heads) -> int:
 
 
 def wire_shape(
-    crops: CropShapes, heads: Heads | None, teacher_width: int, patches: int
+    crops: CropShapes,
+    heads: Heads | None,
+    teacher_width: int,
+    patches: int,
+    *,
+    has_colours: bool,
 ) -> WireShape:
     """Values per image on the wire; the teacher's rows travel in bf16."""
     dino, ibot = (
@@ -91,6 +96,7 @@ def wire_shape(
         patch_row_values=ibot,
         value_bytes=2,
         patches=patches,
+        colour_values=2 * 3 if has_colours else 0,
     )
 
 
@@ -136,9 +142,10 @@ def needs_of(
     lookahead: int,
     micro_batch: int | None,
     patches: int,
+    has_colours: bool,
 ) -> Needs:
     """Memory and traffic of every rank of a family's plan; masked patches at their mean."""
-    wire = wire_shape(crops, heads, teacher_spec.width, patches)
+    wire = wire_shape(crops, heads, teacher_spec.width, patches, has_colours=has_colours)
     of_backbone = count_parameters(teacher_spec)
     if plan.is_teacher_sharded:  # its own part, the block at work and the next one
         depth = teacher_spec.depth if isinstance(teacher_spec, ViTSpec) else 1

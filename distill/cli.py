@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from distill.data_cli import bench_loader, data_app, loader_table
 from distill.errors import DataError, RecipeError, UserError
 from distill.export_cli import Precision, WeightLayout, export
 
@@ -37,6 +38,7 @@ weights_app = typer.Typer(
     no_args_is_help=True,
 )
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Before you train")
+app.add_typer(data_app, name="data", rich_help_panel="Data and weights")
 app.add_typer(weights_app, name="weights", rich_help_panel="Data and weights")
 
 RecipeArgument = Annotated[
@@ -334,6 +336,10 @@ def bench(
     slow: Annotated[
         str | None, typer.Option("--slow", help="RANK=FACTOR: with --sleep, a slow rank.")
     ] = None,
+    data: Annotated[
+        str, typer.Option("--data", help="loader: synthetic images, or the recipe's.")
+    ] = "synthetic",
+    images: Annotated[int, typer.Option("--images", min=1, help="loader: images per block.")] = 256,
     json_file: Annotated[
         Path | None, typer.Option("--json-file", metavar="FILE", help="Write the figures here.")
     ] = None,
@@ -343,11 +349,17 @@ def bench(
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
-    """Measure a family's throughput against the published procedure and separate jobs, on synthetic images."""
+    """Measure a family's throughput against the published procedure and separate jobs, on synthetic images.
+
+    ``distill bench loader RECIPE`` measures the image loader against Pillow instead.
+    """
     from distill.recipe import FamilyRecipe
     from distill.recipe_file import load_job
 
     texts = list(overrides or [])
+    if recipe == "loader" and texts:
+        _bench_loader(texts[0], texts[1:], data, images, json_file, as_json=as_json)
+        return
     loaded = load_job(recipe, texts)[0]
     modes = [] if against == "none" else against.split(",")
     if not isinstance(loaded, FamilyRecipe):
@@ -377,6 +389,26 @@ def bench(
     else:
         for table in tables(report):
             Console().print(table)
+
+
+def _bench_loader(
+    recipe: str,
+    overrides: list[str],
+    data: str,
+    images: int,
+    json_file: Path | None,
+    *,
+    as_json: bool,
+) -> None:
+    if data not in ("synthetic", "recipe"):
+        raise RecipeError(f"--data {data}: not known", fix="Write synthetic or recipe.")
+    report = bench_loader(recipe, overrides, uses_recipe=data == "recipe", images=images)
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    if as_json:
+        _print_json(report)
+    else:
+        Console().print(loader_table(report))
 
 
 def _slow(text: str | None) -> tuple[int | None, float]:

@@ -242,6 +242,8 @@ def _health(snapshot: Snapshot) -> Text:
     ]
     if len(trained) > 1 and not is_over:
         facts.append(f"slowest: {min(trained)[1]}")
+    if status.bad_samples:
+        facts.append(f"{status.bad_samples:,} bad samples")
     if status.last_checkpoint is None:
         facts.append("nothing saved yet")
     else:
@@ -348,6 +350,8 @@ class Narrator:
         if now.phase and (before is None or before.phase != now.phase):
             events.append(_phase_line(now))
             self._told_work, self._told_unix = now.work_done, snapshot.now_unix
+        if now.bad_samples and (before is None or before.bad_samples < now.bad_samples):
+            events.append(f"{now.bad_samples:,} bad samples so far, named in bad_samples.jsonl")
         if self._is_progress_due(snapshot):
             events.append(_progress_line(snapshot))
             self._told_work, self._told_unix = now.work_done, snapshot.now_unix

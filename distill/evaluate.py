@@ -15,6 +15,7 @@ Similarities are computed in fp64: with LayerScale at its initial 1e-5 the class
 untrained ViT differ in the fourth digit only, and fp32 cosines of them are all 1.
 """
 
+import io
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from distill.data.index import ImageIndex
+from distill.data.places import Place, Reader
 from distill.errors import UserError
 from distill.metrics import write_json
 from distill.weights import load_backbone
@@ -53,7 +55,7 @@ log = logging.getLogger(__name__)
 class Scored:
     """Images with the labels a score needs, in the order of the index."""
 
-    paths: Sequence[Path]
+    places: Sequence[Place]
     labels: Int64[Tensor, " images"]
 
 
@@ -120,7 +122,7 @@ def pixels_score(train: Scored, test: Scored, k: int = KNN_K) -> float:
     Euclidean suits pixels better than cosine (0.38 against 0.22 on the bundled tiles), and a
     baseline is given its better distance.
     """
-    sides = [_pixels(split.paths, BASELINE_PX).flatten(1).float() for split in (train, test)]
+    sides = [_pixels(split.places, BASELINE_PX).flatten(1).float() for split in (train, test)]
     return knn(sides[0], train.labels, sides[1], test.labels, k, measure="euclidean")
 
 
@@ -129,7 +131,7 @@ def colour_score(train: Scored, test: Scored, k: int = KNN_K) -> float:
 
     The six numbers are standardised by the training images.
     """
-    sides = [colour_statistics(_pixels(split.paths, BASELINE_PX)) for split in (train, test)]
+    sides = [colour_statistics(_pixels(split.places, BASELINE_PX)) for split in (train, test)]
     centre, spread = sides[0].mean(0), sides[0].std(0).clamp_min(1e-6)  # fp32; grey images exist
     known, asked = ((side - centre) / spread for side in sides)
     return knn(known, train.labels, asked, test.labels, k, measure="euclidean")
@@ -144,18 +146,18 @@ def colour_statistics(images: UInt8[Tensor, "images 3 height width"]) -> Float[T
 @torch.inference_mode()
 def extract(
     backbone: nn.Module,
-    paths: Sequence[Path],
+    places: Sequence[Place],
     preparation: Preparation,
     *,
     device: torch.device,
     batch: int = BATCH,
 ) -> Float[Tensor, "images width"]:
-    """Class token of each image, in fp32 on the CPU, in the order of ``paths``.
+    """Class token of each image, in fp32 on the CPU, in the order of ``places``.
 
     The backbone satisfies ``Backbone``, is in evaluation mode and already on ``device``.
     """
     features = []
-    for images in _decoded(paths, preparation.size, batch):
+    for images in _decoded(places, preparation.size, batch):
         pixels = normalise(
             images.to(device), preparation.mean, preparation.std, dtype=torch.float32
         )
@@ -163,18 +165,18 @@ def extract(
     return torch.cat(features)
 
 
-def decode(path: Path, size: int) -> UInt8[Tensor, "3 size size"]:
+def decode(reader: Reader, place: Place, size: int) -> UInt8[Tensor, "3 size size"]:
     """The image upright in RGB at ``size`` x ``size``; resized (bilinear) only when it differs.
 
     Raises:
         UserError: the file is missing or is no image.
     """
     try:
-        with Image.open(path) as file:
+        with Image.open(io.BytesIO(reader.read(place).data)) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be decoded ({error})",
+            f"{place}: cannot be decoded ({error})",
             fix="restore the file, or train again so that the index leaves it out.",
         ) from error
     if image.size != (size, size):
@@ -271,7 +273,7 @@ def _network_scores(
     for backbone in (trained, untrained):
         backbone.to(device).eval()
         known, asked = (
-            extract(backbone, split.paths, preparation, device=device) for split in (train, test)
+            extract(backbone, split.places, preparation, device=device) for split in (train, test)
         )
         scores.append(knn(known, train.labels, asked, test.labels, k))
     return scores[0], scores[1]
@@ -280,16 +282,16 @@ def _network_scores(
 def _read_splits(run_folder: Path, k: int) -> tuple[Scored, Scored, str]:
     """Training and held-out images, and why they cannot be scored ('' when they can)."""
     nothing = Scored((), torch.zeros(0, dtype=torch.int64))
-    train = _read_index(run_folder / "data" / "train.npz")
+    train = _read_index(run_folder / "data" / "train")
     if train.labels is None:  # then nothing was held out either
         return nothing, nothing, "the images have no class folders, so k-NN has no classes to vote"
-    test = _read_index(run_folder / "data" / "held_out.npz")
+    test = _read_index(run_folder / "data" / "held_out")
     if test.labels is None:
         return nothing, nothing, "the held-out images have no class folders"
-    if len(train.paths) < k or not len(test.paths):
-        counts = f"{len(train.paths)} training and {len(test.paths)} held-out images"
+    if len(train) < k or not len(test):
+        counts = f"{len(train)} training and {len(test)} held-out images"
         return nothing, nothing, f"{counts} are too few for k-NN with k = {k}"
-    return _scored(train.paths, train.labels), _scored(test.paths, test.labels), ""
+    return _scored(train, train.labels), _scored(test, test.labels), ""
 
 
 def _read_index(path: Path) -> ImageIndex:
@@ -301,13 +303,13 @@ def _read_index(path: Path) -> ImageIndex:
     return ImageIndex.load(path)
 
 
-def _scored(paths: Sequence[Any], labels: np.ndarray) -> Scored:
+def _scored(index: ImageIndex, labels: np.ndarray) -> Scored:
     """At most ``MAX_IMAGES`` images, evenly spaced; they are sorted, so each class stays in."""
-    chosen = np.linspace(0, len(paths) - 1, min(len(paths), MAX_IMAGES)).round().astype(np.int64)
-    if len(chosen) < len(paths):
-        log.info("k-NN uses %d of %d images, evenly spaced", len(chosen), len(paths))
+    chosen = np.linspace(0, len(index) - 1, min(len(index), MAX_IMAGES)).round().astype(np.int64)
+    if len(chosen) < len(index):
+        log.info("k-NN uses %d of %d images, evenly spaced", len(chosen), len(index))
     return Scored(
-        [Path(paths[index]) for index in chosen],
+        [index.place(image) for image in chosen.tolist()],
         torch.from_numpy(np.asarray(labels)[chosen].astype(np.int64)),
     )
 
@@ -331,14 +333,16 @@ def _summary_entry(summary: dict[str, Any], name: str, *, is_teacher: bool) -> d
 
 
 def _decoded(
-    paths: Sequence[Path], size: int, batch: int
+    places: Sequence[Place], size: int, batch: int
 ) -> Iterator[UInt8[Tensor, "images 3 size size"]]:
     """Batches of decoded images, two files at a time (Pillow decodes without the lock)."""
+    reader = Reader()
     with ThreadPoolExecutor(max_workers=2) as threads:
-        for start in range(0, len(paths), batch):
-            images = threads.map(lambda path: decode(path, size), paths[start : start + batch])
+        for start in range(0, len(places), batch):
+            part = places[start : start + batch]
+            images = threads.map(lambda place: decode(reader, place, size), part)
             yield torch.stack(list(images))
 
 
-def _pixels(paths: Sequence[Path], size: int) -> UInt8[Tensor, "images 3 size size"]:
-    return torch.cat(list(_decoded(paths, size, BATCH)))
+def _pixels(places: Sequence[Place], size: int) -> UInt8[Tensor, "images 3 size size"]:
+    return torch.cat(list(_decoded(places, size, BATCH)))

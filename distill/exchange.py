@@ -88,7 +88,10 @@ class Exchange(Protocol):
 
 @dataclass(frozen=True)
 class WireShape:
-    """Bytes of one image and of one patch row on the wire, for predictions; ``patches`` per crop."""
+    """Bytes of one image and of one patch row on the wire, for predictions; ``patches`` per crop.
+
+    ``colour_values``: fp32 numbers about an image's source.
+    """
 
     global_crop_values: int
     local_crop_values: int
@@ -96,12 +99,13 @@ class WireShape:
     patch_row_values: int
     value_bytes: int
     patches: int
+    colour_values: int = 0
 
     @property
     def slice_image_bytes(self) -> int:
         """Of one image in ``Slices``, without its masked patches."""
         crops = self.global_crop_values + self.local_crop_values  # uint8
-        return crops + self.class_row_values * self.value_bytes
+        return crops + self.class_row_values * self.value_bytes + 4 * self.colour_values
 
     @property
     def slice_patch_bytes(self) -> int:
@@ -112,7 +116,8 @@ class WireShape:
     def gathered_image_bytes(self) -> int:
         """Of one image in ``AllGather``, all patches of both global crops included."""
         values = self.global_crop_values + self.local_crop_values + self.class_row_values
-        return (values + 2 * self.patches * self.patch_row_values) * self.value_bytes
+        values += 2 * self.patches * self.patch_row_values
+        return values * self.value_bytes + 4 * self.colour_values
 
 
 def slice_bytes(plan: Plan, step: int, wire: WireShape, per_image: Counts) -> list[int]:
@@ -176,17 +181,22 @@ class Slices:
                 (targets.patch_rows, False),
             )
         ]
-        anchor = targets.anchor_patches
-        if anchor is not None:
-            moved.append(self._launch(anchor, routes.images))
+        more = {"anchor": targets.anchor_patches, "colours": crops.colours}
+        extra = {
+            name: self._launch(tensor, routes.images)
+            for name, tensor in more.items()
+            if tensor is not None
+        }
 
         def finish() -> Delivery:
-            tensors = [tensor for _, _, tensor in moved]
-            arrived = TeacherTargets(*tensors[2:])
-            masks = outgoing.masks_of_needs
-            return Delivery(CropBatch(*tensors[:2]), arrived, masks, needs)
+            global_crops, local_crops, class_rows, patch_rows = (m[2] for m in moved)
+            anchor, colours = (extra[name][2] if name in extra else None for name in more)
+            kept = CropBatch(global_crops, local_crops, colours=colours)
+            told = TeacherTargets(class_rows, patch_rows, anchor)
+            return Delivery(kept, told, outgoing.masks_of_needs, needs)
 
-        return Pending(tuple(m[0] for m in moved), finish, tuple(m[1] for m in moved))
+        launched = [*moved, *extra.values()]
+        return Pending(tuple(m[0] for m in launched), finish, tuple(m[1] for m in launched))
 
     def wait(self, pending: Pending) -> Delivery:
         """Blocks until the step's all-to-alls are done."""
@@ -279,18 +289,24 @@ class AllGather:
             targets.patch_rows.view(images, 2, patches, -1),
         ]
         gathered = [self._launch(tensor) for tensor in by_image]
+        colours = None if crops.colours is None else self._launch(crops.colours)
 
         def finish() -> Delivery:
             plan = self._timetable.at(outgoing.step)
             whole = [self._unpad(tensor, plan, outgoing.step) for _, _, tensor in gathered]
             global_crops, local_crops, class_rows, patch_rows = whole
-            kept = CropBatch(global_crops.to(torch.uint8), local_crops.to(torch.uint8))
+            kept = CropBatch(
+                global_crops.to(torch.uint8),
+                local_crops.to(torch.uint8),
+                colours=None if colours is None else self._unpad(colours[2], plan, outgoing.step),
+            )
             masked = patch_rows.flatten(0, 2)[outgoing.masks_of_needs.rows()]
             told = TeacherTargets(class_rows, masked)
             needs = plan.needs(self._rank)
             return Delivery(kept, told, outgoing.masks_of_needs, needs)
 
-        return Pending(tuple(g[0] for g in gathered), finish, tuple(g[1] for g in gathered))
+        launched = [*gathered, *([] if colours is None else [colours])]
+        return Pending(tuple(g[0] for g in launched), finish, tuple(g[1] for g in launched))
 
     wait = Slices.wait
 

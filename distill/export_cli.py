@@ -216,8 +216,8 @@ def _data_story(
     from distill.data.index import ImageIndex
 
     names = ", ".join(Path(source.path).name for source in recipe.data.sources)
-    index = run / "data" / "train.npz"
-    count = f"{len(ImageIndex.load(index).paths):,} images of " if index.is_file() else ""
+    index = run / "data" / "train"
+    count = f"{len(ImageIndex.load(index)):,} images of " if index.is_dir() else ""
     return f"{count}{names} (fingerprint {provenance.get('data', 'unknown')})"
 
 

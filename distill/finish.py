@@ -1,5 +1,6 @@
 """After the last step: scores, the picture, ``summary.json``. Run again on a finished run, it writes the same."""
 
+import io
 import json
 import time
 from dataclasses import replace
@@ -11,6 +12,7 @@ from PIL import Image, ImageOps
 
 from distill.data.index import ImageIndex
 from distill.data.photographs import photograph_paths
+from distill.data.places import Place, Reader
 from distill.evaluate import evaluate_run
 from distill.features import draw
 from distill.metrics import StatusFile, read_rows, write_json
@@ -56,16 +58,14 @@ def _photographs(run_folder: Path, source: str) -> list[np.ndarray[Any, np.dtype
     """A few photographs to look at: the bundled ones whole, or the first images of the user's own."""
     if source == BUILTIN_PHOTOGRAPHS:
         paths = photograph_paths()
-        chosen = [paths[name] for name in ("astronaut", "chelsea", "coffee", "rocket")]
+        chosen = [Place.of(paths[n]) for n in ("astronaut", "chelsea", "coffee", "rocket")]
     else:
-        held_out = run_folder / "data" / "held_out.npz"
-        index = ImageIndex.load(
-            held_out if held_out.is_file() else run_folder / "data" / "train.npz"
-        )
-        step = max(1, len(index.paths) // NUM_PHOTOGRAPHS)
-        chosen = [Path(path) for path in index.paths[::step][:NUM_PHOTOGRAPHS]]
-    images = []
-    for path in chosen:
-        with Image.open(path) as opened:
+        held_out = run_folder / "data" / "held_out"
+        index = ImageIndex.load(held_out if held_out.is_dir() else run_folder / "data" / "train")
+        step = max(1, len(index) // NUM_PHOTOGRAPHS)
+        chosen = [index.place(image) for image in range(0, len(index), step)][:NUM_PHOTOGRAPHS]
+    images, reader = [], Reader()
+    for place in chosen:
+        with Image.open(io.BytesIO(reader.read(place).data)) as opened:
             images.append(np.asarray(ImageOps.exif_transpose(opened).convert("RGB")))
     return images

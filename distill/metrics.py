@@ -74,6 +74,7 @@ class Status:
     ``step`` counts finished steps of ``phase``; ``phase`` is empty until the first one starts.
     ``loader_wait`` is the fraction of a step spent blocked on images; ``work_done`` runs from 0 to
     1 over all phases; ``eta_s`` is None while nobody knows.
+    ``bad_samples`` counts those named in ``bad_samples.jsonl``.
     ``resume_command`` is what continues the run once it has stopped or failed.
     """
 
@@ -90,6 +91,7 @@ class Status:
     eta_s: float | None = None
     loader_wait: float = 0.0
     images_per_s: float = 0.0
+    bad_samples: int = 0
     last_checkpoint: CheckpointStatus | None = None
     message: str = ""
     resume_command: str = ""

@@ -33,8 +33,9 @@ from distill.assemble import (
 from distill.budget import Needs
 from distill.checkpoint import find_latest
 from distill.cost import DEFAULT_DEVICE, Device
-from distill.data.index import ImageIndex, build_index, list_images, split
+from distill.data.index import ImageIndex, build_index, split
 from distill.data.photographs import photograph_paths, write_tiles
+from distill.data.sources import list_source
 from distill.errors import CheckpointError, DataError, PlanError
 from distill.metrics import write_json
 from distill.plan import Plan
@@ -295,7 +296,7 @@ def check_data(
 
 
 def _count_images(path: str) -> int:
-    return len(photograph_paths()) if path == BUILTIN_PHOTOGRAPHS else len(list_images(Path(path)))
+    return len(photograph_paths()) if path == BUILTIN_PHOTOGRAPHS else len(list_source(Path(path)))
 
 
 def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[str], None]) -> Job:
@@ -324,7 +325,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     (run_folder / "data").mkdir(parents=True, exist_ok=True)
     for name, index in (("train", train), ("teacher", teacher_train), ("held_out", held_out)):
         if index is not None:
-            index.save(run_folder / "data" / f"{name}.npz")
+            index.save(run_folder / "data" / name)
     (run_folder / "failure.json").unlink(missing_ok=True)
     if resumed is None:  # what an earlier start left before its first checkpoint
         for name in ("status.json", "timing.json"):
@@ -378,13 +379,43 @@ def _indices(
         train = build_index([train_folder], max_bad_fraction=0.0)
         held_out: ImageIndex | None = build_index([held_out_folder], max_bad_fraction=0.0)
     else:
-        index = build_index([Path(path) for path in paths], max_bad_fraction=data.max_bad_fraction)
+        index = _index(data)
         train, held_out = (index, None) if index.labels is None else split(index, data.held_out)
     say(
-        f"images: {len(train.paths)} to train on, {0 if held_out is None else len(held_out.paths)} held out "
+        f"images: {len(train):,} to train on, {0 if held_out is None else len(held_out):,} held out "
         f"({time.monotonic() - started:.1f} s)"
     )
     return train, held_out
+
+
+def training_index(data: DataSpec, tiles: Path) -> ImageIndex:
+    """The images that a recipe trains on; ``tiles`` is where bundled photographs are cut to."""
+    return _indices(data, tiles, lambda _: None)[0]
+
+
+def _index(data: DataSpec) -> ImageIndex:
+    """The recipe's sources; from ``data.index`` where that was made for them.
+
+    Raises:
+        DataError: ``data.index`` is of other sources.
+    """
+    paths = [Path(source.path).absolute() for source in data.sources]
+    kept = None if data.index is None else Path(data.index)
+    if kept is not None and kept.exists():
+        index = ImageIndex.load(kept)
+        if [name for name, _ in index.sources] != [str(path) for path in paths]:
+            held = ", ".join(name for name, _ in index.sources)
+            raise DataError(
+                f"data.index = {kept}: is of other sources ({held})",
+                fix="Name another folder, or remove this one so that it is made again.",
+            )
+        return index
+    index = build_index(
+        paths, max_bad_fraction=data.max_bad_fraction, max_megapixels=data.max_megapixels
+    )
+    if kept is not None:
+        index.save(kept)
+    return index
 
 
 def _environment() -> dict[str, Any]:

@@ -326,16 +326,36 @@ class StageSpec(Section):
 
 
 class SourceSpec(Section):
-    """A folder of images, or ``builtin:photographs``."""
+    """A folder, ``.tar`` shards, a ``.txt`` list, a ``.parquet`` file, or ``builtin:photographs``.
+
+    ``weight``: its share of all images; without, sources are one pool. ``batches: pure``: its images fill
+    batches of their own, in the share of its weight; those of the others are mixed. ``mean`` and ``std``
+    replace the data's for its images.
+    """
 
     path: str = machine(min_length=1)
+    weight: float | None = science(None, gt=0.0)
+    batches: Literal["mixed", "pure"] = science("mixed")
+    mean: Triple | None = science(None)
+    std: Triple | None = science(None)
+
+
+def _source_mapping(value: object) -> object:
+    return {"path": value} if isinstance(value, str) else value
 
 
 class DataSpec(Section):
-    """Images and how their pixels are normalised."""
+    """Images and how their pixels are normalised.
 
-    sources: Annotated[tuple[SourceSpec, ...], Strict(False)] = machine(min_length=1)
+    ``index``: a folder in which what is known about the images is kept from run to run.
+    """
+
+    sources: Annotated[
+        tuple[Annotated[SourceSpec, BeforeValidator(_source_mapping)], ...], Strict(False)
+    ] = science(min_length=1)
+    index: str | None = machine(None, min_length=1)
     max_bad_fraction: float = machine(0.01, ge=0.0, le=1.0)
+    max_megapixels: float = machine(64.0, gt=0.0)
     held_out: float = science(0.2, gt=0.0, lt=1.0)
     mean: Triple = science((0.485, 0.456, 0.406))
     std: Triple = science((0.229, 0.224, 0.225))
@@ -571,9 +591,11 @@ def _shared_rules(parts: Parts) -> Iterator[Problem]:
             ("schedule", "rope_rescale"),
             f"{list(map(float, bounds))}: must satisfy 0 < low <= high",
         )
-    std = parts.get(("data", "std"))
-    if std is not None and min(std) <= 0.0:
-        yield ("data", "std"), f"{list(std)}: each must be above 0"
+    sources = [("data", "sources", index) for index in items_of(parts, "data", "sources")]
+    for place in (("data",), *sources):
+        std = parts.get((*place, "std"))
+        if std is not None and min(std) <= 0.0:
+            yield (*place, "std"), f"{list(std)}: each must be above 0"
     batch, processes = parts.get(("schedule", "batch")), parts.get(("engine", "processes"))
     if isinstance(processes, int) and processes < 1:
         yield ("engine", "processes"), f"{processes}: at least 1, or auto"
@@ -591,7 +613,16 @@ def _shared_rules(parts: Parts) -> Iterator[Problem]:
             ("schedule", "batch"),
             "1: koleo compares images, so it needs a batch of at least 2 (or koleo: 0)",
         )
+    weights = [
+        parts.get(("data", "sources", i, "weight")) for i in items_of(parts, "data", "sources")
+    ]
     for index in items_of(parts, "data", "sources"):
+        weight, batches = (parts.get(("data", "sources", index, k)) for k in ("weight", "batches"))
+        own = [parts.get(("data", "sources", index, key)) for key in ("mean", "std")]
+        if weight is None and (batches == "pure" or any(weights) or any(own)):
+            need = "batches: pure needs one" if batches == "pure" else "other sources have one"
+            need = "its own mean or std needs one" if any(own) else need
+            yield ("data", "sources", index, "weight"), f"missing, and {need}: its share of images"
         path = parts.get(("data", "sources", index, "path"))
         if path is not None and path.startswith("builtin:") and path != BUILTIN_PHOTOGRAPHS:
             place = ("data", "sources", index, "path")

@@ -375,21 +375,29 @@ def _valid_parts(
 
 def _missing_folders(parts: Parts) -> Iterator[Problem]:
     """Named folders that are not there, and image folders without an image."""
-    from distill.data.index import SUFFIXES
+    from distill.data.sources import CONTAINERS, LIST_SUFFIXES, SUFFIXES
 
     for index in items_of(parts, "data", "sources"):
         place: Loc = ("data", "sources", index, "path")
         path = parts.get(place)
         if path is None or path == BUILTIN_PHOTOGRAPHS:
             continue
+        if any(mark in Path(path).name for mark in "*?[") and not Path(path).exists():
+            if not any(Path(path).parent.glob(Path(path).name)):
+                yield place, f"{path!r} matches nothing"
+            continue
+        known, suffix = {*SUFFIXES, *CONTAINERS}, Path(path).suffix.lower()
+        if Path(path).is_file() and suffix in {*CONTAINERS, *LIST_SUFFIXES}:
+            continue
         if not Path(path).is_dir():
-            yield place, f"{path!r} is not a folder - give the path of a folder with images"
-        elif not any(file.suffix.lower() in SUFFIXES for file in Path(path).rglob("*")):
-            kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
+            kinds = "a folder with images, a .tar or .parquet file, or a .txt list"
+            yield place, f"{path!r} is not there or no source of images - give {kinds}"
+        elif not any(file.suffix.lower() in known for file in Path(path).rglob("*")):
+            kinds = ", ".join(sorted(suffix[1:] for suffix in known))
             yield place, f"{path!r} holds no image ({kinds}), in no subfolder either"
     weights = parts.get(("teacher", "weights"))
-    if weights is not None and not Path(weights).is_dir():
-        yield ("teacher", "weights"), f"{weights!r} is not a folder with a teacher's weights"
+    if weights is not None and not Path(weights).exists():
+        yield ("teacher", "weights"), f"{weights!r} is not there: a folder or file of weights"
 
 
 def _fields(section: type[Section]) -> dict[str, FieldInfo]:

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 
 from distill.ballot import Ballot
+from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
+from distill.data.bad_samples import count_bad
 from distill.metrics import (
     CheckpointStatus,
     MetricsRow,
@@ -178,6 +180,7 @@ class Recorder:
             eta_s=(1.0 - done) * phase_s / max(1e-9, done - before),
             loader_wait=self._loader_wait,
             images_per_s=images_per_s,
+            bad_samples=count_bad(self._run_folder / BAD_SAMPLES_FILE),
         )
         self._interval_started, self._interval_step, self._marks = time.monotonic(), step, clocks
         return loader_s / elapsed

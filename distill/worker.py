@@ -258,7 +258,7 @@ class _Run:
 
     def _site(self, images: str) -> Site:
         folder = self.job.run_folder
-        return Site(self.device, folder, ImageIndex.load(folder / "data" / f"{images}.npz"))
+        return Site(self.device, folder, ImageIndex.load(folder / "data" / images))
 
     def _restore(self, phase: Phase) -> int:
         """Loads the phase's networks if the checkpoint is of this phase; the step to go on from."""

@@ -22,17 +22,22 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from jaxtyping import Bool, Float, Int64, UInt8
+from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class CropBatch:
-    """Crops of a contiguous range of positions in the global batch, as decoded."""
+    """Crops of a contiguous range of positions in the global batch, as decoded.
+
+    ``colours``: mean and standard deviation of each image's source, RGB in [0, 1]; None where all
+    images are normalised alike.
+    """
 
     global_crops: UInt8[Tensor, "images 2 3 global_height global_width"]
     local_crops: UInt8[Tensor, "images locals 3 local_height local_width"]
     anchor_crops: UInt8[Tensor, "images 2 3 anchor_height anchor_width"] | None = None
+    colours: Float32[Tensor, "images 2 3"] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,11 @@ class LessonBatch:
         crops, targets = self.crops, self.targets
         anchor = targets.anchor_patches
         return LessonBatch(
-            crops=CropBatch(crops.global_crops[images], crops.local_crops[images]),
+            crops=CropBatch(
+                crops.global_crops[images],
+                crops.local_crops[images],
+                colours=None if crops.colours is None else crops.colours[images],
+            ),
             masks=self.masks.part(images),
             targets=TeacherTargets(
                 targets.class_rows[images],
@@ -153,8 +162,15 @@ def normalise(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
+    colours: Float32[Tensor, "images 2 3"] | None = None,
 ) -> Float[Tensor, "*rows 3 height width"]:
-    """Crops scaled to [0, 1], shifted by ``mean`` and divided by ``std`` (RGB), computed in fp32."""
-    shift = torch.tensor(mean, device=crops.device).view(3, 1, 1) * 255.0
-    scale = torch.tensor(std, device=crops.device).view(3, 1, 1) * 255.0
+    """Crops scaled to [0, 1], shifted by ``mean`` and divided by ``std`` (RGB), computed in fp32.
+
+    With ``colours`` by those of each image; the crops are then [images, crops, 3, height, width].
+    """
+    if colours is None:
+        shift = torch.tensor(mean, device=crops.device).view(3, 1, 1) * 255.0
+        scale = torch.tensor(std, device=crops.device).view(3, 1, 1) * 255.0
+    else:
+        shift, scale = (colours * 255.0)[:, :, None, :, None, None].unbind(1)
     return ((crops.float() - shift) / scale).to(dtype)

@@ -104,27 +104,32 @@ class FrozenTeacher(nn.Module):
         class_rows, patch_rows = [], []
         for start in range(0, num_images, self.micro_images):
             stop = min(start + self.micro_images, num_images)
-            features = self._forward(self.backbone, crops.global_crops[start:stop])
+            features = self._forward(
+                self.backbone, crops.global_crops[start:stop], _part(crops.colours, start, stop)
+            )
             tokens = features.class_token
             spoken = tokens if self.dino_head is None else self.dino_head(tokens)
             class_rows.append(spoken[: 2 * (stop - start)])
             wanted = masks.part(slice(start, stop)).rows()
             patch_rows.append(features.patch_tokens.flatten(0, 1).index_select(0, wanted))
         for _ in range(len(class_rows), self.min_forwards):
-            self._forward(self.backbone, crops.global_crops[:0])
+            self._forward(self.backbone, crops.global_crops[:0], None)
         if not class_rows:
             return self._nothing(crops.global_crops.device)
         return TeacherTargets(
             class_rows=torch.cat(class_rows).unflatten(0, (num_images, 2)),
             patch_rows=self._patch_rows(torch.cat(patch_rows)),
-            anchor_patches=self._anchor_patches(crops.anchor_crops),
+            anchor_patches=self._anchor_patches(crops),
         )
 
     def _forward(
-        self, backbone: nn.Module, crops: UInt8[Tensor, "images 2 3 height width"]
+        self,
+        backbone: nn.Module,
+        crops: UInt8[Tensor, "images 2 3 height width"],
+        colours: Float[Tensor, "images 2 3"] | None,
     ) -> Features:
         missing = self.micro_images - crops.shape[0]
-        pixels = normalise(crops.flatten(0, 1), self.mean, self.std, self.dtype)
+        pixels = normalise(crops, self.mean, self.std, self.dtype, colours).flatten(0, 1)
         if missing:
             pixels = torch.cat([pixels, pixels.new_zeros(2 * missing, *pixels.shape[1:])])
         seer: Backbone = backbone  # type: ignore[assignment]  # nn.Module that satisfies the protocol
@@ -140,15 +145,17 @@ class FrozenTeacher(nn.Module):
             return masked.new_zeros(0, self.ibot_head.shape.bottleneck)
         return torch.cat(blocks)[: masked.shape[0]]
 
-    def _anchor_patches(self, crops: Tensor | None) -> Tensor | None:
+    def _anchor_patches(self, batch: CropBatch) -> Tensor | None:
         if self.anchor is None:
             return None
+        crops = batch.anchor_crops
         assert crops is not None, "an anchor without anchor crops"
         rows = []
         for start in range(0, crops.shape[0], self.micro_images):
-            part = crops[start : start + self.micro_images]
-            features = self._forward(self.anchor.backbone, part)
-            patches = features.patch_tokens[: 2 * part.shape[0]]
+            stop = min(start + self.micro_images, crops.shape[0])
+            colours = _part(batch.colours, start, stop)
+            features = self._forward(self.anchor.backbone, crops[start:stop], colours)
+            patches = features.patch_tokens[: 2 * (stop - start)]
             rows.append(resize_grid(patches, features.grid_hw, self.anchor.grid_hw, "bicubic"))
         return torch.cat(rows).unflatten(0, (crops.shape[0], 2))
 
@@ -167,3 +174,7 @@ class FrozenTeacher(nn.Module):
         return TeacherTargets(
             nothing.new_zeros(0, 2, class_width), nothing.new_zeros(0, patch_width), anchor_patches
         )
+
+
+def _part(colours: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if colours is None else colours[start:stop]

@@ -179,9 +179,12 @@ def see_crops(
     dtype = next(backbone.parameters()).dtype
     seer: Backbone = backbone  # type: ignore[assignment]  # nn.Module that satisfies the protocol
     pixels = [
-        _shrunk(normalise(crops.flatten(0, 1), traits.mean, traits.std, torch.float32), traits).to(
-            dtype
-        )
+        _shrunk(
+            normalise(crops, traits.mean, traits.std, torch.float32, batch.crops.colours).flatten(
+                0, 1
+            ),
+            traits,
+        ).to(dtype)
         for crops in (batch.crops.global_crops, batch.crops.local_crops)
     ]
     masks = batch.masks.flags.flatten(0, 1) if traits.masks_input else None

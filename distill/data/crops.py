@@ -9,12 +9,15 @@ crop, threshold 128).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.counter import hashes, uniforms
+from distill.data.sampler import Interleave
 
 NUM_GLOBAL = 2
 ASPECT = (3 / 4, 4 / 3)
@@ -42,9 +45,52 @@ class CropSpec:
     blur_sigma: tuple[float, float]
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """Of global crops, of local crops if there are any, of anchor crops if there are any."""
+        local = (self.local_size,) if self.num_local else ()
+        return (
+            self.global_size,
+            *local,
+            *(() if self.anchor_size is None else (self.anchor_size,)),
+        )
+
+    @property
     def num_crops(self) -> int:
         """Global and local crops together, without anchor crops."""
         return NUM_GLOBAL + self.num_local
+
+
+@dataclass(frozen=True)
+class CropSchedule:
+    """Which sizes a step's crops have: several in fixed shares, each batch of one. Numbers of crops are the same in all.
+
+    Args:
+        specs: the sizes.
+        steps: which of them a step has.
+    """
+
+    specs: tuple[CropSpec, ...]
+    steps: Interleave
+
+    @classmethod
+    def of(cls, specs: Sequence[CropSpec], ratios: Sequence[float], seed: int) -> "CropSchedule":
+        """Sizes in the proportion of ``ratios``."""
+        return cls(tuple(specs), Interleave.of("sizes", seed, ratios))
+
+    @classmethod
+    def one(cls, spec: CropSpec) -> "CropSchedule":
+        """The same sizes at every step."""
+        return cls.of([spec], [1.0], seed=0)
+
+    @property
+    def graph(self) -> CropSpec:
+        """What the decoder's graph is built for: the numbers of crops; sizes come with each batch."""
+        return self.specs[0]
+
+    def at(self, step: int) -> CropSpec:
+        """The crops of a step."""
+        kinds, _ = self.steps.at(np.array([step]))
+        return self.specs[int(kinds[0])]
 
 
 @dataclass(frozen=True)
@@ -123,3 +169,16 @@ def _photometric(draws: NDArray[np.float64], spec: CropSpec) -> NDArray[np.float
     return np.stack(
         [brightness, contrast, np.where(is_gray, 0.0, saturation), hue, blur, solarise], axis=-1
     )
+
+
+def source_outputs(
+    encoded: list[NDArray[np.uint8]], parameters: CropParameters, spec: CropSpec
+) -> tuple[Any, ...]:
+    """One batch in the order in which the decoder's graph reads it: images, sizes, windows and colours of each crop."""
+    squares = [np.full((len(encoded), 2), size, np.float32) for size in spec.sizes]
+    per_crop = [
+        np.ascontiguousarray(part[:, crop])
+        for part in (parameters.windows, parameters.photometric)
+        for crop in range(part.shape[1])
+    ]
+    return (encoded, *squares, *per_crop)

@@ -1,162 +1,304 @@
-"""Which images there are: paths, sizes, classes. Built once, saved as one ``.npz``, read by every rank.
+"""Which images there are: where they lie, their sizes and classes. Built once, a folder of arrays that every rank maps into memory.
 
-Every file's header is read, and for up to 20,000 files every pixel is decoded once, so that a
-broken file is named before training and not in the middle of it.
+    index.json        sources, containers, class names
+    names.npy         names, one after another;  name_ends.npy  where each ends
+    places.npy        container, offset, length of each image
+    hw.npy            height and width;  labels.npy  class, where there are classes
+
+Opening costs the same for a thousand images and for a billion. While it is built every file's
+header is read, and for up to 20,000 files every pixel is decoded once, so that a broken file is
+named before training; larger sets meet theirs on the way, where they are replaced.
 """
 
 import hashlib
+import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile
 
 from distill.data.counter import mix
+from distill.data.faults import MAX_MEGAPIXELS, measure
+from distill.data.places import Kind, Place, Reader
+from distill.data.sources import Found, list_source
 from distill.errors import DataError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+FORMAT = 1
+INDEX_FOLDER = "index"  # within a packed source
 FULL_CHECK_FILES = 20_000
-EXIF_ORIENTATION = 0x0112
-ROTATED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap height and width
 CHECK_THREADS = 4
+LIST_ENTRIES = 10_000_000  # of one index while it is built: their names are held in memory
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class ImageIndex:
-    """Images of a data set; ``hw`` is [images, 2] after EXIF rotation, ``labels`` are indices into ``class_names`` or None."""
+    """Images of a data set; arrays may be mapped from disk.
 
-    paths: tuple[str, ...]
+    Args:
+        names: UTF-8 bytes of all names.
+        name_ends: where each name ends, [images].
+        places: container, offset, length, [images, 3].
+        hw: height and width after EXIF rotation, [images, 2].
+        labels: indices into ``class_names``, [images], or None.
+        containers: kind and path of each.
+        sources: what each source is called, and its number of images; images stand in this order.
+    """
+
+    names: NDArray[np.uint8]
+    name_ends: NDArray[np.int64]
+    places: NDArray[np.int64]
     hw: NDArray[np.int32]
     labels: NDArray[np.int32] | None
     class_names: tuple[str, ...]
+    containers: tuple[tuple[Kind, str], ...]
+    sources: tuple[tuple[str, int], ...]
+
+    def __len__(self) -> int:
+        """Images."""
+        return len(self.hw)
+
+    def place(self, image: int) -> Place:
+        """Where an image lies."""
+        start = int(self.name_ends[image - 1]) if image else 0
+        name = self.names[start : int(self.name_ends[image])].tobytes().decode()
+        container, offset, length = (int(value) for value in self.places[image])
+        kind, path = self.containers[container]
+        return Place(kind, path, name, offset, length)
+
+    @property
+    def bounds(self) -> tuple[range, ...]:
+        """The images of each source."""
+        ends = np.cumsum([0, *(count for _, count in self.sources)]).tolist()
+        return tuple(range(start, stop) for start, stop in pairwise(ends))
 
     @property
     def fingerprint(self) -> str:
-        """Sixteen hex digits over file names within the set, sizes and classes; the same data elsewhere has the same."""
-        digest = hashlib.sha256(self.hw.tobytes())
-        for path in self.paths:
-            digest.update("/".join(Path(path).parts[-2:]).encode())
+        """Sixteen hex digits over names within the sources, sizes and classes; the same data elsewhere has the same."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.hw).tobytes())
+        digest.update(np.ascontiguousarray(self.names).tobytes())
+        if self.labels is not None:
+            digest.update(np.ascontiguousarray(self.labels).tobytes())
         return digest.hexdigest()[:16]
 
-    def save(self, path: Path) -> None:
-        """Writes one file without pickle, in one rename."""
-        aside = path.with_name(f".{path.name}.part")
-        arrays: dict[str, NDArray[Any]] = {
-            "paths": np.frombuffer("\0".join(self.paths).encode(), np.uint8),
-            "class_names": np.frombuffer("\0".join(self.class_names).encode(), np.uint8),
-            "hw": self.hw,
-            "labels": np.empty(0, np.int32) if self.labels is None else self.labels,
+    def save(self, folder: Path, relative_to: Path | None = None) -> None:
+        """Writes a folder without pickle, in one rename; what was there is replaced.
+
+        ``relative_to`` is the folder's parent: containers below it are found wherever it is moved.
+        """
+        aside = folder.with_name(f".{folder.name}.part")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name in ARRAYS:
+            array = getattr(self, name)
+            if array is not None:
+                np.save(aside / f"{name}.npy", array, allow_pickle=False)
+        facts = {
+            "format": FORMAT,
+            "class_names": self.class_names,
+            "containers": [
+                [int(kind), path if relative_to is None else os.path.relpath(path, relative_to)]
+                for kind, path in self.containers
+            ],
+            "sources": self.sources,
         }
-        with aside.open("wb") as file:
-            np.savez(file, allow_pickle=False, **arrays)
-        aside.rename(path)
+        (aside / "index.json").write_text(json.dumps(facts))
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
 
     @classmethod
-    def load(cls, path: Path) -> "ImageIndex":
-        """Reads what ``save`` wrote."""
-        with np.load(path, allow_pickle=False) as arrays:
-            names = arrays["class_names"].tobytes().decode()
-            labels = arrays["labels"]
+    def load(cls, folder: Path) -> "ImageIndex":
+        """Maps what ``save`` wrote.
+
+        Raises:
+            DataError: it is not there, is damaged, or of another format.
+        """
+        try:
+            facts = json.loads((folder / "index.json").read_text())
+            if facts["format"] != FORMAT:
+                raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
+            arrays: dict[str, Any] = {
+                name: _map(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()
+            }
             return cls(
-                paths=tuple(arrays["paths"].tobytes().decode().split("\0")),
-                hw=arrays["hw"],
-                labels=labels if len(labels) else None,
-                class_names=tuple(names.split("\0")) if names else (),
+                **arrays,
+                class_names=tuple(facts["class_names"]),
+                containers=tuple(
+                    (
+                        Kind(kind),
+                        os.path.normpath(folder.absolute().parent / path),
+                    )  # absolute ones stay
+                    for kind, path in facts["containers"]
+                ),
+                sources=tuple((name, count) for name, count in facts["sources"]),
             )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{folder}: not a readable index ({error})", fix="Remove it; it is built again."
+            ) from error
+
+    def subset(self, images: NDArray[np.int64]) -> "ImageIndex":
+        """Some of the images, in the order given, which keeps sources together."""
+        starts = np.concatenate([[0], self.name_ends[:-1]])[images]
+        parts = [
+            self.names[start:end] for start, end in zip(starts, self.name_ends[images], strict=True)
+        ]
+        counts = [int(((images >= b.start) & (images < b.stop)).sum()) for b in self.bounds]
+        return ImageIndex(
+            names=np.concatenate(parts or [np.empty(0, np.uint8)]),
+            name_ends=np.cumsum([len(part) for part in parts], dtype=np.int64),
+            places=self.places[images],
+            hw=self.hw[images],
+            labels=None if self.labels is None else self.labels[images],
+            class_names=self.class_names,
+            containers=self.containers,
+            sources=tuple((s, n) for (s, _), n in zip(self.sources, counts, strict=True)),
+        )
+
+
+ARRAYS: Mapping[str, type] = {
+    "names": np.uint8,
+    "name_ends": np.int64,
+    "places": np.int64,
+    "hw": np.int32,
+    "labels": np.int32,
+}
+
+
+def _map(path: Path, dtype: type) -> NDArray[Any] | None:
+    if not path.is_file() and path.stem == "labels":
+        return None
+    array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    if array.dtype != dtype:
+        raise ValueError(f"{path.name} holds {array.dtype}, not {np.dtype(dtype)}")
+    return array
 
 
 def build_index(
     sources: Sequence[Path],
     *,
     max_bad_fraction: float,
+    max_megapixels: float = MAX_MEGAPIXELS,
     progress: Callable[[int, int], None] | None = None,
+    is_packing: bool = False,
 ) -> ImageIndex:
-    """The images below some folders, in the order of their relative paths.
+    """The images of some sources, source by source, in the order of their names.
 
-    The class of an image is the first folder of its path below the source, when every image has one
-    and there are at least two. Broken files are named in a warning each and left out.
+    There are classes when every image has a label and there are at least two. A source that was packed
+    brings its index, unless ``is_packing``. Broken files are named in a warning each and left out.
 
     Raises:
-        DataError: a folder is missing or holds no image, or more than ``max_bad_fraction`` of the
+        DataError: a source is missing or holds no image, or more than ``max_bad_fraction`` of the
         files are broken (one always may be).
     """
-    folders = [source.absolute() for source in sources]
-    files = [(source, path) for source in folders for path in list_images(source)]
-    is_full_check = len(files) <= FULL_CHECK_FILES
-    sizes: list[tuple[int, int] | str] = []
-    with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        for size in pool.map(lambda item: _measure(item[1], is_full_check), files):
-            sizes.append(size)
-            if progress is not None:
-                progress(len(sizes), len(files))
-    bad = [
-        (path, size) for (_, path), size in zip(files, sizes, strict=True) if isinstance(size, str)
-    ]
-    for path, reason in bad:
-        logger.warning("%s: left out, cannot be decoded (%s)", path, reason)
-    if len(bad) > max(1.0, max_bad_fraction * len(files)) or len(bad) == len(files):
+    surveys = [_survey(source, reads_index=not is_packing) for source in sources]
+    found = [each for survey in surveys for each in survey.found]
+    if len(found) > LIST_ENTRIES:
         raise DataError(
-            f"{bad[0][0]}: cannot be decoded ({bad[0][1]}); {len(bad)} of {len(files)} images are broken, "
+            f"data.sources: {len(found):,} images, more than an index of {LIST_ENTRIES:,} holds",
+            fix="Train on fewer, or pack them and list the shards of a part.",
+        )
+    unknown = [each for survey in surveys if survey.sizes is None for each in survey.found]
+    measured = iter(_measure_all(unknown, max_megapixels, progress))
+    sizes: list[tuple[int, int] | str] = []
+    for survey in surveys:
+        sizes += islice(measured, len(survey.found)) if survey.sizes is None else survey.sizes
+    bad = [
+        (each.place, size) for each, size in zip(found, sizes, strict=True) if isinstance(size, str)
+    ]
+    for place, reason in bad:
+        logger.warning("%s: left out, cannot be used (%s)", place, reason)
+    if len(bad) > max(1.0, max_bad_fraction * len(found)) or len(bad) == len(found):
+        raise DataError(
+            f"{bad[0][0]}: cannot be used ({bad[0][1]}); {len(bad)} of {len(found)} images are broken, "
             f"more than data.max_bad_fraction = {max_bad_fraction:g} allows",
             fix="Repair or remove them, or raise data.max_bad_fraction.",
         )
-    good = [
-        (source, path, size)
-        for (source, path), size in zip(files, sizes, strict=True)
-        if not isinstance(size, str)
-    ]
-    labels, class_names = _classes([path.relative_to(source) for source, path, _ in good])
-    hw = np.array([size for *_, size in good], np.int32).reshape(-1, 2)
-    return ImageIndex(tuple(str(path) for _, path, _ in good), hw, labels, class_names)
+    kept = [not isinstance(size, str) for size in sizes]
+    ends = np.cumsum([0, *(len(survey.found) for survey in surveys)]).tolist()
+    counts = [sum(kept[start:stop]) for start, stop in pairwise(ends)]
+    good = [each for each, is_good in zip(found, kept, strict=True) if is_good]
+    named = tuple((str(source), count) for source, count in zip(sources, counts, strict=True))
+    return make_index(good, [size for size in sizes if not isinstance(size, str)], named)
 
 
-def list_images(source: Path) -> list[Path]:
-    """Absolute paths of the image files below a folder, sorted.
+@dataclass(frozen=True)
+class _Survey:
+    """Images of a source, and their sizes where they are known."""
 
-    Raises:
-        DataError: it is not a folder, or holds no image.
-    """
-    if not source.is_dir():
-        raise DataError(
-            f"data.sources: {source} is not a folder", fix="Give the path of a folder with images."
-        )
-    found = [
-        path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-    ]
-    if not found:
-        raise DataError(
-            f"data.sources: {source} holds no images",
-            fix=f"Put images ({', '.join(sorted(SUFFIXES))}) into it or its folders.",
-        )
-    return sorted(path.absolute() for path in found)
+    found: list[Found]
+    sizes: list[tuple[int, int]] | None
 
 
-def _measure(path: Path, is_full_check: bool) -> tuple[int, int] | str:
-    """Height and width, or why the file is broken."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
-            if is_full_check:
-                image.load()
-    except Exception as error:  # Pillow raises whatever its decoders raise
-        return str(error).replace(str(path), "").strip() or type(error).__name__
-    return (width, height) if orientation in ROTATED else (height, width)
+def _survey(source: Path, *, reads_index: bool) -> _Survey:
+    if not reads_index or not (source / INDEX_FOLDER).is_dir():
+        return _Survey(list_source(source), None)
+    index = ImageIndex.load(source / INDEX_FOLDER)
+    names = index.class_names
+    labels = [""] * len(index) if index.labels is None else [names[i] for i in index.labels]
+    found = [Found(index.place(image), label) for image, label in enumerate(labels)]
+    return _Survey(found, [(height, width) for height, width in index.hw.tolist()])
 
 
-def _classes(relative: Sequence[Path]) -> tuple[NDArray[np.int32] | None, tuple[str, ...]]:
-    tops = [path.parts[0] if len(path.parts) > 1 else "" for path in relative]
-    names = sorted(set(tops))
+def make_index(
+    found: Sequence[Found],
+    sizes: Sequence[tuple[int, int]],
+    sources: tuple[tuple[str, int], ...],
+) -> ImageIndex:
+    """The index of images whose heights and widths are known."""
+    containers: dict[tuple[Kind, str], int] = {}
+    places = np.empty((len(found), 3), np.int64)
+    names = [each.place.name.encode() for each in found]
+    for row, each in enumerate(found):
+        place = each.place
+        number = containers.setdefault((place.kind, place.container), len(containers))
+        places[row] = number, place.offset, place.length
+    labels, class_names = _classes([each.label for each in found])
+    return ImageIndex(
+        names=np.frombuffer(b"".join(names), np.uint8),
+        name_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
+        places=places,
+        hw=np.array(sizes, np.int32).reshape(-1, 2),
+        labels=labels,
+        class_names=class_names,
+        containers=tuple(containers),
+        sources=sources,
+    )
+
+
+def _measure_all(
+    found: Sequence[Found],
+    max_megapixels: float,
+    progress: Callable[[int, int], None] | None,
+) -> list[tuple[int, int] | str]:
+    """Height and width of each image, or what is wrong with it."""
+    reader, is_full = Reader(), len(found) <= FULL_CHECK_FILES
+    sizes: list[tuple[int, int] | str] = []
+    with ThreadPoolExecutor(CHECK_THREADS) as pool:
+        for size in pool.map(lambda e: measure(reader, e.place, max_megapixels, is_full), found):
+            sizes.append(size)
+            if progress is not None:
+                progress(len(sizes), len(found))
+    return sizes
+
+
+def _classes(labels: Sequence[str]) -> tuple[NDArray[np.int32] | None, tuple[str, ...]]:
+    """Class numbers and names, when all are labelled and there are two classes at least; numbers in numeric order."""
+    names = sorted(
+        set(labels), key=lambda n: (not n.isdecimal(), int(n) if n.isdecimal() else 0, n)
+    )
     if len(names) < 2 or "" in names:
         return None, ()
     order = {name: index for index, name in enumerate(names)}
-    return np.array([order[top] for top in tops], np.int32), tuple(names)
+    return np.array([order[label] for label in labels], np.int32), tuple(names)
 
 
 def split(index: ImageIndex, fraction: float) -> tuple[ImageIndex, ImageIndex]:
@@ -166,7 +308,7 @@ def split(index: ImageIndex, fraction: float) -> tuple[ImageIndex, ImageIndex]:
         DataError: a class has a single image, so nothing of it could be held out.
     """
     assert index.labels is not None, "only labelled images are split"
-    is_held_out = np.zeros(len(index.paths), bool)
+    is_held_out = np.zeros(len(index), bool)
     for label, name in enumerate(index.class_names):
         members = np.flatnonzero(index.labels == label)
         if len(members) < 2:
@@ -177,25 +319,4 @@ def split(index: ImageIndex, fraction: float) -> tuple[ImageIndex, ImageIndex]:
         count = min(len(members) - 1, max(1, round(fraction * len(members))))
         order = np.argsort(mix(np.arange(len(members))), kind="stable")
         is_held_out[members[order[:count]]] = True
-    return _subset(index, ~is_held_out), _subset(index, is_held_out)
-
-
-def _subset(index: ImageIndex, keep: NDArray[np.bool_]) -> ImageIndex:
-    assert index.labels is not None, "only labelled images are split"
-    chosen = np.flatnonzero(keep)
-    return ImageIndex(
-        tuple(index.paths[i] for i in chosen),
-        index.hw[chosen],
-        index.labels[chosen],
-        index.class_names,
-    )
-
-
-def find_undecodable(paths: Sequence[str]) -> tuple[str, str] | None:
-    """The first file of a batch that cannot be decoded, with the reason; None when all can."""
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES, "truncated images must be errors here"
-    for path in paths:
-        result = _measure(Path(path), is_full_check=True)
-        if isinstance(result, str):
-            return path, result
-    return None
+    return index.subset(np.flatnonzero(~is_held_out)), index.subset(np.flatnonzero(is_held_out))

@@ -8,7 +8,7 @@ Departures from torchvision, by DALI's definitions: contrast turns about 128 ins
 mean grey; hue is a rotation in YIQ instead of HSV; the order of the colour operations is fixed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, no_type_check
 
 import numpy as np
@@ -20,47 +20,48 @@ from distill.data.crops import NUM_GLOBAL, CropSpec
 
 Source = Callable[[], tuple[Any, ...]]
 BLUR_WINDOW = 9  # pixels; torchvision's kernel in the published augmentation
-PREFETCH = 2  # batches computed ahead of the caller
 SOLARISE_THRESHOLD = 128
 
 
 def build_pipeline(
-    spec: CropSpec, source: Source, batch: int, num_threads: int, device_id: int | None
+    spec: CropSpec,
+    source: Source,
+    batch: int,
+    num_threads: int,
+    device_id: int | None,
+    prefetch: int,
 ) -> Any:
     """A built pipeline whose outputs are global, local and anchor crops, uint8 [images, 3, height, width] each.
 
-    ``source`` gives, per batch: encoded images, and per crop its windows [images, 4] and
-    photometric parameters [images, 6].
+    ``source`` gives what ``source_outputs`` makes of a batch; of ``spec`` only the numbers of crops
+    count, sizes come with each batch.
     """
-    num_crops = spec.num_crops
+    num_crops, num_sizes = spec.num_crops, len(spec.sizes)
 
     @pipeline_def(
         batch_size=batch,
         num_threads=num_threads,
         device_id=device_id,
-        prefetch_queue_depth=PREFETCH,
+        prefetch_queue_depth=prefetch,
         enable_conditionals=True,
     )
     @no_type_check  # DALI rewrites this function's source and cannot look through a run-time type checker
     def graph() -> tuple[Any, ...]:
-        encoded, *parameters = fn.external_source(
-            source=source, num_outputs=1 + 2 * num_crops, batch=True
+        encoded, *inputs = fn.external_source(
+            source=source, num_outputs=1 + num_sizes + 2 * num_crops, batch=True
         )
-        image = fn.decoders.image(
-            encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB
-        )
+        sizes, parameters = inputs[:num_sizes], inputs[num_sizes:]
+        image = _decode(encoded, device_id)
         crops, anchors = [], []
         for crop in range(num_crops):
             window, photometric = parameters[crop], parameters[num_crops + crop]
             is_global = crop < NUM_GLOBAL
-            resized = _resize(image, window, spec.global_size if is_global else spec.local_size)
+            resized = _resize(image, window, sizes[0] if is_global else sizes[1])
             crops.append(
                 fn.transpose(_distort(resized, photometric, can_solarise=crop == 1), perm=[2, 0, 1])
             )
             if is_global and spec.anchor_size is not None:
-                anchors.append(
-                    fn.transpose(_resize(image, window, spec.anchor_size), perm=[2, 0, 1])
-                )
+                anchors.append(fn.transpose(_resize(image, window, sizes[-1]), perm=[2, 0, 1]))
         return (*crops, *anchors)
 
     pipeline = graph()
@@ -69,12 +70,12 @@ def build_pipeline(
 
 
 @no_type_check
-def _resize(image: Any, window: Any, size: int) -> Any:
+def _resize(image: Any, window: Any, size: Any) -> Any:
     return fn.resize(
         image,
         roi_start=window[:2],
         roi_end=window[2:],
-        size=[size, size],
+        size=size,
         interp_type=types.INTERP_CUBIC,
         antialias=True,
     )
@@ -96,13 +97,28 @@ def _distort(crop: Any, photometric: Any, *, can_solarise: bool) -> Any:
     return crop
 
 
-def source_outputs(
-    encoded: list[NDArray[np.uint8]], windows: NDArray[np.float32], photometric: NDArray[np.float32]
-) -> tuple[Any, ...]:
-    """One batch in the order that the graph reads it; windows and photometric are [images, crops, ...]."""
-    per_crop = [
-        np.ascontiguousarray(part[:, crop])
-        for part in (windows, photometric)
-        for crop in range(part.shape[1])
-    ]
-    return (encoded, *per_crop)
+def find_refused(encoded: Sequence[NDArray[np.uint8]], device_id: int | None) -> list[int]:
+    """Numbers of the images that the decoder cannot decode; each is tried alone."""
+    refused = []
+    for number, image in enumerate(encoded):
+
+        @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+        @no_type_check  # as above
+        def alone(image: NDArray[np.uint8] = image) -> Any:
+            one = fn.external_source(source=lambda: [image], batch=True)
+            return _decode(one, device_id)
+
+        pipeline = alone()
+        pipeline.build()
+        try:
+            pipeline.run()
+        except RuntimeError:
+            refused.append(number)
+    return refused
+
+
+@no_type_check
+def _decode(encoded: Any, device_id: int | None) -> Any:
+    return fn.decoders.image(
+        encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB
+    )

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -18,6 +18,7 @@ from distill.doctor import Finding
 from distill.errors import DataError, SetupError
 from distill.launch import Options
 from distill.recipe_file import copy_recipe, load_job
+from tests.distill.conftest import Result, Run
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -74,7 +75,7 @@ def test_check__a_bad_recipe_is_exit_code_2_with_every_problem(
         (
             ("check", "quickstart", "data.sources=[{path: /nowhere}]"),
             2,
-            "'/nowhere' is not a folder",
+            "'/nowhere' is not there or no source of images",
         ),
         (("plan", "quickstart", "--ranks", "100"), 2, "teacher: 100 ranks for a batch of"),
         (
@@ -133,31 +134,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 # The rest runs in this process; the launcher is replaced, because nothing here is to train.
 
 VERBS = ("train", "pretrain", "watch", "check", "plan", "eval", "doctor", "recipes")
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def distill(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """The command line in this process: exit code, standard output, standard error."""
-    monkeypatch.setenv("COLUMNS", "200")
-    for name in ("RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-    def run(*words: object) -> Result:
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        captured = capsys.readouterr()
-        return Result(int(ended.value.code or 0), captured.out, captured.err)
-
-    return run
 
 
 @pytest.fixture

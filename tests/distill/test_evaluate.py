@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distill.data.index import ImageIndex, build_index
+from distill.data.places import Place, Reader
 from distill.errors import UserError
 from distill.evaluate import (
     Preparation,
@@ -155,8 +157,8 @@ def export(folder: Path, spec: BackboneSpec, size: int) -> None:
 def run_folder(tmp_path: Path, splits: tuple[ImageIndex, ImageIndex]) -> Path:
     """A run as the launcher leaves it, with networks that learned nothing."""
     (tmp_path / "data").mkdir()
-    splits[0].save(tmp_path / "data" / "train.npz")
-    splits[1].save(tmp_path / "data" / "held_out.npz")
+    splits[0].save(tmp_path / "data" / "train")
+    splits[1].save(tmp_path / "data" / "held_out")
     export(tmp_path / "teacher", TINY_VIT, 16)
     export(tmp_path / "students" / "vit", TINY_VIT, 16)
     export(tmp_path / "students" / "conv", TINY_CONVNEXT, 32)
@@ -166,7 +168,7 @@ def run_folder(tmp_path: Path, splits: tuple[ImageIndex, ImageIndex]) -> Path:
 def scored(index: ImageIndex) -> Scored:
     assert index.labels is not None
     labels = torch.from_numpy(np.asarray(index.labels).astype(np.int64))
-    return Scored([Path(path) for path in index.paths], labels)
+    return Scored([index.place(image) for image in range(len(index))], labels)
 
 
 def test_colour_score__sees_colour(splits: tuple[ImageIndex, ImageIndex]) -> None:
@@ -200,9 +202,9 @@ class MeanColour(nn.Module):
 def test_extract__keeps_the_order_whatever_the_batch(
     splits: tuple[ImageIndex, ImageIndex], batch: int
 ) -> None:
-    paths = [Path(path) for path in splits[0].paths]
-    features = extract(MeanColour(), paths, Preparation(16, MEAN, STD), device=CPU, batch=batch)
-    images = np.stack([np.asarray(Image.open(path)) for path in paths]) / 255.0
+    places = [splits[0].place(image) for image in range(len(splits[0]))]
+    features = extract(MeanColour(), places, Preparation(16, MEAN, STD), device=CPU, batch=batch)
+    images = np.stack([np.asarray(Image.open(str(place))) for place in places]) / 255.0
     expected = (images.mean((1, 2)) - np.array(MEAN)) / np.array(STD)
     # fp32 means of 256 normalised pixels
     np.testing.assert_allclose(features.numpy(), expected, atol=1e-5)
@@ -212,14 +214,16 @@ def test_decode__resizes_only_when_the_size_differs(tmp_path: Path) -> None:
     tile = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     Image.fromarray(tile).save(tmp_path / "a.png")
     Image.fromarray(tile[..., 0]).save(tmp_path / "grey.png")
-    assert torch.equal(decode(tmp_path / "a.png", 16), torch.from_numpy(tile).permute(2, 0, 1))
-    assert decode(tmp_path / "grey.png", 8).shape == (3, 8, 8)
+    assert torch.equal(
+        decode(Reader(), Place.of(tmp_path / "a.png"), 16), torch.from_numpy(tile).permute(2, 0, 1)
+    )
+    assert decode(Reader(), Place.of(tmp_path / "grey.png"), 8).shape == (3, 8, 8)
 
 
 def test_decode__broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"broken\.png: cannot be decoded"):
-        decode(tmp_path / "broken.png", 16)
+        decode(Reader(), Place.of(tmp_path / "broken.png"), 16)
 
 
 def test_evaluate_run__scores_everything_and_keeps_the_rest(run_folder: Path) -> None:
@@ -254,8 +258,8 @@ def test_evaluate_run__images_without_classes(run_folder: Path, tmp_path: Path) 
     flat = tmp_path / "flat"
     flat.mkdir()
     Image.new("RGB", (16, 16)).save(flat / "a.png")
-    build_index([flat], max_bad_fraction=0.0).save(run_folder / "data" / "train.npz")
-    (run_folder / "data" / "held_out.npz").unlink()
+    build_index([flat], max_bad_fraction=0.0).save(run_folder / "data" / "train")
+    shutil.rmtree(run_folder / "data" / "held_out")
     summary = evaluate_run(run_folder)
     assert "no class folders" in summary["knn_reason"]
     assert summary["teacher"]["knn"] is None
@@ -270,8 +274,8 @@ def test_evaluate_run__too_few_images(run_folder: Path) -> None:
 
 
 def test_evaluate_run__index_missing(run_folder: Path) -> None:
-    (run_folder / "data" / "held_out.npz").unlink()
-    with pytest.raises(UserError, match=r"held_out\.npz: missing"):
+    shutil.rmtree(run_folder / "data" / "held_out")
+    with pytest.raises(UserError, match="held_out: missing"):
         evaluate_run(run_folder)
 
 

@@ -36,8 +36,16 @@ from tests.teacher.test_trainee import MEAN, STD, network, teacher
 IMAGES = 32
 SCALARS = StepScalars(Objective(1.0, 1.0, 0.1, 1.0, cosine=1.0, smooth_l1=1.0), 1.0, 1.0)
 # 2 global crops of 16 px and 2 local ones of 8 px; bottlenecks of 6 numbers in fp32; 4 patches
-WIRE = WireShape(2 * 3 * 16 * 16, 2 * 3 * 8 * 8, 2 * 6, 6, 4, 4)
+WIRE = WireShape(2 * 3 * 16 * 16, 2 * 3 * 8 * 8, 2 * 6, 6, 4, 4, colour_values=6)
 RATES = StepRates(lr=1e-3, lr_prototypes=1e-3, weight_decay=0.04, ema_momentum=0.9)
+
+
+def some(crops: CropBatch, images: slice) -> CropBatch:
+    """Some of the images."""
+    assert crops.colours is not None
+    return CropBatch(
+        crops.global_crops[images], crops.local_crops[images], colours=crops.colours[images]
+    )
 
 
 def batch_of(step: int) -> tuple[CropBatch, Tensor]:
@@ -47,7 +55,8 @@ def batch_of(step: int) -> tuple[CropBatch, Tensor]:
     def draw(*shape: int) -> Tensor:
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
-    crops = CropBatch(draw(IMAGES, 2, 3, 16, 16), draw(IMAGES, 2, 3, 8, 8))
+    colours = 0.3 + 0.4 * torch.rand(IMAGES, 2, 3, generator=generator)  # as if from many sources
+    crops = CropBatch(draw(IMAGES, 2, 3, 16, 16), draw(IMAGES, 2, 3, 8, 8), colours=colours)
     return crops, torch.rand(IMAGES, 2, 4, generator=generator) < 0.3
 
 
@@ -113,7 +122,7 @@ def train_family(
             now = timetable.at(ahead)
             share = now.share(rank, ahead)
             part = slice(share.start, share.stop)
-            mine = CropBatch(crops.global_crops[part], crops.local_crops[part])
+            mine = some(crops, part)
             asked = PatchMasks.of(torch.ones_like(masks[part]) if is_published else masks[part])
             counts = masks.sum(dim=2).numpy()
             needed = PatchMasks.of(take(masks, now.needs(rank)))
@@ -282,7 +291,7 @@ def test_exchange__counts_what_arrives_from_other_ranks(num_ranks: int) -> None:
             share = plan.share(rank, step)
             foreign = [i for part in plan.needs(rank) for i in part if i not in share]
             pixels = 2 * 3 * 16 * 16 + 2 * 3 * 8 * 8
-            expected += len(foreign) * (pixels + 2 * 6 * 4)
+            expected += len(foreign) * (pixels + 2 * 6 * 4 + 2 * 3 * 4)
             expected += sum(int(per_image[i]) for i in foreign) * 6 * 4
         assert result["received_bytes"] == expected
 
@@ -383,7 +392,7 @@ def train_one(pupil: Pupil, plan: Plan, steps: range) -> list[float]:
     for step in steps:
         crops, masks = batch_of(step)
         part = slice(plan.share(rank, step).start, plan.share(rank, step).stop)
-        mine = CropBatch(crops.global_crops[part], crops.local_crops[part])
+        mine = some(crops, part)
         own = PatchMasks.of(masks[part])
         outgoing = Outgoing(step, mine, taught.teach(mine, own), own, masks.sum(dim=2).numpy())
         delivery = exchange.wait(exchange.start(outgoing))

@@ -8,6 +8,10 @@ import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
+from distill.data.index import make_index
+from distill.data.places import Place
+from distill.data.sampler import Pool
+from distill.data.sources import Found
 from distill.errors import RecipeError
 from distill.recipe import (
     CONVNEXT_STRIDES,
@@ -28,6 +32,7 @@ from distill.recipe_file import (
     names_teacher_recipe,
     resolved_yaml,
 )
+from distill.supply import pools_of
 from students.catalog import CATALOG
 from students.convnext import ConvNeXtSpec
 from teacher.vit import ViTSpec
@@ -692,11 +697,11 @@ def test_load_job__folders_are_checked_when_asked(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_job(write_pair(tmp_path, text), check_folders=True)
     message = caught.value.message
-    assert re.search(r"family.yaml:3:20: teacher.weights: '/no/teacher' is not a folder", message)
+    assert re.search(r"family.yaml:3:20: teacher.weights: '/no/teacher' is not there", message)
     assert re.search(
         r"family.yaml:9:\d+: data.sources.1.path: '.*empty' holds no image \(bmp,", message
     )
-    assert re.search(r"data.sources.2.path: '.*nowhere' is not a folder - give the path", message)
+    assert re.search(r"data.sources.2.path: '.*nowhere' is not there or no source", message)
     assert "3 problems" in message
 
 
@@ -854,3 +859,40 @@ def test_backbone_spec__of_a_name_and_of_free_sizes() -> None:
 def test_checkpoint_spec__every(every: str | int, seconds: float | None, steps: int | None) -> None:
     spec = CheckpointSpec(every=every)
     assert (spec.every_s, spec.every_steps) == (seconds, steps)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ("[{path: a, batches: pure}]", "sources.0.weight': missing, and batches: pure needs one"),
+        ("[{path: a, weight: 1.0}, {path: b}]", "sources.1.weight': missing, and other sources"),
+        (
+            "[{path: a, std: [1.0, 1.0, 1.0]}]",
+            "sources.0.weight': missing, and its own mean or std",
+        ),
+        ("[{path: a, weight: 1.0, std: [0.0, 1.0, 1.0]}]", "std': .*each must be above 0"),
+        ("[{path: a, weight: 0.0}]", "sources.0.weight': Input should be greater than 0"),
+        ("[{path: a, weight: 1.0, batches: some}]", "batches': Input should be 'mixed' or 'pure'"),
+    ],
+)
+def test_sources__what_does_not_go_together(sources: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(tmp_path, FAMILY), [f"data.sources={sources}"])
+
+
+def test_sources__become_pools_of_the_sampler(tmp_path: Path) -> None:
+    found = [Found(Place.of(Path(f"/x/{i}.png")), "") for i in range(5)]
+    index = make_index(found, [(8, 8)] * 5, (("a", 2), ("b", 3)))
+    path = write(tmp_path, FAMILY)
+    plain = load_recipe(path, ["data.sources=[a, b]"])
+    assert pools_of(plain.data, index) == [Pool(0, 5)]
+    sources = (
+        "[{path: a, weight: 0.9, mean: [0.1, 0.2, 0.3]}, {path: b, weight: 0.1, batches: pure}]"
+    )
+    mixed = load_recipe(path, [f"data.sources={sources}"])
+    usual = (mixed.data.mean, mixed.data.std)
+    assert pools_of(mixed.data, index) == [
+        Pool(0, 2, 0.9, False, ((0.1, 0.2, 0.3), mixed.data.std)),
+        Pool(2, 5, 0.1, True, usual),
+    ]
+    assert recipe_hash(plain) != recipe_hash(mixed)

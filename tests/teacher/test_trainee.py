@@ -73,6 +73,20 @@ def ce(bottleneck: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
     return -(target * torch.log_softmax(prototypes @ bottleneck / 0.1, 0)).sum()
 
 
+def test_normalise__by_each_images_own_colours() -> None:
+    crops = torch.randint(0, 256, (3, 2, 3, 4, 4), dtype=torch.uint8)
+    alike = torch.tensor([MEAN, STD]).expand(3, 2, 3)
+    same = normalise(crops, MEAN, STD, torch.float32)
+    assert torch.equal(normalise(crops, (0, 0, 0), (1, 1, 1), torch.float32, alike), same)
+    colours = torch.rand(3, 2, 3) + 0.1
+    together = normalise(crops, MEAN, STD, torch.float32, colours)
+    for image in range(3):
+        mean, std = colours[image].tolist()
+        torch.testing.assert_close(
+            together[image], normalise(crops[image], mean, std, torch.float32)
+        )
+
+
 def test_trainee__loss_equals_loops_over_images_crops_and_patches() -> None:
     taught, learner = teacher().double(), trainee().double()
     taught.anchor = Anchor(network(3)[0].double(), (2, 2))

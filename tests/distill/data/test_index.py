@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.data.index import ImageIndex, build_index, find_undecodable, split
+from distill.data.index import ImageIndex, build_index, make_index, split
 from distill.data.photographs import NAMES, write_tiles
+from distill.data.places import Place
+from distill.data.sources import Found
 from distill.errors import DataError
 
 
@@ -36,9 +38,8 @@ def test_build_index__a_relative_folder(tmp_path: Path, monkeypatch: pytest.Monk
         paint(tmp_path / "images" / name)
     monkeypatch.chdir(tmp_path)
     index = build_index([Path("images")], max_bad_fraction=0.0)
-    assert index.class_names == ("cat", "dog") and all(
-        Path(path).is_absolute() for path in index.paths
-    )
+    assert index.class_names == ("cat", "dog")
+    assert all(Path(str(index.place(i))).is_absolute() for i in range(2))
 
 
 def test_build_index__no_classes_in_a_flat_folder(tmp_path: Path) -> None:
@@ -63,12 +64,8 @@ def test_build_index__names_a_broken_file_and_goes_on(
     (tmp_path / "half.jpg").write_bytes(whole[: len(whole) // 2])
     with caplog.at_level(logging.WARNING):
         index = build_index([tmp_path], max_bad_fraction=0.0)
-    assert len(index.paths) == 3
-    assert [
-        r.getMessage()
-        for r in caplog.records
-        if "half.jpg: left out, cannot be decoded" in r.getMessage()
-    ]
+    assert len(index) == 3
+    assert [r for r in caplog.records if "half.jpg: left out, cannot be used" in r.getMessage()]
 
 
 def test_build_index__too_many_broken_files_stop_it(tmp_path: Path) -> None:
@@ -76,30 +73,64 @@ def test_build_index__too_many_broken_files_stop_it(tmp_path: Path) -> None:
     for i in range(2):
         (tmp_path / f"bad{i}.jpg").write_bytes(b"")
     with pytest.raises(
-        DataError, match=r"bad0.jpg: cannot be decoded .*; 2 of 3 images are broken"
+        DataError, match=r"bad0.jpg: cannot be used \(empty file\); 2 of 3 images are broken"
     ):
         build_index([tmp_path], max_bad_fraction=0.1)
 
 
 def test_build_index__missing_and_empty_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="nowhere is not a folder"):
+    with pytest.raises(DataError, match="nowhere is not there"):
         build_index([tmp_path / "nowhere"], max_bad_fraction=0.0)
     with pytest.raises(DataError, match="holds no images"):
         build_index([tmp_path], max_bad_fraction=0.0)
 
 
-def test_save__load_gives_the_same_back(tmp_path: Path) -> None:
-    for labels in (np.array([0, 1], np.int32), None):
-        names = ("ä", "b") if labels is not None else ()
-        index = ImageIndex(
-            ("/x/ä 1.png", "/x/2.png"), np.array([[1, 2], [3, 4]], np.int32), labels, names
-        )
-        index.save(tmp_path / "index.npz")
-        loaded = ImageIndex.load(tmp_path / "index.npz")
-        assert loaded.paths == index.paths and loaded.class_names == names
-        assert (loaded.labels is None) == (
-            labels is None
-        ) and loaded.fingerprint == index.fingerprint
+@pytest.mark.parametrize("is_labelled", [True, False])
+def test_save__load_gives_the_same_back(is_labelled: bool, tmp_path: Path) -> None:
+    places = [Place.of(Path("/x/ä 1.png")), Place.of(Path("/y/2.png"))]
+    found = [
+        Found(place, label if is_labelled else "")
+        for place, label in zip(places, "äb", strict=True)
+    ]
+    index = make_index(found, [(1, 2), (3, 4)], (("x", 1), ("y", 1)))
+    for _ in range(2):  # a second time over the first
+        index.save(tmp_path / "index")
+    loaded = ImageIndex.load(tmp_path / "index")
+    assert [loaded.place(i) for i in range(2)] == places
+    assert loaded.class_names == (("b", "ä") if is_labelled else ())
+    assert (loaded.labels is None) != is_labelled and loaded.bounds == (range(1), range(1, 2))
+    assert loaded.fingerprint == index.fingerprint
+    assert isinstance(loaded.hw, np.memmap)
+
+
+def test_load__what_is_no_index_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="not a readable index"):
+        ImageIndex.load(tmp_path / "nothing")
+    index = make_index([Found(Place.of(Path("/x/1.png")), "")], [(1, 2)], (("x", 1),))
+    index.save(tmp_path / "index")
+    np.save(tmp_path / "index/hw.npy", np.zeros((1, 2)))
+    with pytest.raises(DataError, match=r"hw\.npy holds float64, not int32"):
+        ImageIndex.load(tmp_path / "index")
+    array = np.array([{}], dtype=object)
+    np.save(tmp_path / "index/hw.npy", array, allow_pickle=True)
+    with pytest.raises(DataError, match="not a readable index"):
+        ImageIndex.load(tmp_path / "index")
+
+
+def test_build_index__numbers_as_classes_are_ordered_as_numbers(tmp_path: Path) -> None:
+    for name in ("10/a.png", "9/a.png", "x/a.png"):
+        paint(tmp_path / name)
+    assert build_index([tmp_path], max_bad_fraction=0.0).class_names == ("9", "10", "x")
+
+
+def test_subset__keeps_sources_and_places(tmp_path: Path) -> None:
+    for name in ("one/1.png", "one/2.png", "two/3.png", "two/4.png"):
+        paint(tmp_path / name)
+    index = build_index([tmp_path / "one", tmp_path / "two"], max_bad_fraction=0.0)
+    assert index.bounds == (range(2), range(2, 4))
+    some = index.subset(np.array([1, 2, 3]))
+    assert some.bounds == (range(1), range(1, 3))
+    assert [Path(str(some.place(i))).name for i in range(3)] == ["2.png", "3.png", "4.png"]
 
 
 def test_split__holds_out_a_part_of_every_class(tmp_path: Path) -> None:
@@ -107,9 +138,10 @@ def test_split__holds_out_a_part_of_every_class(tmp_path: Path) -> None:
         for i in range(10):
             paint(tmp_path / name / f"{i}.png")
     train, held_out = split(build_index([tmp_path], max_bad_fraction=0.0), 0.2)
-    assert (len(train.paths), len(held_out.paths)) == (16, 4)
+    assert (len(train), len(held_out)) == (16, 4)
     assert held_out.labels is not None and sorted(held_out.labels.tolist()) == [0, 0, 1, 1]
-    assert not set(train.paths) & set(held_out.paths)
+    names = [{str(part.place(i)) for i in range(len(part))} for part in (train, held_out)]
+    assert not names[0] & names[1]
 
 
 def test_split__refuses_a_class_of_one(tmp_path: Path) -> None:
@@ -117,15 +149,6 @@ def test_split__refuses_a_class_of_one(tmp_path: Path) -> None:
         paint(tmp_path / name)
     with pytest.raises(DataError, match="class 'dog' has one image"):
         split(build_index([tmp_path], max_bad_fraction=0.0), 0.2)
-
-
-def test_find_undecodable__gives_path_and_reason(tmp_path: Path) -> None:
-    good = paint(tmp_path / "good.png")
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(b"nonsense")
-    found = find_undecodable([str(good), str(bad)])
-    assert found is not None and found[0] == str(bad) and "identify" in found[1]
-    assert find_undecodable([str(good)]) is None
 
 
 def test_write_tiles__about_1500_in_a_checkerboard_written_once(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """The loader and its DALI graph: the same batch however it is divided, and each operation against NumPy or Pillow."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,10 +12,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from distill.data.crops import CropSpec, draw_parameters
+from distill.data.bad_samples import BadSamples, count_bad
+from distill.data.crops import (
+    CropParameters,
+    CropSchedule,
+    CropSpec,
+    draw_parameters,
+    source_outputs,
+)
+from distill.data.feed import Feed
 from distill.data.index import ImageIndex, build_index
 from distill.data.loader import Loader
-from distill.data.pipeline import build_pipeline, source_outputs
+from distill.data.pipeline import build_pipeline
+from distill.data.sampler import Pool, Sampler
 from distill.errors import DataError
 from teacher.batch import CropBatch
 
@@ -37,16 +48,29 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> ImageIndex:
 
 
 def loader(
-    index: ImageIndex, positions: range, spec: CropSpec = SPEC, num_threads: int = 1
+    index: ImageIndex,
+    positions: range,
+    spec: CropSpec = SPEC,
+    num_threads: int = 1,
+    crops: CropSchedule | None = None,
+    bad: BadSamples | None = None,
+    pools: Sequence[Pool] | None = None,
 ) -> Loader:
-    return Loader(
+    crops = crops or CropSchedule.one(spec)
+    feed = Feed(
         index,
-        spec,
+        crops,
+        Sampler(pools or [Pool(0, len(index))], 5, IMAGES),
+        bad or BadSamples(None, 1.0),
         seed=5,
-        images_global=IMAGES,
         positions=lambda step: positions,
-        max_images=len(positions),
         stop_step=100,
+        max_megapixels=64.0,
+    )
+    return Loader(
+        feed,
+        crops,
+        max_images=len(positions),
         num_threads=num_threads,
         device=torch.device("cpu"),
     )
@@ -104,17 +128,122 @@ def test_fetch__shapes_and_anchor_crops(index: ImageIndex) -> None:
     )
 
 
-def test_fetch__a_file_that_broke_after_the_index_is_named(tmp_path: Path) -> None:
-    for i in range(4):
-        Image.fromarray(picture(i)).save(tmp_path / f"{i}.jpg")
+def spoil(path: Path, how: str) -> None:
+    """Breaks a PNG of the index so that it is found in different places."""
+    whole = path.read_bytes()
+    if how == "cut":  # seen by its end
+        path.write_bytes(whole[: len(whole) // 2])
+    elif how == "scrambled":  # seen by the decoder only
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes(40) + whole[middle + 40 :])
+    elif how == "other":  # another size than the index says
+        Image.fromarray(picture(0, 16, 16)).save(path)
+    else:
+        path.unlink()
+
+
+@pytest.fixture
+def spoiled(tmp_path: Path) -> ImageIndex:
+    for i in range(20):
+        Image.fromarray(picture(i, 40 + i, 60)).save(tmp_path / f"{i:02}.png")
     index = build_index([tmp_path], max_bad_fraction=0.0)
-    broken = tmp_path / "2.jpg"
-    broken.write_bytes(broken.read_bytes()[:300])
-    with pytest.raises(DataError, match=r"2\.jpg: cannot be decoded any more"):
+    for image, how in enumerate(("cut", "scrambled", "other", "gone", "scrambled")):
+        spoil(tmp_path / f"{3 * image:02}.png", how)
+    return index
+
+
+def test_fetch__bad_images_are_replaced_and_named_once(spoiled: ImageIndex, tmp_path: Path) -> None:
+    names = tmp_path / "bad.jsonl"
+    whole = loader(spoiled, range(IMAGES), bad=BadSamples(names, 1.0))
+    parts = [
+        loader(spoiled, part, bad=BadSamples(names, 1.0)) for part in (range(5), range(5, IMAGES))
+    ]
+    for step in range(6):  # more than three times every image
+        expected, got = whole.fetch(step), [part.fetch(step) for part in parts]
+        together = CropBatch(
+            torch.cat([part.global_crops for part in got]),
+            torch.cat([part.local_crops for part in got]),
+        )
+        assert same(together, expected)
+    assert same(loader(spoiled, range(IMAGES)).fetch(3), whole.fetch(3))
+    told = [json.loads(line) for line in names.read_text().splitlines()]
+    reasons = {Path(row["sample"]).name: row["reason"] for row in told}
+    assert len(told) == 5 and sorted(reasons) == ["00.png", "03.png", "06.png", "09.png", "12.png"]
+    assert "truncated" in reasons["00.png"] and reasons["09.png"] == "no such file"
+    assert reasons["06.png"] == "is 16 x 16 px now, was 60 x 46 when it was indexed"
+    assert count_bad(names) == 5
+
+
+def test_fetch__too_many_bad_images_end_it(spoiled: ImageIndex) -> None:
+    careful = loader(spoiled, range(IMAGES), bad=BadSamples(None, 0.01))
+    with pytest.raises(DataError, match=r"were bad, more than data.max_bad_fraction = 0.01 allows"):
+        for step in range(20):
+            careful.fetch(step)
+
+
+def test_fetch__a_source_that_vanishes_ends_it(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(4):
+        Image.fromarray(picture(i)).save(folder / f"{i}.jpg")
+    index = build_index([folder], max_bad_fraction=0.0)
+    folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"images: the source is gone"):
         loader(index, range(IMAGES)).fetch(0)
-    broken.unlink()
-    with pytest.raises(DataError, match=r"2\.jpg: cannot be decoded any more"):
-        loader(index, range(IMAGES)).fetch(0)
+
+
+def test_fetch__images_that_only_pillow_decodes_are_used(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned; DALI 2.4 cannot parse this block in a lossless WebP
+    for i in range(3):
+        Image.fromarray(picture(i)).save(tmp_path / f"{i}.webp", exif=exif, lossless=True)
+        Image.fromarray(picture(i)).rotate(-90, expand=True).save(tmp_path / f"{i}.png")
+    odd, plain = (
+        index.subset(np.flatnonzero([str(index.place(i)).endswith(kind) for i in range(6)]))
+        for index in [build_index([tmp_path], max_bad_fraction=0.0)]
+        for kind in (".webp", ".png")
+    )
+    bad = BadSamples(tmp_path / "bad.jsonl", 0.0)
+    assert odd.hw.tolist() == plain.hw.tolist() == [[64, 48]] * 3
+    assert same(loader(odd, range(6), bad=bad).fetch(0), loader(plain, range(6)).fetch(0))
+    assert count_bad(tmp_path / "bad.jsonl") == 0
+
+
+def test_fetch__each_batch_has_one_of_several_sizes(index: ImageIndex) -> None:
+    large = replace(SPEC, global_size=48, local_size=24, anchor_size=64)
+    small = replace(SPEC, anchor_size=48)
+    crops = CropSchedule.of([small, large], [0.75, 0.25], seed=1)
+    steps = loader(index, range(3), crops=crops)
+    sizes = []
+    for step in range(40):
+        batch = steps.fetch(step)
+        assert batch.anchor_crops is not None
+        shapes = (batch.global_crops.shape, batch.local_crops.shape, batch.anchor_crops.shape)
+        sizes.append(tuple(shape[-1] for shape in shapes))
+        only = loader(index, range(3), crops.at(step)) if step in (0, 7, 13) else None
+        assert only is None or same(batch, only.fetch(step))
+    assert set(sizes) == {(32, 16, 48), (48, 24, 64)}
+    assert 2 <= sizes.count((48, 24, 64)) <= 20  # 10 on average
+
+
+def test_fetch__sources_are_mixed_by_weight_and_pure_batches_are_pure(index: ImageIndex) -> None:
+    colours = [((n / 10, 0.5, 0.5), (0.2, 0.2, 0.2)) for n in range(3)]
+    pools = [
+        Pool(0, 10, 0.6, colours=colours[0]),
+        Pool(10, 15, 0.2, colours=colours[1]),
+        Pool(15, 20, 0.2, is_pure=True, colours=colours[2]),
+    ]
+    first = loader(index, range(IMAGES), pools=pools)
+    second = loader(index, range(4, 9), pools=pools)
+    reds = []
+    for step in range(12):
+        whole, part = first.fetch(step), second.fetch(step)
+        assert whole.colours is not None and part.colours is not None
+        assert torch.equal(whole.global_crops[4:9], part.global_crops)
+        assert torch.equal(whole.colours[4:9], part.colours)
+        reds.append({round(red, 1) for red in whole.colours[:, 0, 0].tolist()})
+    assert {0.2} in reds and {0.0, 0.1} in reds  # pure, and mixed
+    assert not any(0.2 in red for red in reds if len(red) > 1)
 
 
 def run_graph(
@@ -128,10 +257,12 @@ def run_graph(
     path = tmp_path / "image.png"
     Image.fromarray(image).save(path)
     spec = replace(SPEC, num_local=0, anchor_size=None)
-    windows = np.array([[window, window]], np.float32)
-    photo = np.array([[photometric, photometric]], np.float32)
+    parameters = CropParameters(
+        np.array([[window, window]], np.float32), np.array([[photometric, photometric]], np.float32)
+    )
     encoded = [np.fromfile(path, np.uint8)]
-    pipeline = build_pipeline(spec, lambda: source_outputs(encoded, windows, photo), 1, 1, None)
+    batch = source_outputs(encoded, parameters, spec)
+    pipeline = build_pipeline(spec, lambda: batch, 1, 1, None, 1)
     output = torch.from_dlpack(pipeline.run()[crop].as_tensor())[0]
     return output.permute(1, 2, 0).numpy().copy()
 

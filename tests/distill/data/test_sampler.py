@@ -1,26 +1,87 @@
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from distill.data.counter import hashes, uniforms
-from distill.data.sampler import sample_ids
+from distill.data.sampler import CYCLE, Interleave, Pool, Sampler, permute
+
+
+def stream(pools: list[Pool], seed: int, batch: int, num_steps: int) -> NDArray[np.int64]:
+    """Sample ids of some steps, [steps, batch]."""
+    sampler = Sampler(pools, seed, batch)
+    return np.stack([sampler.ids(step, np.arange(batch)) for step in range(num_steps)])
 
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 2**40), samples=st.integers(1, 60), batch=st.integers(1, 40))
-def test_sample_ids__every_epoch_is_a_permutation(seed: int, samples: int, batch: int) -> None:
-    num_steps = -(-3 * samples // batch)
-    stream = np.concatenate(
-        [sample_ids(seed, samples, step, batch, np.arange(batch)) for step in range(num_steps)]
-    )
+def test_sampler__every_epoch_is_a_permutation(seed: int, samples: int, batch: int) -> None:
+    ids = stream([Pool(0, samples)], seed, batch, -(-3 * samples // batch)).ravel()
     for epoch in range(3):
-        assert sorted(stream[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
+        assert sorted(ids[epoch * samples : (epoch + 1) * samples]) == list(range(samples))
 
 
-def test_sample_ids__any_part_of_a_batch_alone() -> None:
-    whole = sample_ids(3, 50, 7, 32, np.arange(32))
-    assert np.array_equal(sample_ids(3, 50, 7, 32, np.arange(10, 20)), whole[10:20])
-    assert not np.array_equal(whole, sample_ids(4, 50, 7, 32, np.arange(32)))
+def test_sampler__any_part_of_a_batch_alone() -> None:
+    sampler = Sampler([Pool(0, 50)], 3, 32)
+    whole = sampler.ids(7, np.arange(32))
+    assert np.array_equal(sampler.ids(7, np.arange(10, 20)), whole[10:20])
+    assert not np.array_equal(whole, Sampler([Pool(0, 50)], 4, 32).ids(7, np.arange(32)))
+
+
+def test_permute__all_orders_are_as_likely() -> None:
+    """Chi-squared over the 24 orders of four samples; 23 degrees of freedom, 49.7 at p = 0.001."""
+    orders = [tuple(permute(hashes("t", epoch), 4, np.arange(4))) for epoch in range(2400)]
+    counts = np.array([orders.count(order) for order in set(orders)])
+    assert len(counts) == 24 and ((counts - 100) ** 2 / 100).sum() < 49.7
+
+
+def test_permute__costs_nothing_per_sample() -> None:
+    ids = permute(hashes("t", 0), 10**12, np.arange(1000))
+    assert len(set(ids.tolist())) == 1000 and ids.min() >= 0 and ids.max() < 10**12
+    assert abs(ids.mean() / 10**12 - 0.5) < 0.05  # standard error 0.009
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.01, 100.0), min_size=1, max_size=6),
+    seed=st.integers(0, 2**31),
+    start=st.integers(0, 50_000),
+)
+def test_interleave__shares_are_exact_and_nothing_is_skipped(
+    weights: list[float], seed: int, start: int
+) -> None:
+    mix = Interleave.of("test", seed, weights)
+    assert sum(mix.quotas) == CYCLE and min(mix.quotas) >= 1
+    exact = np.array(weights) / sum(weights) * CYCLE
+    assert np.abs(np.array(mix.quotas) - exact).max() < max(1.0, len(weights))
+    kinds, earlier = mix.at(np.arange(start, start + 3000))
+    for kind in range(len(weights)):
+        numbers = earlier[kinds == kind]
+        assert np.array_equal(
+            numbers, np.arange(len(numbers)) + (numbers[0] if len(numbers) else 0)
+        )
+    again, same = mix.at(np.arange(start + 1000, start + 1010))
+    assert np.array_equal(again, kinds[1000:1010]) and np.array_equal(same, earlier[1000:1010])
+
+
+def test_sampler__sources_by_weight_and_pure_batches() -> None:
+    pools = [Pool(0, 1000, 0.6), Pool(1000, 1100, 0.3), Pool(1100, 1200, 0.1, is_pure=True)]
+    ids = stream(pools, 0, 50, CYCLE // 10)
+    source = np.searchsorted([1000, 1100], ids, side="right")
+    is_pure = (source == 2).all(axis=1)
+    assert np.array_equal(is_pure, (source == 2).any(axis=1))
+    assert 60 <= is_pure.sum() <= 140  # 100 on average; 1,000 of every 10,000 exactly
+    mixed = source[~is_pure]
+    assert abs((mixed == 0).mean() - 2 / 3) < 0.01
+    for number, pool in enumerate(pools):  # each source runs through its own permutations
+        drawn = ids[source == number]
+        first = drawn[: pool.stop - pool.start]
+        assert len(set(first.tolist())) == len(first)
+
+
+def test_sampler__one_pure_source_alone() -> None:
+    ids = stream([Pool(0, 20, 1.0, is_pure=True)], 0, 10, 2).ravel()
+    assert sorted(ids) == list(range(20))
 
 
 def test_uniforms__look_uniform_and_independent() -> None:

@@ -1,0 +1,123 @@
+"""What is in some sources: counts, formats, sizes, classes, exact duplicates, and every file that cannot be used.
+
+Every pixel is decoded, by threads: what passes here is decodable in training.
+"""
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distill.data.faults import examine, name_format
+from distill.data.places import Reader
+from distill.data.sources import Found, list_source
+
+
+@dataclass(frozen=True)
+class Fault:
+    """An image that cannot be used, and why."""
+
+    sample: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Census:
+    """One source. Sizes are quantiles in pixels; ``duplicates`` counts images whose bytes were seen before, in any source."""
+
+    source: str
+    images: int
+    bytes: int
+    formats: dict[str, int]
+    classes: int
+    shorter_side: dict[str, int]
+    longer_side: dict[str, int]
+    duplicates: int
+    broken: tuple[Fault, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Image:
+    hw: tuple[int, int] | str
+    format: str
+    length: int
+    digest: bytes
+
+
+def take_census(
+    sources: Sequence[Path],
+    *,
+    max_megapixels: float,
+    progress: Callable[[int, int], None],
+) -> list[Census]:
+    """A census per source; ``progress`` is told images done and images in all.
+
+    Raises:
+        DataError: a source is missing or holds no image.
+    """
+    listed = [list_source(source) for source in sources]
+    total, done = sum(map(len, listed)), 0
+    look = partial(_look, Reader(), max_megapixels)
+    seen: set[bytes] = set()
+    result = []
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for source, found in zip(sources, listed, strict=True):
+            images = []
+            for image in pool.map(look, found):
+                images.append(image)
+                done += 1
+                progress(done, total)
+            result.append(_count(str(source), found, images, seen))
+    return result
+
+
+def _look(reader: Reader, max_megapixels: float, found: Found) -> _Image:
+    try:
+        encoded = reader.read(found.place)
+    except OSError as error:
+        return _Image(error.strerror or str(error), "", 0, b"")
+    hw = examine(encoded, max_megapixels, is_full=True)
+    digest = hashlib.blake2b(encoded.data, digest_size=16).digest()
+    return _Image(hw, name_format(encoded), len(encoded), digest)
+
+
+def _count(
+    source: str, found: Sequence[Found], images: Sequence[_Image], seen: set[bytes]
+) -> Census:
+    duplicates = 0
+    for image in images:
+        duplicates += image.digest in seen
+        if image.digest:
+            seen.add(image.digest)
+    sizes = np.array([image.hw for image in images if not isinstance(image.hw, str)]).reshape(-1, 2)
+    return Census(
+        source=source,
+        images=len(images),
+        bytes=sum(image.length for image in images),
+        formats=dict(Counter(image.format for image in images if image.format).most_common()),
+        classes=len({each.label for each in found} - {""}),
+        shorter_side=_quantiles(sizes.min(axis=1)) if len(sizes) else {},
+        longer_side=_quantiles(sizes.max(axis=1)) if len(sizes) else {},
+        duplicates=duplicates,
+        broken=tuple(
+            Fault(str(each.place), image.hw)
+            for each, image in zip(found, images, strict=True)
+            if isinstance(image.hw, str)
+        ),
+    )
+
+
+def _quantiles(values: Any) -> dict[str, int]:
+    names = {"min": 0, "5%": 5, "median": 50, "95%": 95, "max": 100}
+    return {name: int(np.percentile(values, part)) for name, part in names.items()}

@@ -1,0 +1,194 @@
+"""What the decoder is given for a step: encoded images and the parameters of their crops, prepared ahead by threads.
+
+    positions of this rank -> sample ids -> bytes -> (a bad one: its substitute) -> windows and colours
+
+A bad sample's place is taken by another of its source, chosen by a hash of the place: any rank, any
+layout and any restart chooses the same.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.data.bad_samples import BadSamples
+from distill.data.counter import hashes
+from distill.data.crops import CropParameters, CropSchedule, draw_parameters
+from distill.data.faults import examine, find_fault, redraw
+from distill.data.index import ImageIndex
+from distill.data.places import Reader
+from distill.data.sampler import Ints, Pool, Sampler
+from distill.errors import DataError
+
+PREPARED = 2  # steps read ahead of the decoder
+READ_THREADS = 8  # they wait for disks and networks
+MAX_SUBSTITUTES = 100  # tries; so many bad ones in a row are no accident
+
+Encoded = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One step of one rank: ids of the images that are really used, their bytes, how they are cropped, and their sources' colours."""
+
+    step: int
+    positions: range
+    ids: Ints
+    encoded: list[Encoded]
+    parameters: CropParameters
+    colours: NDArray[np.float32] | None
+
+
+class Feed:
+    """Prepares the steps of one rank in order, from any step on.
+
+    Args:
+        index: the images.
+        crops: what is cut from them.
+        sampler: which image stands where.
+        bad: is told about images that cannot be used.
+        seed: of windows, colours and substitutes.
+        positions: the positions wanted at a step.
+        stop_step: no step from this one on is wanted.
+        max_megapixels: larger images are not decoded.
+    """
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        crops: CropSchedule,
+        sampler: Sampler,
+        bad: BadSamples,
+        *,
+        seed: int,
+        positions: Callable[[int], range],
+        stop_step: int,
+        max_megapixels: float,
+    ) -> None:
+        self._index, self._crops, self._sampler, self._bad = index, crops, sampler, bad
+        self._seed, self.positions, self._stop_step = seed, positions, stop_step
+        self._max_megapixels = max_megapixels
+        self._reader = Reader()
+        self._known: dict[int, str] = {}  # bad images and why
+        self._redrawn: set[int] = set()  # good ones that only Pillow can decode
+        self._preparing = ThreadPoolExecutor(1, "feed")
+        self._reading = ThreadPoolExecutor(READ_THREADS, "read")
+        self._ahead: deque[Future[Prepared]] = deque()
+        self._next_step = 0
+
+    @property
+    def has_colours(self) -> bool:
+        """Sources have their own mean and standard deviation."""
+        return self._sampler.has_colours
+
+    def start(self, step: int) -> None:
+        """Forgets what is prepared and goes on from a step."""
+        for future in self._ahead:
+            future.cancel()
+        self._ahead.clear()
+        self._next_step = step
+        self._extend()
+
+    def take(self) -> Prepared | None:
+        """The next step that has images here; None after the last.
+
+        Raises:
+            DataError: too many images are bad, or a source is gone.
+        """
+        if not self._ahead:
+            return None
+        prepared = self._ahead.popleft().result()
+        self._extend()
+        return prepared
+
+    def refuse(self, image: int, encoded: Encoded) -> None:
+        """Notes that the decoder cannot decode an image: from the next ``start`` on Pillow does, or a substitute is used."""
+        size = examine(encoded, self._max_megapixels, is_full=True)
+        if isinstance(size, str) or image in self._redrawn:
+            self._known[image] = size if isinstance(size, str) else "the decoder refuses it"
+        else:
+            self._redrawn.add(image)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self.start(self._stop_step)
+        self._preparing.shutdown(cancel_futures=True)
+        self._reading.shutdown(cancel_futures=True)
+
+    def _extend(self) -> None:
+        while len(self._ahead) < PREPARED and self._next_step < self._stop_step:
+            step = self._next_step
+            self._next_step += 1
+            if len(self.positions(step)):  # a step without images has no batch
+                self._ahead.append(self._preparing.submit(self._prepare, step))
+
+    def _prepare(self, step: int) -> Prepared:
+        wanted = self.positions(step)
+        positions = np.arange(wanted.start, wanted.stop)
+        drawn, pools = self._sampler.draw(step, positions)
+        self._bad.add_draws(len(drawn))
+        tasks = [
+            self._reading.submit(self._read, step, int(position), int(image), pool)
+            for position, image, pool in zip(positions, drawn, pools, strict=True)
+        ]
+        results = [task.result() for task in tasks]
+        for _, _, refused in results:
+            for image, reason in refused:
+                self._known[image] = reason
+                self._bad.add(str(self._index.place(image)), reason)
+        ids = np.array([image for image, *_ in results], np.int64)
+        parameters = draw_parameters(
+            self._crops.at(step),
+            seed=self._seed,
+            step=step,
+            positions=positions,
+            sample_ids=ids,
+            hw=self._index.hw[ids],
+        )
+        images = [encoded for _, encoded, _ in results]
+        return Prepared(step, wanted, ids, images, parameters, self._colours(pools))
+
+    def _colours(self, pools: Sequence[Pool]) -> NDArray[np.float32] | None:
+        """Mean and standard deviation of each image's source, where sources have their own."""
+        own = [pool.colours for pool in pools if pool.colours is not None]
+        assert len(own) in (0, len(pools)), "all pools have colours or none has"
+        return np.array(own, np.float32) if own else None
+
+    def _read(
+        self, step: int, position: int, image: int, pool: Pool
+    ) -> tuple[int, Encoded, list[tuple[int, str]]]:
+        """The image that is used at a position, its bytes, and those that were refused before it."""
+        refused: list[tuple[int, str]] = []
+        for attempt in range(MAX_SUBSTITUTES):
+            fault = self._known.get(image)
+            if fault is None:
+                encoded, fault = self._try(image)
+                if fault is None:
+                    return image, encoded, refused
+            refused.append((image, fault))
+            word = hashes("substitute", self._seed, step, position, attempt)
+            image = pool.start + int(word % np.uint64(pool.stop - pool.start))
+        raise DataError(
+            f"{self._index.place(refused[0][0])}: cannot be used ({refused[0][1]}), and neither can {MAX_SUBSTITUTES - 1} others",
+            fix="Look at the source: distill data check names every file.",
+        )
+
+    def _try(self, image: int) -> tuple[Encoded, str | None]:
+        place = self._index.place(image)
+        try:
+            encoded = self._reader.read(place)
+        except OSError as error:
+            if not Path(place.container).exists():
+                raise DataError(
+                    f"{place.container}: the source is gone ({error.strerror or error})",
+                    fix="Bring it back; the same command goes on from the last checkpoint.",
+                ) from error
+            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+            return np.empty(0, np.uint8), reason
+        height, width = self._index.hw[image].tolist()
+        fault = find_fault(encoded, (height, width), self._max_megapixels)
+        return redraw(encoded) if image in self._redrawn and fault is None else encoded, fault

@@ -1,0 +1,126 @@
+"""Where an image's bytes lie, and how to get them: a file of its own, a stretch of a tar file, a row of a Parquet file.
+
+Nothing is ever extracted: a member of a tar file is a name to show and a stretch to read.
+"""
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+OPEN_GROUPS = 4  # row groups kept in memory by one reader: a random row costs its whole group
+
+
+class Kind(IntEnum):
+    """What holds an image."""
+
+    FILE = 0
+    TAR = 1
+    PARQUET = 2
+
+
+@dataclass(frozen=True)
+class Place:
+    """One encoded image.
+
+    ``container`` is the folder that ``name`` is relative to, or the tar or Parquet file. ``offset``
+    and ``length`` are bytes of a tar file; row group and row of a Parquet file.
+    """
+
+    kind: Kind
+    container: str
+    name: str
+    offset: int = 0
+    length: int = 0
+
+    @staticmethod
+    def of(path: Path) -> "Place":
+        """A file."""
+        return Place(Kind.FILE, str(path.parent), path.name)
+
+    def __str__(self) -> str:
+        """What people see: a path, or a file and the name inside."""
+        if self.kind is Kind.FILE:
+            return self.name if self.name.startswith("/") else f"{self.container}/{self.name}"
+        return f"{self.container}:{self.name}"
+
+
+class Reader:
+    """Reads images' bytes; safe from several threads."""
+
+    def __init__(self) -> None:
+        self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self._lock = Lock()
+
+    def read(self, place: Place) -> NDArray[np.uint8]:
+        """The encoded image.
+
+        Raises:
+            OSError: it cannot be read, or its container is shorter than it was.
+        """
+        if place.kind is Kind.FILE:
+            return np.fromfile(str(place), np.uint8)
+        if place.kind is Kind.PARQUET:
+            return self._row(place)
+        with Path(place.container).open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), place.length, place.offset)
+        if len(data) < place.length:
+            raise OSError(f"{place.container} ends before {place.name} does")
+        return np.frombuffer(data, np.uint8)
+
+    def _row(self, place: Place) -> NDArray[np.uint8]:
+        key = (place.container, place.offset)
+        with self._lock:
+            if key not in self._groups:
+                self._groups[key] = image_column(place.container, place.offset)
+            self._groups.move_to_end(key)
+            while len(self._groups) > OPEN_GROUPS:
+                self._groups.popitem(last=False)
+            column = self._groups[key]
+        value = column[place.length].as_py()
+        if value is None:
+            raise OSError(f"{place}: the row holds no image")
+        return np.frombuffer(value, np.uint8)
+
+
+def image_column(path: str, group: int) -> Any:
+    """Encoded images of one row group, as a column of binary values.
+
+    Raises:
+        OSError: the file is missing or damaged.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        name, field = image_field(file.schema_arrow)
+        column = file.read_row_group(group, columns=[name]).column(0).combine_chunks()
+    except pyarrow.ArrowException as error:
+        raise OSError(f"{path}: {str(error).splitlines()[0]}") from error
+    return column.field(field) if field else column
+
+
+def image_field(schema: Any) -> tuple[str, str]:
+    """Name of the column that holds images, and of the field inside it where it is a structure.
+
+    Hugging Face data sets have ``image: {bytes, path}``; a plain binary column is taken too.
+
+    Raises:
+        OSError: there is none.
+    """
+    import pyarrow
+
+    for field in schema:
+        if pyarrow.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0:
+            return field.name, "bytes"
+    for field in schema:
+        if pyarrow.types.is_binary(field.type) or pyarrow.types.is_large_binary(field.type):
+            return field.name, ""
+    raise OSError(f"no column of images among {', '.join(schema.names)}")

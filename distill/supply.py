@@ -1,0 +1,84 @@
+"""Recipe and images to a loader: which samples, which crops, and where bad ones are named."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from distill.data.bad_samples import BadSamples
+from distill.data.crops import CropSchedule, CropSpec
+from distill.data.feed import Feed
+from distill.data.index import ImageIndex
+from distill.data.loader import Loader
+from distill.data.sampler import Pool, Sampler
+from distill.recipe import DataSpec, FamilyRecipe, TeacherRecipe
+
+Recipe = FamilyRecipe | TeacherRecipe
+
+
+def pools_of(data: DataSpec, index: ImageIndex) -> list[Pool]:
+    """What the sampler draws from: each source by its weight, or all as one."""
+    if data.sources[0].weight is None:
+        return [Pool(0, len(index))]
+    own = has_own_colours(data)
+    return [
+        Pool(
+            images.start,
+            images.stop,
+            source.weight or 0.0,
+            source.batches == "pure",
+            (source.mean or data.mean, source.std or data.std) if own else None,
+        )
+        for source, images in zip(data.sources, index.bounds, strict=True)
+    ]
+
+
+def has_own_colours(data: DataSpec) -> bool:
+    """Images are normalised by their source's mean and standard deviation, which travel with them."""
+    return any(source.mean or source.std for source in data.sources)
+
+
+def crop_schedule(recipe: Recipe, anchor_resolution: int | None) -> CropSchedule:
+    """The loader's crops for a recipe, with anchor crops where a Gram stage wants them."""
+    crops = recipe.crops
+    spec = CropSpec(
+        global_size=crops.global_.size,
+        global_scale=crops.global_.scale,
+        num_local=crops.local.count,
+        local_size=crops.local.size,
+        local_scale=crops.local.scale,
+        anchor_size=None if anchor_resolution is None else anchor_resolution * crops.global_.size,
+        flip_probability=crops.flip,
+        blur_sigma=crops.blur_sigma,
+    )
+    return CropSchedule.one(spec)
+
+
+def build_feed(
+    recipe: Recipe,
+    index: ImageIndex,
+    crops: CropSchedule,
+    names: Path | None,
+    positions: Callable[[int], range],
+    stop_step: int,
+) -> Feed:
+    """Prepares the recipe's batches at some positions; ``names`` is the file that bad samples are named in."""
+    data = recipe.data
+    return Feed(
+        index,
+        crops,
+        Sampler(pools_of(data, index), recipe.seed, recipe.schedule.batch),
+        BadSamples(names, data.max_bad_fraction),
+        seed=recipe.seed,
+        positions=positions,
+        stop_step=stop_step,
+        max_megapixels=data.max_megapixels,
+    )
+
+
+def build_loader(
+    recipe: Recipe, feed: Feed, crops: CropSchedule, max_images: int, device: torch.device
+) -> Loader:
+    """Decodes what a feed prepares."""
+    threads = recipe.data.num_threads
+    return Loader(feed, crops, max_images=max_images, num_threads=threads, device=device)

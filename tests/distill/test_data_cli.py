@@ -1,0 +1,78 @@
+"""The data verbs, through the command line."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.distill.conftest import Run
+from tests.distill.data.test_loader import picture
+
+RECIPE = """\
+name: tiny
+model: {arch: vit, width: 16, depth: 1, heads: 2, patch: 8}
+data: {sources: [{path: SOURCE}]}
+crops: {global: 32, local: {size: 16, count: 2}}
+schedule: {batch: 4, lr: {peak: 1e-3}}
+stages: [{name: base, steps: 2}]
+"""
+
+
+def images(folder: Path, count: int = 6) -> Path:
+    folder.mkdir()
+    for number in range(count):
+        Image.fromarray(picture(number)).save(folder / f"{number}.jpg")
+    return folder
+
+
+def recipe(tmp_path: Path, source: Path) -> str:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.replace("SOURCE", json.dumps(str(source))))
+    return str(path)
+
+
+def test_check__tells_what_is_there_and_what_is_broken(distill: Run, tmp_path: Path) -> None:
+    folder = images(tmp_path / "images")
+    result = distill("data", "check", str(folder))
+    assert result.code == 0 and "JPEG 6" in result.out and "48" in result.out
+    (folder / "x.png").write_bytes(b"")
+    result = distill("data", "check", str(folder), "--json")
+    (census,) = json.loads(result.out)
+    assert result.code == 1 and [row["reason"] for row in census["broken"]] == ["empty file"]
+    result = distill("data", "check", str(tmp_path / "none"))
+    assert result.code == 1 and "is not there" in result.err
+
+
+def test_pack__then_train_on_it(distill: Run, tmp_path: Path) -> None:
+    folder = images(tmp_path / "images")
+    result = distill("data", "pack", str(folder), str(tmp_path / "packed"))
+    assert result.code == 0 and "6 images in 1 shards" in result.out
+    assert distill("check", recipe(tmp_path, tmp_path / "packed")).code == 0
+    assert distill("data", "pack", str(folder)).code == 2
+
+
+def test_show__draws_a_sheet(distill: Run, tmp_path: Path) -> None:
+    folder = images(tmp_path / "images")
+    sheets = []
+    for step in ("0", "1"):
+        out = tmp_path / f"{step}.png"
+        words = ("data", "show", recipe(tmp_path, folder), "-o", str(out), "--step", step)
+        assert distill(*words, "--images", "3", "--anchors", "2").code == 0
+        with Image.open(out) as sheet:
+            sheets.append(np.asarray(sheet))
+    height, width, _ = sheets[0].shape
+    assert height == 3 * 166 + 6 and width > 5 * 160
+    assert sheets[0].shape == sheets[1].shape and not np.array_equal(*sheets)
+
+
+def test_bench_loader__compares_with_pillow(distill: Run, tmp_path: Path) -> None:
+    words = ("bench", "loader", recipe(tmp_path, images(tmp_path / "images")), "--images", "8")
+    synthetic = json.loads(distill(*words, "--json").out)
+    assert synthetic["crops"] == "2 x 32 + 2 x 16" and "synthetic" in synthetic["images"]
+    assert set(synthetic["cases"]) == {"all crops", "global crops only"}
+    own = json.loads(distill(*words, "--data", "recipe", "--json").out)
+    assert own["images"] == "the recipe's"
+    for case in own["cases"].values():
+        assert case["loader"]["min"] > 0 and case["ratio"]["max"] >= case["ratio"]["median"]
+    assert distill(*words, "--data", "mine").code == 2
