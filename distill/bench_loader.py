@@ -1,5 +1,7 @@
 """Images per CPU-second of the loader, with and without local crops, beside Pillow doing the same work in the same run.
 
+Pillow does it twice: with its own blur, and with that of torchvision. Neither is charged for reading the files.
+
 Blocks of both alternate, so a slow minute of a shared machine hits both. CPU time is that of all threads of this
 process. Images are synthetic photographs, JPEGs of 500 x 375 px as in ImageNet, or the recipe's own.
 """
@@ -19,7 +21,7 @@ from PIL import Image, ImageFilter
 
 from distill.data.crops import CropSchedule
 from distill.data.index import ImageIndex, build_index
-from distill.data.reference import cut
+from distill.data.reference import Blur, cut
 from distill.recipe import FamilyRecipe, TeacherRecipe
 from distill.supply import build_feed, build_loader, crop_schedule
 
@@ -28,6 +30,8 @@ SYNTHETIC_WH = (500, 375)
 QUALITY = 90
 BLOCKS = 5  # of each way; medians with the smallest and largest
 WARMUP_STEPS = 3
+SETTLE_S = 1.0  # until the loader has prepared what it prepares ahead
+REFERENCES = {"pillow": Blur.BOXES, "torchvision": Blur.TAPS}
 
 
 def measure_loader(
@@ -82,27 +86,30 @@ def _compare(
     reference.start(WARMUP_STEPS)
     for step in range(WARMUP_STEPS):
         loader.fetch(step)
-    ours, pillow, wall = [], [], []
+    blocks: dict[str, list[float]] = {name: [] for name in ("loader", "loader_wall", *REFERENCES)}
     for block in range(BLOCKS):
         say(f"{name}: block {block + 1} of {BLOCKS}")
         first = WARMUP_STEPS + block * steps
         started, cpu = time.perf_counter(), time.process_time()
         for step in range(first, first + steps):
             loader.fetch(step)
-        ours.append(steps * batch / (time.process_time() - cpu))
-        wall.append(steps * batch / (time.perf_counter() - started))
-        cpu = time.process_time()
-        for _ in range(steps):
-            prepared = reference.take()
-            assert prepared is not None, "enough steps"
-            for number, encoded in enumerate(prepared.encoded):
-                cut(encoded, prepared.parameters, number, crops.graph)
-        pillow.append(steps * batch / (time.process_time() - cpu))
+        blocks["loader_wall"].append(steps * batch / (time.perf_counter() - started))
+        time.sleep(SETTLE_S)  # what is prepared ahead was so at the start too; it is counted once
+        blocks["loader"].append(steps * batch / (time.process_time() - cpu))
+        taken = [reference.take() for _ in range(steps)]
+        for side, blur in REFERENCES.items():
+            cpu = time.process_time()
+            for prepared in taken:
+                assert prepared is not None, "enough steps"
+                for number, encoded in enumerate(prepared.encoded):
+                    cut(encoded, prepared.parameters, number, crops.graph, blur)
+            blocks[side].append(steps * batch / (time.process_time() - cpu))
     loader.close()
     reference.close()
-    ratios = [a / b for a, b in zip(ours, pillow, strict=True)]
-    sides = {"loader": ours, "pillow": pillow, "loader_wall": wall, "ratio": ratios}
-    return {side: _spread(values) for side, values in sides.items()}
+    for side in REFERENCES:
+        pairs = zip(blocks["loader"], blocks[side], strict=True)
+        blocks[f"over_{side}"] = [ours / theirs for ours, theirs in pairs]
+    return {side: _spread(values) for side, values in blocks.items()}
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from distill.data.feed import Feed
 from distill.data.index import ImageIndex, build_index
 from distill.data.loader import Loader
 from distill.data.pipeline import build_pipeline
+from distill.data.reference import Blur, cut
 from distill.data.sampler import Pool, Sampler
 from distill.errors import DataError
 from teacher.batch import CropBatch
@@ -337,6 +338,33 @@ def test_graph__solarise_inverts_from_the_threshold_and_on_the_second_crop_only(
     second = run_graph(image, [0, 0, 32, 32], photometric, tmp_path, crop=1).astype(int)
     assert np.array_equal(second, np.where(pixels < 128, pixels, 255 - pixels))
     assert np.array_equal(run_graph(image, [0, 0, 32, 32], photometric, tmp_path), pixels)
+
+
+def test_reference__gives_what_the_graph_gives(index: ImageIndex) -> None:
+    """To 3 levels of 255, but for hue, whose definition differs, contrast, which turns about another grey,
+
+    and what Pillow clips between two operations where DALI clips once.
+    """
+    spec = replace(SPEC, anchor_size=48)
+    positions = np.arange(6)
+    hw = index.hw[:6]
+    parameters = draw_parameters(
+        spec, seed=0, step=0, positions=positions, sample_ids=positions, hw=hw
+    )
+    photometric = parameters.photometric
+    photometric[..., 0] = np.minimum(photometric[..., 0], 1.0)
+    photometric[..., 1], photometric[..., 3] = 1.0, 0.0
+    encoded = [np.fromfile(str(index.place(image)), np.uint8) for image in range(6)]
+    batch = source_outputs(encoded, parameters, spec)
+    outputs = build_pipeline(spec, lambda: batch, 6, 1, None, 1).run()
+    got = [torch.from_dlpack(output.as_tensor()).clone() for output in outputs]
+    for number in range(6):
+        expected = cut(encoded[number], parameters, number, spec, Blur.TAPS)
+        for crop, pixels in enumerate(expected):
+            ours = got[crop][number].permute(1, 2, 0).numpy().astype(int)
+            inside = np.abs(ours - pixels)[4:-4, 4:-4]  # DALI reads past a window's edge
+            is_solarised = crop < spec.num_crops and parameters.photometric[number, crop, 5]
+            assert np.percentile(inside, 95 if is_solarised else 100) <= 3, (number, crop)
 
 
 def test_draw_parameters__have_the_published_ranges_and_rates() -> None:
