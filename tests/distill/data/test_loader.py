@@ -1,5 +1,6 @@
 """The loader and its DALI graph: the same batch however it is divided, and each operation against NumPy or Pillow."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -96,6 +97,44 @@ def test_fetch__any_division_of_the_batch_gives_the_same_bits(
             torch.cat([part.local_crops for part in got]),
         )
         assert same(together, expected)
+
+
+def digest(batch: CropBatch) -> str:
+    assert batch.anchor_crops is not None
+    whole = hashlib.sha256()
+    for crops in (batch.global_crops, batch.local_crops, batch.anchor_crops):
+        whole.update(crops.numpy().tobytes())
+    return whole.hexdigest()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_fetch__layouts_and_resume_points_give_the_same_digest(
+    seed: int, index: ImageIndex
+) -> None:
+    """Up to four ranks with any shares, from any step on, any number of threads, two sizes of crops in turns.
+
+    Drawn by NumPy: the decoder's threads use Python's generator, which hypothesis wants for itself.
+    """
+    draws = np.random.default_rng(seed)
+    borders = draws.integers(0, IMAGES + 1, size=draws.integers(4)).tolist()
+    first_step, num_threads = int(draws.integers(98)), int(draws.integers(1, 4))
+    spec = replace(SPEC, anchor_size=48)
+    sizes = CropSchedule.of([spec, replace(spec, global_size=48, anchor_size=64)], [0.5, 0.5], 3)
+    whole = loader(index, range(IMAGES), crops=sizes)
+    ends = sorted([0, *borders, IMAGES])
+    parts = [
+        loader(index, range(a, b), crops=sizes, num_threads=num_threads) for a, b in pairwise(ends)
+    ]
+    whole.fetch(max(0, first_step - 2))  # began earlier and goes on
+    for step in (first_step, first_step + 1):
+        got = [part.fetch(step) for part in parts]
+        together = CropBatch(
+            *(
+                torch.cat([getattr(part, name) for part in got])
+                for name in ("global_crops", "local_crops", "anchor_crops")
+            )
+        )
+        assert digest(together) == digest(whole.fetch(step))
 
 
 def test_fetch__starting_late_or_going_back_gives_the_same_bits(index: ImageIndex) -> None:
