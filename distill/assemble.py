@@ -13,51 +13,38 @@ from torch import nn
 
 from distill import schedule
 from distill.balance import Balancer
-from distill.budget import Needs, Student, head_parameters, needs_of
-from distill.cost import (
-    DEFAULT_DEVICE,
-    CropShapes,
-    Device,
-    Heads,
-    fitting_tflops,
-    regression_tflops,
-    teaching_tflops,
-    training_tflops,
-)
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.index import ImageIndex
 from distill.engine import Engine, EngineSettings, StepRates
-from distill.errors import CheckpointError, PlanError
+from distill.errors import CheckpointError
 from distill.exchange import AllGather, Slices
 from distill.groups import Groups
 from distill.loop import Phase
 from distill.masking import StepMasks
-from distill.plan import Placement, Plan, Timetable, Work, make_plan, without
+from distill.plan import Placement, Plan, Timetable
+from distill.planning import Recipe, TeacherShape, heads_of_student, later_plans
 from distill.pupil import Assigner, Pupil, TargetMaker
 from distill.recipe import (
     FAMILY_PHASE,
-    HEADS_PHASE,
     FamilyRecipe,
-    HeadsSpec,
     LrSpec,
     ObjectiveSpec,
     ScheduleSpec,
+    StageSpec,
     StudentSpec,
-    TeacherRecipe,
 )
 from distill.stopwatch import Stopwatch
-from distill.supply import build_feed, build_loader, crop_schedule, has_own_colours
+from distill.supply import build_feed, build_loader, crop_schedule
 from distill.weights import load_backbone, load_heads
-from students.catalog import BackboneSpec, build_backbone, count_parameters, init_weights_
-from students.custom import CustomSpec
+from students.catalog import BackboneSpec, build_backbone, init_weights_
 from students.objective import FeatureTrainee, Standardiser, build_projectors
-from students.student import build_heads, grid_of, seeded, student_heads
+from students.student import build_heads, grid_of, seeded
 from teacher.frozen import FrozenTeacher
-from teacher.heads import Head, HeadShape
-from teacher.trainee import KOLEO_GROUP, Objective, StepScalars, Trainee, TraineeTraits, scaled_size
+from teacher.heads import Head
+from teacher.trainee import Objective, StepScalars, Trainee, TraineeTraits, scaled_size
+from teacher.vit import ViT
 
-ONLINE = "teacher"  # the name of the pretrained network in metrics, checkpoints and plans
-Recipe = FamilyRecipe | TeacherRecipe
+IDS_PER_NETWORK = 1_000_000  # more than any has parameters and modules
 
 
 @dataclass(frozen=True)
@@ -70,25 +57,17 @@ class Site:
 
 
 @dataclass(frozen=True)
-class TeacherShape:
-    """A teacher before it is loaded or trained: its backbone, and its heads where it has any."""
-
-    spec: BackboneSpec
-    heads: Heads | None
-
-
-@dataclass(frozen=True)
 class Scene:
     """What the parts of a phase are built from, on one rank.
 
-    ``grid_hw`` is the teacher's patch grid; ``tell`` takes events that people should read.
+    ``taught_by`` is the teacher's backbone; ``tell`` takes events that people should read.
     """
 
     recipe: Recipe
     plan: Plan
     groups: Groups
     site: Site
-    grid_hw: tuple[int, int]
+    taught_by: BackboneSpec
     tell: Callable[[str], None]
 
     def placement(self, name: str) -> Placement:
@@ -101,177 +80,16 @@ class Scene:
         return self.placement(name).parts_of(self.groups.world_rank, micro_batch)
 
 
-def crop_shapes(recipe: Recipe, grid_hw: tuple[int, int]) -> CropShapes:
-    """Sizes and counts for the cost model; two global crops, each masked with the recipe's probability and mean ratio."""
-    masked = 2 * recipe.masks.probability * sum(recipe.masks.ratio) / 2 * grid_hw[0] * grid_hw[1]
-    return CropShapes(
-        recipe.crops.global_.size, recipe.crops.local.size, recipe.crops.local.count, masked
-    )
-
-
-def plan_pretraining(
-    recipe: TeacherRecipe, num_ranks: int, device: Device = DEFAULT_DEVICE
-) -> Plan:
-    """One network on all ranks, which teaches itself."""
-    shape = shape_of_recipe(recipe)
-    assert shape.heads is not None, "a pretrained teacher has heads"
-    shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
-    work = Work(ONLINE, device.seconds(training_tflops(shape.spec, shape.heads, shapes)), num_ranks)
-    teach_s = device.seconds(teaching_tflops(shape.spec, shape.heads, shapes))
-    whole = recipe.engine.micro_batch is not None
-    plan = make_plan([work], teach_s, recipe.schedule.batch, num_ranks, has_whole_groups=whole)
-    require_whole_groups(recipe, plan)
-    return plan
-
-
-def plan_fitting(
-    recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device = DEFAULT_DEVICE
-) -> Plan:
-    """Fresh heads on a frozen teacher, on all ranks; their EMA teaches them."""
-    assert shape.heads is not None, "heads to fit have shapes"
-    shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
-    work = Work(
-        HEADS_PHASE, device.seconds(fitting_tflops(shape.spec, shape.heads, shapes)), num_ranks
-    )
-    teach_s = device.seconds(teaching_tflops(shape.spec, shape.heads, shapes))
-    return make_plan([work], teach_s, recipe.schedule.batch, num_ranks)
-
-
-def plan_family(
-    recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device = DEFAULT_DEVICE
-) -> Plan:
-    """Students on ranks, the teacher in the gaps: whole on every rank where the device's memory allows, sharded where not."""
-    sharding = recipe.engine.teacher_sharding
-    plan = _plan_family(recipe, shape, num_ranks, device, is_sharded=sharding == "sharded")
-    if sharding == "auto" and num_ranks > 1:
-        most = family_needs(recipe, shape, plan).fullest.total
-        if most > device.memory_gib:
-            sharded = _plan_family(recipe, shape, num_ranks, device, is_sharded=True)
-            if family_needs(recipe, shape, sharded).fullest.total <= device.memory_gib:
-                return sharded
-    return plan
-
-
-def _plan_family(
-    recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device, *, is_sharded: bool
-) -> Plan:
-    shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
-    works = []
-    for student in recipe.students:
-        spec, seen = student.backbone_spec(), shapes.scaled(student.crop_scale)
-        if isinstance(spec, CustomSpec):
-            _require_whole_patches(recipe, student, spec)
-        if shape.heads is None:
-            cost = regression_tflops(spec, shape.spec.width, seen)
-        else:
-            cost = training_tflops(spec, _heads_of(student, spec, shape.heads), seen)
-        ranks = None if student.ranks == "auto" else student.ranks
-        works.append(Work(student.label, device.seconds(cost), ranks))
-    plan = make_plan(
-        works,
-        device.seconds(teaching_tflops(shape.spec, shape.heads, shapes)),
-        recipe.schedule.batch,
-        num_ranks,
-        lookahead=recipe.engine.lookahead,
-        unit=recipe.engine.teacher_micro_batch,
-        has_even_shares=recipe.engine.exchange == "all_gather",
-        is_teacher_sharded=is_sharded,
-        has_whole_groups=recipe.engine.micro_batch is not None,
-    )
-    if recipe.objective.koleo and shape.heads is not None:
-        require_whole_groups(recipe, plan)
-    ends = [f"{s.label} is finished at step {s.steps:,}" for s in recipe.students if s.steps]
-    return replace(plan, notes=(*plan.notes, *ends))
-
-
-def require_whole_groups(recipe: Recipe, plan: Plan) -> None:
-    """Micro-batches must not cut the groups of images that KoLeo compares.
-
-    Raises:
-        PlanError: names the network and batches that work.
-    """
-    micro_batch = recipe.engine.micro_batch
-    for placement in plan.placements:
-        parts = [placement.parts_of(rank, micro_batch) for rank in placement.world_ranks]
-        whole = placement.koleo_is_local and all(
-            part.start % KOLEO_GROUP == 0 for each in parts for part in each
-        )
-        if len(parts[0]) > 1 and not whole:
-            unit = KOLEO_GROUP * len(placement.slices)
-            near = max(unit, round(plan.images_global / unit) * unit)
-            raise PlanError(
-                f"engine.micro_batch = {micro_batch}: the slices of {placement.name} are not whole KoLeo groups of {KOLEO_GROUP} images",
-                fix=f"Write schedule.batch: {near} (a multiple of {unit}), or leave micro_batch out.",
-            )
-
-
-def _require_whole_patches(recipe: FamilyRecipe, student: StudentSpec, spec: CustomSpec) -> None:
-    """The rule that the recipe checks for networks it knows."""
-    sizes = {"global.size": recipe.crops.global_.size, "eval_size": recipe.crops.input_size}
-    if recipe.crops.local.count:
-        sizes["local.size"] = recipe.crops.local.size
-    for key, size in sizes.items():
-        if scaled_size(size, student.crop_scale) % spec.stride:
-            raise PlanError(
-                f"crops.{key} = {size}: not a multiple of {spec.stride}, the stride of {student.label}",
-                fix=f"Use a multiple of {spec.stride}.",
-            )
-
-
-def family_needs(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs:
-    """Memory and traffic of a family's plan."""
-    grid_hw = grid_of(shape.spec, recipe.crops.global_.size)
-    students = []
-    for student in recipe.students:
-        spec = student.backbone_spec()
-        if shape.heads is None:
-            extra = 2 * (spec.width + 1) * shape.spec.width
-        else:
-            extra = head_parameters(_heads_of(student, spec, shape.heads))
-        parameters = count_parameters(spec) + extra
-        students.append(Student(student.label, spec, parameters, student.crop_scale))
-    return needs_of(
-        plan,
-        students,
-        shape.spec,
-        shape.heads,
-        crop_shapes(recipe, grid_hw),
-        zero_stage=recipe.engine.zero,
-        lookahead=recipe.engine.lookahead,
-        micro_batch=recipe.engine.micro_batch,
-        patches=grid_hw[0] * grid_hw[1],
-        has_colours=has_own_colours(recipe.data),
-    )
-
-
-def shape_of_recipe(recipe: TeacherRecipe) -> TeacherShape:
-    """The teacher that a pretraining recipe will make."""
-    spec = recipe.model.backbone_spec()
-    return TeacherShape(spec, head_shapes(recipe.heads, spec.width))
-
-
-def head_shapes(heads: HeadsSpec, width: int) -> Heads:
-    """Shapes of the DINO and iBOT heads on a network of ``width``."""
-    dino, ibot = (
-        HeadShape(width, spec.hidden, spec.bottleneck, spec.prototypes)
-        for spec in (heads.dino, heads.ibot)
-    )
-    return dino, ibot
-
-
-def _heads_of(student: StudentSpec, spec: BackboneSpec, heads: Heads) -> Heads:
-    widths = student.head_widths
-    return student_heads(spec.width, *heads, widths.dino_hidden, widths.ibot_hidden)
-
-
 def objective_of(spec: ObjectiveSpec, gram: float = 0.0) -> Objective:
     """The recipe's weights and the Gram weight of a stage."""
     return Objective(**spec.model_dump(), gram=gram)
 
 
-def traits_of(recipe: Recipe, *, masks_input: bool, crop_scale: float = 1.0) -> TraineeTraits:
+def traits_of(
+    recipe: Recipe, *, masks_input: bool, crop_scale: float = 1.0, keep: float = 1.0
+) -> TraineeTraits:
     """How a network of this recipe is trained."""
-    return TraineeTraits(masks_input, recipe.data.mean, recipe.data.std, crop_scale)
+    return TraineeTraits(masks_input, recipe.data.mean, recipe.data.std, crop_scale, keep)
 
 
 def build_trainee(
@@ -288,15 +106,27 @@ def build_trainee(
     )
 
 
-def build_engine(scene: Scene, name: str, trainee: nn.Module) -> Engine:
+def build_engine(
+    scene: Scene,
+    name: str,
+    trainee: nn.Module,
+    lr_factor: Callable[[str], float] = lambda _: 1.0,
+) -> Engine:
     """A trainee on its group, wrapped by its own engine. Collective over the group."""
     groups, parts = scene.groups, scene.parts_of(name)
+    if scene.recipe.engine.activation_checkpointing:
+        for module in trainee.modules():
+            if isinstance(module, ViT):
+                module.is_checkpointing = True
     settings = EngineSettings(
         zero_stage=scene.recipe.engine.zero,
         precision=scene.recipe.engine.precision,
         gradient_clip=scene.recipe.schedule.clip,
         images_per_rank=max(part.stop - part.start for part in parts),
         num_parts=len(parts),
+        beta2=scene.recipe.schedule.beta2,
+        lr_factor=lr_factor,
+        first_id=IDS_PER_NETWORK * [p.name for p in scene.plan.placements].index(name),
     )
     device = scene.site.device
     return Engine(trainee.to(device), groups.by_network[name], groups.alone, settings)
@@ -325,20 +155,20 @@ def build_phase(
     objective: Objective,
     after_step: Callable[[int], None],
     *,
-    anchor_resolution: int | None = None,
+    stage: StageSpec | None = None,
     lookahead: int = 0,
     exchange: type[Slices] | type[AllGather] = Slices,
     later: Sequence[tuple[int, Plan]] = (),
 ) -> Phase:
     """Loader, masks, exchange and schedules around a teacher and those it teaches.
 
-    ``steps``: where the phase begins in the stream of samples, and its length. ``later``: plans for
-    when networks are finished.
+    ``steps``: where the phase begins in the stream of samples, and its length. ``stage``: of
+    pretraining. ``later``: plans for when networks are finished.
     """
     recipe, plan, rank, site = scene.recipe, scene.plan, scene.groups.world_rank, scene.site
     timetable = Timetable(plan, later)
     bounds, settings = recipe.schedule.rope_rescale, recipe.schedule
-    crops = crop_schedule(recipe, anchor_resolution)
+    crops = crop_schedule(recipe, stage)
     feed = build_feed(
         recipe,
         site.index,
@@ -348,6 +178,10 @@ def build_phase(
         sum(steps),
     )
     loader = build_loader(recipe, feed, crops, timetable.most_images(rank), site.device)
+
+    def grid_at(step: int) -> tuple[int, int]:
+        return grid_of(scene.taught_by, crops.at(step).global_size)
+
     return Phase(
         name=name,
         num_steps=steps[1],
@@ -356,9 +190,9 @@ def build_phase(
         plan=plan,
         timetable=timetable,
         world_rank=rank,
-        grid_hw=scene.grid_hw,
+        grid_at=grid_at,
         loader=loader,
-        masks=StepMasks(recipe.masks, timetable, rank, scene.grid_hw, recipe.seed, site.device),
+        masks=StepMasks(recipe.masks, timetable, rank, grid_at, recipe.seed, site.device),
         teacher=teacher,
         teaching=Stopwatch(site.device),
         exchange=exchange(timetable, rank, scene.groups.exchange, site.device),
@@ -372,14 +206,20 @@ def build_phase(
 
 
 def step_rates(
-    settings: ScheduleSpec, lr: LrSpec, momentum: Callable[[int], float], num_steps: int
+    settings: ScheduleSpec,
+    lr: LrSpec,
+    momentum: Callable[[int], float],
+    lr_steps: tuple[int, int],
+    weight_decay: Callable[[int], float] | None = None,
 ) -> Callable[[int], StepRates]:
-    """Learning rates, weight decay and EMA momentum of each step."""
+    """Learning rates, weight decay and EMA momentum of each step; ``lr_steps``: where the rate's schedule begins, and its length."""
+    first, num_steps = lr_steps
+    decay = weight_decay or (lambda _: settings.weight_decay)
 
     def rates(step: int) -> StepRates:
-        value = schedule.learning_rate(lr, step, num_steps, settings.batch)
+        value = schedule.learning_rate(lr, step - first, num_steps, settings.batch)
         frozen = step < settings.freeze_prototypes
-        return StepRates(value, 0.0 if frozen else value, settings.weight_decay, momentum(step))
+        return StepRates(value, 0.0 if frozen else value, decay(step), momentum(step))
 
     return rates
 
@@ -468,10 +308,14 @@ def _student(
     """A student with fresh weights, and what makes its targets: heads if the teacher has them, projectors if not."""
     recipe, device = scene.recipe, scene.site.device
     spec, generator = student.backbone_spec(), seeded(recipe.seed, student.label)
-    grid_hw = grid_of(spec, scaled_size(recipe.crops.global_.size, student.crop_scale))
-    if grid_hw[0] > scene.grid_hw[0]:
+    size = recipe.crops.global_.size
+    grid_hw, taught_hw = (
+        grid_of(spec, scaled_size(size, student.crop_scale)),
+        grid_of(scene.taught_by, size),
+    )
+    if grid_hw[0] > taught_hw[0]:
         raise CheckpointError(
-            f"students.{student.label}: its {grid_hw} patch grid is finer than the teacher's {scene.grid_hw}",
+            f"students.{student.label}: its {grid_hw} patch grid is finer than the teacher's {taught_hw}",
             fix="Choose a student whose stride is at least the teacher's patch size.",
         )
     backbone = build_backbone(spec)
@@ -484,25 +328,15 @@ def _student(
         trainee = FeatureTrainee(backbone, *projectors, traits, num_ranks)
         return trainee, Standardiser(taught, device)
     assert teacher.dino_head is not None and teacher.ibot_head is not None, "shapes without heads"
-    heads = build_heads(*_heads_of(student, spec, shape.heads), generator)
+    heads = build_heads(*heads_of_student(student, spec, shape.heads), generator)
     network = build_trainee(scene, student.label, (backbone, *heads), traits)
     return network, Assigner(teacher.dino_head, teacher.ibot_head)
-
-
-def later_plans(recipe: FamilyRecipe, plan: Plan) -> tuple[tuple[int, Plan], ...]:
-    """The plans from each step on at which a student is finished."""
-    ends = {student.label: student.steps or recipe.schedule.steps for student in recipe.students}
-    moments = sorted({end for end in ends.values() if end < recipe.schedule.steps})
-    return tuple(
-        (moment, without(plan, {name for name, end in ends.items() if end <= moment}))
-        for moment in moments
-    )
 
 
 def _student_rates(
     settings: ScheduleSpec, lr: LrSpec, num_steps: int
 ) -> Callable[[int], StepRates]:
     def momentum(step: int) -> float:
-        return schedule.student_momentum(settings.ema, step, num_steps)
+        return schedule.cosine(settings.ema, 1.0, step, num_steps)
 
-    return step_rates(settings, lr, momentum, num_steps)
+    return step_rates(settings, lr, momentum, (0, num_steps))

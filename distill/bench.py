@@ -29,11 +29,9 @@ from torch import Tensor
 from distill.assemble import (
     Scene,
     Site,
-    TeacherShape,
     build_phase,
     family_phase,
     freeze,
-    plan_family,
 )
 from distill.balance import Balancer
 from distill.cost import DEFAULT_DEVICE, find_device
@@ -47,13 +45,14 @@ from distill.exchange import AllGather, Slices
 from distill.groups import Groups, make_groups
 from distill.loop import Phase, run_phase
 from distill.plan import Placement, Plan
+from distill.planning import TeacherShape, plan_family
 from distill.prepare import teacher_shape
 from distill.recipe import FamilyRecipe
 from distill.recipe_file import load_job
 from distill.record import Wishes
 from distill.stopwatch import Stopwatch
 from students.catalog import build_backbone, init_weights_
-from students.student import build_heads, grid_of, seeded
+from students.student import build_heads, seeded
 from teacher.batch import CropBatch, LessonBatch, PatchMasks, TeacherTargets
 from teacher.frozen import FrozenTeacher
 from teacher.trainee import Objective
@@ -201,9 +200,8 @@ class _Bench:
     def _phase(self, recipe: FamilyRecipe) -> Phase:
         plan = plan_family(recipe, self.shape, self.request.num_ranks)
         groups = make_groups(plan, TIMEOUT)
-        grid_hw = grid_of(self.shape.spec, recipe.crops.global_.size)
         site = Site(self.device, Path(), _no_images())
-        scene = Scene(recipe, plan, groups, site, grid_hw, self._tell)
+        scene = Scene(recipe, plan, groups, site, self.shape.spec, self._tell)
         if self.scale is None:
             assert self.teacher is not None, "only sleeps need no teacher"
             phase = family_phase(scene, self.teacher, self.shape)

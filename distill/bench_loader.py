@@ -46,7 +46,7 @@ def measure_loader(
         if index is None:
             write_synthetic(Path(folder), recipe.seed)
             index = build_index([Path(folder)], max_bad_fraction=0.0)
-        with_locals = crop_schedule(recipe, None)
+        with_locals = crop_schedule(recipe)
         without = CropSchedule.one(replace(with_locals.graph, num_local=0))
         cases = {"all crops": with_locals}
         if with_locals.graph.num_local:

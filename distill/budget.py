@@ -195,6 +195,74 @@ def needs_of(
     )
 
 
+def pretraining_needs(
+    plan: Plan,
+    spec: ViTSpec,
+    heads: Heads,
+    kinds: Sequence[CropShapes],
+    *,
+    zero_stage: int,
+    micro_batch: int | None,
+    keep: float,
+    is_checkpointing: bool,
+    has_anchor: bool,
+) -> Needs:
+    """Memory of every rank of a network that teaches itself. Nothing travels.
+
+    Args:
+        plan: of one network on all ranks.
+        spec: its backbone.
+        heads: its heads.
+        kinds: crops of its batches; the largest count.
+        zero_stage: what is sharded; with 3 the EMA and the anchor are, too.
+        micro_batch: images at once.
+        keep: part of the rows that pass through a block.
+        is_checkpointing: of each block only the input is kept.
+        has_anchor: there is a Gram anchor.
+    """
+    placement, num_ranks = plan.placements[0], plan.num_ranks
+    backbone, of_heads = count_parameters(spec), head_parameters(heads)
+    block = backbone // spec.depth
+    if zero_stage == 3:  # its own part, the block at work and the next one
+        frozen = backbone // num_ranks + 2 * block
+        weights = (backbone + of_heads) / num_ranks + 2 * block + of_heads
+    else:
+        frozen, weights = backbone, backbone + of_heads
+    count = backbone + of_heads
+    gradients = count / num_ranks if zero_stage >= 2 else count
+    memory = []
+    for rank in placement.world_ranks:
+        images = max(p.stop - p.start for p in placement.parts_of(rank, micro_batch))
+        added_up = images < len(placement.slice_of(rank))
+        kept = max(_kept_bytes(spec, crops, keep, is_checkpointing) for crops in kinds)
+        rows = images * max(2 + c.num_locals + c.masked_per_image for c in kinds)
+        memory.append(
+            Memory(
+                teacher=PARAMETER_BYTES * (frozen * (2 if has_anchor else 1) + of_heads) / GIB,
+                weights=PARAMETER_BYTES * weights / GIB,
+                gradients=(PARAMETER_BYTES * gradients + added_up * SUM_BYTES * count / num_ranks)
+                / GIB,
+                optimizer=STATE_BYTES * count / num_ranks / GIB,
+                activations=images * kept / GIB,
+                logits=rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES / GIB,
+                buffers=0.0,
+                context=CONTEXT_GIB,
+            )
+        )
+    nothing = (0,) * num_ranks
+    return Needs(tuple(memory), nothing, nothing, 0)
+
+
+def _kept_bytes(spec: ViTSpec, crops: CropShapes, keep: float, is_checkpointing: bool) -> float:
+    """Bytes kept for the backward pass of one image's crops; with checkpointing the inputs of all blocks and the inside of one."""
+    inside = keep * activation_bytes(spec, crops)
+    if not is_checkpointing:
+        return inside
+    sides = [crops.global_size] * 2 + [crops.local_size] * crops.num_locals
+    tokens = sum((side // spec.patch) ** 2 + 1 + spec.registers for side in sides)
+    return inside / spec.depth + PARAMETER_BYTES * tokens * spec.width * spec.depth
+
+
 def activation_bytes(spec: BackboneSpec, crops: CropShapes) -> float:
     """Bytes kept for the backward pass of all crops of one image."""
     sides = [crops.global_size] * 2 + [crops.local_size] * crops.num_locals

@@ -444,7 +444,8 @@ def check(
         num_ranks = _num_ranks(loaded.engine.processes, gpus)
         plans = check_job(loaded, teacher, num_ranks)
         if has_gpu(loaded):
-            require_fit(plans[-1], loaded, teacher, find_device("measured"))
+            for job in plans:
+                require_fit(job, loaded, teacher, find_device("measured"))
         facts = check_data(loaded, teacher)
     except DataError as error:  # to a check, data that is not there is a wrong recipe
         raise RecipeError(error.message, fix=error.fix) from error
@@ -498,7 +499,8 @@ def plan(
         for each in plans:
             for table in plan_tables(each, assumed):
                 Console().print(table)
-    require_fit(plans[-1], loaded, teacher, assumed)
+    for job in plans:
+        require_fit(job, loaded, teacher, assumed)
 
 
 def _num_ranks(processes: int | str, asked: int | None) -> int:
@@ -510,6 +512,16 @@ def _num_ranks(processes: int | str, asked: int | None) -> int:
 @app.command("eval", rich_help_panel="Results")
 def evaluate(
     run: RunArgument,
+    over_steps: Annotated[
+        bool,
+        typer.Option(
+            "--over-steps", help="Score the teacher in every kept checkpoint; draw progress.png."
+        ),
+    ] = False,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option("--beside", help="With --over-steps: another run in the same picture."),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -518,12 +530,31 @@ def evaluate(
     from distill.finish import finish
 
     _require_run(run)
+    if over_steps:
+        return _score_steps([run, *(beside or [])], as_json=as_json)
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         summary = finish(run)
     if as_json:
         _print_json(summary)
     else:
         Console().print(scores_table(summary))
+    return None
+
+
+def _score_steps(runs: Sequence[Path], *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from distill.progress import draw_progress, score_steps
+
+    scored = {}
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        for run in runs:
+            _require_run(run)
+            scored[run.name] = score_steps(run, _say)
+        picture = draw_progress(scored, runs[0] / "progress.png")
+        _say(f"wrote {picture}")
+    if as_json:
+        _print_json({name: [asdict(m) for m in moments] for name, moments in scored.items()})
 
 
 app.command("export", rich_help_panel="Results")(export)

@@ -567,7 +567,7 @@ def plan_tables(job: "JobPlan", device: "Device") -> list[Table]:
     plan = job.plan
     busy = f"busy {plan.utilisation:.0%} (even shares and a barrier: {plan.utilisation_even_barrier:.0%})"
     table = Table(
-        title=f"{plan.num_ranks} ranks, {plan.images_global} images a step, {busy}",
+        title=f"{job.name}: {plan.num_ranks} ranks, {plan.images_global} images a step, {busy}",
         title_justify="left",
     )
     for column in ("network", "ranks", "images per rank", "seconds per rank and step"):
@@ -606,6 +606,8 @@ def _add_needs(facts: Table, needs: "Needs") -> None:
         f"{name} {value:.1f}" for name, value in asdict(memory).items() if value >= 0.05
     )
     facts.add_row("memory", f"{memory.total:.1f} GiB on the fullest rank ({parts})")
+    if not needs.gathered_bytes:
+        return
     most = max(needs.sliced_bytes) / 1e6
     facts.add_row(
         "exchange",

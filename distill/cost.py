@@ -141,11 +141,23 @@ def teaching_tflops(spec: BackboneSpec, heads: Heads | None, crops: CropShapes) 
     return backbone + (0.0 if heads is None else _heads_tflops(heads, 2, crops))
 
 
-def training_tflops(spec: BackboneSpec, heads: Heads, crops: CropShapes) -> float:
-    """Teraflops of one student's step on one image: all crops, heads, prototypes, Sinkhorn, backward."""
+def training_tflops(
+    spec: BackboneSpec,
+    heads: Heads,
+    crops: CropShapes,
+    *,
+    keep: float = 1.0,
+    is_twice: bool = False,
+) -> float:
+    """Teraflops of one network's step on one image: all crops, heads, prototypes, Sinkhorn, backward.
+
+    ``keep``: part of the rows that pass through a block. ``is_twice``: blocks run forward again for
+    the backward pass.
+    """
     rows = 2 + crops.num_locals
     trained = TRAINING_FACTOR * _heads_tflops(heads, rows, crops)
-    return _trained_tflops(spec, crops) + trained + _logits_tflops(heads, crops)
+    backbone = _trained_tflops(spec, crops) + (_crops_tflops(spec, crops) if is_twice else 0.0)
+    return keep * backbone + trained + _logits_tflops(heads, crops)
 
 
 def fitting_tflops(spec: BackboneSpec, heads: Heads, crops: CropShapes) -> float:

@@ -128,9 +128,12 @@ def show(
     out: Annotated[Path, typer.Option("-o", "--out", help="The picture.")] = Path("sheet.png"),
     step: Annotated[int, typer.Option("--step", min=0)] = 0,
     images: Annotated[int, typer.Option("--images", min=1, max=64)] = 6,
-    anchors: Annotated[
-        int, typer.Option("--anchors", min=0, max=4, help="Anchor crops at this resolution.")
-    ] = 0,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            "--stage", help="Steps count from the start of this stage of a teacher recipe."
+        ),
+    ] = None,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Draw what the networks are shown: images, crops and masks of a step, as training would cut them."""
@@ -140,7 +143,7 @@ def show(
 
     from distill.sheet import draw_step
 
-    drawn = draw_step(loaded, teacher, step=step, num_images=images, anchors=anchors, out=out)
+    drawn = draw_step(loaded, teacher, step=step, num_images=images, stage=stage, out=out)
     Console().print(f"wrote {drawn}", highlight=False, soft_wrap=True)
 
 

@@ -7,20 +7,23 @@ engine owns the world, so:
 collective and rank query;
 - stage 0 is never used (its gradient reduction reads a module global that the last engine wins),
 not even for a group of one;
+- stage 3 counts modules and parameters of the whole process and compares the counts between ranks;
+they start from a number of its own for every network;
+- stage 3's replacement of ``F.linear``, process-wide, is switched off: it corrupts other engines;
 - engines of one process are driven in the same order on every rank.
 
-The EMA lives beside the Adam moments of each shard: 1/N of the memory and no communication to
-update. Full tensors are read by one all-gather per parameter group from the flat shards; a
-parameter's place in the flat buffer is where its storage points.
+The EMA lives beside the Adam moments of each shard (``distill.shards``): 1/N of the memory and no
+communication to update.
 
 A non-finite gradient norm (already reduced over the group, so every rank agrees) makes DeepSpeed
 skip the step.
 """
 
+import inspect
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +32,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.shards import shards_of
+
 STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
-BETAS = (0.9, 0.99)  # METHOD section 4
+BETA1 = 0.9
+ONE_GROUP = 10**12  # numbers; a parameter group is never split
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,9 @@ class EngineSettings:
     """How one network is optimised. ``precision`` is "fp32" or "bf16" (fp32 master weights either way).
 
     A step's gradient is the sum of ``num_parts`` micro-batches', added up in fp32. In bf16 that takes
-    stage 2: the other stages add up in bf16, where late micro-batches round away.
+    stage 2 in place of 1, which adds up in bf16, where late micro-batches round away.
+    ``lr_factor``: of a parameter's learning rate, by its name. ``first_id``: where stage 3 counts this
+    network's parameters from, the same on every rank, another for every network.
     """
 
     zero_stage: int
@@ -46,6 +54,9 @@ class EngineSettings:
     gradient_clip: float
     images_per_rank: int
     num_parts: int = 1
+    beta2: float = 0.99
+    lr_factor: Callable[[str], float] = lambda _: 1.0
+    first_id: int = 0
 
 
 @dataclass(frozen=True)
@@ -92,8 +103,11 @@ class Engine:
         self.group, self._num_parts = group, settings.num_parts
         self._mpu = _GroupLayout(group, self_group)
         fused = next(module.parameters()).device.type == "cuda"
-        optimizer = torch.optim.AdamW(_parameter_groups(module), lr=0.0, betas=BETAS, fused=fused)
+        groups = _parameter_groups(module, settings.lr_factor)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(BETA1, settings.beta2), fused=fused)
         with as_world(self._mpu):
+            if settings.zero_stage == 3:
+                _count_from(settings.first_id)
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=optimizer,
@@ -101,10 +115,9 @@ class Engine:
                 mpu=self._mpu,
                 dist_init_required=False,
             )
-        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
-        self._shards: list[Tensor] = list(self._zero.single_partition_of_fp32_groups)
-        self._states = [self._zero.optimizer.state[shard] for shard in self._shards]
-        for shard, state in zip(self._shards, self._states, strict=True):
+        self._shards = shards_of(self._zero, module, group)
+        self._states = [self._zero.optimizer.state[shard] for shard in self._shards.weights]
+        for shard, state in zip(self._shards.weights, self._states, strict=True):
             state["step"] = torch.tensor(0.0)
             state["exp_avg"] = torch.zeros_like(shard)
             state["exp_avg_sq"] = torch.zeros_like(shard)
@@ -127,7 +140,8 @@ class Engine:
         The step is skipped, by all ranks together, if its gradient is not finite.
         """
         for param_group in self._zero.optimizer.param_groups:
-            param_group["lr"] = rates.lr_prototypes if param_group["is_prototypes"] else rates.lr
+            lr = rates.lr_prototypes if param_group["is_prototypes"] else rates.lr
+            param_group["lr"] = lr * param_group["lr_factor"]
             param_group["weight_decay"] = rates.weight_decay if param_group["is_decayed"] else 0.0
         skipped_before = self._engine.skipped_steps
         with as_world(self._mpu):
@@ -136,7 +150,7 @@ class Engine:
             self._engine.step()
         if is_last and self._engine.skipped_steps == skipped_before:
             with torch.no_grad():
-                for shard, state in zip(self._shards, self._states, strict=True):
+                for shard, state in zip(self._shards.weights, self._states, strict=True):
                     state["ema"].lerp_(shard, 1.0 - rates.ema_momentum)
 
     @property
@@ -151,105 +165,111 @@ class Engine:
         skipped: int = self._engine.skipped_steps
         return skipped
 
-    def full(self, kind: str) -> dict[str, Tensor]:
-        """Whole tensors of one of ``STATE_KINDS`` by parameter name, fp32. Communication: one all-gather per parameter group."""
+    def full(self, kind: str, *, keep: bool = True) -> dict[str, Tensor]:
+        """Whole tensors of one of ``STATE_KINDS`` by parameter name, fp32, on the host; nothing without ``keep``.
+
+        Communication: all-gathers over the group, which every rank of it must call.
+        """
         tensors = {}
-        for index, flat in enumerate(self._zero.bit16_groups_flat):
-            shard = self._shards[index].detach() if kind == "weight" else self._states[index][kind]
-            whole = _all_gather(shard, self.group)
-            for parameter in self._zero.bit16_groups[index]:
-                place = _place(parameter, flat)
-                tensors[self._names[id(parameter)]] = whole[place].view(parameter.shape)
+        for name, tensor in self._shards.whole(self._values(kind), torch.float32):
+            if keep:
+                tensors[name] = tensor.to("cpu", copy=True)
         return tensors
+
+    def _values(self, kind: str) -> list[Tensor]:
+        if kind == "weight":
+            return [shard.detach() for shard in self._shards.weights]
+        return [state[kind] for state in self._states]
 
     @torch.no_grad()
     def copy_ema_to(self, target: nn.Module) -> None:
-        """Writes the EMA into the parameters of ``target`` with the same names. Communication as ``full``."""
-        parameters = dict(target.named_parameters())
-        for name, average in self.full("ema").items():
-            parameters[name].copy_(average)
+        """Writes the EMA into the parameters of ``target`` with the same names. Collective over the group.
 
-    def state(self) -> dict[str, Tensor]:
+        Communication: the EMA in the target's dtype, unless both are sharded (stage 3) alike.
+        """
+        self._shards.copy_to(self._values("ema"), dict(target.named_parameters()))
+
+    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
         """Everything needed to go on, independent of the layout: ``kind/name`` and ``step``. Communication as ``full``, four times."""
         tensors = {
             f"{kind}/{name}": tensor
             for kind in STATE_KINDS
-            for name, tensor in self.full(kind).items()
+            for name, tensor in self.full(kind, keep=keep).items()
         }
         tensors["step"] = self._states[0]["step"].reshape(1).clone()
         return tensors
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The reverse of ``state``, for any number of ranks. No communication."""
-        group_rank = dist.get_rank(self.group)
-        for index, flat in enumerate(self._zero.bit16_groups_flat):
-            own = slice(
-                group_rank * self._shards[index].numel(),
-                (group_rank + 1) * self._shards[index].numel(),
-            )
-            for kind in STATE_KINDS:
-                whole = torch.zeros(flat.numel(), dtype=torch.float32, device=flat.device)
-                for parameter in self._zero.bit16_groups[index]:
-                    name = self._names[id(parameter)]
-                    whole[_place(parameter, flat)] = tensors[f"{kind}/{name}"].to(whole).flatten()
-                target = self._shards[index] if kind == "weight" else self._states[index][kind]
-                target.copy_(whole[own])
-                if kind == "weight":
-                    flat.copy_(whole)
-            self._states[index]["step"].copy_(tensors["step"][0])
+        """The reverse of ``state``, for any number of ranks and any stage. No communication."""
+        for kind in STATE_KINDS:
+
+            def whole(name: str, kind: str = kind) -> Tensor:
+                return tensors[f"{kind}/{name}"]
+
+            own = self._shards.own(whole)
+            if kind == "weight":
+                self._shards.load(own, whole)
+                continue
+            for state, part in zip(self._states, own, strict=True):
+                state[kind].copy_(part)
+        for state in self._states:
+            state["step"].copy_(tensors["step"][0])
 
 
-def _parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
-    """Trained parameters in three groups: matrices, vectors (no weight decay), prototypes (own learning rate while frozen)."""
-    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+def _parameter_groups(module: nn.Module, lr_factor: Callable[[str], float]) -> list[dict[str, Any]]:
+    """Trained parameters in as few groups as differ: matrices, vectors (no weight decay), prototypes (own learning rate while frozen), each by its factor."""
+    kinds: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         is_prototypes = ".prototypes." in name
         is_decayed = parameter.ndim > 1 and not name.endswith(("_token", "_tokens"))
-        kinds.setdefault((is_prototypes, is_decayed), []).append(parameter)
+        kind = (is_prototypes, is_decayed, lr_factor(name))
+        kinds.setdefault(kind, []).append(parameter)
     return [
-        {"params": parameters, "is_prototypes": is_prototypes, "is_decayed": is_decayed}
-        for (is_prototypes, is_decayed), parameters in kinds.items()
+        {
+            "params": parameters,
+            "is_prototypes": is_prototypes,
+            "is_decayed": is_decayed,
+            "lr_factor": factor,
+        }
+        for (is_prototypes, is_decayed, factor), parameters in kinds.items()
     ]
+
+
+def _count_from(first_id: int) -> None:
+    """Where stage 3's numbers of parameters and modules go on: they are compared between ranks that hold other engines."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    Init.param_id = first_id
+    register = inspect.unwrap(DeepSpeedZeRoOffload._register_deepspeed_module)
+    register.__defaults__[0][0] = first_id
 
 
 def _config(settings: EngineSettings) -> dict[str, Any]:
     adds_halves = settings.precision == "bf16" and settings.num_parts > 1
+    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
+    if settings.zero_stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "memory_efficient_linear": False,
+            "sub_group_size": ONE_GROUP,
+        }
+    elif adds_halves:
+        zero["stage"] = 2
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": max(1, settings.images_per_rank),
         "gradient_accumulation_steps": settings.num_parts,
         "gradient_clipping": settings.gradient_clip,
-        "zero_optimization": {
-            "stage": 2 if adds_halves else settings.zero_stage,
-            "overlap_comm": False,
-        },
+        "zero_optimization": zero,
     }
     if settings.precision == "bf16":
         config["bf16"] = {"enabled": True, "check_grad_overflow": True}
     if adds_halves:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
-
-
-def _place(parameter: Tensor, flat: Tensor) -> slice:
-    """Where a parameter lies in the flat buffer of its group."""
-    start = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
-    return slice(start, start + parameter.numel())
-
-
-def _all_gather(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Equal shards of all ranks of the group, in rank order, as one tensor."""
-    num_ranks = dist.get_world_size(group)
-    if num_ranks == 1:
-        return shard.clone()
-    whole = torch.empty(num_ranks * shard.numel(), dtype=shard.dtype, device=shard.device)
-    gather = (
-        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    )  # renamed in torch 2.13
-    gather(whole, shard, group=group)
-    return whole
 
 
 class _GroupLayout:

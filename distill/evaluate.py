@@ -212,7 +212,7 @@ def evaluate_run(
     """
     say = progress or log.info
     folders = network_folders(run_folder, teacher_folder or run_folder / "teacher")
-    train, test, reason = _read_splits(run_folder, k)
+    train, test, reason = read_splits(run_folder, k)
     summary = _read_summary(run_folder)
     untrained: dict[str, float | None] = {}
     for number, (name, folder) in enumerate(folders.items(), start=1):
@@ -279,10 +279,13 @@ def _network_scores(
     return scores[0], scores[1]
 
 
-def _read_splits(run_folder: Path, k: int) -> tuple[Scored, Scored, str]:
-    """Training and held-out images, and why they cannot be scored ('' when they can)."""
+def read_splits(run_folder: Path, k: int, *, part: str = "train") -> tuple[Scored, Scored, str]:
+    """Training and held-out images, and why they cannot be scored ('' when they can).
+
+    ``part``: which training images, ``train`` for the family's or ``teacher`` for its teacher's.
+    """
     nothing = Scored((), torch.zeros(0, dtype=torch.int64))
-    train = _read_index(run_folder / "data" / "train")
+    train = _read_index(run_folder / "data" / part)
     if train.labels is None:  # then nothing was held out either
         return nothing, nothing, "the images have no class folders, so k-NN has no classes to vote"
     test = _read_index(run_folder / "data" / "held_out")

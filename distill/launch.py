@@ -44,11 +44,12 @@ class Options:
 def run(recipe: str, overrides: list[str], options: Options) -> int:
     """Prepares and runs a job; the exit code says how it ended: 0 finished, 1 failed, 130 stopped and saved."""
     from distill.prepare import JobRequest
-    from distill.recipe_file import load_job
+    from distill.recipe_file import builtin_recipes, load_job
 
     parsed, _ = load_job(recipe, overrides)
     run_folder = options.out / (options.name or parsed.name)
-    request = JobRequest(recipe, tuple(overrides), str(run_folder), resume_command(), options.until)
+    kept = recipe if recipe in builtin_recipes() else str(Path(recipe).absolute())  # for any folder
+    request = JobRequest(kept, tuple(overrides), str(run_folder), resume_command(), options.until)
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _run_as_rank(request, options)
     wanted = options.processes or parsed.engine.processes

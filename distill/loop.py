@@ -28,7 +28,8 @@ from teacher.trainee import StepScalars
 class Phase:
     """One stretch of steps with a teacher and an objective, as one rank sees it.
 
-    ``first_step`` is where this phase begins in the stream of samples. ``after_step`` is told the
+    ``first_step`` is where this phase begins in the stream of samples; ``grid_at`` is the teacher's patch
+    grid at a step of it. ``after_step`` is told the
     number of finished steps: in pretraining it updates what follows the trained weights (the EMA
     network that teaches, the Gram anchor), which is why such a phase looks no step ahead; in a
     family it re-plans the shares.
@@ -41,7 +42,7 @@ class Phase:
     plan: Plan
     timetable: Timetable
     world_rank: int
-    grid_hw: tuple[int, int]
+    grid_at: Callable[[int], tuple[int, int]]
     loader: Loader
     masks: StepMasks
     teacher: FrozenTeacher
@@ -66,8 +67,9 @@ def run_phase(phase: Phase, recorder: Recorder, saver: Saver, start_step: int) -
         for pupil in phase.pupils:
             if pupil.is_finished(step):
                 continue
+            grid_hw = phase.grid_at(stream_step)
             lesson = lesson_for(
-                delivery, pupil.placement, phase.world_rank, phase.grid_hw, phase.plan.images_global
+                delivery, pupil.placement, phase.world_rank, grid_hw, phase.plan.images_global
             )
             temperature, scalars = phase.temperature(stream_step), phase.scalars(stream_step)
             pupil.learn(lesson, temperature, scalars, stream_step)

@@ -1,5 +1,6 @@
 """The iBOT masks of one step for the two sets of positions a rank deals with: those it teaches and those it trains on."""
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -39,11 +40,12 @@ class StepMasks:
         spec: MasksSpec,
         timetable: Timetable,
         world_rank: int,
-        grid_hw: tuple[int, int],
+        grid_at: Callable[[int], tuple[int, int]],
         seed: int,
         device: torch.device,
     ) -> None:
-        self._spec, self._seed, self._grid_hw, self._device = spec, seed, grid_hw, device
+        """``grid_at``: the teacher's patch grid at a step."""
+        self._spec, self._seed, self._grid_at, self._device = spec, seed, grid_at, device
         self._timetable, self._world_rank = timetable, world_rank
         self._worker = ThreadPoolExecutor(1, "masks")
         self._ahead: _Ahead | None = None
@@ -67,7 +69,7 @@ class StepMasks:
 
     def _draw(self, step: int, plan: Plan) -> DrawnMasks:
         """Masks in the host's memory."""
-        spec, grid_hw = self._spec, self._grid_hw
+        spec, grid_hw = self._spec, self._grid_at(step)
         counts = mask_counts(
             seed=self._seed,
             step=step,

@@ -20,16 +20,6 @@ from typing import Any
 
 import torch
 
-from distill.assemble import (
-    TeacherShape,
-    family_needs,
-    head_shapes,
-    later_plans,
-    plan_family,
-    plan_fitting,
-    plan_pretraining,
-    shape_of_recipe,
-)
 from distill.budget import Needs
 from distill.checkpoint import find_latest
 from distill.cost import DEFAULT_DEVICE, Device
@@ -39,7 +29,20 @@ from distill.data.sources import list_source
 from distill.errors import CheckpointError, DataError, PlanError
 from distill.metrics import write_json
 from distill.plan import Plan
+from distill.planning import (
+    TeacherShape,
+    family_needs,
+    head_shapes,
+    later_plans,
+    plan_family,
+    plan_fitting,
+    plan_stage,
+    shape_of_recipe,
+    stage_needs,
+)
 from distill.recipe import (
+    FAMILY_PHASE,
+    HEADS_PHASE,
     DataSpec,
     FamilyRecipe,
     TeacherRecipe,
@@ -129,8 +132,9 @@ SMALLER_MICRO_BATCHES = (256, 128, 64, 32, 16)
 
 @dataclass(frozen=True)
 class JobPlan:
-    """The plan of one part of a job; ``needs`` for families only, ``later`` for students that are finished early."""
+    """The plan of one part of a job; no ``needs`` where heads are fitted, ``later`` for students that are finished early."""
 
+    name: str
     plan: Plan
     num_steps: int
     needs: Needs | None
@@ -146,7 +150,8 @@ class JobPlan:
         """The plan as plain data."""
         needs = {} if self.needs is None else self.needs.to_json()
         days = self.seconds / 86_400
-        return {**self.plan.to_json(), **needs, "steps": self.num_steps, "days": days}
+        own = {"phase": self.name, "steps": self.num_steps, "days": days}
+        return {**self.plan.to_json(), **needs, **own}
 
 
 def check_job(
@@ -168,16 +173,20 @@ def check_job(
     plans = []
     pretrained = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
     if pretrained is not None:
-        num_steps = sum(stage.steps for stage in pretrained.stages)
-        plans.append(JobPlan(plan_pretraining(pretrained, num_ranks, device), num_steps, None))
+        for stage in pretrained.stages:
+            plan = plan_stage(pretrained, stage, num_ranks, device)
+            plans.append(
+                JobPlan(stage.name, plan, stage.steps, stage_needs(pretrained, stage, plan))
+            )
     if isinstance(recipe, FamilyRecipe):
         shape = teacher_shape(recipe, teacher_recipe, has_files=has_files)
         if recipe.teacher.heads_mode == "fit":
             fitting = plan_fitting(recipe, shape, num_ranks, device)
-            plans.append(JobPlan(fitting, recipe.teacher.fit.steps, None))
+            plans.append(JobPlan(HEADS_PHASE, fitting, recipe.teacher.fit.steps, None))
         family = plan_family(recipe, shape, num_ranks, device)
         needs = family_needs(recipe, shape, family)
-        plans.append(JobPlan(family, recipe.schedule.steps, needs, later_plans(recipe, family)))
+        later = later_plans(recipe, family)
+        plans.append(JobPlan(FAMILY_PHASE, family, recipe.schedule.steps, needs, later))
     return tuple(plans)
 
 
@@ -187,18 +196,48 @@ def require_fit(
     teacher_recipe: TeacherRecipe | None,
     device: Device,
 ) -> None:
-    """Refuses a family's plan that does not fit on its device.
+    """Refuses a plan that does not fit on its device.
 
     Raises:
         PlanError: says which part is largest, and the nearest plan that fits.
     """
     if job.needs is None or job.needs.fullest.total <= device.memory_gib:
         return
-    assert isinstance(recipe, FamilyRecipe), "only families have needs"
-    shape = teacher_shape(recipe, teacher_recipe, has_files=False)
-    fix = _nearest_fit(recipe, shape, job.plan.num_ranks, device)
-    told = f"rank {job.needs.fullest_rank} needs {job.needs.fullest.describe()}"
+    trained = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
+    if isinstance(recipe, FamilyRecipe) and job.name == FAMILY_PHASE:
+        shape = teacher_shape(recipe, teacher_recipe, has_files=False)
+        fix = _nearest_fit(recipe, shape, job.plan.num_ranks, device)
+    else:
+        assert trained is not None, "a stage without a teacher recipe"
+        fix = _nearest_stage_fit(trained, job, device)
+    told = f"{job.name}: rank {job.needs.fullest_rank} needs {job.needs.fullest.describe()}"
     raise PlanError(f"{told}; {device.name} has {device.memory_gib:.0f} GiB", fix=fix)
+
+
+def _nearest_stage_fit(recipe: TeacherRecipe, job: JobPlan, device: Device) -> str:
+    """The change with which a stage of pretraining fits: shard more, keep less, take more ranks."""
+    stage = next(stage for stage in recipe.stages if stage.name == job.name)
+    changes: tuple[dict[str, object], ...] = ({"zero": 3}, {"activation_checkpointing": True})
+    for factor in MORE_RANKS:
+        for micro_batch in (recipe.engine.micro_batch, *SMALLER_MICRO_BATCHES):
+            for count in range(len(changes) + 1):
+                update: dict[str, object] = {"micro_batch": micro_batch}
+                for change in changes[:count]:
+                    update |= change
+                engine = recipe.engine.model_copy(update=update)
+                changed = recipe.model_copy(update={"engine": engine})
+                with suppress(PlanError):
+                    plan = plan_stage(changed, stage, factor * job.plan.num_ranks, device)
+                    found = stage_needs(changed, stage, plan).fullest.total
+                    if found <= device.memory_gib:
+                        own = recipe.engine.model_dump()
+                        keys = [k for k, value in update.items() if value != own[k]]
+                        words = [f"engine.{key}={str(update[key]).lower()}" for key in keys]
+                        on = [f"{factor * job.plan.num_ranks} ranks"] if factor > 1 else []
+                        return f"{' '.join([*words, *on])} needs {found:.0f} GiB."
+    return (
+        "No number of ranks tried makes room: use a smaller network or a device with more memory."
+    )
 
 
 def _nearest_fit(recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device) -> str:

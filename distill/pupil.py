@@ -86,8 +86,14 @@ class Pupil:
         *,
         parts: Sequence[slice] = (slice(None),),
         num_steps: int | None = None,
+        prepare: Callable[[LessonBatch, int], LessonBatch] = lambda lesson, _: lesson,
     ) -> None:
-        """``parts``: micro-batches of this rank's slice; ``num_steps``: where the network is finished, None for the phase's end."""
+        """What one network needs on one rank.
+
+        ``parts``: micro-batches of this rank's slice; ``num_steps``: where the network is finished, None
+        for the phase's end; ``prepare``: adds to the lesson of a step what only this network needs.
+        """
+        self._prepare = prepare
         self._parts, self._stop_step = parts, num_steps
         self.name, self.placement, self.engine, self.rates = name, placement, engine, rates
         self.targets = targets
@@ -101,6 +107,7 @@ class Pupil:
     ) -> None:
         """One step of this network. Collective over its group: targets, KoLeo where cut, gradients."""
         group = self.engine.group if dist.get_world_size(self.engine.group) > 1 else None
+        lesson = self._prepare(lesson, step)
         with self.training.running():
             targets = self.targets.make(lesson, temperature, group)
             for images in self._parts:
@@ -141,10 +148,10 @@ class Pupil:
         self._sums, self._num_steps = {}, 0
         return values
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything needed to go on, independent of the layout. Communication as ``Engine.state``."""
+    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Everything needed to go on, independent of the layout; parts of it without ``keep``. Communication as ``Engine.state``."""
         own = {TARGETS_PREFIX + name: tensor for name, tensor in self.targets.state().items()}
-        return {**self.engine.state(), **own}
+        return {**self.engine.state(keep=keep), **own}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The reverse of ``state``, for any number of ranks. No communication."""

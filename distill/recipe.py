@@ -128,7 +128,10 @@ Every = Annotated[int | str, AfterValidator(_duration)]
 
 
 class ArchSpec(Section):
-    """A network: a catalogue name, or a free size."""
+    """A network: a catalogue name, or a free size.
+
+    ``untie_local_norm``: the class tokens of local crops have a final norm of their own, in training only.
+    """
 
     arch: Arch = science()
     width: int | None = science(None, ge=8)
@@ -138,6 +141,7 @@ class ArchSpec(Section):
     ffn: Literal["mlp", "swiglu"] | None = science(None)
     ffn_width: int | None = science(None, ge=8)
     layerscale: float | None = science(None, gt=0.0)
+    untie_local_norm: bool | None = science(None)
     depths: Ints | None = science(None)
     widths: Ints | None = science(None)
     args: dict[str, Any] | None = science(None)
@@ -188,11 +192,12 @@ class ArchSpec(Section):
                 ffn_width,
                 self.stride,
                 self.ffn or "mlp",
+                untie_local_norm=bool(self.untie_local_norm),
                 layerscale_init=self.layerscale or 1e-5,
             )
         known = CATALOG[self.arch]
-        if isinstance(known, ViTSpec) and self.patch is not None:
-            return replace(known, patch=self.patch)
+        if isinstance(known, ViTSpec):
+            return replace(known, patch=self.stride, untie_local_norm=bool(self.untie_local_norm))
         return known
 
 
@@ -268,22 +273,23 @@ class ObjectiveSpec(Section):
 class GramSpec(Section):
     """Gram anchoring: which earlier EMA network is the anchor and how often it is replaced.
 
-    ``resolution``: the anchor looks at crops of this multiple of the global crop's size.
+    ``resolution``: the anchor looks at crops of this multiple of the global crop's size, whole patches.
     """
 
     teacher: str = science()
     weight: float = science(2.0, gt=0.0)
     refresh: int = science(10_000, ge=1)
     max_refreshes: int = science(3, ge=0)
-    resolution: int = science(2, ge=1, le=4)
+    resolution: float = science(2.0, ge=1.0, le=4.0)
 
 
 class LrSpec(Section):
-    """Learning rate over the steps."""
+    """Learning rate over the steps; ``ramp`` is how it rises from 0 to its peak in the warm-up."""
 
     peak: float = science(gt=0.0)
     end: float = science(1.0e-6, ge=0.0)
     warmup: int = science(0, ge=0)
+    ramp: Literal["linear", "cosine"] = science("linear")
     decay: Literal["constant", "cosine"] = science("constant")
     scale: Literal["none", "sqrt_1024"] = science("none")
 
@@ -302,6 +308,7 @@ class ScheduleSpec(Section):
     batch: int = science(ge=1)
     lr: LrSpec = science()
     weight_decay: float = science(0.04, ge=0.0)
+    beta2: float = science(0.99, ge=0.0, lt=1.0)
     clip: float = science(3.0, gt=0.0)
     ema: float = science(0.994, ge=0.0, le=1.0)
     teacher_temperature: TemperatureSpec = science(TemperatureSpec())
@@ -315,14 +322,45 @@ class FamilyScheduleSpec(ScheduleSpec):
     steps: int = science(ge=1)
 
 
+class TeacherScheduleSpec(ScheduleSpec):
+    """What only pretraining has: stochastic depth, and learning rates that differ between layers.
+
+    ``drop_path``: how often a row skips a residual branch. ``layer_decay``: factor from each block to
+    the one before it. ``patch_embed_lr``: further factor of the patch embedding. ``weight_decay_end``,
+    ``ema_end``: what a cosine over all steps leads to; constant without.
+    """
+
+    weight_decay_end: float | None = science(None, ge=0.0)
+    ema_end: float | None = science(None, ge=0.0, le=1.0)
+
+    drop_path: float = science(0.0, ge=0.0, lt=1.0)
+    layer_decay: float = science(1.0, gt=0.0, le=1.0)
+    patch_embed_lr: float = science(1.0, gt=0.0, le=1.0)
+
+
+class StageCropsSpec(Section):
+    """Sizes of the crops of some of a stage's batches, in the share ``ratio``; the rest is as in ``crops``."""
+
+    global_: int = science(ge=8, alias="global")
+    local: int = science(ge=8)
+    ratio: float = science(1.0, gt=0.0)
+
+
 class StageSpec(Section):
-    """One stage of pretraining; it goes on from the stage before."""
+    """One stage of pretraining; it goes on from the stage before.
+
+    ``lr`` counts its steps from the start of the stage; without one the schedule's goes on. ``batch``
+    and ``ema`` replace the schedule's. ``crops`` are sizes that take turns, each batch of one.
+    """
 
     name: Name = science()
     steps: int = science(ge=1)
     objective: ObjectiveSpec = science(ObjectiveSpec())
     gram: GramSpec | None = science(None)
     lr: LrSpec | None = science(None)
+    batch: int | None = science(None, ge=1)
+    ema: float | None = science(None, ge=0.0, le=1.0)
+    crops: Annotated[tuple[StageCropsSpec, ...], Strict(False)] | None = science(None, min_length=1)
 
 
 class SourceSpec(Section):
@@ -370,13 +408,16 @@ class EngineSpec(Section):
     steps between two measurements of every rank's speed, after which shares follow it; 0 for never.
     ``teacher_sharding``: the whole teacher on every rank, or a part of it (ZeRO-3) with even shares;
     ``auto`` for whole where it fits. ``micro_batch``: images that a trained network takes at once, whole KoLeo groups of 16; by default
-    all of a rank's slice.
+    all of a rank's slice. ``zero``: what is sharded over the ranks of a trained network - 1 optimizer state,
+    2 gradients too, 3 weights too. ``activation_checkpointing``: each block's insides are computed again
+    for the backward pass instead of kept.
     """
 
     device: Literal["auto", "cpu", "cuda"] = machine("auto")
     processes: int | Literal["auto"] = machine("auto")
     precision: Literal["fp32", "bf16"] = science("bf16")
-    zero: Literal[1, 2] = machine(1)
+    zero: Literal[1, 2, 3] = machine(1)
+    activation_checkpointing: bool = machine(False)
     teacher_micro_batch: int = machine(16, ge=1)
     teacher_sharding: Literal["auto", "replicated", "sharded"] = machine("auto")
     micro_batch: int | None = machine(None, ge=16, multiple_of=16)
@@ -505,10 +546,26 @@ class TeacherRecipe(Section):
     data: DataSpec = science()
     crops: CropsSpec = science(CropsSpec())
     masks: MasksSpec = science(MasksSpec())
-    schedule: ScheduleSpec = science()
+    schedule: TeacherScheduleSpec = science()
     stages: Annotated[tuple[StageSpec, ...], Strict(False)] = science(min_length=1)
     engine: EngineSpec = science(EngineSpec())
     checkpoint: CheckpointSpec = machine(CheckpointSpec())
+
+    def at_stage(self, stage: StageSpec) -> "TeacherRecipe":
+        """The recipe with the schedule that a stage has; the other stages keep theirs."""
+        own = {"lr": stage.lr, "batch": stage.batch, "ema": stage.ema}
+        given = {key: value for key, value in own.items() if value is not None}
+        kept = tuple(
+            each.model_copy(update={"batch": each.batch or self.schedule.batch})
+            for each in self.stages
+        )
+        settings = self.schedule.model_copy(update=given)
+        return self.model_copy(update={"schedule": settings, "stages": kept})
+
+    def first_step(self, stage: StageSpec) -> int:
+        """Steps of the stages before one."""
+        names = [each.name for each in self.stages]
+        return sum(each.steps for each in self.stages[: names.index(stage.name)])
 
 
 Recipe = FamilyRecipe | TeacherRecipe
@@ -543,12 +600,15 @@ def _plain(value: object) -> object:
 Parts = Mapping[Loc, Any]
 
 FREE_SIZE_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # needed, optional
-    "vit": (("width", "depth", "heads"), ("patch", "ffn", "ffn_width", "layerscale")),
+    "vit": (
+        ("width", "depth", "heads"),
+        ("patch", "ffn", "ffn_width", "layerscale", "untie_local_norm"),
+    ),
     "convnext": (("depths", "widths"), ("layerscale",)),
 }
 
 
-def items_of(parts: Parts, *place: str) -> list[int]:
+def items_of(parts: Parts, *place: str | int) -> list[int]:
     """Numbers of the items of the list at ``place`` of which at least one key is valid."""
     depth = len(place)
     return sorted(
@@ -604,15 +664,22 @@ def _shared_rules(parts: Parts) -> Iterator[Problem]:
             ("schedule", "batch"),
             f"{batch} images for {processes} processes: at least one image each is needed",
         )
+    for index in items_of(parts, "stages"):
+        own = parts.get(("stages", index, "batch"))
+        if isinstance(processes, int) and own is not None and processes > own:
+            told = f"{own} images for {processes} processes: at least one image each is needed"
+            yield ("stages", index, "batch"), told
     objectives = [
-        ("objective",),
-        *(("stages", index, "objective") for index in items_of(parts, "stages")),
+        (("objective",), None),
+        *((("stages", i, "objective"), ("stages", i, "batch")) for i in items_of(parts, "stages")),
     ]
-    if batch == 1 and any(parts.get((*place, "koleo")) for place in objectives):
-        yield (
-            ("schedule", "batch"),
-            "1: koleo compares images, so it needs a batch of at least 2 (or koleo: 0)",
-        )
+    lonely: set[Loc] = set()
+    for objective, own_batch in objectives:
+        own = None if own_batch is None else parts.get(own_batch)
+        if parts.get((*objective, "koleo")) and (own or batch) == 1:
+            lonely.add(("schedule", "batch") if own is None or own_batch is None else own_batch)
+    for place in lonely:
+        yield place, "1: koleo compares images, so it needs a batch of at least 2 (or koleo: 0)"
     weights = [
         parts.get(("data", "sources", i, "weight")) for i in items_of(parts, "data", "sources")
     ]
@@ -715,6 +782,8 @@ def _teacher_rules(parts: Parts) -> Iterator[Problem]:
     elif stride is not None:
         for key in ("global", "local", "eval_size"):
             yield from _crop_rules(parts, key, {str(arch): stride})
+        for index in items_of(parts, "stages"):
+            yield from _stage_crop_rules(parts, index, str(arch), stride)
     before: dict[str, int | None] = {}
     is_complete = True
     for index in items_of(parts, "stages"):
@@ -733,6 +802,32 @@ def _teacher_rules(parts: Parts) -> Iterator[Problem]:
         before[name] = parts.get(("stages", index, "steps"))
 
 
+def _stage_crop_rules(parts: Parts, index: int, arch: str, stride: int) -> Iterator[Problem]:
+    """Crops of a stage, and what its anchor sees of them, are whole patches."""
+    place = ("stages", index)
+    listed = items_of(parts, *place, "crops")
+    sizes = [parts.get(("crops", "global", "size"))]
+    if listed:
+        sizes = [parts.get((*place, "crops", item, "global")) for item in listed]
+    for item in listed:
+        for key in ("global", "local"):
+            size = parts.get((*place, "crops", item, key))
+            if size is not None and size % stride:
+                near = max(stride, round(size / stride) * stride)
+                told = f"{size} is not a multiple of {stride} ({arch}) - did you mean {near}?"
+                yield (*place, "crops", item, key), told
+    times = parts.get((*place, "gram", "resolution"))
+    for size in sizes:
+        if times is None or size is None or size % stride:
+            continue
+        seen = size * times
+        if abs(seen - round(seen)) > 1e-6 or round(seen) % stride:
+            told = (
+                f"{times:g} times {size} px is {seen:g} px, not a multiple of the patch of {stride}"
+            )
+            yield (*place, "gram", "resolution"), told
+
+
 def _arch_rules(parts: Parts, place: Loc) -> Iterator[Problem]:
     """A free size needs its numbers; a catalogue name has them already."""
     arch = parts.get((*place, "arch"))
@@ -740,7 +835,7 @@ def _arch_rules(parts: Parts, place: Loc) -> Iterator[Problem]:
         return
     needed, optional = FREE_SIZE_KEYS.get(arch, ((), ()))
     if arch in VIT_PATCHES:
-        optional = ("patch",)
+        optional = ("patch", "untie_local_norm")
     if is_custom(arch):
         optional = ("args",)
     absent = [key for key in needed if (*place, key) in parts and parts[*place, key] is None]

@@ -33,13 +33,13 @@ class Saver:
         self._recorder.show("saving")
         staging = checkpoint.staging_folder(self._folder, phase.name, step)
         for pupil in phase.pupils:
-            state = pupil.state()
-            if pupil.placement.first_rank == phase.world_rank:
+            is_first = pupil.placement.first_rank == phase.world_rank
+            state = pupil.state(keep=is_first)
+            if is_first:
                 checkpoint.write_tensors(staging / f"{pupil.name}.safetensors", state)
-        if phase.world_rank == 0 and phase.teacher.anchor is not None:
-            checkpoint.write_tensors(
-                staging / f"{ANCHOR_FILE}.safetensors", phase.teacher.anchor.backbone.state_dict()
-            )
+        anchor = phase.teacher.anchor_state()
+        if phase.world_rank == 0 and anchor:
+            checkpoint.write_tensors(staging / f"{ANCHOR_FILE}.safetensors", anchor)
         dist.barrier()
         if phase.world_rank == 0:
             path = checkpoint.commit(self._folder, phase.name, step, self._recipe_hash, self._keep)

@@ -9,14 +9,17 @@ SQRT_RULE_IMAGES = 1024
 
 
 def learning_rate(lr: LrSpec, step: int, num_steps: int, images_global: int) -> float:
-    """Linear warm-up to the peak, then constant or a cosine to ``end`` at the last step.
+    """Warm-up to the peak along a line or half a cosine, then constant or a cosine to ``end`` at the last step.
 
     ``scale: sqrt_1024`` multiplies by 4 * sqrt(images_global / 1024), the rule of the released
     configurations.
     """
     scale = 4.0 * math.sqrt(images_global / SQRT_RULE_IMAGES) if lr.scale == "sqrt_1024" else 1.0
     if step < lr.warmup:
-        return scale * lr.peak * (step + 1) / lr.warmup
+        risen = (step + 1) / lr.warmup
+        if lr.ramp == "cosine":
+            risen = 0.5 * (1.0 - math.cos(math.pi * risen))
+        return scale * lr.peak * risen
     if lr.decay == "constant":
         return scale * lr.peak
     progress = (step - lr.warmup) / max(1, num_steps - 1 - lr.warmup)
@@ -33,9 +36,11 @@ def teacher_temperature(schedule: ScheduleSpec, step: int) -> float:
     return temperature.start + (temperature.end - temperature.start) * step / temperature.warmup
 
 
-def student_momentum(start: float, step: int, num_steps: int) -> float:
-    """EMA momentum of a student: a cosine from ``start`` to 1 over the run."""
-    return 1.0 - (1.0 - start) * 0.5 * (1.0 + math.cos(math.pi * step / max(1, num_steps)))
+def cosine(start: float, end: float | None, step: int, num_steps: int) -> float:
+    """A cosine from ``start`` to ``end`` over the run; constant without an end."""
+    if end is None:
+        return start
+    return end - (end - start) * 0.5 * (1.0 + math.cos(math.pi * step / max(1, num_steps)))
 
 
 def rope_scales(bounds: tuple[float, float] | None, seed: int, step: int) -> tuple[float, float]:

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from distill.assemble import shape_of_recipe
 from distill.data.masks import draw_masks, mask_counts
 from distill.data.sheet import draw_sheet, rows_of
+from distill.errors import RecipeError
+from distill.planning import shape_of_recipe
 from distill.prepare import teacher_shape, training_index
-from distill.recipe import FamilyRecipe, TeacherRecipe
+from distill.recipe import FamilyRecipe, StageSpec, TeacherRecipe
 from distill.supply import build_feed, build_loader, crop_schedule
 from students.student import grid_of
 
@@ -22,12 +23,13 @@ def draw_step(
     *,
     step: int,
     num_images: int,
-    anchors: int,
+    stage: str | None,
     out: Path,
 ) -> Path:
-    """``out``, now holding a contact sheet of the first images of a step.
+    """``out``, now holding a contact sheet of the first images of a step, counted from the start of the stage that is named.
 
     Raises:
+        RecipeError: no stage has that name.
         DataError: the recipe's images are missing.
         CheckpointError: the teacher's patch size is not known because its files are missing.
     """
@@ -37,7 +39,13 @@ def draw_step(
         if isinstance(recipe, TeacherRecipe)
         else teacher_shape(recipe, teacher_recipe, has_files=False)
     )
-    crops = crop_schedule(recipe, anchors or None)
+    own = None
+    if stage is not None:
+        own = _stage_named(recipe, stage)
+        assert isinstance(recipe, TeacherRecipe), "only they have stages"
+        step += recipe.first_step(own)
+        recipe = recipe.at_stage(own)
+    crops = crop_schedule(recipe, own)
     grid_hw = grid_of(shape.spec, crops.at(step).global_size)
     count = min(num_images, recipe.schedule.batch)
     feeds = [
@@ -67,3 +75,12 @@ def draw_step(
         seed=recipe.seed, step=step, counts=counts, positions=positions, grid_hw=grid_hw
     )
     return draw_sheet(rows_of(images, prepared.parameters), batch, masks, grid_hw, out)
+
+
+def _stage_named(recipe: FamilyRecipe | TeacherRecipe, name: str) -> StageSpec:
+    stages = recipe.stages if isinstance(recipe, TeacherRecipe) else ()
+    for stage in stages:
+        if stage.name == name:
+            return stage
+    known = ", ".join(stage.name for stage in stages) or "none: it is a family recipe"
+    raise RecipeError(f"--stage {name}: not a stage", fix=f"The recipe's stages: {known}.")

@@ -1,6 +1,6 @@
 """Recipe and images to a loader: which samples, which crops, and where bad ones are named."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -10,8 +10,8 @@ from distill.data.crops import CropSchedule, CropSpec
 from distill.data.feed import Feed
 from distill.data.index import ImageIndex
 from distill.data.loader import Loader
-from distill.data.sampler import Pool, Sampler
-from distill.recipe import DataSpec, FamilyRecipe, TeacherRecipe
+from distill.data.sampler import BatchSizes, Pool, Sampler
+from distill.recipe import DataSpec, FamilyRecipe, StageSpec, TeacherRecipe
 
 Recipe = FamilyRecipe | TeacherRecipe
 
@@ -38,20 +38,36 @@ def has_own_colours(data: DataSpec) -> bool:
     return any(source.mean or source.std for source in data.sources)
 
 
-def crop_schedule(recipe: Recipe, anchor_resolution: int | None) -> CropSchedule:
-    """The loader's crops for a recipe, with anchor crops where a Gram stage wants them."""
+def crop_schedule(recipe: Recipe, stage: StageSpec | None = None) -> CropSchedule:
+    """The loader's crops for a recipe; in a stage of pretraining with its sizes, and anchor crops where it has an anchor."""
     crops = recipe.crops
-    spec = CropSpec(
-        global_size=crops.global_.size,
-        global_scale=crops.global_.scale,
-        num_local=crops.local.count,
-        local_size=crops.local.size,
-        local_scale=crops.local.scale,
-        anchor_size=None if anchor_resolution is None else anchor_resolution * crops.global_.size,
-        flip_probability=crops.flip,
-        blur_sigma=crops.blur_sigma,
+    kinds: Sequence[tuple[int, int, float]] = ((crops.global_.size, crops.local.size, 1.0),)
+    if stage is not None and stage.crops is not None:
+        kinds = [(kind.global_, kind.local, kind.ratio) for kind in stage.crops]
+    times = stage.gram.resolution if stage is not None and stage.gram is not None else None
+    specs = [
+        CropSpec(
+            global_size=global_size,
+            global_scale=crops.global_.scale,
+            num_local=crops.local.count,
+            local_size=local_size,
+            local_scale=crops.local.scale,
+            anchor_size=None if times is None else round(times * global_size),
+            flip_probability=crops.flip,
+            blur_sigma=crops.blur_sigma,
+        )
+        for global_size, local_size, _ in kinds
+    ]
+    return CropSchedule.of(specs, [ratio for *_, ratio in kinds], recipe.seed)
+
+
+def batch_sizes(recipe: Recipe) -> BatchSizes:
+    """Images per batch, and from which step on."""
+    if isinstance(recipe, FamilyRecipe):
+        return ((0, recipe.schedule.batch),)
+    return tuple(
+        (recipe.first_step(stage), recipe.at_stage(stage).schedule.batch) for stage in recipe.stages
     )
-    return CropSchedule.one(spec)
 
 
 def build_feed(
@@ -67,7 +83,7 @@ def build_feed(
     return Feed(
         index,
         crops,
-        Sampler(pools_of(data, index), recipe.seed, recipe.schedule.batch),
+        Sampler(pools_of(data, index), recipe.seed, batch_sizes(recipe)),
         BadSamples(names, data.max_bad_fraction),
         seed=recipe.seed,
         positions=positions,

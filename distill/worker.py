@@ -24,14 +24,10 @@ import torch.distributed as dist
 
 from distill import checkpoint
 from distill.assemble import (
-    ONLINE,
     Scene,
     Site,
     family_phase,
     load_teacher,
-    plan_family,
-    plan_fitting,
-    plan_pretraining,
     shard_teacher,
 )
 from distill.cost import DEFAULT_DEVICE, Device
@@ -42,6 +38,7 @@ from distill.export import ExportFacts, fingerprint, write_backbone, write_heads
 from distill.groups import make_control, make_groups
 from distill.loop import Phase, run_phase
 from distill.metrics import PhaseStatus, write_json
+from distill.planning import ONLINE, plan_family, plan_fitting, plan_stage
 from distill.prepare import FITTED_HEADS, TRAINED_HEADS, Job, read_job, teacher_shape
 from distill.pretraining import HeadFitting, Pretraining
 from distill.recipe import (
@@ -55,7 +52,6 @@ from distill.recipe import (
 from distill.record import Recorder
 from distill.saver import Saver, restore, saved_anchor
 from students.catalog import BackboneSpec
-from students.student import grid_of
 
 COLLECTIVE_TIMEOUT = timedelta(
     minutes=10
@@ -147,8 +143,8 @@ class _Run:
         """All phases with their share of the work in seconds."""
         phases = []
         if self.teacher_recipe is not None:
-            work = sum(plan_pretraining(self.teacher_recipe, self.num_ranks).load_s)
             for stage in self.teacher_recipe.stages:
+                work = sum(plan_stage(self.teacher_recipe, stage, self.num_ranks).load_s)
                 phases.append(PhaseStatus(stage.name, stage.steps, stage.steps * work, (ONLINE,)))
         if self.family is not None:
             shape = teacher_shape(self.family, self.teacher_recipe)
@@ -185,9 +181,9 @@ class _Run:
     def _pretrain(self, names: list[str]) -> bool:
         recipe = self.teacher_recipe
         assert recipe is not None, "pretraining without a teacher recipe"
-        plan = plan_pretraining(recipe, self.num_ranks)
+        plan = plan_stage(recipe, recipe.stages[0], self.num_ranks)
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
-        pretraining = Pretraining(recipe, plan, groups, self._site("teacher"))
+        pretraining = Pretraining(recipe, groups, self._site("teacher"))
         for stage in recipe.stages:
             if stage.name not in names:
                 continue
@@ -198,7 +194,7 @@ class _Run:
             pretraining.engine.copy_ema_to(pretraining.ema)
             if not self._run_phase(phase, start_step):
                 return False
-        weights = pretraining.engine.full("ema")
+        weights = pretraining.engine.full("ema", keep=self.rank == 0)
         if self.rank == 0:
             self._write_teacher(weights, pretraining.shape.spec)
         dist.barrier()
@@ -235,8 +231,7 @@ class _Run:
         if self.rank == 0:
             write_json(self.job.run_folder / "plan.json", plan.to_json())
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
-        grid_hw = grid_of(shape.spec, recipe.crops.global_.size)
-        scene = Scene(recipe, plan, groups, self._site("train"), grid_hw, self._tell)
+        scene = Scene(recipe, plan, groups, self._site("train"), shape.spec, self._tell)
         shard_teacher(scene, teacher)
         phase = family_phase(scene, teacher, shape)
         finished = self._run_phase(phase, self._restore(phase))
@@ -308,8 +303,9 @@ class _Run:
         mean, std = recipe.data.mean, recipe.data.std
         for pupil in phase.pupils:
             engine: Engine = pupil.engine
-            weights = engine.full("ema")
-            if pupil.placement.first_rank == self.rank:
+            is_first = pupil.placement.first_rank == self.rank
+            weights = engine.full("ema", keep=is_first)
+            if is_first:
                 folder = self.job.run_folder / "students" / pupil.name
                 facts = ExportFacts(sizes[pupil.name], mean, std, provenance)
                 write_backbone(folder, _backbone_only(weights), specs[pupil.name], facts)

@@ -5,6 +5,7 @@ Legend (one word, one meaning, everywhere):
     images       images of one batch, or the part of it a rank holds
     crops        crops of one image: 2 global, or ``locals`` local ones
     locals       local crops of one image
+    blocks       transformer blocks of one backbone
     rows         crops * images, or masked patches: whatever a loss averages over
     patches      patch tokens of one crop, row-major over the grid
     masked       masked patches of all global crops, image-major, then crop, then patch
@@ -107,7 +108,8 @@ class LessonBatch:
     """Everything one student rank needs for its slice of one step.
 
     ``masks`` lie on the teacher's grid ``grid_hw``; ``start`` is the slice's first position in the
-    global batch.
+    global batch. ``kept``, on the host, says which crops (global ones first) pass through which
+    branch of which block; None for all.
     """
 
     crops: CropBatch
@@ -116,6 +118,7 @@ class LessonBatch:
     grid_hw: tuple[int, int]
     start: int
     images_global: int
+    kept: Bool[Tensor, "images crops blocks 2"] | None = None
 
     def part(self, images: slice) -> "LessonBatch":
         """The lesson of some of its images, by their numbers in the slice; views."""
@@ -136,6 +139,7 @@ class LessonBatch:
             grid_hw=self.grid_hw,
             start=self.start + images.start,
             images_global=self.images_global,
+            kept=None if self.kept is None else self.kept[images],
         )
 
 

@@ -7,13 +7,12 @@ family, with or without heads, and the EMA network of pretraining, whose weights
 step.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
 from teacher.batch import (
     Backbone,
@@ -30,14 +29,6 @@ from teacher.vit import Block
 HEAD_ROWS = 256  # masked patches the iBOT head takes at once, the last block padded
 
 
-@dataclass(frozen=True)
-class Anchor:
-    """The Gram reference: a frozen backbone that looks at larger versions of the same crops."""
-
-    backbone: nn.Module
-    grid_hw: tuple[int, int]
-
-
 class FrozenTeacher(nn.Module):
     """Backbone and heads without gradients.
 
@@ -50,7 +41,8 @@ class FrozenTeacher(nn.Module):
         std: RGB standard deviation.
         micro_images: images per forward pass (two global crops each).
 
-    ``min_forwards``: passes of every ``teach``, with nothing in them where there are no images; for
+    ``anchor``: the Gram reference, a frozen backbone that looks at larger versions of the same crops;
+    None without. ``min_forwards``: passes of every ``teach``, with nothing in them where there are no images; for
     sharded backbones, whose ranks work in step.
     """
 
@@ -68,7 +60,7 @@ class FrozenTeacher(nn.Module):
         self.backbone = backbone
         self.dino_head = dino_head
         self.ibot_head = ibot_head
-        self.anchor: Anchor | None = None
+        self.anchor: nn.Module | None = None
         self.min_forwards = 0
         self.mean, self.std, self.micro_images = mean, std, micro_images
         self.requires_grad_(False)
@@ -80,19 +72,12 @@ class FrozenTeacher(nn.Module):
         return next(self.backbone.parameters()).dtype
 
     def shard(self, group: dist.ProcessGroup, device: torch.device) -> None:
-        """Leaves each rank of ``group`` its part of the backbone (ZeRO-3): a block is gathered when it works, then let go.
+        """Leaves each rank of ``group`` its part of the backbone. From now on every forward pass is collective over it.
 
-        The backbone may be on the CPU: its parts go to ``device``. From now on every forward pass is
-        collective over ``group``; set ``min_forwards`` so that all ranks make as many.
-
-        Source: Rajbhandari et al. 2020 (ZeRO, stage 3), as PyTorch's ``fully_shard``.
+        The backbone may be on the CPU: its parts go to ``device``. Set ``min_forwards`` so that all
+        ranks make as many passes.
         """
-        from torch.distributed.fsdp import fully_shard  # costs 0.4 s, for few
-
-        mesh = DeviceMesh.from_group(group, device.type)
-        blocks = [module for module in self.backbone.modules() if isinstance(module, Block)]
-        for module in (*blocks, self.backbone):
-            fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        shard_blocks(self.backbone, group, device)
 
     @torch.no_grad()
     def teach(self, crops: CropBatch, masks: PatchMasks) -> TeacherTargets:
@@ -114,12 +99,13 @@ class FrozenTeacher(nn.Module):
             patch_rows.append(features.patch_tokens.flatten(0, 1).index_select(0, wanted))
         for _ in range(len(class_rows), self.min_forwards):
             self._forward(self.backbone, crops.global_crops[:0], None)
+        anchor_patches = self._anchor_patches(crops)
         if not class_rows:
-            return self._nothing(crops.global_crops.device)
+            return self._nothing(crops.global_crops.device, anchor_patches)
         return TeacherTargets(
             class_rows=torch.cat(class_rows).unflatten(0, (num_images, 2)),
             patch_rows=self._patch_rows(torch.cat(patch_rows)),
-            anchor_patches=self._anchor_patches(crops),
+            anchor_patches=anchor_patches,
         )
 
     def _forward(
@@ -145,6 +131,23 @@ class FrozenTeacher(nn.Module):
             return masked.new_zeros(0, self.ibot_head.shape.bottleneck)
         return torch.cat(blocks)[: masked.shape[0]]
 
+    @torch.no_grad()
+    def refresh_anchor(self) -> None:
+        """The anchor becomes what the backbone is now. No communication: both are sharded alike or not at all."""
+        assert self.anchor is not None, "an anchor to refresh"
+        now = dict(self.backbone.named_parameters())
+        for name, parameter in self.anchor.named_parameters():
+            _local(parameter).copy_(_local(now[name]))
+
+    def anchor_state(self) -> dict[str, Tensor]:
+        """The anchor's whole weights by name, nothing without an anchor. Collective where it is sharded."""
+        if self.anchor is None:
+            return {}
+        return {
+            name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            for name, tensor in self.anchor.state_dict().items()
+        }
+
     def _anchor_patches(self, batch: CropBatch) -> Tensor | None:
         if self.anchor is None:
             return None
@@ -154,26 +157,54 @@ class FrozenTeacher(nn.Module):
         for start in range(0, crops.shape[0], self.micro_images):
             stop = min(start + self.micro_images, crops.shape[0])
             colours = _part(batch.colours, start, stop)
-            features = self._forward(self.anchor.backbone, crops[start:stop], colours)
+            features = self._forward(self.anchor, crops[start:stop], colours)
             patches = features.patch_tokens[: 2 * (stop - start)]
-            rows.append(resize_grid(patches, features.grid_hw, self.anchor.grid_hw, "bicubic"))
+            rows.append(
+                resize_grid(patches, features.grid_hw, self._grid_hw(batch.global_crops), "bicubic")
+            )
+        for _ in range(len(rows), self.min_forwards):
+            self._forward(self.anchor, crops[:0], None)
+        if not rows:
+            return self._no_patches(batch.global_crops)
         return torch.cat(rows).unflatten(0, (crops.shape[0], 2))
 
-    def _nothing(self, device: torch.device) -> TeacherTargets:
+    def _grid_hw(self, crops: Tensor) -> tuple[int, int]:
+        """The backbone's patch grid on crops of this size."""
+        seer: Backbone = self.backbone  # type: ignore[assignment]
+        return crops.shape[-2] // seer.stride, crops.shape[-1] // seer.stride
+
+    def _no_patches(self, crops: Tensor) -> Tensor:
+        seer: Backbone = self.backbone  # type: ignore[assignment]
+        height, width = self._grid_hw(crops)
+        return torch.zeros(0, 2, height * width, seer.width, dtype=self.dtype, device=crops.device)
+
+    def _nothing(self, device: torch.device, anchor_patches: Tensor | None) -> TeacherTargets:
         nothing = torch.zeros(0, dtype=self.dtype, device=device)
         seer: Backbone = self.backbone  # type: ignore[assignment]
         class_width, patch_width = (
             seer.width if head is None else head.shape.bottleneck
             for head in (self.dino_head, self.ibot_head)
         )
-        anchor_patches = None
-        if self.anchor is not None:
-            seer = self.anchor.backbone  # type: ignore[assignment]
-            patches = self.anchor.grid_hw[0] * self.anchor.grid_hw[1]
-            anchor_patches = nothing.new_zeros(0, 2, patches, seer.width)
         return TeacherTargets(
             nothing.new_zeros(0, 2, class_width), nothing.new_zeros(0, patch_width), anchor_patches
         )
+
+
+def shard_blocks(backbone: nn.Module, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Leaves each rank of ``group`` its part of a frozen backbone (ZeRO-3): a block is gathered when it works, then let go.
+
+    Source: Rajbhandari et al. 2020 (ZeRO, stage 3), as PyTorch's ``fully_shard``.
+    """
+    from torch.distributed.fsdp import fully_shard  # costs 0.4 s, for few
+
+    mesh = DeviceMesh.from_group(group, device.type)
+    blocks = [module for module in backbone.modules() if isinstance(module, Block)]
+    for module in (*blocks, backbone):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _part(colours: Tensor | None, start: int, stop: int) -> Tensor | None:

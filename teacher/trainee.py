@@ -5,6 +5,7 @@ by the number of ranks of the group, so that the gradient mean an engine takes o
 exact global mean, whatever the slice sizes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from teacher.batch import Backbone, Features, LessonBatch, normalise
+from teacher.batch import Features, LessonBatch, normalise
+from teacher.drop_path import KeptRows, kept_rows
 from teacher.gram import gram_sum, resize_grid
 from teacher.heads import Head
 from teacher.losses import koleo_sum
@@ -43,13 +45,15 @@ class Objective:
 class TraineeTraits:
     """How one network is trained: masked input for the online network, plain input for students.
 
-    ``crop_scale``: it sees crops at this part of their size.
+    ``crop_scale``: it sees crops at this part of their size. ``keep``: probability that a row passes
+    through a residual branch, below 1 for ViTs only.
     """
 
     masks_input: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop_scale: float = 1.0
+    keep: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ class Trainee(nn.Module):
         group_ranks: int,
         koleo_is_local: bool,
     ) -> None:
-        """``koleo_is_local``: no KoLeo group of 16 positions is cut by a slice border, so no gathering is needed."""
+        """``koleo_is_local``: no KoLeo group of 16 positions is cut by a slice border, so no gathering is needed; it may change with the batch."""
         super().__init__()
         self.backbone = backbone
         self.dino_head = dino_head
@@ -102,7 +106,7 @@ class Trainee(nn.Module):
         self.traits = traits
         self._group = group
         self._group_ranks = group_ranks
-        self._koleo_group = None if koleo_is_local else group
+        self.koleo_is_local = koleo_is_local
 
     def forward(self, batch: LessonBatch, assignments: Assignments, scalars: StepScalars) -> Losses:
         """All loss terms for this rank's slice. Communication: KoLeo only, when a slice border cuts one of its groups."""
@@ -120,7 +124,7 @@ class Trainee(nn.Module):
                     KOLEO_GROUP,
                     batch.start,
                     batch.images_global,
-                    self._koleo_group,
+                    None if self.koleo_is_local else self._group,
                 )
                 for crop in range(NUM_GLOBAL)
             )
@@ -177,7 +181,7 @@ def see_crops(
 ) -> tuple[Features, Features]:
     """What a network in training sees of its slice: features of global and of local crops."""
     dtype = next(backbone.parameters()).dtype
-    seer: Backbone = backbone  # type: ignore[assignment]  # nn.Module that satisfies the protocol
+    seer: Callable[..., Features] = backbone  # a ``Backbone``; ViTs take ``kept`` too
     pixels = [
         _shrunk(
             normalise(crops, traits.mean, traits.std, torch.float32, batch.crops.colours).flatten(
@@ -188,9 +192,13 @@ def see_crops(
         for crops in (batch.crops.global_crops, batch.crops.local_crops)
     ]
     masks = batch.masks.flags.flatten(0, 1) if traits.masks_input else None
+    depth: list[dict[str, KeptRows]] = [{}, {}]
+    if batch.kept is not None:
+        crops = batch.kept.split([NUM_GLOBAL, batch.kept.shape[1] - NUM_GLOBAL], dim=1)
+        depth = [{"kept": kept_rows(part, traits.keep, pixels[0].device)} for part in crops]
     return (
-        seer(pixels[0], masks, rope_scale=scalars.rope_scale_global, is_local=False),
-        seer(pixels[1], None, rope_scale=scalars.rope_scale_local, is_local=True),
+        seer(pixels[0], masks, rope_scale=scalars.rope_scale_global, is_local=False, **depth[0]),
+        seer(pixels[1], None, rope_scale=scalars.rope_scale_local, is_local=True, **depth[1]),
     )
 
 

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from teacher.batch import Features
+from teacher.drop_path import BRANCHES, KeptRows
 from teacher.init import init_matrix_
 from teacher.rope import rope_angles, rotate
 
@@ -171,17 +173,37 @@ class Block(nn.Module):
         self.layer_scale2 = LayerScale(spec)
 
     def forward(
-        self, tokens: Float[Tensor, "rows tokens embed"], angles: Angles
+        self,
+        tokens: Float[Tensor, "rows tokens embed"],
+        angles: Angles,
+        kept: KeptRows | None = None,
+        number: int = 0,
     ) -> Float[Tensor, "rows tokens embed"]:
-        tokens = tokens + self.layer_scale1(self.attention(self.norm1(tokens), angles))
-        return tokens + self.layer_scale2(self.mlp(self.norm2(tokens)))
+        """``kept`` are the rows that pass through the branches of block ``number``; all without it."""
+
+        def attend(rows: Tensor) -> Tensor:
+            return self.layer_scale1(self.attention(self.norm1(rows), angles))
+
+        def transform(rows: Tensor) -> Tensor:
+            return self.layer_scale2(self.mlp(self.norm2(rows)))
+
+        if kept is None:
+            tokens = tokens + attend(tokens)
+            return tokens + transform(tokens)
+        tokens = kept.add(tokens, attend, BRANCHES * number)
+        return kept.add(tokens, transform, BRANCHES * number + 1)
 
 
 class ViT(nn.Module):
-    """A vision transformer that satisfies ``teacher.batch.Backbone``."""
+    """A vision transformer that satisfies ``teacher.batch.Backbone``.
+
+    ``is_checkpointing``: in training each block keeps its input only and is computed again for the
+    backward pass.
+    """
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
+        self.is_checkpointing = False
         self.spec, self.width, self.stride = spec, spec.width, spec.patch
         self.embeddings = Embeddings(spec)
         self.layer = nn.ModuleList(Block(spec) for _ in range(spec.depth))
@@ -210,15 +232,17 @@ class ViT(nn.Module):
         *,
         rope_scale: float = 1.0,
         is_local: bool = False,
+        kept: KeptRows | None = None,
     ) -> Features:
         """Normalised class and patch tokens; masked patches are replaced by the mask token.
 
-        ``is_local`` uses the separate class norm of local crops where the network has one.
+        ``is_local`` uses the separate class norm of local crops where the network has one. ``kept``
+        are the rows that pass through each residual branch (stochastic depth); all without it.
 
         Raises:
             ValueError: a side is not a multiple of the patch, or the masks do not fit the grid.
         """
-        tokens = self._run_blocks(pixels, masks, rope_scale)
+        tokens = self._run_blocks(pixels, masks, rope_scale, kept)
         normed = self.norm(tokens)
         class_token = normed[:, 0]
         if is_local and self.spec.untie_local_norm:
@@ -238,12 +262,29 @@ class ViT(nn.Module):
             )
         return height // self.stride, width // self.stride
 
-    def _run_blocks(self, pixels: Tensor, masks: Tensor | None, rope_scale: float) -> Tensor:
+    def _run_blocks(
+        self,
+        pixels: Tensor,
+        masks: Tensor | None,
+        rope_scale: float,
+        kept: KeptRows | None = None,
+    ) -> Tensor:
         head_dim = self.spec.width // self.spec.heads
         angles = rope_angles(self._grid_hw(pixels), head_dim, rope_scale, pixels.device)
         tokens = self.embeddings(pixels, masks)
-        for block in self.layer:
-            tokens = block(tokens, angles)
+        keeps_less = self.is_checkpointing and tokens.requires_grad
+        for number, block in enumerate(self.layer):
+            inputs = (tokens, angles, kept, number)
+            if keeps_less:  # no comparison of shapes: ZeRO-3 empties weights between the passes
+                tokens = checkpoint(
+                    block,
+                    *inputs,
+                    use_reentrant=False,
+                    determinism_check="none",
+                    preserve_rng_state=False,
+                )
+            else:
+                tokens = block(*inputs)
         return tokens
 
 

@@ -10,7 +10,7 @@ crop, threshold 128).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,8 +74,11 @@ class CropSchedule:
 
     @classmethod
     def of(cls, specs: Sequence[CropSpec], ratios: Sequence[float], seed: int) -> "CropSchedule":
-        """Sizes in the proportion of ``ratios``."""
-        return cls(tuple(specs), Interleave.of("sizes", seed, ratios))
+        """Sizes in the proportion of ``ratios``, exact over as few steps as they allow."""
+        drawn = Interleave.of("sizes", seed, ratios)
+        unit = math.gcd(*drawn.quotas)
+        quotas = tuple(quota // unit for quota in drawn.quotas)
+        return cls(tuple(specs), replace(drawn, quotas=quotas))
 
     @classmethod
     def one(cls, spec: CropSpec) -> "CropSchedule":

@@ -29,6 +29,9 @@ CYCLE = (
 Ints = NDArray[np.int64]
 Triple = tuple[float, float, float]
 Colours = tuple[Triple, Triple]
+BatchSizes = Sequence[
+    tuple[int, int]
+]  # (first step, images per batch from it on), ascending from 0
 
 
 def permute(key: Hash, num_samples: int, places: Ints) -> Ints:
@@ -86,6 +89,14 @@ class Interleave:
             earlier[here] = cycle * quotas[kinds[here]] + before[inside[here]]
         return kinds, earlier
 
+    def before(self, place: int, kind: int) -> int:
+        """How many of a kind stand before a place."""
+        if len(self.quotas) == 1:
+            return place
+        cycle, inside = divmod(place, sum(self.quotas))
+        order, _ = _cycle(self.purpose, self.seed, self.quotas, cycle)
+        return cycle * self.quotas[kind] + int((order[:inside] == kind).sum())
+
 
 @lru_cache(maxsize=16)  # a step looks at one cycle or two; look-ahead at the same ones
 def _cycle(purpose: str, seed: int, quotas: tuple[int, ...], cycle: int) -> tuple[Ints, Ints]:
@@ -117,8 +128,8 @@ class Pool:
 class Sampler:
     """Sample ids at any positions of any step's global batch."""
 
-    def __init__(self, pools: Sequence[Pool], seed: int, images_global: int) -> None:
-        self._seed, self._images_global = seed, images_global
+    def __init__(self, pools: Sequence[Pool], seed: int, sizes: BatchSizes) -> None:
+        self._seed, self._sizes = seed, tuple(sizes)
         self._mixed = [pool for pool in pools if not pool.is_pure]
         self._pure = [pool for pool in pools if pool.is_pure]
         mixed = sum(pool.weight for pool in self._mixed)
@@ -141,8 +152,8 @@ class Sampler:
 
     def draw(self, step: int, positions: Ints) -> tuple[Ints, list[Pool]]:
         """Sample ids, and the pool of each."""
-        kind, nth = (int(part[0]) for part in self._batches.at(np.array([step])))
-        stream = nth * self._images_global + positions
+        kind = int(self._batches.at(np.array([step]))[0][0])
+        stream = self._images_before(step, kind) + positions
         if self._places is None or kind:
             number = len(self._mixed) + kind - (self._places is not None)
             return self._draw(number, stream), [self._pools[number]] * len(positions)
@@ -152,6 +163,16 @@ class Sampler:
             here = numbers == number
             ids[here] = self._draw(int(number), earlier[here])
         return ids, [self._pools[number] for number in numbers]
+
+    def _images_before(self, step: int, kind: int) -> int:
+        """Images of all batches of a kind before a step."""
+        ends = [first for first, _ in self._sizes[1:]] + [step]
+        return sum(
+            images
+            * (self._batches.before(min(end, step), kind) - self._batches.before(first, kind))
+            for (first, images), end in zip(self._sizes, ends, strict=True)
+            if first < step
+        )
 
     def _draw(self, number: int, stream: Ints) -> Ints:
         """The samples at some places of one pool's stream of permutations."""

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from distill.assemble import family_needs, plan_family
 from distill.cost import DEVICES, Device
 from distill.errors import PlanError
+from distill.planning import family_needs, plan_family
 from distill.prepare import check_job, require_fit, teacher_shape
 from distill.recipe import FamilyRecipe
 from distill.recipe_file import load_job

@@ -15,7 +15,7 @@ model: {arch: vit, width: 16, depth: 1, heads: 2, patch: 8}
 data: {sources: [{path: SOURCE}]}
 crops: {global: 32, local: {size: 16, count: 2}}
 schedule: {batch: 4, lr: {peak: 1e-3}}
-stages: [{name: base, steps: 2}]
+stages: [{name: base, steps: 2}, {name: gram, steps: 2, gram: {teacher: base@1}}]
 """
 
 
@@ -58,12 +58,14 @@ def test_show__draws_a_sheet(distill: Run, tmp_path: Path) -> None:
     for step in ("0", "1"):
         out = tmp_path / f"{step}.png"
         words = ("data", "show", recipe(tmp_path, folder), "-o", str(out), "--step", step)
-        assert distill(*words, "--images", "3", "--anchors", "2").code == 0
+        assert distill(*words, "--images", "3", "--stage", "gram").code == 0
         with Image.open(out) as sheet:
             sheets.append(np.asarray(sheet))
     height, width, _ = sheets[0].shape
     assert height == 3 * 166 + 6 and width > 5 * 160
     assert sheets[0].shape == sheets[1].shape and not np.array_equal(*sheets)
+    wrong = distill("data", "show", recipe(tmp_path, folder), "--stage", "gramm")
+    assert wrong.code == 2 and "--stage gramm: not a stage" in wrong.err
 
 
 def test_bench_loader__compares_with_pillow(distill: Run, tmp_path: Path) -> None:

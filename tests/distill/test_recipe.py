@@ -592,6 +592,21 @@ TEACHER_RULES = [
         "batch: 1",
         "schedule.batch: 1: koleo compares images, so it needs a batch of at least 2",
     ),
+    (
+        "refresh: 5",
+        "resolution: 1.3",
+        "stages.1.gram.resolution: 1.3 times 64 px is 83.2 px, not a multiple of the patch of 8",
+    ),
+    (
+        "steps: 30",
+        "steps: 30, crops: [{global: 64, local: 36}]",
+        "stages.0.crops.0.local: 36 is not a multiple of 8 (vit) - did you mean 32?",
+    ),
+    (
+        "steps: 10",
+        "steps: 10, batch: 1",
+        "stages.1.batch: 1: koleo compares images, so it needs a batch of at least 2",
+    ),
     ("refresh: 5", "refreshh: 5", "unknown key 'stages.1.gram.refreshh' - did you mean 'refresh'?"),
 ]
 

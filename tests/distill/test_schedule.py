@@ -3,7 +3,7 @@ import math
 import pytest
 
 from distill.recipe import LrSpec, ScheduleSpec, TemperatureSpec
-from distill.schedule import learning_rate, rope_scales, student_momentum, teacher_temperature
+from distill.schedule import cosine, learning_rate, rope_scales, teacher_temperature
 
 
 def test_learning_rate__warms_up_then_stays() -> None:
@@ -45,9 +45,17 @@ def test_teacher_temperature__linear_over_the_warm_up() -> None:
     assert teacher_temperature(schedule, 10) == teacher_temperature(schedule, 99) == 0.07
 
 
-def test_student_momentum__goes_to_one() -> None:
-    assert student_momentum(0.99, 0, 100) == pytest.approx(0.99)
-    assert student_momentum(0.99, 100, 100) == pytest.approx(1.0)
+def test_cosine__leads_to_its_end() -> None:
+    assert cosine(0.99, 1.0, 0, 100) == pytest.approx(0.99)
+    assert cosine(0.99, 1.0, 100, 100) == pytest.approx(1.0)
+    assert cosine(0.04, 0.4, 50, 100) == pytest.approx(0.22)
+    assert cosine(0.04, None, 50, 100) == 0.04
+
+
+def test_learning_rate__rises_along_half_a_cosine() -> None:
+    lr = LrSpec(peak=1.0, warmup=4, ramp="cosine")
+    rates = [learning_rate(lr, step, 10, 1024) for step in range(5)]
+    assert rates == pytest.approx([0.1464466, 0.5, 0.8535534, 1.0, 1.0])
 
 
 def test_rope_scales__are_log_uniform_and_the_same_everywhere() -> None:

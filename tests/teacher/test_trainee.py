@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from teacher.batch import CropBatch, LessonBatch, PatchMasks, normalise
-from teacher.frozen import Anchor, FrozenTeacher
+from teacher.frozen import FrozenTeacher
 from teacher.heads import Head, HeadShape, init_head_
 from teacher.sinkhorn import sinkhorn
 from teacher.trainee import Assignments, Objective, StepScalars, Trainee, TraineeTraits
@@ -89,7 +89,7 @@ def test_normalise__by_each_images_own_colours() -> None:
 
 def test_trainee__loss_equals_loops_over_images_crops_and_patches() -> None:
     taught, learner = teacher().double(), trainee().double()
-    taught.anchor = Anchor(network(3)[0].double(), (2, 2))
+    taught.anchor = network(3)[0].double()
     batch = lesson(taught)
     targets = assignments(batch, taught)
     weights = Objective(dino=1.0, ibot=0.7, koleo=0.1, local=0.5, gram=2.0)
@@ -143,7 +143,7 @@ def test_trainee__gradients_reach_every_trainable_parameter_and_no_frozen_one(
     masks_input: bool,
 ) -> None:
     taught, learner = teacher(), trainee(masks_input=masks_input)
-    taught.anchor = Anchor(network(3)[0].requires_grad_(False), (2, 2))
+    taught.anchor = network(3)[0].requires_grad_(False)
     batch = lesson(taught)
     losses = learner(
         batch,
@@ -155,7 +155,7 @@ def test_trainee__gradients_reach_every_trainable_parameter_and_no_frozen_one(
     # the mask token is unused where the input is not masked
     assert idle == ([] if masks_input else ["backbone.embeddings.mask_token"])
     assert all(p.grad is None and not p.requires_grad for p in taught.parameters())
-    assert all(p.grad is None for p in taught.anchor.backbone.parameters())
+    assert all(p.grad is None for p in taught.anchor.parameters())
 
 
 def test_trainee__a_zero_weight_leaves_the_term_out() -> None:

@@ -62,7 +62,7 @@ def loader(
     feed = Feed(
         index,
         crops,
-        Sampler(pools or [Pool(0, len(index))], 5, IMAGES),
+        Sampler(pools or [Pool(0, len(index))], 5, [(0, IMAGES)]),
         bad or BadSamples(None, 1.0),
         seed=5,
         positions=lambda step: positions,

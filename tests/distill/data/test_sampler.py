@@ -9,7 +9,7 @@ from distill.data.sampler import CYCLE, Interleave, Pool, Sampler, permute
 
 def stream(pools: list[Pool], seed: int, batch: int, num_steps: int) -> NDArray[np.int64]:
     """Sample ids of some steps, [steps, batch]."""
-    sampler = Sampler(pools, seed, batch)
+    sampler = Sampler(pools, seed, [(0, batch)])
     return np.stack([sampler.ids(step, np.arange(batch)) for step in range(num_steps)])
 
 
@@ -22,10 +22,10 @@ def test_sampler__every_epoch_is_a_permutation(seed: int, samples: int, batch: i
 
 
 def test_sampler__any_part_of_a_batch_alone() -> None:
-    sampler = Sampler([Pool(0, 50)], 3, 32)
+    sampler = Sampler([Pool(0, 50)], 3, [(0, 32)])
     whole = sampler.ids(7, np.arange(32))
     assert np.array_equal(sampler.ids(7, np.arange(10, 20)), whole[10:20])
-    assert not np.array_equal(whole, Sampler([Pool(0, 50)], 4, 32).ids(7, np.arange(32)))
+    assert not np.array_equal(whole, Sampler([Pool(0, 50)], 4, [(0, 32)]).ids(7, np.arange(32)))
 
 
 def test_permute__all_orders_are_as_likely() -> None:
@@ -90,3 +90,26 @@ def test_uniforms__look_uniform_and_independent() -> None:
     assert np.abs(draws.mean(axis=0) - 0.5).max() < 0.01  # standard error 0.002
     assert np.abs(np.corrcoef(draws.T) - np.eye(4)).max() < 0.03  # standard error 0.007
     assert not np.array_equal(draws, uniforms(hashes("other", 0, np.arange(20_000)), 4))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    batches=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 9)), min_size=1, max_size=4),
+)
+def test_sampler__batches_that_change_skip_nothing_and_repeat_nothing(
+    seed: int, batches: list[tuple[int, int]]
+) -> None:
+    """(steps, images per batch) one after another are one stream, of mixed and of pure batches alike."""
+    firsts = [sum(steps for steps, _ in batches[:n]) for n in range(len(batches))]
+    sizes = [(first, images) for first, (_, images) in zip(firsts, batches, strict=True)]
+    pools = [Pool(0, 40, 0.75), Pool(40, 60, 0.25, is_pure=True)]
+    sampler = Sampler(pools, seed, sizes)
+    drawn: list[list[int]] = [[], []]
+    for first, (steps, images) in zip(firsts, batches, strict=True):
+        for step in range(first, first + steps):
+            ids = sampler.ids(step, np.arange(images)).tolist()
+            drawn[ids[0] >= 40] += ids
+    for pool, ids in zip(pools, drawn, strict=True):
+        whole = Sampler([Pool(pool.start, pool.stop)], seed, [(0, max(1, len(ids)))])
+        assert ids == whole.ids(0, np.arange(len(ids))).tolist()

@@ -1,0 +1,175 @@
+"""How DeepSpeed divides a network's fp32 values over its ranks, in both of its layouts, and the way back to whole tensors.
+
+    stages 1 and 2   all parameters of a group behind one another, cut into equal parts
+    stage 3          each parameter cut into equal parts, the last padded; a rank's parts behind one another
+
+Weights, moments and EMA are all divided alike, so one layout serves them all.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+
+@runtime_checkable
+class Shards(Protocol):
+    """This rank's part of every parameter group, fp32; ``weights`` are the master weights."""
+
+    weights: list[Tensor]
+
+    def whole(self, own: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Name and whole tensor of every parameter, from what each rank owns. Collective over the group."""
+        ...
+
+    def own(self, whole: Callable[[str], Tensor]) -> list[Tensor]:
+        """This rank's part of whole tensors. No communication."""
+        ...
+
+    def load(self, weights: Sequence[Tensor], whole: Callable[[str], Tensor]) -> None:
+        """Sets the master weights and what the network computes with. No communication."""
+        ...
+
+    def copy_to(self, own: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
+        """Writes values into parameters of the same names, whole or sharded. Collective over the group."""
+        ...
+
+
+def shards_of(zero: Any, module: nn.Module, group: dist.ProcessGroup) -> Shards:
+    """The layout of a DeepSpeed optimizer."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    kind = PieceShards if hasattr(zero, "fp32_partitioned_groups_flat") else FlatShards
+    return kind(zero, names, group)
+
+
+class FlatShards:
+    """Stages 1 and 2: a parameter's place in the flat buffer of its group is where its storage points."""
+
+    def __init__(self, zero: Any, names: Mapping[int, str], group: dist.ProcessGroup) -> None:
+        self._zero, self._names, self._group = zero, names, group
+        self.weights: list[Tensor] = list(zero.single_partition_of_fp32_groups)
+
+    def whole(self, own: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """As the protocol; one all-gather per parameter group."""
+        for flat, parameters, shard in zip(
+            self._zero.bit16_groups_flat, self._zero.bit16_groups, own, strict=True
+        ):
+            values = gather_equal(shard.detach().to(dtype), self._group)
+            for parameter in parameters:
+                place = _place(parameter, flat)
+                yield self._names[id(parameter)], values[place].view(parameter.shape)
+
+    def own(self, whole: Callable[[str], Tensor]) -> list[Tensor]:
+        """As the protocol."""
+        rank, parts = dist.get_rank(self._group), []
+        for index, shard in enumerate(self.weights):
+            flat = self._assembled(index, whole)
+            parts.append(flat[rank * shard.numel() : (rank + 1) * shard.numel()])
+        return parts
+
+    def load(self, weights: Sequence[Tensor], whole: Callable[[str], Tensor]) -> None:
+        """As the protocol."""
+        for index, (shard, part) in enumerate(zip(self.weights, weights, strict=True)):
+            shard.copy_(part)
+            self._zero.bit16_groups_flat[index].copy_(self._assembled(index, whole))
+
+    def copy_to(self, own: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
+        """As the protocol; gathers in the targets' dtype."""
+        dtype = next(iter(targets.values())).dtype
+        for name, value in self.whole(own, dtype):
+            targets[name].copy_(value)
+
+    def _assembled(self, index: int, whole: Callable[[str], Tensor]) -> Tensor:
+        flat = self._zero.bit16_groups_flat[index]
+        values = torch.zeros(flat.numel(), dtype=torch.float32, device=flat.device)
+        for parameter in self._zero.bit16_groups[index]:
+            name = self._names[id(parameter)]
+            values[_place(parameter, flat)] = whole(name).to(values).flatten()
+        return values
+
+
+class PieceShards:
+    """Stage 3: equal pieces of each parameter."""
+
+    def __init__(self, zero: Any, names: Mapping[int, str], group: dist.ProcessGroup) -> None:
+        self._zero, self._names, self._group = zero, names, group
+        self.weights: list[Tensor] = list(zero.fp32_partitioned_groups_flat)
+
+    def whole(self, own: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """As the protocol; one all-gather per parameter, so that only one is ever whole."""
+        for name, parameter, piece in self._pieces(own):
+            yield name, self._gathered(parameter, piece.to(dtype))
+
+    def own(self, whole: Callable[[str], Tensor]) -> list[Tensor]:
+        """As the protocol."""
+        rank = dist.get_rank(self._group)
+        parts = [torch.zeros_like(shard) for shard in self.weights]
+        for name, _, piece in self._pieces(parts):
+            size = piece.numel()
+            values = whole(name).flatten()[rank * size : (rank + 1) * size]
+            piece[: len(values)].copy_(values)
+        return parts
+
+    def load(self, weights: Sequence[Tensor], whole: Callable[[str], Tensor]) -> None:  # noqa: ARG002  # stages 1 and 2 compute with whole weights
+        """As the protocol."""
+        computed_with = self._zero.fp16_partitioned_groups_flat
+        for shard, half, part in zip(self.weights, computed_with, weights, strict=True):
+            shard.copy_(part)
+            half.copy_(part)
+
+    def copy_to(self, own: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
+        """As the protocol; what is sharded in the same pieces is copied without communication."""
+        for name, parameter, piece in self._pieces(own):
+            target = targets[name]
+            if not isinstance(target, DTensor):
+                target.copy_(self._gathered(parameter, piece.to(target.dtype)))
+                continue
+            local = target.to_local()
+            if _is_cut_alike(target):
+                local.flatten().copy_(piece)
+                continue
+            whole = self._gathered(parameter, piece.to(local.dtype))
+            parts = whole.chunk(dist.get_world_size(self._group))
+            rank = dist.get_rank(self._group)
+            if rank < len(parts):
+                local.copy_(parts[rank])
+
+    def _pieces(self, own: Sequence[Tensor]) -> Iterator[tuple[str, Any, Tensor]]:
+        for parameters, shard in zip(self._zero.fp16_groups, own, strict=True):
+            start = 0
+            for parameter in parameters:
+                stop = start + parameter.partition_numel()
+                yield self._names[id(parameter)], parameter, shard.detach()[start:stop]
+                start = stop
+
+    def _gathered(self, parameter: Any, piece: Tensor) -> Tensor:
+        whole = gather_equal(piece, self._group)
+        return whole[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def _is_cut_alike(target: DTensor) -> bool:
+    """Rows of a sharded parameter are the same numbers as this layout's piece of it; the same answer on every rank."""
+    is_by_rows = all(place == Shard(0) for place in target.placements)
+    return is_by_rows and target.shape[0] % target.device_mesh.size() == 0
+
+
+def _place(parameter: Tensor, flat: Tensor) -> slice:
+    """Where a parameter lies in the flat buffer of its group."""
+    start = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
+    return slice(start, start + parameter.numel())
+
+
+def gather_equal(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Equal parts of all ranks of the group, in rank order, as one tensor."""
+    num_ranks = dist.get_world_size(group)
+    if num_ranks == 1:
+        return shard.clone()
+    whole = torch.empty(num_ranks * shard.numel(), dtype=shard.dtype, device=shard.device)
+    gather = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )  # renamed in torch 2.13
+    gather(whole, shard.contiguous(), group=group)
+    return whole
