@@ -27,10 +27,14 @@ heads:
   ibot: {hidden: 16, bottleneck: 8, prototypes: 16}
 data: {sources: [{path: "DATA"}]}
 crops: {global: {size: 32}, local: {count: 2, size: 16}, flip: 0.5}
-schedule: {batch: 16, lr: {peak: 1.0e-3}, rope_rescale: [0.5, 2.0]}
+schedule: {batch: 16, lr: {peak: 1.0e-3}, rope_rescale: [0.5, 2.0], drop_path: 0.2, layer_decay: 0.9}
 stages:
   - {name: base, steps: 20}
-  - {name: gram, steps: 10, gram: {teacher: base@10, refresh: 5, max_refreshes: 1}}
+  - name: gram
+    steps: 10
+    batch: 8
+    gram: {teacher: base@10, refresh: 5, max_refreshes: 1, resolution: 1.5}
+    crops: [{global: 32, local: 16, ratio: 0.5}, {global: 48, local: 24, ratio: 0.5}]
 engine: {device: cpu, processes: 2, precision: fp32}
 checkpoint: {every: 1000}
 """

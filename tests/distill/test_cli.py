@@ -1,10 +1,8 @@
 """The command line as a person meets it: exit codes, messages, start-up."""
 
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     return int(ended.value.code or 0), captured.out, captured.err
 
 
-def test_help__imports_nothing_heavy_and_is_fast() -> None:
+def test_help__imports_nothing_heavy() -> None:
     code = (
         "import sys, distill.cli\n"
         "try: distill.cli.main(['--help'])\n"
@@ -36,14 +34,7 @@ def test_help__imports_nothing_heavy_and_is_fast() -> None:
         "heavy = {'torch', 'numpy', 'deepspeed', 'nvidia', 'matplotlib', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        times.append(time.perf_counter() - started)
-    assert (
-        statistics.median(times) < 1.0
-    )  # 0.2 s on an idle machine; this bound only catches a heavy import
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_check__a_good_recipe(capsys: pytest.CaptureFixture[str]) -> None:
