@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -21,7 +21,7 @@ from distill import checkpoint
 from distill.checkpoint import Manifest, NetworkFacts
 from distill.disk import make_folder, write_file
 from distill.errors import CheckpointError
-from distill.record import Recorder
+from distill.metrics import RunState
 from distill.tensor_file import SUFFIX, encode, num_bytes, read_tensors
 
 if TYPE_CHECKING:
@@ -32,6 +32,27 @@ ANCHOR_FILE = (
 )
 RECIPE_FILE = "recipe.yaml"
 RECORDS_TIMEOUT_S = 600.0  # for all ranks to have written; a stalled network file system recovers
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Who is told how saves go; the run's recorder."""
+
+    def show(self, state: RunState) -> None:
+        """What the run does now."""
+        ...
+
+    def saving(self) -> None:
+        """A save begins."""
+        ...
+
+    def saved(self, phase: str, step: int, path: str) -> None:
+        """A checkpoint is complete."""
+        ...
+
+    def unsaved(self, message: str) -> None:
+        """A checkpoint could not be written."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +85,7 @@ class Saver:
     """Writes checkpoints of one run; one per process, the same calls on every rank."""
 
     def __init__(
-        self, keeping: Keeping, recorder: Recorder, last_saved: tuple[str, int] | None
+        self, keeping: Keeping, recorder: Listener, last_saved: tuple[str, int] | None
     ) -> None:
         """``last_saved``: phase and step of the checkpoint that the run goes on from."""
         self._keeping, self._recorder = keeping, recorder

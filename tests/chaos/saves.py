@@ -21,9 +21,9 @@ NETWORKS = {"small": 0, "large": 1}  # and the rank that writes each
 SIZES = {"small": 40, "large": 3000}
 
 
-def state_of(name: str, step: int) -> dict[str, Tensor]:
+def state_of(name: str, step: int, scale: int = 1) -> dict[str, Tensor]:
     """What a network's state is after some steps."""
-    weight = torch.arange(SIZES[name], dtype=torch.float32) + step
+    weight = torch.arange(scale * SIZES[name], dtype=torch.float32) + step
     return {"weight/a": weight, "ema/a": weight / 2, "step": torch.tensor([float(step)])}
 
 
@@ -32,9 +32,10 @@ class Pupil:
     name: str
     placement: Any
     step: int
+    scale: int
 
     def state(self) -> dict[str, Tensor]:
-        return state_of(self.name, self.step)
+        return state_of(self.name, self.step, self.scale)
 
 
 class Teller:
@@ -57,13 +58,15 @@ class Teller:
         self.messages.append(message)
 
 
-def save(folder: Path, step: int, keep: int = 2, milestones: int | None = None) -> Teller:
-    """Both ranks save ``step``, and wait for it; what the first was told of it."""
+def save(
+    folder: Path, step: int, keep: int = 2, milestones: int | None = None, scale: int = 1
+) -> Teller:
+    """Both ranks save ``step``, and wait for it; what the first was told of it. ``scale``: times the usual size."""
     placements = [SimpleNamespace(name=n, first_rank=rank) for n, rank in NETWORKS.items()]
     keeping = Keeping(folder, HASH, {}, "name: tiny\n", keep, milestones)
     tellers, savers = [], []
     for rank in range(2):
-        pupils = [Pupil(p.name, p, step) for p in placements if p.first_rank == rank]
+        pupils = [Pupil(p.name, p, step, scale) for p in placements if p.first_rank == rank]
         phase: Any = SimpleNamespace(
             name=PHASE,
             world_rank=rank,

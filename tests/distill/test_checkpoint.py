@@ -1,5 +1,3 @@
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -168,15 +166,6 @@ def test_read_manifest__a_name_that_leaves_the_folder_is_nothing(tmp_path: Path)
     outside = manifest.model_copy(update={"files": {"../../etc/passwd": manifest.files[FILE]}})
     path.write_text(outside.to_text())
     assert read_manifest(path) is None
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow beyond 64 KiB: a disk that is full, as the system tells it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_collect__names_rank_file_and_missing_bytes(

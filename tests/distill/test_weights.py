@@ -238,7 +238,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (_changed(lambda w: w.__delitem__("norm.bias")), r"1 missing \(norm.bias\)"),
     "other config": (_config(num_hidden_layers=2), r"missing \(layer.1"),
     "other model": (_config(model_type="bert"), "model_type = 'bert'"),
-    "absurd config": (_config(hidden_size=-4), "do not fit|at least 1"),
+    "absurd config": (_config(hidden_size=-4), "do not fit|at most"),
     "no config": (_no_config, "config.json: missing"),
     "index outside": (
         _index({"norm.bias": "../../etc/passwd"}),
