@@ -273,16 +273,17 @@ def _plain(node: Any, loc: Loc, places: dict[Loc, tuple[int, int]]) -> Any:
                 raise RecipeError(
                     f"line {node.lc.line + 1}: {str(key)[:40]!r} is no key", fix="A key is a word."
                 )
-            if key not in node.lc.data:  # merged by `<<`: it has no place of its own here
+            if key not in (node.lc.data or {}):  # merged by `<<`: it has no place of its own here
                 places[*loc, key] = places[*loc, key, KEY] = places.get(loc, (0, 0))
                 continue
             is_scalar = not isinstance(value, CommentedMap | CommentedSeq)
-            places[*loc, key] = node.lc.value(key) if is_scalar else node.lc.key(key)
-            places[*loc, key, KEY] = node.lc.key(key)
+            here = node.lc.value(key) if is_scalar else node.lc.key(key)
+            places[*loc, key] = here or places.get(loc, (0, 0))  # tagged values may have no place
+            places[*loc, key, KEY] = node.lc.key(key) or places[*loc, key]
         return {key: _plain(value, (*loc, key), places) for key, value in node.items()}
     if isinstance(node, CommentedSeq):
         for index in range(len(node)):
-            places[*loc, index] = node.lc.item(index)
+            places[*loc, index] = node.lc.item(index) or places.get(loc, (0, 0))
         return [_plain(value, (*loc, index), places) for index, value in enumerate(node)]
     for kind in (bool, int, float, str):  # ruamel's scalars remember how they were written
         if isinstance(node, kind):
@@ -534,7 +535,8 @@ def _render(document: Document, problems: Sequence[Problem]) -> list[str]:
             placed.append(((MAX_RECIPE_BYTES, 1), f"override {_dotted(loc)!r}: {message}"))
         else:
             line, column = _position(loc, document)
-            mark = f"{line + 1:6} | {document.lines[line]}\n       | {' ' * column}^"
+            shown = document.lines[min(line, len(document.lines) - 1)]  # YAML knows more line ends
+            mark = f"{line + 1:6} | {shown}\n       | {' ' * column}^"
             text = f"{document.label}:{line + 1}:{column + 1}: {what}\n{mark}"
             placed.append(((line, column), text))
     placed.sort(key=lambda item: item[0])

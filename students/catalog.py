@@ -148,7 +148,7 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> BackboneSpec:
             depths=_read_ints(config, "depths", MOST_BLOCKS),
             widths=_read_ints(config, "hidden_sizes", LARGEST),
             in_channels=_read_int(config, "num_channels"),
-            layerscale_init=_read(config, "layer_scale_init_value"),
+            layerscale_init=_read_float(config, "layer_scale_init_value"),
         )
     if kind == CUSTOM_TYPE:
         factory = _read(config, "factory")
@@ -181,7 +181,7 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> BackboneSpec:
         qv_bias=has_bias,
         registers=_read_int(config, "num_register_tokens"),
         in_channels=_read_int(config, "num_channels"),
-        layerscale_init=_read(config, "layerscale_value"),
+        layerscale_init=_read_float(config, "layerscale_value"),
     )
 
 
@@ -189,6 +189,13 @@ def _read(config: Mapping[str, Any], key: str) -> Any:
     if key not in config:
         raise ValueError(f"{key}: missing from config.json; save it with transformers 4.57 or 5.x")
     return config[key]
+
+
+def _read_float(config: Mapping[str, Any], key: str) -> float:
+    value = _read(config, key)
+    if not isinstance(value, int | float) or not 0.0 <= value <= 1e6:
+        raise ValueError(f"{key} = {_shown(value)}: must be a number from 0 to 1e6")
+    return float(value)
 
 
 def _read_ints(config: Mapping[str, Any], key: str, most: int) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ def test_crashpoints__a_save_that_syncs_nothing_is_found_out(
     monkeypatch.setattr("distill.checkpoint.replace_text", write_in_place)
     monkeypatch.setattr("distill.checkpoint.rename", lambda source, target: source.rename(target))
     monkeypatch.setattr("distill.checkpoint.sync_folder", lambda folder: None)
-    assert crashpoints.run(["--count", "60"])
+    assert crashpoints.run(["--count", "20"])
 
 
 def test_bitflips__a_manifest_that_nobody_checks_is_found_out(
