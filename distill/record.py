@@ -8,6 +8,7 @@ nobody waits for the rank furthest behind.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from distill.ballot import Ballot
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.bad_samples import count_bad
+from distill.errors import UserError
 from distill.metrics import (
     CheckpointStatus,
     MetricsRow,
@@ -64,7 +66,9 @@ class Recorder:
         self._control = control
         self._save_every_s, self._save_every_steps = save_every_s, save_every_steps
         self._file = StatusFile(run_folder)
-        previous = self._file.read() if world_rank == 0 else None
+        previous = None
+        with suppress(UserError):  # a power cut may leave anything; what it said is written anew
+            previous = self._file.read() if world_rank == 0 else None
         started = previous.started_unix if previous else time.time()
         self.status = Status(
             state="preparing",

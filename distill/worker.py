@@ -36,6 +36,7 @@ from distill.assemble import (
 from distill.checkpoint import NetworkFacts
 from distill.cost import DEFAULT_DEVICE, Device
 from distill.data.index import ImageIndex
+from distill.disk import replace_text
 from distill.engine import Engine, prepare_deepspeed
 from distill.errors import SetupError, UserError
 from distill.export import ExportFacts, fingerprint, write_backbone, write_heads
@@ -367,7 +368,7 @@ def note_time(run_folder: Path, phase: str, seconds: float, num_images: int) -> 
     timing = json.loads(path.read_text()) if path.is_file() else {}
     before = timing.get(phase, {"s": 0.0, "images": 0})
     timing[phase] = {"s": before["s"] + seconds, "images": before["images"] + num_images}
-    write_json(path, timing)
+    replace_text(path, json.dumps(timing, indent=2) + "\n")
 
 
 def _write_failure(run_folder: Path, error: BaseException) -> None:
