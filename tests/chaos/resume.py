@@ -151,6 +151,8 @@ def work_and_note(run_folder: str, notes: str) -> None:
             samples[f"{step}/{position}"] = image
         return drawn
 
+    cores = sorted(os.sched_getaffinity(0))  # one each: then all layouts compute with one thread
+    os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
     Pupil.learn, Engine.backward_and_step = noted_learn, noted_step  # type: ignore[method-assign]
     Sampler.draw = noted_draw  # type: ignore[method-assign]
     work(run_folder)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.containers import read_object
 from distill.errors import CheckpointError
 from distill.export import ExportFacts, write_backbone, write_heads, write_tensors
 from distill.weights import (
@@ -350,3 +351,12 @@ def test_load_backbone__costs_its_own_size_and_one_tensor(
     tensor_mb = max(map(Tensor.numel, translate(weights, spec, "hf", "meta").values())) * 4 / 2**20
     # a tensor is there twice when it is fused or cast on the way: mapped, and made; 8 MB for the allocator
     assert grown_mb < own_mb + 2 * tensor_mb + 8, (grown_mb, own_mb, tensor_mb)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("{", "cannot be read"), ("[1]", "holds list, not an object")]
+)
+def test_read_object__of_anything_else_is_one_line(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "distill.json").write_text(text)
+    with pytest.raises(CheckpointError, match=told):
+        read_object(tmp_path / "distill.json")
