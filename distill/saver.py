@@ -123,7 +123,7 @@ class Saver:
         self._thread.join()
         self._thread = None
         order, error = self._order, self._error
-        self._error, self.is_saved = None, error is None
+        self._order, self._error, self.is_saved = None, None, error is None  # and frees the copy
         assert order is not None, "a thread without an order"
         if isinstance(error, CheckpointError | OSError):
             kept = "the checkpoints before it are kept"

@@ -185,7 +185,7 @@ def write_inputs(folder: Path, num_steps: int) -> None:
     """Images, a teacher with heads, and a recipe for three students."""
     from distill.export import ExportFacts, write_backbone, write_heads
     from students.catalog import build_backbone, init_weights_
-    from teacher.heads import Head, HeadShape
+    from teacher.heads import Head, HeadShape, init_head_
     from teacher.vit import ViTSpec
 
     draw = np.random.default_rng(0)
@@ -199,11 +199,9 @@ def write_inputs(folder: Path, num_steps: int) -> None:
     generator = torch.Generator().manual_seed(3)
     backbone = build_backbone(spec)
     init_weights_(backbone, generator)
-    torch.manual_seed(3)
-    heads = {
-        "dino_head": Head(HeadShape(16, 16, 8, 16)),
-        "ibot_head": Head(HeadShape(16, 16, 8, 16)),
-    }
+    heads = {name: Head(HeadShape(16, 16, 8, 16)) for name in ("dino_head", "ibot_head")}
+    for head in heads.values():
+        init_head_(head, generator)
     half = (0.5, 0.5, 0.5)
     facts = ExportFacts(32, half, half, {"recipe": "tiny"})
     write_backbone(folder / "teacher", backbone.state_dict(), spec, facts)

@@ -22,6 +22,7 @@ def run(arguments: list[str]) -> bool:
     parser.add_argument("--mb", type=int, default=400)
     parser.add_argument("--count", type=int, default=5)
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # as one of several ranks of a machine has
     size = options.mb * 1_000_000 // (4 * NUM_TENSORS)
     live = {f"weight/{number}": torch.randn(size) for number in range(NUM_TENSORS)}
     placement = SimpleNamespace(name="student", first_rank=0)

@@ -22,9 +22,9 @@ from distill.prepare import check_job
 from distill.recipe_file import builtin_recipes, load_job, resolved_yaml
 from distill.tensor_file import SUFFIX, read_tensors
 from distill.weights import convert, inspect, load_backbone, load_heads
-from students.catalog import BackboneSpec, build_backbone
+from students.catalog import BackboneSpec, build_backbone, init_weights_
 from students.convnext import ConvNeXtSpec
-from teacher.heads import Head, HeadShape
+from teacher.heads import Head, HeadShape, init_head_
 from teacher.vit import ViTSpec
 from tests.chaos import saves
 from tests.chaos.mutations import (
@@ -83,9 +83,13 @@ def weights_target(folder: Path) -> Target:
     ]
     for number, spec in enumerate(specs):
         backbone = build_backbone(spec)
+        init_weights_(backbone, torch.Generator().manual_seed(number))
         facts = ExportFacts(32, MEAN, STD, {"recipe": "tiny"})
         write_backbone(folder / f"hf{number}", backbone.state_dict(), spec, facts)
-    heads = {"dino_head": Head(HeadShape(16, 8, 4, 6)), "ibot_head": Head(HeadShape(16, 8, 4, 6))}
+    generator = torch.Generator().manual_seed(0)
+    heads = {name: Head(HeadShape(16, 8, 4, 6)) for name in ("dino_head", "ibot_head")}
+    for head in heads.values():
+        init_head_(head, generator)
     named = {f"{n}.{k}": v for n, head in heads.items() for k, v in head.state_dict().items()}
     write_heads(folder / "heads.safetensors", named)
     convert(folder / "hf0", folder / "meta.pth", layout="meta", dtype=None)
