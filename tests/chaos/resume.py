@@ -3,6 +3,9 @@
     2 ranks  step 0 -> 10 (checkpoint, look-ahead in flight) -> the end     the run that never stopped
     n ranks           10 -> the end, from a copy of that checkpoint         for each n
 
+The students' layer scales begin at 1: at 1e-5 the class tokens of all images are nearly the same, and
+KoLeo, the logarithm of their distances, shows the rounding of fp32 and nothing else.
+
 On 2 ranks every loss and every final weight must be equal, bit for bit. On others the samples must
 stand in the same places, and each loss be within 1e-6, relative.
 """
@@ -30,8 +33,8 @@ RECIPE = """\
 name: tiny
 teacher: {weights: FOLDER/teacher}
 students:
-  - {name: plain, arch: vit, width: 16, depth: 1, heads: 2, patch: 8, head_widths: {dino_hidden: 16, ibot_hidden: 16}}
-  - {name: gated, arch: vit, width: 24, depth: 2, heads: 2, patch: 8, ffn: swiglu, head_widths: {dino_hidden: 16, ibot_hidden: 16}}
+  - {name: plain, arch: vit, width: 16, depth: 1, heads: 2, patch: 8, layerscale: 1.0, head_widths: {dino_hidden: 16, ibot_hidden: 16}}
+  - {name: gated, arch: vit, width: 24, depth: 2, heads: 2, patch: 8, layerscale: 1.0, ffn: swiglu, head_widths: {dino_hidden: 16, ibot_hidden: 16}}
   - {name: conv, arch: convnext, depths: [1, 1, 1], widths: [8, 12, 16], head_widths: {dino_hidden: 16, ibot_hidden: 16}}
 data: {sources: [FOLDER/images]}
 crops: {global: {size: 32}, local: {count: 2, size: 16}, flip: 0.5}

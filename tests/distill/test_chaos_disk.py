@@ -1,4 +1,4 @@
-"""The faults of ``python -m tests.chaos`` that need no training, a few of each."""
+"""The faults of ``python -m tests.chaos`` about state on disk and hostile files, a few of each."""
 
 import importlib
 import tempfile
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill.disk import write_file
-from tests.chaos import bitflips, crashpoints, fuzz, saves
+from tests.chaos import bitflips, crashpoints, fuzz, resume, saves
 from tests.chaos.__main__ import KINDS
 
 MEMORY = Path("/dev/shm")  # where there is one, a sync costs nothing
@@ -24,6 +24,25 @@ def test_chaos__a_few_of_each(kind: str) -> None:
     assert kind in KINDS
     module = importlib.import_module(f"tests.chaos.{kind}")
     assert not module.run(["--count", str(SMALL_COUNTS[kind]), "--seed", "5"])
+
+
+def test_resume__on_as_many_ranks_and_on_others() -> None:
+    assert not resume.run(["--layouts", "2,3", "--steps", "10"])
+
+
+def test_resume__a_run_that_differs_is_found_out(capsys: pytest.CaptureFixture[str]) -> None:
+    places = {(step, 0): step for step in range(10, 12)}
+    names = ("plain", "gated", "conv")
+    whole = resume.Trace({(name, step): 2.0 for name in names for step in (10, 11)}, places, {})
+    near = {key: loss * (1 + 1e-8) for key, loss in whole.losses.items()}
+    far = {key: loss * (1 + 1e-5) for key, loss in whole.losses.items()}
+    assert resume.report(2, whole, whole, 2)
+    assert resume.report(3, whole, resume.Trace(near, places, {}), 2)
+    assert not resume.report(2, whole, resume.Trace(near, places, {}), 2)
+    assert not resume.report(3, whole, resume.Trace(far, places, {}), 2)
+    assert not resume.report(3, whole, resume.Trace(near, {**places, (10, 0): 9}, {}), 2)
+    assert not resume.report(3, whole, resume.Trace(dict(list(near.items())[1:]), places, {}), 2)
+    assert "samples DIFFER" in capsys.readouterr().out
 
 
 def test_crashpoints__a_save_that_syncs_nothing_is_found_out(
