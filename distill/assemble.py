@@ -4,7 +4,7 @@ A family phase has a frozen teacher and its students. ``distill.pretraining`` ha
 a network, or its heads, teach themselves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -254,8 +254,13 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
     return torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
 
 
-def family_phase(scene: Scene, teacher: FrozenTeacher, shape: TeacherShape) -> Phase:
-    """The distillation phase: one engine per student this rank trains. Collective over the world."""
+def family_phase(
+    scene: Scene, teacher: FrozenTeacher, shape: TeacherShape, first_steps: Mapping[str, int]
+) -> Phase:
+    """The distillation phase: one engine per student this rank trains. Collective over the world.
+
+    ``first_steps``: where each student joined; its own schedule begins there and ends with the others'.
+    """
     recipe = scene.recipe
     assert isinstance(recipe, FamilyRecipe), "students are a family's"
     pupils = []
@@ -267,7 +272,8 @@ def family_phase(scene: Scene, teacher: FrozenTeacher, shape: TeacherShape) -> P
         if student.lr is not None:
             lr = lr.model_copy(update={"peak": student.lr})
         engine = build_engine(scene, student.label, trainee)
-        rates = _student_rates(recipe.schedule, lr, student.steps or recipe.schedule.steps)
+        end = student.steps or recipe.schedule.steps
+        rates = _student_rates(recipe.schedule, lr, first_steps[student.label], end)
         parts = scene.parts_of(student.label)
         pupil = Pupil(
             student.label, placement, engine, rates, targets, parts=parts, num_steps=student.steps
@@ -334,9 +340,13 @@ def _student(
 
 
 def _student_rates(
-    settings: ScheduleSpec, lr: LrSpec, num_steps: int
+    settings: ScheduleSpec, lr: LrSpec, first_step: int, end: int
 ) -> Callable[[int], StepRates]:
+    """Rates by the family's step, for a student that trains from ``first_step`` to ``end``."""
+    num_steps = end - first_step
+
     def momentum(step: int) -> float:
         return schedule.cosine(settings.ema, 1.0, step, num_steps)
 
-    return step_rates(settings, lr, momentum, (0, num_steps))
+    rates = step_rates(settings, lr, momentum, (0, num_steps))
+    return lambda step: rates(step - first_step)

@@ -204,7 +204,8 @@ class _Bench:
         scene = Scene(recipe, plan, groups, site, self.shape.spec, self._tell)
         if self.scale is None:
             assert self.teacher is not None, "only sleeps need no teacher"
-            phase = family_phase(scene, self.teacher, self.shape)
+            starts = dict.fromkeys((student.label for student in recipe.students), 0)
+            phase = family_phase(scene, self.teacher, self.shape, starts)
         else:
             phase = self._sleeping_phase(scene, recipe, groups)
         loader = SyntheticLoader(

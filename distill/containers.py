@@ -181,6 +181,20 @@ def read_json(path: Path) -> Any:
         CheckpointError: it is damaged.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise broken_file(path, error) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: it is damaged, or holds something else.
+    """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{path}: holds {type(value).__name__}, not an object", fix="Remove or repair it."
+        )
+    return value

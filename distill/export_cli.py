@@ -223,7 +223,6 @@ def _data_story(
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty when there is no file, as beside weights from elsewhere."""
-    if not path.is_file():
-        return {}
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return facts
+    from distill.containers import read_object
+
+    return read_object(path) if path.is_file() else {}

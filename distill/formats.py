@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 
+from distill.containers import read_object
 from distill.errors import CheckpointError, UserError
 from distill.model_card import Background, WrittenFile, licence_text, model_card
 from distill.onnx_graph import write_onnx
@@ -131,7 +132,7 @@ def _write_preparation(source: Path, aside: Path, inputs: Inputs) -> None:
     """``preprocessor_config.json`` for every format: the network's own, or that of its run."""
     own = source / PREPARATION
     config = (
-        json.loads(own.read_text(encoding="utf-8"))
+        read_object(own)
         if own.is_file()
         else preprocessor_config(inputs.size, inputs.mean, inputs.std)
     )
@@ -178,7 +179,7 @@ def _refuse_foreign(folder: Path, source: Path) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     record = folder / RECORD
-    if not record.is_file() or "export" not in json.loads(record.read_text(encoding="utf-8")):
+    if not record.is_file() or "export" not in read_object(record):
         raise CheckpointError(
             f"{folder}: exists and is no export of distill", fix="Give another --out."
         )

@@ -77,6 +77,7 @@ def run_phase(phase: Phase, recorder: Recorder, saver: Saver, start_step: int) -
 
         wishes = recorder.record(phase, step + 1)
 
+        saver.report()
         if wishes.save or wishes.stop:
             saver.save(phase, step + 1)
         if wishes.stop:

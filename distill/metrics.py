@@ -167,12 +167,16 @@ class StatusFile:
         """Whether the status was written now.
 
         Progress is written at most every interval. What a reader must not miss is written at once:
-        a change of state, phase, networks, last checkpoint or message.
+        a change of state, phase, networks, last checkpoint or message. A disk that is full costs a
+        status, not the run.
         """
         now = self._clock()
         if _is_same_event(self._written, status) and now - self._written_at < self._interval_s:
             return False
-        write_json(self.path, status.to_json())
+        try:
+            write_json(self.path, status.to_json())
+        except OSError:  # tried again at the next status
+            return False
         self._written, self._written_at = status, now
         return True
 
@@ -249,17 +253,22 @@ class MetricsWriter:
         """Open the history for appending; a last line that a crash left half written is cut."""
         self.path = metrics_path(run_folder, network)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
-        end = self._file.tell()
-        whole = self.path.read_bytes().rfind(b"\n") + 1
-        if whole < end:
-            self._file.truncate(whole)
+        self._file = self.path.open("ab", buffering=0)
+        self._end = self.path.read_bytes().rfind(b"\n") + 1
+        self._file.truncate(self._end)
+        self._waiting = b""  # rows that a full disk did not take yet
 
     def write(self, row: MetricsRow) -> None:
-        """Append ``row``; it is visible to readers when this returns."""
-        line = json.dumps(_finite(row.to_json()), allow_nan=False)
-        self._file.write(line.encode() + b"\n")
-        self._file.flush()
+        """Append ``row``; it is visible to readers when this returns, or once a full disk has room again."""
+        self._waiting += json.dumps(_finite(row.to_json()), allow_nan=False).encode() + b"\n"
+        try:
+            written = self._file.write(self._waiting)
+        except OSError:
+            written = 0
+        if written == len(self._waiting):
+            self._end, self._waiting = self._end + written, b""
+        else:
+            self._file.truncate(self._end)
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""

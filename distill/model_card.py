@@ -13,6 +13,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from distill.containers import read_object
 from distill.evaluate import KNN_K, TEACHER
 from distill.parity import Format, Parity
 from students.catalog import CATALOG, BackboneSpec, count_parameters
@@ -54,7 +55,7 @@ def teacher_licence(folder: Path) -> dict[str, str]:
     """What ``distill.json`` or the head of ``README.md`` in the teacher's folder says; empty when neither does."""
     stated = folder / "distill.json"
     if stated.is_file():
-        facts = json.loads(stated.read_text(encoding="utf-8"))
+        facts = read_object(stated)
         for key in ("licence", "license"):
             if facts.get(key) and facts[key] != UNKNOWN_LICENCE:
                 return {"license": str(facts[key])}

@@ -50,10 +50,13 @@ from distill.recipe import (
     recipe_hash,
 )
 from distill.recipe_file import TEACHER_PREFIX, find_recipe, load_job, resolved_yaml
+from distill.resume import describe_changes, joining_steps
 from distill.weights import has_heads, head_shapes_of, shape_of
 from students.catalog import CATALOG
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
+CHECKPOINTS = "checkpoints"  # in a run folder
+RESOLVED = "recipe.resolved.yaml"
 TRAINED_HEADS = "heads.safetensors"  # beside the weights of a teacher
 FITTED_HEADS = "heads/teacher.safetensors"  # in a run folder
 
@@ -88,13 +91,23 @@ class Job:
 
     @property
     def hash(self) -> str:
-        """Identifies everything that decides the result: both recipes and the images."""
-        hashes = [recipe_hash(self.recipe), self.data_fingerprint]
+        """Identifies everything that decides a network's result but its own lines: both recipes and the images."""
+        shared: FamilyRecipe | TeacherRecipe = self.recipe
+        if isinstance(shared, FamilyRecipe):
+            shared = shared.model_copy(update={"students": ()})
+        hashes = [recipe_hash(shared), self.data_fingerprint]
         if isinstance(self.recipe, FamilyRecipe):
             hashes.append(self.recipe.teacher.heads_mode)  # where the file lies does not matter
         if self.teacher_recipe is not None:
             hashes.append(recipe_hash(self.teacher_recipe))
         return "-".join(hashes)
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """Every student, and a hash of what the recipe says of it."""
+        if not isinstance(self.recipe, FamilyRecipe):
+            return {}
+        return {student.label: recipe_hash(student) for student in self.recipe.students}
 
     @property
     def teacher_paths(self) -> tuple[Path, Path | None]:
@@ -360,7 +373,10 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     job = Job(request, recipe, teacher_recipe, fingerprint)
     if fresh:
         shutil.rmtree(run_folder, ignore_errors=True)
-    resumed = find_latest(run_folder / "checkpoints", job.hash)
+    resumed = find_latest(run_folder / CHECKPOINTS, job.hash, lambda _: None)  # the run tells
+    joining_steps(job.recipe, job.networks, resumed)
+    for line in describe_changes(job.networks, resumed):
+        say(line)
     (run_folder / "data").mkdir(parents=True, exist_ok=True)
     for name, index in (("train", train), ("teacher", teacher_train), ("held_out", held_out)):
         if index is not None:
@@ -383,7 +399,7 @@ def _write_recipes(job: Job) -> None:
     folder = job.run_folder
     own = [text for text in job.request.overrides if not text.startswith(TEACHER_PREFIX)]
     shutil.copyfile(source, folder / "recipe.yaml")
-    (folder / "recipe.resolved.yaml").write_text(resolved_yaml(str(source), own, job.recipe))
+    (folder / RESOLVED).write_text(resolved_yaml(str(source), own, job.recipe))
     if job.teacher_recipe is not None and isinstance(job.recipe, FamilyRecipe):
         theirs = [
             text.removeprefix(TEACHER_PREFIX) for text in job.request.overrides if text not in own

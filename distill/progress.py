@@ -16,13 +16,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from distill.checkpoint import checkpoints
 from distill.dense import DenseProbe, drift
 from distill.errors import UserError
 from distill.evaluate import KNN_K, Preparation, extract, knn, read_splits
 from distill.metrics import write_json
 from distill.planning import ONLINE
-from distill.prepare import read_job
+from distill.prepare import CHECKPOINTS, read_job
 from distill.recipe import TeacherRecipe
+from distill.tensor_file import SUFFIX
 from students.catalog import build_backbone
 
 PREFIX = "ema/backbone."
@@ -86,14 +88,13 @@ def score_steps(run_folder: Path, say: Callable[[str], None]) -> list[Moment]:
 
 def checkpoints_of(run_folder: Path, recipe: TeacherRecipe) -> list[tuple[str, int, Path]]:
     """Stage, steps since the start of the run, and file of the teacher in each checkpoint, in order."""
-    found = []
-    for stage in recipe.stages:
-        for folder in sorted((run_folder / "checkpoints").glob(f"{stage.name}-*")):
-            file = folder / f"{ONLINE}.safetensors"
-            if (folder / "manifest.json").is_file() and file.is_file():
-                step = recipe.first_step(stage) + int(folder.name.rpartition("-")[2])
-                found.append((stage.name, step, file))
-    return found
+    stages, file = {stage.name: stage for stage in recipe.stages}, ONLINE + SUFFIX
+    found = [
+        (manifest.phase, recipe.first_step(stages[manifest.phase]) + manifest.step, path / file)
+        for path, manifest in checkpoints(run_folder / CHECKPOINTS)
+        if manifest.phase in stages and file in manifest.files
+    ]
+    return sorted(found, key=lambda each: each[1])
 
 
 def read_ema(path: Path) -> dict[str, Tensor]:

@@ -150,7 +150,8 @@ class Pupil:
 
     def state(self, *, keep: bool = True) -> dict[str, Tensor]:
         """Everything needed to go on, independent of the layout; parts of it without ``keep``. Communication as ``Engine.state``."""
-        own = {TARGETS_PREFIX + name: tensor for name, tensor in self.targets.state().items()}
+        state = self.targets.state()
+        own = {TARGETS_PREFIX + name: tensor.clone() for name, tensor in state.items()}
         return {**self.engine.state(keep=keep), **own}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:

@@ -427,10 +427,14 @@ class EngineSpec(Section):
 
 
 class CheckpointSpec(Section):
-    """How often to save ("30min" or a number of steps) and how many to keep."""
+    """How often to save ("30min" or a number of steps) and how many to keep.
+
+    ``milestones``: every so many steps of a phase a checkpoint is written and kept for ever.
+    """
 
     every: Every = machine("30min")
     keep: int = machine(3, ge=1)
+    milestones: int | None = machine(None, ge=1)
 
     @property
     def every_steps(self) -> int | None:
@@ -571,9 +575,9 @@ class TeacherRecipe(Section):
 Recipe = FamilyRecipe | TeacherRecipe
 
 
-def recipe_hash(recipe: Recipe) -> str:
-    """Twelve hex digits over the science keys."""
-    values = _science_values(recipe)
+def recipe_hash(part: Section) -> str:
+    """Twelve hex digits over the science keys of a recipe, or of a part of one."""
+    values = _science_values(part)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -14,6 +14,7 @@ import copy
 import difflib
 import io
 import typing
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -24,7 +25,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning
 
 from distill.errors import RecipeError
 from distill.recipe import (
@@ -40,7 +41,8 @@ from distill.recipe import (
     items_of,
 )
 
-MAX_RECIPE_BYTES = 1_000_000  # a recipe is a page; anything larger is not one
+MAX_RECIPE_BYTES = 50_000  # a recipe is a page; the slowest text of this size is read in a second
+MAX_OPEN = 50  # brackets at once: the reader's time grows with the square of the depth
 MAX_VALUES = 10_000  # a few nested YAML aliases stand for billions of values
 TEACHER_PREFIX = "teacher:"
 KEY = "<key>"  # ends a place that means the key itself, not its value
@@ -204,23 +206,33 @@ def copy_recipe(recipe: str, target: Path) -> list[Path]:
 
 def _read(path: Path) -> Document:
     if path.stat().st_size > MAX_RECIPE_BYTES:
-        raise RecipeError(f"{path}: larger than 1 MB, so not a recipe", fix="Give a recipe file.")
+        raise RecipeError(
+            f"{path}: larger than {MAX_RECIPE_BYTES // 1000} kB, so not a recipe",
+            fix="Give a recipe file; name many files by a pattern.",
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise RecipeError(
             f"{path}: cannot be read as text ({error})", fix="Give a UTF-8 YAML file."
         ) from error
+    if _depth(text) > MAX_OPEN:
+        raise RecipeError(
+            f"{path.name}: more than {MAX_OPEN} brackets are open at once, so not a recipe",
+            fix="Close them.",
+        )
     try:
-        tree = YAML().load(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ReusedAnchorWarning)  # the last one would win
+            tree = YAML().load(text)
     except MarkedYAMLError as error:
         mark = error.problem_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        message = f"{path.name}{where}: {str(error.problem).splitlines()[0]}"
+        message = f"{path.name}{where}: {str(error.problem or error.context).splitlines()[0]}"
         raise RecipeError(message, fix="Correct the YAML at that line.") from error
-    except (YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:  # ruamel raises whatever a strange document leads it to
         raise RecipeError(
-            f"{path.name}: not YAML ({str(error).splitlines()[0]})", fix="Correct the file."
+            f"{path.name}: not YAML ({_first_line(error)})", fix="Correct the file."
         ) from error
     if not isinstance(tree, CommentedMap):
         raise RecipeError(
@@ -233,6 +245,22 @@ def _read(path: Path) -> Document:
     return Document(path.name, tuple(text.split("\n")), values, places)
 
 
+def _depth(text: str) -> int:
+    """The most brackets that are open at once, wherever they stand."""
+    depth = most = 0
+    for letter in text:
+        if letter in "[{":
+            depth += 1
+            most = max(most, depth)
+        elif letter in "]}":
+            depth = max(0, depth - 1)
+    return most
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _plain(node: Any, loc: Loc, places: dict[Loc, tuple[int, int]]) -> Any:
     """The tree as dicts, lists and scalars, noting the place of every value in ``places``."""
     if len(places) > MAX_VALUES:
@@ -241,16 +269,21 @@ def _plain(node: Any, loc: Loc, places: dict[Loc, tuple[int, int]]) -> Any:
         )
     if isinstance(node, CommentedMap):
         for key, value in node.items():
-            if key not in node.lc.data:  # merged by `<<`: it has no place of its own here
+            if not isinstance(key, str | int):
+                raise RecipeError(
+                    f"line {node.lc.line + 1}: {str(key)[:40]!r} is no key", fix="A key is a word."
+                )
+            if key not in (node.lc.data or {}):  # merged by `<<`: it has no place of its own here
                 places[*loc, key] = places[*loc, key, KEY] = places.get(loc, (0, 0))
                 continue
             is_scalar = not isinstance(value, CommentedMap | CommentedSeq)
-            places[*loc, key] = node.lc.value(key) if is_scalar else node.lc.key(key)
-            places[*loc, key, KEY] = node.lc.key(key)
+            here = node.lc.value(key) if is_scalar else node.lc.key(key)
+            places[*loc, key] = here or places.get(loc, (0, 0))  # tagged values may have no place
+            places[*loc, key, KEY] = node.lc.key(key) or places[*loc, key]
         return {key: _plain(value, (*loc, key), places) for key, value in node.items()}
     if isinstance(node, CommentedSeq):
         for index in range(len(node)):
-            places[*loc, index] = node.lc.item(index)
+            places[*loc, index] = node.lc.item(index) or places.get(loc, (0, 0))
         return [_plain(value, (*loc, index), places) for index, value in enumerate(node)]
     for kind in (bool, int, float, str):  # ruamel's scalars remember how they were written
         if isinstance(node, kind):
@@ -288,7 +321,9 @@ def _override(document: Document, overrides: Sequence[str]) -> tuple[Document, l
             continue
         try:
             value = _plain(YAML().load(raw), (), {})
-        except (YAMLError, ValueError, RecursionError):
+        except RecipeError:
+            raise
+        except Exception:  # ruamel raises whatever a strange document leads it to
             problems.append(((OVERRIDE, text), f"{raw!r} is not a YAML value"))
             continue
         holder, last = _holder(values, loc), loc[-1]
@@ -500,7 +535,8 @@ def _render(document: Document, problems: Sequence[Problem]) -> list[str]:
             placed.append(((MAX_RECIPE_BYTES, 1), f"override {_dotted(loc)!r}: {message}"))
         else:
             line, column = _position(loc, document)
-            mark = f"{line + 1:6} | {document.lines[line]}\n       | {' ' * column}^"
+            shown = document.lines[min(line, len(document.lines) - 1)]  # YAML knows more line ends
+            mark = f"{line + 1:6} | {shown}\n       | {' ' * column}^"
             text = f"{document.label}:{line + 1}:{column + 1}: {what}\n{mark}"
             placed.append(((line, column), text))
     placed.sort(key=lambda item: item[0])

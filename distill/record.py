@@ -8,6 +8,7 @@ nobody waits for the rank furthest behind.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from distill.ballot import Ballot
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.bad_samples import count_bad
+from distill.errors import UserError
 from distill.metrics import (
     CheckpointStatus,
     MetricsRow,
@@ -39,7 +41,7 @@ LOG_EVERY = 10  # steps
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the world agreed to do after this step."""
+    """What the world agreed to do after this step; the end of a phase is saved without a wish."""
 
     save: bool
     stop: bool
@@ -55,16 +57,18 @@ class Recorder:
         world_rank: int,
         stop_asked: Callable[[], bool],
         save_every_s: float | None,
-        save_every_steps: int | None,
+        save_every_steps: Sequence[int],
         resume_command: str,
         control: dist.ProcessGroup,
     ) -> None:
-        """``control`` is a gloo group of the world."""
+        """``save_every_steps``: a save is due where any of these numbers of steps is passed. ``control`` is a gloo group of the world."""
         self._run_folder, self._world_rank, self._stop_asked = run_folder, world_rank, stop_asked
         self._control = control
         self._save_every_s, self._save_every_steps = save_every_s, save_every_steps
         self._file = StatusFile(run_folder)
-        previous = self._file.read() if world_rank == 0 else None
+        previous = None
+        with suppress(UserError):  # a power cut may leave anything; what it said is written anew
+            previous = self._file.read() if world_rank == 0 else None
         started = previous.started_unix if previous else time.time()
         self.status = Status(
             state="preparing",
@@ -78,6 +82,7 @@ class Recorder:
         self._last_save = time.monotonic()
         self._images_seen = 0
         self._loader_wait = 0.0
+        self._complaint = ""
 
     def start(self, phase: "Phase", start_step: int) -> None:
         """Begins a phase at ``start_step``; metrics past that point (of a run that died) are dropped."""
@@ -109,10 +114,22 @@ class Recorder:
         if self._world_rank == 0:
             self._file.write(self.status)
 
-    def saved(self, phase: str, step: int, path: str) -> None:
-        """Notes a finished checkpoint and goes back to training."""
+    def saving(self) -> None:
+        """Notes that a save begins; the next one is due from now on."""
         self._last_save = time.monotonic()
-        self.show("training", last_checkpoint=CheckpointStatus(phase, step, path, time.time()))
+        self.show("saving")
+
+    def saved(self, phase: str, step: int, path: str) -> None:
+        """Notes a finished checkpoint."""
+        done = CheckpointStatus(phase, step, path, time.time())
+        told = self.status.message
+        message = "" if told == self._complaint else told
+        self.show(self.status.state, last_checkpoint=done, message=message)
+
+    def unsaved(self, message: str) -> None:
+        """Notes a checkpoint that could not be written; the message stays until one is."""
+        self._complaint = message
+        self.show(self.status.state, message=message)
 
     def record(self, phase: "Phase", step: int) -> Wishes:
         """Counts a finished step; at the interval, and at the last step, writes numbers and asks the world what to do.
@@ -123,20 +140,19 @@ class Recorder:
         answers = []
         if self._ballot.is_due(step) or (is_last and self._ballot.is_open):
             answers.append(self._ballot.count())
-        saves_now = False
+        saves_now, since = False, self._interval_step
         if step % LOG_EVERY == 0 or is_last:
             loader_wait = self._write(phase, step)
             if not self._ballot.is_open:
                 self._ballot.cast(step, self._votes(loader_wait), dist.ReduceOp.MAX)
             if is_last or self._ballot.is_due(step):
                 answers.append(self._ballot.count())
-            every = self._save_every_steps
-            saves_now = every is not None and step % every < LOG_EVERY
+            saves_now = any(step // every > since // every for every in self._save_every_steps)
         stop = save = False
         for stop_votes, save_votes, loader_wait in (answer.tolist() for answer in answers):
             stop, save = stop or bool(stop_votes), save or bool(save_votes)
             self._loader_wait = loader_wait
-        return Wishes(save=save or saves_now, stop=stop)
+        return Wishes(save=(save or saves_now) and not is_last, stop=stop)
 
     def _write(self, phase: "Phase", step: int) -> float:
         """Metrics and status of the interval that ends at ``step``; this rank's loader wait as a part of its time."""

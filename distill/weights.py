@@ -78,8 +78,9 @@ def _identify(container: Container, spec: BackboneSpec | None = None) -> Identit
         return identify(container.shapes, spec)
     except (ValueError, TypeError, OverflowError, AssertionError) as error:
         beside = "the config.json beside it" if config.is_file() else "its own shapes"
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{container.path}: {error}",
+            f"{container.path}: {reason}",
             fix=f"Judged by {beside}. Give weights and config of the same network.",
         ) from error
 

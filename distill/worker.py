@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from distill import checkpoint
 from distill.assemble import (
     Scene,
     Site,
@@ -30,8 +29,10 @@ from distill.assemble import (
     load_teacher,
     shard_teacher,
 )
+from distill.checkpoint import NetworkFacts
 from distill.cost import DEFAULT_DEVICE, Device
 from distill.data.index import ImageIndex
+from distill.disk import replace_text
 from distill.engine import Engine, prepare_deepspeed
 from distill.errors import SetupError, UserError
 from distill.export import ExportFacts, fingerprint, write_backbone, write_heads
@@ -39,7 +40,15 @@ from distill.groups import make_control, make_groups
 from distill.loop import Phase, run_phase
 from distill.metrics import PhaseStatus, write_json
 from distill.planning import ONLINE, plan_family, plan_fitting, plan_stage
-from distill.prepare import FITTED_HEADS, TRAINED_HEADS, Job, read_job, teacher_shape
+from distill.prepare import (
+    CHECKPOINTS,
+    FITTED_HEADS,
+    RESOLVED,
+    TRAINED_HEADS,
+    Job,
+    read_job,
+    teacher_shape,
+)
 from distill.pretraining import HeadFitting, Pretraining
 from distill.recipe import (
     FAMILY_PHASE,
@@ -50,7 +59,8 @@ from distill.recipe import (
     recipe_hash,
 )
 from distill.record import Recorder
-from distill.saver import Saver, restore, saved_anchor
+from distill.resume import agreed_checkpoint, joining_steps
+from distill.saver import Keeping, Saver, restore, saved_anchor
 from students.catalog import BackboneSpec
 
 COLLECTIVE_TIMEOUT = timedelta(
@@ -123,9 +133,10 @@ class _Run:
         recipe, teacher_recipe = job.recipe, job.teacher_recipe
         self.teacher_recipe = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
         self.family = recipe if isinstance(recipe, FamilyRecipe) else None
-        self.hash = job.hash
-        self.checkpoints = job.run_folder / "checkpoints"
-        self.saved = checkpoint.find_latest(self.checkpoints, self.hash)
+        control, told = make_control(COLLECTIVE_TIMEOUT), list[str]()
+        folder = job.run_folder / CHECKPOINTS
+        self.saved = agreed_checkpoint(folder, job.hash, control, told.append)
+        self.first_steps = joining_steps(recipe, job.networks, self.saved)
         every = recipe.checkpoint
         self.recorder = Recorder(
             job.run_folder,
@@ -133,11 +144,28 @@ class _Run:
             self.rank,
             lambda: flag.is_set,
             every.every_s,
-            every.every_steps,
+            [steps for steps in (every.every_steps, every.milestones) if steps is not None],
             job.resume_command,
-            make_control(COLLECTIVE_TIMEOUT),
+            control,
         )
-        self.saver = Saver(self.checkpoints, self.hash, every.keep, self.recorder)
+        self.recorder.show("preparing", message="; ".join(told))
+        last_saved = None if self.saved is None else (self.saved[1].phase, self.saved[1].step)
+        self.saver = Saver(self._keeping(), self.recorder, last_saved)
+
+    def _keeping(self) -> Keeping:
+        job = self.job
+        networks = {
+            name: NetworkFacts(hash=own, first_step=self.first_steps[name])
+            for name, own in job.networks.items()
+        }
+        return Keeping(
+            job.run_folder / CHECKPOINTS,
+            job.hash,
+            networks,
+            (job.run_folder / RESOLVED).read_text(encoding="utf-8"),
+            job.recipe.checkpoint.keep,
+            job.recipe.checkpoint.milestones,
+        )
 
     def _phases(self) -> list[PhaseStatus]:
         """All phases with their share of the work in seconds."""
@@ -176,7 +204,8 @@ class _Run:
         return None
 
     def _stopped(self) -> None:
-        self.recorder.show("stopped", message="saved; run the same command to go on")
+        told = "saved" if self.saver.is_saved else self.recorder.status.message
+        self.recorder.show("stopped", message=f"{told}; run the same command to go on")
 
     def _pretrain(self, names: list[str]) -> bool:
         recipe = self.teacher_recipe
@@ -233,7 +262,7 @@ class _Run:
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
         scene = Scene(recipe, plan, groups, self._site("train"), shape.spec, self._tell)
         shard_teacher(scene, teacher)
-        phase = family_phase(scene, teacher, shape)
+        phase = family_phase(scene, teacher, shape, self.first_steps)
         finished = self._run_phase(phase, self._restore(phase))
         if finished:
             self._write_students(phase, recipe, taught_by)
@@ -259,7 +288,7 @@ class _Run:
         """Loads the phase's networks if the checkpoint is of this phase; the step to go on from."""
         if self.saved is None or self.saved[1].phase != phase.name:
             return 0
-        restore(phase, self.saved[0])
+        restore(phase, self.saved)
         return self.saved[1].step
 
     def _run_phase(self, phase: Phase, start_step: int) -> bool:
@@ -268,6 +297,7 @@ class _Run:
         finished = run_phase(phase, self.recorder, self.saver, start_step)
         if finished and start_step < phase.num_steps:
             self.saver.save(phase, phase.num_steps)
+        self.saver.wait()
         self.recorder.finish_phase()
         phase.loader.close()
         if self.rank == 0:
@@ -334,7 +364,7 @@ def note_time(run_folder: Path, phase: str, seconds: float, num_images: int) -> 
     timing = json.loads(path.read_text()) if path.is_file() else {}
     before = timing.get(phase, {"s": 0.0, "images": 0})
     timing[phase] = {"s": before["s"] + seconds, "images": before["images"] + num_images}
-    write_json(path, timing)
+    replace_text(path, json.dumps(timing, indent=2) + "\n")
 
 
 def _write_failure(run_folder: Path, error: BaseException) -> None:

@@ -18,6 +18,8 @@ from teacher.vit import ViT, ViTSpec, init_vit_
 
 BackboneSpec = ViTSpec | ConvNeXtSpec | CustomSpec
 
+LARGEST = 65_536  # of any number in a config; more is no network, and slow to say so
+MOST_BLOCKS, MOST_STAGES = 256, 8
 CUSTOM_TYPE = "distill_custom"  # no library's; the weights belong to the factory's code
 
 CATALOG: Mapping[str, BackboneSpec] = MappingProxyType(
@@ -143,10 +145,10 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> BackboneSpec:
     if kind == "dinov3_convnext":
         _require(config, {"hidden_act": "gelu", "layer_norm_eps": CONVNEXT_NORM_EPS})
         return ConvNeXtSpec(
-            depths=tuple(_read(config, "depths")),
-            widths=tuple(_read(config, "hidden_sizes")),
+            depths=_read_ints(config, "depths", MOST_BLOCKS),
+            widths=_read_ints(config, "hidden_sizes", LARGEST),
             in_channels=_read_int(config, "num_channels"),
-            layerscale_init=_read(config, "layer_scale_init_value"),
+            layerscale_init=_read_float(config, "layer_scale_init_value"),
         )
     if kind == CUSTOM_TYPE:
         factory = _read(config, "factory")
@@ -171,7 +173,7 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> BackboneSpec:
     )
     return ViTSpec(
         width=_read_int(config, "hidden_size"),
-        depth=_read_int(config, "num_hidden_layers"),
+        depth=_read_int(config, "num_hidden_layers", MOST_BLOCKS),
         heads=_read_int(config, "num_attention_heads"),
         ffn_width=_read_int(config, "intermediate_size"),
         patch=_read_int(config, "patch_size"),
@@ -179,7 +181,7 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> BackboneSpec:
         qv_bias=has_bias,
         registers=_read_int(config, "num_register_tokens"),
         in_channels=_read_int(config, "num_channels"),
-        layerscale_init=_read(config, "layerscale_value"),
+        layerscale_init=_read_float(config, "layerscale_value"),
     )
 
 
@@ -189,10 +191,33 @@ def _read(config: Mapping[str, Any], key: str) -> Any:
     return config[key]
 
 
-def _read_int(config: Mapping[str, Any], key: str) -> int:
+def _read_float(config: Mapping[str, Any], key: str) -> float:
     value = _read(config, key)
-    if not isinstance(value, int):
-        raise ValueError(f"{key} = {value!r}: must be one whole number")
+    if not isinstance(value, int | float) or not 0.0 <= value <= 1e6:
+        raise ValueError(f"{key} = {_shown(value)}: must be a number from 0 to 1e6")
+    return float(value)
+
+
+def _read_ints(config: Mapping[str, Any], key: str, most: int) -> tuple[int, ...]:
+    values = _read(config, key)
+    if not isinstance(values, list | tuple) or not 2 <= len(values) <= MOST_STAGES:
+        raise ValueError(f"{key} = {_shown(values)}: must be 2 to {MOST_STAGES} whole numbers")
+    return tuple(_read_int({key: value}, key, most) for value in values)
+
+
+def _shown(value: object) -> str:
+    """A value from a file, as much of it as a line has room for."""
+    try:
+        text = repr(value)
+    except ValueError:  # more digits than Python writes out
+        return "a very large number"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _read_int(config: Mapping[str, Any], key: str, most: int = LARGEST) -> int:
+    value = _read(config, key)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{key} = {_shown(value)}: must be one whole number, at most {most}")
     return value
 
 

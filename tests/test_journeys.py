@@ -212,6 +212,38 @@ def without_heads(finished: Path, mode: str) -> list[str]:
     ]
 
 
+def test_train__students_that_leave_and_join_do_not_touch_the_others(
+    recipe: Path, finished: Path, tmp_path: Path
+) -> None:
+    sizes = "ranks: 1, head_widths: {dino_hidden: 16, ibot_hidden: 16}"
+    vit = f"arch: vit, width: 16, depth: 1, heads: 2, patch: 8, {sizes}"
+    stays, leaves = f"{{name: stays, {vit}}}", f"{{name: leaves, ffn: swiglu, {vit}}}"
+    joins = f"{{name: joins, arch: convnext, depths: [1, 1], widths: [8, 12], {sizes}}}"
+    words = ["train", str(recipe), f"teacher={{weights: {finished / 'teacher'}}}"]
+    words += ["schedule.steps=40", "--out"]
+    before, after = f"students=[{stays}, {leaves}]", f"students=[{stays}, {joins}]"
+    ended = distill(*words, str(tmp_path / "once"), before)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    run = tmp_path / "twice/tiny"
+    run_and_interrupt([*words, str(tmp_path / "twice"), before], run / "status.json", "family")
+    step = json.loads((run / "status.json").read_text())["last_checkpoint"]["step"]
+    assert 0 < step < 40
+    ended = distill(
+        *words, str(tmp_path / "twice"), after.replace("name: stays,", "name: stays, lr: 1.0e-4,")
+    )
+    assert ended.returncode == 1 and "students.stays: its lines in the recipe" in ended.stderr
+    ended = distill(*words, str(tmp_path / "twice"), after)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert f"joins: new, starts at step {step} with fresh weights" in ended.stdout
+    assert f"leaves: no longer in the recipe, left at step {step}" in ended.stdout
+    assert set(students_of(run)) == {"stays", "joins"}
+    rows = [json.loads(line) for line in (run / "metrics/joins.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(step + 10 - step % 10, 41, 10))
+    once = students_of(tmp_path / "once/tiny")["stays"]
+    for key, tensor in students_of(run)["stays"].items():
+        assert torch.equal(tensor, once[key]), key
+
+
 def test_train__a_teacher_whose_features_are_learned(
     recipe: Path, finished: Path, tmp_path: Path
 ) -> None:

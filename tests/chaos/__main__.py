@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-KINDS = ("kills", "crashpoints", "bitflips", "nan", "hang", "fuzz", "resume")
+KINDS = ("kills", "crashpoints", "bitflips", "nan", "hang", "fuzz", "resume", "stall")
 
 
 def main() -> int:

@@ -1,4 +1,5 @@
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
@@ -29,3 +30,12 @@ def distill(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return Result(int(ended.value.code or 0), captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 64 KiB: a disk that is full, as the system tells it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -188,10 +188,10 @@ class MeanColour(nn.Module):
     def forward(
         self,
         pixels: Tensor,
-        masks: Tensor | None = None,  # noqa: ARG002  # the protocol's
+        masks: Tensor | None = None,  # the protocol's
         *,
-        rope_scale: float = 1.0,  # noqa: ARG002
-        is_local: bool = False,  # noqa: ARG002
+        rope_scale: float = 1.0,
+        is_local: bool = False,
     ) -> Features:
         height, width = pixels.shape[-2:]
         patches = pixels.flatten(2).transpose(1, 2)

@@ -1,5 +1,6 @@
 import json
 import math
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,3 +185,31 @@ def test_drop_after__history_ends_at_the_saved_step(tmp_path: Path) -> None:
 def test_drop_after__unknown_phase(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'x' is not one of this run's phases: base"):
         drop_after(tmp_path, "small", phases=["base"], phase="x", step=0)
+
+
+def test_write__rows_that_a_full_disk_refuses_follow_when_there_is_room(
+    small_files: None, tmp_path: Path
+) -> None:
+    long = replace(ROW, phase="x" * 40_000)  # two of them are more than a file may hold
+    rows = [long, replace(long, step=20), replace(ROW, step=30)]
+    with MetricsWriter(tmp_path, "small") as writer:
+        writer.write(rows[0])
+        writer.write(rows[1])
+        assert read_rows(tmp_path, "small") == rows[:1]
+        allow_large_files()
+        writer.write(rows[2])
+    assert read_rows(tmp_path, "small") == rows
+
+
+def test_status__a_full_disk_keeps_the_one_before(small_files: None, tmp_path: Path) -> None:
+    file = StatusFile(tmp_path, interval_s=0.0)
+    assert file.write(STATUS)
+    assert not file.write(replace(STATUS, message="x" * 100_000))
+    assert file.read() == STATUS
+    allow_large_files()
+    assert file.write(replace(STATUS, message="x" * 100_000))
+
+
+def allow_large_files() -> None:
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))

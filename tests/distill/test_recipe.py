@@ -746,9 +746,28 @@ def test_load_recipe__files_that_are_no_text(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(RecipeError, match="cannot be read as text"):
         load_recipe(path)
-    path.write_bytes(b"#" * 1_000_001)
-    with pytest.raises(RecipeError, match="larger than 1 MB"):
+    path.write_bytes(b"#" * 50_001)
+    with pytest.raises(RecipeError, match="larger than 50 kB"):
         load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + "[" * 51 + "]" * 51, "more than 50 brackets are open at once"),
+        ("{a: 1}: x", "line 1: .* is no key"),
+        ("1.5: x", "line 1: '1.5' is no key"),
+        ("{[1]: {}}: x", "not YAML"),
+        ("a: &one 1\nb: &one 2\nc: *one", "duplicate anchor 'one'"),
+        ("!!python/object/apply:os.system ['true']", "a recipe is a mapping"),
+    ],
+)
+def test_load_recipe__strange_yaml_is_one_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "strange.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(path)
+    assert "\n" not in caught.value.message
 
 
 def test_load_recipe__aliases_may_not_multiply(tmp_path: Path) -> None:

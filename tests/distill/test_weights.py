@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.containers import read_object
 from distill.errors import CheckpointError
 from distill.export import ExportFacts, write_backbone, write_heads, write_tensors
 from distill.weights import (
@@ -238,7 +239,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (_changed(lambda w: w.__delitem__("norm.bias")), r"1 missing \(norm.bias\)"),
     "other config": (_config(num_hidden_layers=2), r"missing \(layer.1"),
     "other model": (_config(model_type="bert"), "model_type = 'bert'"),
-    "absurd config": (_config(hidden_size=-4), "do not fit|at least 1"),
+    "absurd config": (_config(hidden_size=-4), "do not fit|at most"),
     "no config": (_no_config, "config.json: missing"),
     "index outside": (
         _index({"norm.bias": "../../etc/passwd"}),
@@ -350,3 +351,12 @@ def test_load_backbone__costs_its_own_size_and_one_tensor(
     tensor_mb = max(map(Tensor.numel, translate(weights, spec, "hf", "meta").values())) * 4 / 2**20
     # a tensor is there twice when it is fused or cast on the way: mapped, and made; 8 MB for the allocator
     assert grown_mb < own_mb + 2 * tensor_mb + 8, (grown_mb, own_mb, tensor_mb)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("{", "cannot be read"), ("[1]", "holds list, not an object")]
+)
+def test_read_object__of_anything_else_is_one_line(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "distill.json").write_text(text)
+    with pytest.raises(CheckpointError, match=told):
+        read_object(tmp_path / "distill.json")

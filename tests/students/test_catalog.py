@@ -204,3 +204,26 @@ def test_preprocessor_config__says_size_and_normalisation() -> None:
         "image_mean": [0.1, 0.2, 0.3],
         "image_std": [0.4, 0.5, 0.6],
     }
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("num_hidden_layers", 10**7, "num_hidden_layers = 10000000: .* at most 256"),
+        ("hidden_size", 10**40, "hidden_size = 1000.*: must be one whole number"),
+        ("hidden_size", True, "hidden_size = True: must be one whole number"),
+        ("layerscale_value", "big", "layerscale_value = 'big': must be a number"),
+    ],
+)
+def test_spec_from_hf_config__absurd_values_are_refused_at_once(
+    key: str, value: object, told: str
+) -> None:
+    config = hf_config(CATALOG["vits16"]) | {key: value}
+    with pytest.raises(ValueError, match=told):
+        spec_from_hf_config(config)
+
+
+def test_spec_from_hf_config__absurd_stages_are_refused_at_once() -> None:
+    config = hf_config(CATALOG["convnext_tiny"]) | {"depths": [1] * 100}
+    with pytest.raises(ValueError, match=r"depths = .*: must be 2 to 8 whole numbers"):
+        spec_from_hf_config(config)

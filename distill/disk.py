@@ -1,0 +1,86 @@
+"""Bytes that survive a power cut.
+
+Until it is synced a file may hold anything after a power cut, and until its folder is synced it may
+have its old name or none. So the order is always: content, sync of the file, rename, sync of the
+folder. Every operation is one call of ``os``, so that tests can die at each.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+CHUNK_BYTES = 2**24  # handed over at once; large enough that calls cost nothing
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a file holds."""
+
+    sha256: str
+    num_bytes: int
+
+
+def write_file(path: Path, parts: Iterable[bytes | memoryview]) -> Written:
+    """Writes a file, synced, and counts and hashes what goes into it.
+
+    Raises:
+        OSError: it could not be written; what is there of it stays.
+    """
+    digest, num_bytes = hashlib.sha256(), 0
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        for part in parts:
+            left = memoryview(part)
+            while left:
+                count = os.write(descriptor, left[:CHUNK_BYTES])
+                digest.update(left[:count])
+                num_bytes += count
+                left = left[count:]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return Written(digest.hexdigest(), num_bytes)
+
+
+def read_back(path: Path) -> Written:
+    """What a file holds.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return Written(digest.hexdigest(), file.tell())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """A file that holds either what it held before or ``text``, at every moment."""
+    aside = path.with_name(f".{path.name}.part")
+    write_file(aside, [text.encode()])
+    rename(aside, path)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Another name in the same folder; a file of that name is replaced."""
+    source.rename(target)
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Names in it stay."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """A folder, and those above it, each synced where it was made; nothing if it is there."""
+    if folder.is_dir():
+        return
+    make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
