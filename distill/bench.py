@@ -48,6 +48,7 @@ from distill.groups import Groups, make_groups
 from distill.loop import Phase, run_phase
 from distill.plan import Placement, Plan
 from distill.prepare import teacher_shape
+from distill.pulse import Pulse
 from distill.recipe import FamilyRecipe
 from distill.recipe_file import load_job
 from distill.record import Wishes
@@ -185,6 +186,7 @@ class _Bench:
     ) -> None:
         self.request, self.shape, self.device = request, shape, device
         self.rank = dist.get_rank()
+        self.pulse = Pulse(Path(), self.rank)  # nobody watches
         self.modes = modes_of(family, request.against, request.num_ranks)
         self.teacher = None if request.sleep_s is not None else self._teacher(family)
         plan = plan_family(family, shape, request.num_ranks)
@@ -274,6 +276,7 @@ class _Bench:
                     replace(phase, num_steps=start + length),
                     witness,  # type: ignore[arg-type]  # what the loop asks of a recorder
                     None,  # type: ignore[arg-type]  # nothing is saved
+                    self.pulse,
                     start,
                 )
                 steps_done[name] += length

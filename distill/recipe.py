@@ -370,7 +370,8 @@ class EngineSpec(Section):
     steps between two measurements of every rank's speed, after which shares follow it; 0 for never.
     ``teacher_sharding``: the whole teacher on every rank, or a part of it (ZeRO-3) with even shares;
     ``auto`` for whole where it fits. ``micro_batch``: images that a trained network takes at once, whole KoLeo groups of 16; by default
-    all of a rank's slice.
+    all of a rank's slice. ``hang_limit_s``: a rank that does not move this long is named and the job
+    ended; steps and saves that took longer before may again.
     """
 
     device: Literal["auto", "cpu", "cuda"] = machine("auto")
@@ -383,6 +384,7 @@ class EngineSpec(Section):
     lookahead: int = machine(2, ge=0, le=16)
     exchange: Literal["slices", "all_gather"] = machine("slices")
     balance: int = machine(200, ge=0)
+    hang_limit_s: float = machine(30.0, ge=2.0)
 
 
 class CheckpointSpec(Section):

@@ -7,7 +7,7 @@ nobody waits for the rank furthest behind.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from distill.ballot import Ballot
+from distill.control import Asked
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.bad_samples import count_bad
 from distill.metrics import (
@@ -53,14 +54,14 @@ class Recorder:
         run_folder: Path,
         phases: Sequence[PhaseStatus],
         world_rank: int,
-        stop_asked: Callable[[], bool],
+        asked: Asked,
         save_every_s: float | None,
         save_every_steps: int | None,
         resume_command: str,
         control: dist.ProcessGroup,
     ) -> None:
         """``control`` is a gloo group of the world."""
-        self._run_folder, self._world_rank, self._stop_asked = run_folder, world_rank, stop_asked
+        self._run_folder, self._world_rank, self._asked = run_folder, world_rank, asked
         self._control = control
         self._save_every_s, self._save_every_steps = save_every_s, save_every_steps
         self._file = StatusFile(run_folder)
@@ -200,9 +201,10 @@ class Recorder:
         return phase.loader.wait_s, phase.exchange.wait_s
 
     def _votes(self, loader_wait: float) -> torch.Tensor:
-        """Stop asked for on this rank, save due by the clock of rank 0, loader wait."""
+        """Stop asked for on this rank, save asked for or due by the clock of rank 0, loader wait."""
         due = (
             self._save_every_s is not None
             and time.monotonic() - self._last_save >= self._save_every_s
         )
-        return torch.tensor([self._stop_asked(), due and self._world_rank == 0, loader_wait])
+        saves = self._asked.take_save() or (due and self._world_rank == 0)
+        return torch.tensor([self._asked.to_stop(), saves, loader_wait])

@@ -1,0 +1,121 @@
+"""Keeps the local ranks of a job going: starts them, watches them, says why they ended, starts them again.
+
+Each attempt is one torch elastic launch on a thread of its own, so that the main thread keeps the
+terminal and its signals. Restarting is done here and not by elastic: between two attempts the cause
+is known, so what needs a person is not tried again, and a wish to stop ends it.
+"""
+
+import logging
+import os
+import shutil
+import threading
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from distill.control import STOP, is_asked
+from distill.events import Event, EventKind, note
+from distill.failure import (
+    FILE,
+    Failure,
+    FailureKind,
+    failure_of_dead,
+    read_failure,
+    write_failure,
+)
+from distill.pulse import read_signs, sign_path
+from distill.rank import entry
+from distill.watchdog import Watchdog, end_ranks
+
+LOOK_S = 0.25
+KINDS: dict[FailureKind, EventKind] = {
+    "user": "failed",
+    "error": "failed",
+    "died": "died",
+    "hung": "hung",
+}
+
+
+class Supervisor:
+    """The ranks of one launch on this machine."""
+
+    def __init__(
+        self, run_folder: Path, num_ranks: int, *, max_restarts: int, hang_limit_s: float
+    ) -> None:
+        self._run_folder, self._num_ranks = run_folder, num_ranks
+        self._max_restarts, self._hang_limit_s = max_restarts, hang_limit_s
+        self._exit_codes: dict[int, int] = {}
+        self._has_failed, self._start_error = False, ""
+
+    def run(self) -> Failure | None:
+        """Returns when the job has ended: None for a good end, or why the last attempt failed."""
+        for restart in range(self._max_restarts + 1):
+            failure = self._attempt()
+            if failure is None:
+                return None
+            note(self._run_folder, Event(KINDS[failure.kind], failure.message))
+            is_last = restart == self._max_restarts or is_asked(self._run_folder, STOP)
+            if failure.kind == "user" or is_last:
+                break
+            told = f"restart {restart + 1} of {self._max_restarts}, from the last checkpoint"
+            note(self._run_folder, Event("restarted", told))
+        return failure
+
+    def _attempt(self) -> Failure | None:
+        (self._run_folder / FILE).unlink(missing_ok=True)
+        shutil.rmtree(sign_path(self._run_folder, 0).parent, ignore_errors=True)
+        self._exit_codes, self._has_failed, self._start_error = {}, False, ""
+        watchdog: Watchdog | None = Watchdog(self._run_folder, self._num_ranks, self._hang_limit_s)
+        ranks = threading.Thread(target=self._run_ranks, daemon=True)
+        ranks.start()
+        while ranks.is_alive():
+            ranks.join(timeout=LOOK_S)
+            verdict = None if watchdog is None else watchdog.look()
+            if verdict is not None:
+                write_failure(self._run_folder, verdict.to_failure(self._run_folder))
+                end_ranks(read_signs(self._run_folder, self._num_ranks))
+                watchdog = None
+        return self._judge()
+
+    def _judge(self) -> Failure | None:
+        """Why the attempt failed: what a rank or the watchdog wrote, or else who died without a word."""
+        if not self._has_failed:
+            return None
+        found = read_failure(self._run_folder)
+        if found is None and self._start_error:
+            fix = f"Look at the logs in {self._run_folder / 'logs'}; the same command resumes."
+            found = Failure("error", self._start_error, fix, 1)
+        if found is None:
+            signs = read_signs(self._run_folder, self._num_ranks)
+            dead = [sign for sign in signs if not sign.end]
+            first = [sign for sign in dead if sign.world_rank in self._exit_codes]
+            found = failure_of_dead(first or dead, self._exit_codes)
+        write_failure(self._run_folder, found)
+        return found
+
+    def _run_ranks(self) -> None:
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+        logs = self._run_folder / "logs"
+        logs.mkdir(exist_ok=True)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=self._num_ranks,
+            run_id=self._run_folder.name,
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
+        )
+        try:
+            elastic_launch(config, entry)(str(self._run_folder), os.getpid())
+        except ChildFailedError as error:
+            self._has_failed = True
+            self._exit_codes = {rank: each.exitcode for rank, each in error.failures.items()}
+        except Exception as error:
+            self._has_failed = True
+            self._start_error = f"the ranks could not be started: {error}"
