@@ -9,6 +9,7 @@ the signs that all ranks leave (``distill.pulse``).
 
 import json
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Sequence
@@ -86,15 +87,14 @@ def is_lost_connection(error: BaseException) -> bool:
 
 def failure_of_dead(signs: Sequence[Sign], exit_codes: dict[int, int]) -> Failure:
     """The cause when ranks died; ``exit_codes`` by rank where a launcher knows them, negative for a signal."""
-    told = []
-    for sign in signs:
-        code = exit_codes.get(sign.world_rank, 0)
-        how = f"ended by {_signal_name(-code)}" if code < 0 else "ended without a word"
-        told.append(f"{sign.describe()}; {how}")
-    more = f" (and {len(told) - 1} more ranks)" if len(told) > 1 else ""
+    told = [f"{sign.describe()}; {_how(exit_codes.get(sign.world_rank, 0))}" for sign in signs]
     if not told:
-        ranks = ", ".join(f"rank {rank} (exit code {code})" for rank, code in exit_codes.items())
-        told = [f"the ranks ended early: {ranks or 'no reason was left'}"]
+        host = socket.gethostname()
+        told = [
+            f"rank {rank} on {host}: starting; {_how(code)}" for rank, code in exit_codes.items()
+        ]
+    assert told, "somebody is dead"
+    more = f" (and {len(told) - 1} more ranks)" if len(told) > 1 else ""
     fix = "The same command resumes from the last checkpoint; --max-restarts N does so by itself."
     return Failure("died", told[0] + more, fix, LOST_EXIT_CODE)
 
@@ -120,7 +120,9 @@ def find_dead(run_folder: Path, num_ranks: int, own_rank: int | None = None) -> 
     ]
 
 
-def _signal_name(number: int) -> str:
+def _how(exit_code: int) -> str:
+    if exit_code >= 0:
+        return "ended without a word"
     with suppress(ValueError):
-        return signal.Signals(number).name
-    return f"signal {number}"
+        return f"ended by {signal.Signals(-exit_code).name}"
+    return f"ended by signal {-exit_code}"

@@ -173,10 +173,15 @@ def read_signs(run_folder: Path, num_ranks: int) -> list[Sign]:
 
 def process_state(sign: Sign) -> str:
     """The kernel's letter for a rank's process ("T" stopped, "Z" ended); "" where it is gone, "?" on another host."""
-    if sign.host != socket.gethostname() or not Path("/proc/self/stat").exists():
+    return state_of(sign.pid) if sign.host == socket.gethostname() else "?"
+
+
+def state_of(pid: int) -> str:
+    """The kernel's letter for a process of this host; "" where it is gone, "?" where there is no /proc."""
+    if not Path("/proc/self/stat").exists():
         return "?"
     try:
-        text = Path(f"/proc/{sign.pid}/stat").read_text()
+        text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
     return text.rpartition(")")[2].split()[0]

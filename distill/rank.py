@@ -81,7 +81,7 @@ class _Guard:
         dead = find_dead(self._run_folder, self._num_ranks, self._world_rank)
         found = read_failure(self._run_folder)
         if found is None:
-            found = failure_of_dead(dead, {})
+            found = failure_of_dead(dead, {}) if dead else _nobody_knows()
             write_failure(self._run_folder, found)
         return found
 
@@ -105,3 +105,8 @@ class _Guard:
         with stacks_path(self._run_folder, self._world_rank).open("a") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         os._exit(LOST_EXIT_CODE)
+
+
+def _nobody_knows() -> Failure:
+    fix = "The network between hosts may have failed; the same command resumes."
+    return Failure("died", "every rank lives, but they lost each other", fix, LOST_EXIT_CODE)

@@ -8,7 +8,11 @@ is known, so what needs a person is not tried again, and a wish to stop ends it.
 import logging
 import os
 import shutil
+import signal
 import threading
+import time
+from contextlib import suppress
+from multiprocessing import active_children
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
@@ -25,8 +29,8 @@ from distill.failure import (
     read_failure,
     write_failure,
 )
-from distill.pulse import read_signs, sign_path
-from distill.rank import entry
+from distill.pulse import read_signs, sign_path, state_of
+from distill.rank import GRACE_S, entry
 from distill.watchdog import Watchdog, end_ranks
 
 LOOK_S = 0.25
@@ -36,6 +40,31 @@ KINDS: dict[FailureKind, EventKind] = {
     "died": "died",
     "hung": "hung",
 }
+
+
+class _Rest:
+    """Ends the other ranks some seconds after one has died: elastic waits half a minute for those that are stuck."""
+
+    def __init__(self, run_folder: Path, num_ranks: int) -> None:
+        self._run_folder, self._num_ranks = run_folder, num_ranks
+        self._pids: list[int] = []
+        self._dead_since: float | None = None
+
+    def end_if_one_is_dead(self) -> None:
+        """Call again and again. Reads /proc: asking the process objects would take exit codes from elastic."""
+        if len(self._pids) < self._num_ranks:
+            self._pids = [child.pid for child in active_children() if child.pid is not None]
+            return
+        gone = [pid for pid in self._pids if state_of(pid) in {"", "Z"}]
+        if not gone:
+            return
+        done = {s.pid for s in read_signs(self._run_folder, self._num_ranks) if s.end == "done"}
+        if self._dead_since is None and not done.issuperset(gone):
+            self._dead_since = time.monotonic()
+        if self._dead_since is not None and time.monotonic() - self._dead_since > GRACE_S:
+            for pid in set(self._pids) - set(gone):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 class Supervisor:
@@ -68,10 +97,12 @@ class Supervisor:
         shutil.rmtree(sign_path(self._run_folder, 0).parent, ignore_errors=True)
         self._exit_codes, self._has_failed, self._start_error = {}, False, ""
         watchdog: Watchdog | None = Watchdog(self._run_folder, self._num_ranks, self._hang_limit_s)
+        rest = _Rest(self._run_folder, self._num_ranks)
         ranks = threading.Thread(target=self._run_ranks, daemon=True)
         ranks.start()
         while ranks.is_alive():
             ranks.join(timeout=LOOK_S)
+            rest.end_if_one_is_dead()
             verdict = None if watchdog is None else watchdog.look()
             if verdict is not None:
                 write_failure(self._run_folder, verdict.to_failure(self._run_folder))
@@ -96,7 +127,8 @@ class Supervisor:
         return found
 
     def _run_ranks(self) -> None:
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
+        for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the cause is told in one line
         logs = self._run_folder / "logs"
         logs.mkdir(exist_ok=True)
         config = LaunchConfig(

@@ -22,6 +22,7 @@ from tests.chaos import job
 
 TARGETS = ("rank", "launcher", "all")
 LATEST_S = 9.0  # after a start: about half of it is spent before the first step
+MOVING_S = 30.0  # until a job that was started has surely begun to move
 TIMEOUT_S = 300.0  # of a job that nobody kills
 NUM_RANKS = 2
 
@@ -55,6 +56,7 @@ def run(arguments: list[str]) -> bool:
         "--count", type=int, default=20, help="kills, over as many jobs as it takes"
     )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--steps", type=int, default=200, help="of the family phase")
     parser.add_argument("--stage-steps", type=int, default=60, help="of the teacher's first stage")
     options = parser.parse_args(arguments)
@@ -69,7 +71,7 @@ def run(arguments: list[str]) -> bool:
         assert calm.returncode == 0, said
         while sum(tally.kills.values()) < options.count or not tally.num_jobs:
             out = folder / f"killed-{tally.num_jobs}"
-            _disturb(recipe, out, options.count, draw, tally)
+            _disturb(recipe, out, options, draw, tally)
             tally.num_jobs += 1
             different = job.differing(folder / "calm" / job.RUN, out / job.RUN)
             tally.wrong += [f"job {tally.num_jobs}: {name} differs" for name in different]
@@ -77,15 +79,19 @@ def run(arguments: list[str]) -> bool:
     return bool(tally.wrong) or tally.num_named < tally.num_nameable
 
 
-def _disturb(recipe: Path, out: Path, count: int, draw: random.Random, tally: Tally) -> None:
-    """One job from its first launch to its end, killed until ``count`` is reached."""
+def _disturb(
+    recipe: Path, out: Path, options: argparse.Namespace, draw: random.Random, tally: Tally
+) -> None:
+    """One job from its first launch to its end, killed until the count is reached."""
+    count: int = options.count
     words = ("--max-restarts", str(count))
     process = job.start(recipe, out, *words)
     tally.num_launches += 1
     while True:
         is_enough = sum(tally.kills.values()) >= count
         try:
-            said, _ = process.communicate(timeout=TIMEOUT_S if is_enough else _moment(draw))
+            moment_s = TIMEOUT_S if is_enough else _moment(out / job.RUN, draw)
+            said, _ = process.communicate(timeout=moment_s)
         except subprocess.TimeoutExpired:
             if is_enough:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -95,18 +101,29 @@ def _disturb(recipe: Path, out: Path, count: int, draw: random.Random, tally: Ta
             if process.returncode != 0:
                 tally.wrong.append(f"exit code {process.returncode}: {said[-2000:]}")
             return
-        if not _strike(process, out / job.RUN, draw, tally):
+        if not _strike(process, out / job.RUN, draw.choice(options.targets), draw, tally):
             process = job.start(recipe, out, *words)
             tally.num_launches += 1
 
 
-def _moment(draw: random.Random) -> float:
-    return draw.uniform(0.2, LATEST_S)
+def _moment(run: Path, draw: random.Random) -> float:
+    """Seconds to wait: at any time after a start, or soon after the job has begun to move again."""
+    if draw.random() < 0.5:
+        return draw.uniform(0.2, LATEST_S)
+    started = time.time()
+    while time.time() < started + MOVING_S:
+        status = job.status_of(run)
+        if status.get("state") == "finished" or status.get("updated_unix", 0.0) > started + 1.0:
+            break
+        time.sleep(0.05)
+    return draw.uniform(0.0, 2.0)
 
 
-def _strike(process: subprocess.Popen[str], run: Path, draw: random.Random, tally: Tally) -> bool:
+def _strike(
+    process: subprocess.Popen[str], run: Path, target: str, draw: random.Random, tally: Tally
+) -> bool:
     """Kills something; whether the launcher is still there."""
-    target, ranks = draw.choice(TARGETS), job.ranks_of(process.pid)
+    ranks = job.ranks_of(process.pid)
     if target == "rank" and len(ranks) < NUM_RANKS:
         return True  # just starting or just ending: another time
     tally.kills[target] += 1
