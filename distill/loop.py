@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from distill.data.loader import Loader
 from distill.exchange import Exchange, Outgoing, Pending, lesson_for
+from distill.isolation import Isolation
 from distill.masking import StepMasks
 from distill.plan import Plan, Timetable
 from distill.pulse import Pulse
@@ -55,7 +56,12 @@ class Phase:
 
 
 def run_phase(
-    phase: Phase, recorder: Recorder, saver: Saver, pulse: Pulse, start_step: int
+    phase: Phase,
+    recorder: Recorder,
+    saver: Saver,
+    isolation: Isolation,
+    pulse: Pulse,
+    start_step: int,
 ) -> bool:
     """Runs the steps from ``start_step`` on; True when the phase is complete, False when a stop was asked for and saved."""
     on_the_way: deque[Pending] = deque()
@@ -68,22 +74,23 @@ def run_phase(
 
         stream_step = phase.first_step + step
         for pupil in phase.pupils:
-            if pupil.is_finished(step):
+            if isolation.is_over(pupil, step):
                 continue
             lesson = lesson_for(
                 delivery, pupil.placement, phase.world_rank, phase.grid_hw, phase.plan.images_global
             )
             pulse.at("learning", step, pupil.name)
             temperature, scalars = phase.temperature(stream_step), phase.scalars(stream_step)
-            pupil.learn(lesson, temperature, scalars, stream_step)
+            isolation.learn(pupil, lesson, temperature, scalars, stream_step)
         pulse.at("following", step)
         phase.after_step(step + 1)
 
         pulse.at("voting", step)
-        wishes = recorder.record(phase, step + 1)
+        wishes = recorder.record(phase, step + 1, isolation.counts())
 
         if wishes.save or wishes.stop:
             pulse.at("saving", step)
+            isolation.before_save(step + 1)
             saver.save(phase, step + 1)
         if wishes.stop:
             return False

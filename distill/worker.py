@@ -38,6 +38,7 @@ from distill.engine import Engine, prepare_deepspeed
 from distill.errors import SetupError
 from distill.export import ExportFacts, fingerprint, write_backbone, write_heads
 from distill.groups import make_control, make_groups
+from distill.isolation import Isolation
 from distill.loop import Phase, run_phase
 from distill.metrics import PhaseStatus, write_json
 from distill.prepare import FITTED_HEADS, TRAINED_HEADS, Job, teacher_shape
@@ -102,6 +103,7 @@ class _Run:
         self.checkpoints = job.run_folder / "checkpoints"
         self.saved = checkpoint.find_latest(self.checkpoints, self.hash)
         every = recipe.checkpoint
+        self.control = make_control(COLLECTIVE_TIMEOUT)
         self.recorder = Recorder(
             job.run_folder,
             self._phases(),
@@ -110,7 +112,7 @@ class _Run:
             every.every_s,
             every.every_steps,
             job.resume_command,
-            make_control(COLLECTIVE_TIMEOUT),
+            self.control,
         )
         self.saver = Saver(self.checkpoints, self.hash, every.keep, self.recorder)
 
@@ -242,9 +244,12 @@ class _Run:
         started = time.monotonic()
         self.pulse.phase = phase.name
         self.recorder.start(phase, start_step)
-        finished = run_phase(phase, self.recorder, self.saver, self.pulse, start_step)
+        isolation = Isolation(phase, self.job.run_folder)
+        isolation.start(start_step, self.control)
+        finished = run_phase(phase, self.recorder, self.saver, isolation, self.pulse, start_step)
         if finished and start_step < phase.num_steps:
             self.pulse.at("saving", phase.num_steps)
+            isolation.before_save(phase.num_steps)
             self.saver.save(phase, phase.num_steps)
         self.pulse.at("between phases", phase.num_steps)
         self.recorder.finish_phase()
