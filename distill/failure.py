@@ -87,7 +87,10 @@ def is_lost_connection(error: BaseException) -> bool:
 
 def failure_of_dead(signs: Sequence[Sign], exit_codes: dict[int, int]) -> Failure:
     """The cause when ranks died; ``exit_codes`` by rank where a launcher knows them, negative for a signal."""
-    told = [f"{sign.describe()}; {_how(exit_codes.get(sign.world_rank, 0))}" for sign in signs]
+    told = [
+        f"{sign.describe()}; {sign.end or _how(exit_codes.get(sign.world_rank, 0))}"
+        for sign in signs
+    ]
     if not told:
         host = socket.gethostname()
         told = [

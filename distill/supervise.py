@@ -120,9 +120,12 @@ class Supervisor:
             found = Failure("error", self._start_error, fix, 1)
         if found is None:
             signs = read_signs(self._run_folder, self._num_ranks)
+            killed = {rank for rank, code in self._exit_codes.items() if code < 0}
             dead = [sign for sign in signs if not sign.end]
-            first = [sign for sign in dead if sign.world_rank in self._exit_codes]
-            found = failure_of_dead(first or dead, self._exit_codes)
+            first = [sign for sign in dead if sign.world_rank in killed]
+            ended = [sign for sign in signs if sign.world_rank in self._exit_codes]
+            is_unseen = bool(killed - {sign.world_rank for sign in signs})
+            found = failure_of_dead(first or ([] if is_unseen else dead or ended), self._exit_codes)
         write_failure(self._run_folder, found)
         return found
 
