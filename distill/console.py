@@ -307,10 +307,10 @@ def _network_cells(
     if not rows:
         return [name, rank_ranges(network.ranks), NOTHING, "", NOTHING, NOTHING, NOTHING, state]
     last = rows[-1]
+    if network.rolled_back and network.state == "training":
+        state = Text(f"rolled back {network.rolled_back}x", style="bold red")
     if last.skipped and network.state == "training":
         state = Text(f"{_count(last.skipped, 'step', 'steps')} skipped", style="bold red")
-    if network.rolled_back and network.state == "training":
-        state.append(f", rolled back {network.rolled_back}x", style="bold red")
     losses = [row.loss for row in rows if row.phase == last.phase]
     return [
         name,

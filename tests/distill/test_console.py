@@ -282,4 +282,4 @@ def test_render_panel__says_who_was_rolled_back(run_folder: Path) -> None:
         name: replace(network, state="training", rolled_back=2)
         for name, network in STATUS.networks.items()
     }
-    assert "training, rolled back 2x" in panel_text(snapshot_of(run_folder, networks=networks))
+    assert "rolled back 2x" in panel_text(snapshot_of(run_folder, networks=networks))
