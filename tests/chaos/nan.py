@@ -9,6 +9,7 @@ The ranks run the real loop on gloo; faults are put in by wrapping objects of th
 """
 
 import argparse
+import gc
 import random
 import sys
 import tempfile
@@ -27,7 +28,7 @@ from torch import Tensor
 from distill.engine import prepare_deepspeed
 from distill.events import read_events
 from distill.exchange import Outgoing, Pending, Slices
-from distill.groups import make_groups
+from distill.groups import Groups, make_groups
 from distill.isolation import IN_A_ROW, Isolation
 from distill.loop import Phase, run_phase
 from distill.masking import DrawnMasks
@@ -140,20 +141,24 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def train_all(faults: list[Fault], folder: str) -> list[Outcome]:
     """One training after another in the same processes; the first two without a fault, with heads and without."""
     prepare_deepspeed("cpu")
-    plans = [(None, True), (None, False), *((fault, fault.has_heads) for fault in faults)]
-    return [
-        train(fault, has_heads=has_heads, run_folder=Path(folder) / str(number))
-        for number, (fault, has_heads) in enumerate(plans)
-    ]
-
-
-def train(fault: Fault | None, *, has_heads: bool, run_folder: Path) -> Outcome:
-    """The real loop over a tiny family, with one fault put in."""
-    rank = dist.get_rank()
-    run_folder.mkdir(exist_ok=True)
     works = [Work(name, cost) for name, cost in zip(STUDENTS, (3.0, 2.0, 1.0), strict=True)]
     plan = make_plan(works, 1.0, IMAGES, dist.get_world_size(), lookahead=2)
     groups = make_groups(plan, timedelta(seconds=60))
+    trainings = [(None, True), (None, False), *((fault, fault.has_heads) for fault in faults)]
+    outcomes = []
+    for number, (fault, has_heads) in enumerate(trainings):
+        run_folder = Path(folder) / str(number)
+        outcomes.append(train(plan, groups, fault, has_heads=has_heads, run_folder=run_folder))
+        gc.collect()
+    return outcomes
+
+
+def train(
+    plan: Plan, groups: Groups, fault: Fault | None, *, has_heads: bool, run_folder: Path
+) -> Outcome:
+    """The real loop over a tiny family, with one fault put in."""
+    rank = dist.get_rank()
+    run_folder.mkdir(exist_ok=True)
     timetable, ways = Timetable(plan), Ways(has_heads=has_heads)
     pupils = tuple(
         make_pupil(plan, groups, placement.name, 1, "fp32", ways)
@@ -288,6 +293,8 @@ def spoiling(fault: Fault, pupil: Pupil, lesson: LessonBatch) -> Iterator[Lesson
 
         def spoiled(*inputs: Any) -> Losses:
             losses: Losses = forward(*inputs)
+            if fault.kind == "memory":
+                raise torch.OutOfMemoryError("out of memory, tried to allocate 2 GiB")
             return replace(losses, total=losses.total + fault.value)
 
         pupil.engine.forward = spoiled  # type: ignore[method-assign]
