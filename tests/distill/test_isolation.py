@@ -62,5 +62,5 @@ def test_learn__in_a_larger_group_the_attempt_ends_and_the_student_is_parked(
     tmp_path: Path,
 ) -> None:
     with pytest.raises(AssertionError, match="StudentError: a is parked from now on"):
-        on_ranks(2, train_all, [Fault("memory", "a", 0, 2, NAN)], str(tmp_path))
+        on_ranks(3, train_all, [Fault("memory", "a", 0, 2, NAN)], str(tmp_path))
     assert "out of memory" in str(parked_reason(tmp_path / "2", "a"))
