@@ -43,10 +43,13 @@ from distill.engine import prepare_deepspeed
 from distill.errors import PlanError
 from distill.exchange import AllGather, Slices
 from distill.groups import Groups, make_groups
+from distill.isolation import Isolation
 from distill.loop import Phase, run_phase
 from distill.plan import Placement, Plan
 from distill.planning import TeacherShape, plan_family
 from distill.prepare import teacher_shape
+from distill.pulse import Pulse
+from distill.pupil import Attempt
 from distill.recipe import FamilyRecipe
 from distill.recipe_file import load_job
 from distill.record import Wishes
@@ -160,7 +163,13 @@ class _Witness:
     def __init__(self) -> None:
         self.marks: list[tuple[float, float, float, float, float, int]] = []
 
-    def record(self, phase: Phase, step: int) -> Wishes:  # noqa: ARG002  # the recorder's signature
+    def record(
+        self,
+        phase: Phase,
+        step: int,  # noqa: ARG002  # the recorder's signature
+        faults: Sequence[float],  # noqa: ARG002
+    ) -> Wishes:
+        """One step is over."""
         training = sum(pupil.training.read_s() for pupil in phase.pupils)
         exchange = phase.exchange
         self.marks.append(
@@ -184,11 +193,13 @@ class _Bench:
     ) -> None:
         self.request, self.shape, self.device = request, shape, device
         self.rank = dist.get_rank()
+        self.pulse = Pulse(Path(), self.rank)  # nobody watches
         self.modes = modes_of(family, request.against, request.num_ranks)
         self.teacher = None if request.sleep_s is not None else self._teacher(family)
         plan = plan_family(family, shape, request.num_ranks)
         self.scale = None if request.sleep_s is None else request.sleep_s / plan.step_s
         self.phases = {name: self._phase(recipe) for name, recipe in self.modes.items()}
+        self.isolations = {name: Isolation(phase, Path()) for name, phase in self.phases.items()}
 
     def _teacher(self, family: FamilyRecipe) -> FrozenTeacher:
         generator = seeded(family.seed, "teacher")
@@ -273,6 +284,8 @@ class _Bench:
                     replace(phase, num_steps=start + length),
                     witness,  # type: ignore[arg-type]  # what the loop asks of a recorder
                     None,  # type: ignore[arg-type]  # nothing is saved
+                    self.isolations[name],
+                    self.pulse,
                     start,
                 )
                 steps_done[name] += length
@@ -353,11 +366,21 @@ class SleepingPupil:
         """Never: a bench trains everyone."""
         return False
 
-    def learn(self, lesson: LessonBatch, *_: object) -> None:  # noqa: ARG002  # a pupil's signature
+    @property
+    def targets(self) -> "SleepingPupil":
+        """Nothing to make."""
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing to go back to."""
+        return {}
+
+    def learn(self, lesson: LessonBatch, *_: object) -> Attempt:  # noqa: ARG002  # a pupil's signature
         """Sleeps, then one all-reduce over the group."""
         with self.training.running():
             time.sleep(self._seconds)
         dist.all_reduce(torch.zeros(1), group=self._group)
+        return Attempt(is_applied=True, terms={})
 
 
 def _no_images() -> ImageIndex:

@@ -1,7 +1,7 @@
 """The verbs: parse, call, print, set the exit code. Imports nothing heavy until a verb needs it.
 
-Exit codes: 0 done, 1 failed, 2 wrong recipe or usage, 3 the machine lacks something, 130 stopped by
-Ctrl-C and saved. With ``--json`` standard output holds one JSON object and nothing else.
+Exit codes: 0 done, or saved and stopped by SIGTERM; 1 failed; 2 wrong recipe or usage; 3 the machine
+lacks something; 4 a rank died or hung; 130 saved and stopped by Ctrl-C. With ``--json`` standard output holds one JSON object and nothing else.
 """
 
 import json
@@ -69,6 +69,12 @@ FreshOption = Annotated[
     bool, typer.Option("--fresh", help="Start over: remove what an earlier run of this name left.")
 ]
 PlainOption = Annotated[bool, typer.Option("--plain", help="Lines instead of a live screen.")]
+RestartsOption = Annotated[
+    int,
+    typer.Option(
+        "--max-restarts", min=0, help="Times the job starts again by itself when a rank fails."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -167,6 +173,7 @@ def train(
     out: OutOption = Path("runs"),
     name: NameOption = None,
     fresh: FreshOption = False,
+    max_restarts: RestartsOption = 0,
     plain: PlainOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
@@ -174,7 +181,14 @@ def train(
     """Distil every student of a recipe in one job. Run the same command again to resume."""
     from distill.launch import Options
 
-    options = Options(processes=gpus, out=out, name=name, fresh=fresh, plain=plain or as_json)
+    options = Options(
+        processes=gpus,
+        out=out,
+        name=name,
+        fresh=fresh,
+        plain=plain or as_json,
+        max_restarts=max_restarts,
+    )
     _start(recipe, _with_data(recipe, overrides, data), options, as_json=as_json)
 
 
@@ -187,6 +201,7 @@ def pretrain(
     out: OutOption = Path("runs"),
     name: NameOption = None,
     fresh: FreshOption = False,
+    max_restarts: RestartsOption = 0,
     plain: PlainOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
@@ -202,7 +217,14 @@ def pretrain(
             f"{recipe}: a family recipe has no stages to pretrain",
             fix=f"Use distill train {recipe}.",
         )
-    options = Options(processes=gpus, out=out, name=name, fresh=fresh, plain=plain or as_json)
+    options = Options(
+        processes=gpus,
+        out=out,
+        name=name,
+        fresh=fresh,
+        plain=plain or as_json,
+        max_restarts=max_restarts,
+    )
     _start(recipe, texts, options, as_json=as_json)
 
 

@@ -1,6 +1,6 @@
 """The screen of a run: a live panel on a terminal, one plain line per event anywhere else.
 
-Reads ``status.json`` and ``metrics/*.jsonl`` (and the scores of a finished run) and nothing else.
+Reads ``status.json``, ``events.jsonl`` and ``metrics/*.jsonl`` (and the scores of a finished run) and nothing else.
 So the same screen serves the process that trains, a second terminal, and a run that ended long ago.
 
     take_snapshot -> render_panel              live: redrawn a few times a second
@@ -29,6 +29,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from distill.events import Event, read_events
 from distill.metrics import (
     FINAL_STATES,
     MetricsReader,
@@ -49,6 +50,7 @@ REFRESH_S = 0.25  # of the live panel and of looking for events
 PROGRESS_FRACTION = 0.1  # a plain progress line at least this often ...
 PROGRESS_S = 15.0  # ... or after this time, stretched to 2 % of the elapsed time on long runs
 SILENCE_S = 60.0  # without a new status (and ten steps' time) the job may be gone
+SHOWN_EVENTS = 3  # the latest, on the panel
 TREND_CELLS = 16
 BARS = "▁▂▃▄▅▆▇█"
 STATE_STYLES = {"training": "green", "waiting": "yellow", "done": "cyan", "parked": "dim"}
@@ -65,6 +67,7 @@ class Snapshot:
     rows: Mapping[str, Sequence[MetricsRow]]
     summary: Mapping[str, Any] | None
     now_unix: float
+    events: Sequence[Event] = ()
 
 
 class RunFiles:
@@ -94,6 +97,7 @@ class RunFiles:
             rows={name: reader.rows for name, reader in self._readers.items()},
             summary=self._read_summary() if status and status.state == "finished" else None,
             now_unix=self._clock(),
+            events=read_events(self._folder, since_unix=self._since_unix),
         )
 
     def _read_summary(self) -> Mapping[str, Any] | None:
@@ -262,6 +266,10 @@ def _notices(snapshot: Snapshot) -> list[Text]:
         notices.append(Text(status.message, style=style))
     if status.state in {"stopped", "failed"} and status.resume_command:
         notices.append(Text(f"Resume: {status.resume_command}", style="bold"))
+    notices += [
+        Text(f"{_time_of_day(event.time_unix)}  {event.text}", style="yellow")
+        for event in snapshot.events[-SHOWN_EVENTS:]
+    ]
     silence_s = _silence_s(snapshot)
     if silence_s:
         notices.append(
@@ -299,6 +307,8 @@ def _network_cells(
     if not rows:
         return [name, rank_ranges(network.ranks), NOTHING, "", NOTHING, NOTHING, NOTHING, state]
     last = rows[-1]
+    if network.rolled_back and network.state == "training":
+        state = Text(f"rolled back {network.rolled_back}x", style="bold red")
     if last.skipped and network.state == "training":
         state = Text(f"{_count(last.skipped, 'step', 'steps')} skipped", style="bold red")
     losses = [row.loss for row in rows if row.phase == last.phase]
@@ -335,13 +345,16 @@ class Narrator:
         self._told_work = 0.0
         self._told_unix = -math.inf
         self._has_told_silence = False
+        self._num_events = 0
 
     def tell(self, snapshot: Snapshot) -> list[str]:
         """The lines for what happened since the last snapshot, oldest first."""
         before, now = self._status, snapshot.status
+        fresh = snapshot.events[self._num_events :]
+        self._num_events += len(fresh)
+        events = [event.text for event in fresh]
         if now is None:
-            return []
-        events: list[str] = []
+            return _stamped(events, snapshot.now_unix)
         if now.last_checkpoint and (
             before is None or before.last_checkpoint != now.last_checkpoint
         ):
@@ -362,8 +375,7 @@ class Narrator:
             events.append(f"no news for {duration(silence_s)}: is the job still running?")
         self._has_told_silence = bool(silence_s)
         self._status = now
-        stamp = datetime.fromtimestamp(snapshot.now_unix).strftime("%H:%M:%S")
-        return [f"{stamp}  {event}" for event in events]
+        return _stamped(events, snapshot.now_unix)
 
     def _is_progress_due(self, snapshot: Snapshot) -> bool:
         now = snapshot.status
@@ -375,6 +387,14 @@ class Narrator:
             now.work_done - self._told_work >= PROGRESS_FRACTION
             or snapshot.now_unix - self._told_unix >= gap_s
         )
+
+
+def _stamped(events: Sequence[str], now_unix: float) -> list[str]:
+    return [f"{_time_of_day(now_unix)}  {event}" for event in events]
+
+
+def _time_of_day(unix: float) -> str:
+    return datetime.fromtimestamp(unix).strftime("%H:%M:%S")
 
 
 def _phase_line(status: Status) -> str:

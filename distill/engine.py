@@ -16,7 +16,8 @@ The EMA lives beside the Adam moments of each shard (``distill.shards``): 1/N of
 communication to update.
 
 A non-finite gradient norm (already reduced over the group, so every rank agrees) makes DeepSpeed
-skip the step.
+skip the step. A loss or a weight that is not finite on one rank is made to spoil that rank's
+gradients, so it is agreed on in the same way; a number times one is the same number.
 """
 
 import inspect
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 from distill.shards import shards_of
 
+Kept = list[dict[str, Tensor]]  # of every parameter group this rank's part of each kind of state
 STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 BETA1 = 0.9
 ONE_GROUP = 10**12  # numbers; a parameter group is never split
@@ -137,7 +139,7 @@ class Engine:
     def backward_and_step(self, loss: Tensor, rates: StepRates) -> None:
         """One micro-batch's gradients; after the step's last one: averaged over the group, clipped and applied, then the EMA.
 
-        The step is skipped, by all ranks together, if its gradient is not finite.
+        The step is skipped, by all ranks together, if a gradient, a loss or a weight is not finite.
         """
         for param_group in self._zero.optimizer.param_groups:
             lr = rates.lr_prototypes if param_group["is_prototypes"] else rates.lr
@@ -145,13 +147,22 @@ class Engine:
             param_group["weight_decay"] = rates.weight_decay if param_group["is_decayed"] else 0.0
         skipped_before = self._engine.skipped_steps
         with as_world(self._mpu):
-            self._engine.backward(loss * self._num_parts)  # DeepSpeed divides by it
+            self._engine.backward(
+                self._witnessed(loss) * self._num_parts
+            )  # DeepSpeed divides by it
             is_last = self._engine.is_gradient_accumulation_boundary()
             self._engine.step()
         if is_last and self._engine.skipped_steps == skipped_before:
             with torch.no_grad():
                 for shard, state in zip(self._shards.weights, self._states, strict=True):
                     state["ema"].lerp_(shard, 1.0 - rates.ema_momentum)
+
+    def _witnessed(self, loss: Tensor) -> Tensor:
+        """The loss; gradients of NaN where it or a weight of this rank's shards is not finite."""
+        seen = torch.stack(
+            [loss.detach().float(), *(shard.sum() for shard in self._shards.weights)]
+        )
+        return loss * (1.0 + 0.0 * seen.detach().sum())
 
     @property
     def grad_norm(self) -> float | Tensor:
@@ -215,6 +226,44 @@ class Engine:
                 state[kind].copy_(part)
         for state in self._states:
             state["step"].copy_(tensors["step"][0])
+
+    def is_finite_here(self) -> Tensor:
+        """Weights, moments and EMA of this rank's shards are finite, and so is the network it computes with."""
+        tensors = [shard for each in self._own_shards() for shard in each.values()]
+        tensors += self._shards.computed_with
+        return torch.stack([tensor.sum().isfinite() for tensor in tensors]).all()
+
+    def is_finite(self) -> bool:
+        """The same of all ranks. Waits for the device; one all-reduce over the group."""
+        finite = self.is_finite_here().float()
+        if dist.get_world_size(self.group) > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(finite)
+
+    @torch.no_grad()
+    def keep(self, into: Kept | None = None) -> Kept:
+        """A copy of this rank's shards in host memory, 16 bytes per parameter over the group; ``into`` is overwritten. No communication."""
+        own = self._own_shards()
+        if into is None:
+            return [{kind: shard.to("cpu", copy=True) for kind, shard in e.items()} for e in own]
+        for kept, shards in zip(into, own, strict=True):
+            for kind, shard in shards.items():
+                kept[kind].copy_(shard)
+        return into
+
+    @torch.no_grad()
+    def go_back(self, kept: Kept) -> None:
+        """To the state that ``keep`` copied, on every rank of the group together. One all-gather per parameter group."""
+        for shards, before in zip(self._own_shards(), kept, strict=True):
+            for kind, shard in shards.items():
+                shard.copy_(before[kind])
+        self._shards.show_weights()
+
+    def _own_shards(self) -> Kept:
+        return [
+            {"weight": shard.detach(), **state}
+            for shard, state in zip(self._shards.weights, self._states, strict=True)
+        ]
 
 
 def _parameter_groups(module: nn.Module, lr_factor: Callable[[str], float]) -> list[dict[str, Any]]:

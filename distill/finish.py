@@ -36,7 +36,7 @@ def finish(run_folder: Path) -> dict[str, Any]:
     last = [phase.name for phase in status.phases][-1]
     summary: dict[str, Any] = {
         "teacher": {},
-        "students": {name: {"loss": read_rows(run_folder, name)[-1].loss} for name in specs},
+        "students": {name: {"loss": _last_loss(run_folder, name)} for name in specs},
         "images_per_s": timing[last]["images"] / timing[last]["s"],
         "phases_s": {name: entry["s"] for name, entry in timing.items()},
     }
@@ -52,6 +52,12 @@ def finish(run_folder: Path) -> dict[str, Any]:
         replace(status, state="finished", updated_unix=time.time(), work_done=1.0, eta_s=0.0)
     )
     return summary
+
+
+def _last_loss(run_folder: Path, name: str) -> float | None:
+    """None for a student that was parked before its first line."""
+    rows = read_rows(run_folder, name)
+    return rows[-1].loss if rows else None
 
 
 def _photographs(run_folder: Path, source: str) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:

@@ -1,7 +1,7 @@
-"""Starts the ranks of a job and stays with them: local processes by torch elastic, or one rank of somebody else's launch.
+"""Starts the ranks of a job and stays with them: local processes, or one rank of somebody else's launch.
 
-The launching process owns the terminal. It shows the run folder's files, and turns the first Ctrl-C
-into "save and stop" for every rank and the second into an end. Under torchrun (or any launcher that
+The launching process owns the terminal. It shows the run folder's files, and turns signals into
+wishes of the job (``distill.control``); a second Ctrl-C ends every rank. Under torchrun (or any launcher that
 sets RANK and WORLD_SIZE) each process is a rank; rank 0 prepares the run folder first, then shows
 plain lines.
 """
@@ -13,15 +13,20 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from distill.control import SAVE, STOP, ask, forget, is_asked
 from distill.errors import SetupError, UserError
+from distill.lock import run_lock
 
 if TYPE_CHECKING:
+    from distill.failure import Failure
     from distill.prepare import JobRequest
 
 STOPPED_EXIT_CODE = 130  # the shell's convention for a program ended by Ctrl-C
@@ -39,10 +44,15 @@ class Options:
     fresh: bool
     plain: bool
     until: str | None = None  # the phase to end after; None for the whole job
+    max_restarts: int = 0  # of all local ranks, when one fails
 
 
 def run(recipe: str, overrides: list[str], options: Options) -> int:
-    """Prepares and runs a job; the exit code says how it ended: 0 finished, 1 failed, 130 stopped and saved."""
+    """Prepares and runs a job; the exit code says how it ended: 0 finished or stopped by SIGTERM, 130 stopped by Ctrl-C.
+
+    Raises:
+        UserError: with the exit code of the failure: 1, or 4 where a rank died or hung.
+    """
     from distill.prepare import JobRequest
     from distill.recipe_file import builtin_recipes, load_job
 
@@ -72,63 +82,79 @@ def count_processes(wanted: int | str) -> int:
 
 
 def _run_locally(request: "JobRequest", options: Options, num_ranks: int) -> int:
-    from distill.console import watch
     from distill.prepare import prepare
+    from distill.supervise import Supervisor
 
     console = Console()
     live = console.is_terminal and not options.plain
-    job = prepare(request, num_ranks=num_ranks, fresh=options.fresh, say=console.print)
+    folder = Path(request.run_folder)
+    with run_lock(folder) as lock:
+        lock.alone()
+        job = prepare(request, num_ranks=num_ranks, fresh=options.fresh, say=console.print)
+        forget(folder)
+        lock.share()
+        supervisor = Supervisor(
+            folder,
+            num_ranks,
+            max_restarts=options.max_restarts,
+            hang_limit_s=job.recipe.engine.hang_limit_s,
+        )
+        with _Signals(folder) as signals, _screen(folder, console, live=live, hint=SAVE_HINT):
+            failure = supervisor.run()
+            if signals.num_interrupts > 1:
+                raise _ended_at_once(folder)
+            return _conclude(folder, failure, was_interrupted=signals.num_interrupts > 0)
+
+
+@contextmanager
+def _screen(run_folder: Path, console: Console, *, live: bool, hint: str = "") -> Iterator[None]:
+    """Shows the run's files while inside."""
+    from distill.console import watch
+
     done = threading.Event()
     watching = {
         "live": live,
         "console": console,
         "stop": done,
         "since_unix": time.time(),
-        "hint": SAVE_HINT,
+        "hint": hint,
     }
-    screen = threading.Thread(target=watch, args=(job.run_folder,), kwargs=watching, daemon=True)
-    agent = _Agent(job.run_folder, num_ranks)
-    with _CtrlC() as interrupts:
-        agent.start()
-        screen.start()
-        try:
-            agent.wait()
-            code = _conclude(job.run_folder, agent.failure, interrupts.count > 0)
-        finally:
-            done.set()
-            screen.join(timeout=5)
-    return code
+    screen = threading.Thread(target=watch, args=(run_folder,), kwargs=watching, daemon=True)
+    screen.start()
+    try:
+        yield
+    finally:
+        done.set()
+        screen.join(timeout=5)
 
 
 def _run_as_rank(request: "JobRequest", options: Options) -> int:
     """One rank of an outer launch; rank 0 prepares and concludes."""
-    from distill.console import watch
     from distill.prepare import prepare
-    from distill.worker import entry
+    from distill.rank import entry
 
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    ready = (
-        Path(request.run_folder)
-        / f".ready-{os.environ.get('TORCHELASTIC_RUN_ID', 'run')}-{os.environ['MASTER_PORT']}"
-    )
+    folder = Path(request.run_folder)
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    launch = "-".join(os.environ.get(name, "0") for name in names)
+    ready = folder / f".ready-{launch}"
     if rank != 0:
         _wait_for(ready)
-        entry(request.run_folder)
+        entry(request.run_folder, None)
         return 0
     console = Console()
-    job = prepare(request, num_ranks=num_ranks, fresh=options.fresh, say=console.print)
-    done = threading.Event()
-    watching = {"live": False, "console": console, "stop": done, "since_unix": time.time()}
-    screen = threading.Thread(target=watch, args=(job.run_folder,), kwargs=watching, daemon=True)
-    ready.touch()
-    try:
-        screen.start()
-        entry(request.run_folder)
-        return _conclude(job.run_folder, None, was_interrupted=False)
-    finally:
-        ready.unlink(missing_ok=True)
-        done.set()
-        screen.join(timeout=5)
+    with run_lock(folder) as lock:
+        lock.alone()
+        prepare(request, num_ranks=num_ranks, fresh=options.fresh, say=console.print)
+        forget(folder)
+        lock.share()
+        ready.touch()
+        try:
+            with _screen(folder, console, live=False):
+                entry(request.run_folder, None)
+                return _conclude(folder, None, was_interrupted=False)
+        finally:
+            ready.unlink(missing_ok=True)
 
 
 def _wait_for(ready: Path) -> None:
@@ -143,84 +169,51 @@ def _wait_for(ready: Path) -> None:
         time.sleep(0.1)
 
 
-def _conclude(run_folder: Path, failure: str | None, was_interrupted: bool) -> int:
+def _conclude(run_folder: Path, failure: "Failure | None", *, was_interrupted: bool) -> int:
     """Scores and pictures of a finished run, or the reason why it is not finished."""
     from distill.finish import finish
     from distill.metrics import StatusFile
-    from distill.worker import read_failure
 
-    if failure is not None:
-        told = read_failure(run_folder)
-        raise told or UserError(
-            failure, fix=f"Look at the logs in {run_folder / 'logs'}; the same command resumes."
-        )
-    status = StatusFile(run_folder).read()
-    if status is not None and status.state == "stopped":
+    status_file = StatusFile(run_folder)
+    status = status_file.read()
+    was_ended = failure is not None and failure.kind == "died" and is_asked(run_folder, STOP)
+    if failure is not None and not was_ended:
+        if status is not None:
+            now = time.time()
+            status_file.write(
+                replace(status, state="failed", message=failure.message, updated_unix=now)
+            )
+        raise failure.to_error()
+    if status is None or status.state != "exporting":
         return STOPPED_EXIT_CODE if was_interrupted else 0
     finish(run_folder)
     return 0
 
 
-class _Agent:
-    """Torch elastic on a thread of its own, so that the main thread keeps the terminal and its signals."""
-
-    def __init__(self, run_folder: Path, num_ranks: int) -> None:
-        self._run_folder, self._num_ranks = run_folder, num_ranks
-        self.failure: str | None = None
-        self._thread = threading.Thread(target=self._run, daemon=True)
-
-    def start(self) -> None:
-        """Starts the ranks."""
-        self._thread.start()
-
-    def wait(self) -> None:
-        """Returns when every rank has ended."""
-        while self._thread.is_alive():
-            self._thread.join(timeout=0.2)
-
-    def _run(self) -> None:
-        import logging
-
-        from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-        from distill.worker import entry
-
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)
-        logs = self._run_folder / "logs"
-        logs.mkdir(exist_ok=True)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=self._num_ranks,
-            run_id=self._run_folder.name,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            monitor_interval=0.1,
-            start_method="spawn",
-            logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
-        )
-        try:
-            elastic_launch(config, entry)(str(self._run_folder))
-        except ChildFailedError as error:
-            rank, first = error.get_first_failure()
-            self.failure = f"rank {rank} ended with exit code {first.exitcode}"
-        except Exception as error:
-            self.failure = f"the ranks could not be started: {error}"
+def _ended_at_once(run_folder: Path) -> UserError:
+    error = UserError(
+        f"{run_folder}: ended at once, nothing was saved",
+        fix="The same command resumes from the last checkpoint.",
+    )
+    error.exit_code = STOPPED_EXIT_CODE
+    return error
 
 
-class _CtrlC:
-    """First Ctrl-C or SIGTERM: every rank saves and stops. Second: every rank is ended at once."""
+class _Signals:
+    """Signals to the launcher become wishes of the job; a second Ctrl-C ends every rank at once."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, run_folder: Path) -> None:
+        self._run_folder = run_folder
+        self.num_interrupts = 0
 
-    def __enter__(self) -> "_CtrlC":
+    def __enter__(self) -> "_Signals":
+        handlers = {
+            signal.SIGINT: self._on_interrupt,
+            signal.SIGTERM: self._on_stop,
+            signal.SIGUSR1: self._on_save,
+        }
         self._before = {
-            number: signal.signal(number, self._on_signal)
-            for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, handler) for number, handler in handlers.items()
         }
         return self
 
@@ -228,10 +221,17 @@ class _CtrlC:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _on_signal(self, *_: object) -> None:
-        self.count += 1
-        for child in multiprocessing.active_children():
-            if child.pid is not None:
-                os.kill(child.pid, signal.SIGTERM if self.count == 1 else signal.SIGKILL)
-        if self.count == 1:
+    def _on_stop(self, *_: object) -> None:
+        ask(self._run_folder, STOP)
+
+    def _on_save(self, *_: object) -> None:
+        ask(self._run_folder, SAVE)
+
+    def _on_interrupt(self, *_: object) -> None:
+        self.num_interrupts += 1
+        ask(self._run_folder, STOP)
+        if self.num_interrupts == 1:
             sys.stderr.write("\nstopping: every rank saves first; Ctrl-C again ends at once\n")
+            return
+        for child in multiprocessing.active_children():
+            child.kill()

@@ -51,10 +51,12 @@ class PhaseStatus:
 
 @dataclass(frozen=True)
 class NetworkStatus:
-    """Where a network trains (world ranks) and what it is doing right now."""
+    """Where a network trains (world ranks), what it is doing right now, and its faults in this phase since the last start."""
 
     ranks: tuple[int, ...]
     state: NetworkState
+    skipped: int = 0
+    rolled_back: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class Status:
             for phase in fields["phases"]
         )
         fields["networks"] = {
-            name: NetworkStatus(ranks=tuple(entry["ranks"]), state=entry["state"])
+            name: NetworkStatus(**{**entry, "ranks": tuple(entry["ranks"])})
             for name, entry in fields["networks"].items()
         }
         if fields["last_checkpoint"] is not None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -92,12 +93,15 @@ class Pretraining:
         return Scene(recipe, plan, self._groups, self._site, self.shape.spec, _say_nothing)
 
     def phase(self, stage: StageSpec, anchor_weights: dict[str, Tensor] | None = None) -> Phase:
-        """The phase of one stage; ``anchor_weights`` come from a checkpoint when the stage is resumed."""
+        """The phase of one stage; ``anchor_weights`` come from a checkpoint when the stage is resumed. Collective over the world."""
         scene, gram = self._scene(stage), stage.gram
         recipe, first_step = scene.recipe, self.recipe.first_step(stage)
         self.ema.anchor = None
         if gram is not None:
-            self.ema.anchor = self._anchor(anchor_weights or self._read_snapshot(gram.teacher))
+            if anchor_weights is None:
+                dist.barrier(group=self._groups.control)  # the first rank writes snapshots
+                anchor_weights = self._read_snapshot(gram.teacher)
+            self.ema.anchor = self._anchor(anchor_weights)
         if self._is_sharded:
             most = max(scene.plan.largest_shares)
             self.ema.min_forwards = -(-most // recipe.engine.teacher_micro_batch)

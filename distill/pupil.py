@@ -1,5 +1,6 @@
 """One network in training on this rank: its targets, its step, its numbers."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -73,6 +74,14 @@ class Assigner:
         """Nothing to load."""
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """One step of a network: whether it was applied, the same on every rank of the group, and its loss and terms here."""
+
+    is_applied: bool
+    terms: dict[str, Tensor]
+
+
 class Pupil:
     """A trained network on one of its ranks. Numbers stay on the device until ``read_metrics``."""
 
@@ -99,13 +108,14 @@ class Pupil:
         self.targets = targets
         self.training = Stopwatch(next(engine.module.parameters()).device)
         self._sums: dict[str, Tensor] = {}
-        self._num_steps = 0
+        self._num_steps = self._num_applied = 0
         self._skipped_before = engine.num_skipped
 
     def learn(
         self, lesson: LessonBatch, temperature: float, scalars: StepScalars, step: int
-    ) -> None:
+    ) -> Attempt:
         """One step of this network. Collective over its group: targets, KoLeo where cut, gradients."""
+        skipped_before, terms = self.engine.num_skipped, dict[str, Tensor]()
         group = self.engine.group if dist.get_world_size(self.engine.group) > 1 else None
         lesson = self._prepare(lesson, step)
         with self.training.running():
@@ -117,35 +127,36 @@ class Pupil:
                     its_targets = targets.part(images, lesson.masks.masked(images))
                 losses: Losses = self.engine.forward(part, its_targets, scalars)
                 self.engine.backward_and_step(losses.total, self.rates(step))
-                self._add({"loss": losses.total.detach(), **losses.parts})
+                _add(terms, {"loss": losses.total.detach(), **losses.parts})
         self._num_steps += 1
+        is_applied = self.engine.num_skipped == skipped_before
+        if is_applied:
+            self._num_applied += 1
+            _add(self._sums, terms)
+        return Attempt(is_applied, terms)
 
     def is_finished(self, step: int) -> bool:
         """The network has trained all its steps when a step begins."""
         return self._stop_step is not None and step >= self._stop_step
 
-    def _add(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value.float()
-
     def read_metrics(self, wait: float) -> dict[str, float] | None:
-        """Means over the group since the last call: loss, its terms, ``wait``, gradient norm, steps skipped. One sync, one all-reduce.
+        """Means over the group and the steps that were applied since the last call: loss, its terms, ``wait``; and gradient norm, steps skipped. One sync, one all-reduce.
 
-        None when there was no step. Collective over the network's group.
+        None when there was no step; a loss of NaN when none was applied. Collective over the network's group.
         """
         if not self._num_steps:
             return None
         names = sorted(self._sums)
-        sums = torch.stack([self._sums[name] for name in names]) / self._num_steps
-        sums = torch.cat([sums, sums.new_tensor([wait])])
+        waited = torch.tensor(wait, device=next(self.engine.module.parameters()).device)
+        sums = torch.stack([*(self._sums[name] / self._num_applied for name in names), waited])
         if dist.get_world_size(self.engine.group) > 1:
             dist.all_reduce(sums, group=self.engine.group)
             sums /= dist.get_world_size(self.engine.group)
-        values = dict(zip([*names, "wait"], sums.tolist(), strict=True))
+        values = {"loss": math.nan, **dict(zip([*names, "wait"], sums.tolist(), strict=True))}
         values["grad_norm"] = float(self.engine.grad_norm)
         values["skipped"] = self.engine.num_skipped - self._skipped_before
         self._skipped_before = self.engine.num_skipped
-        self._sums, self._num_steps = {}, 0
+        self._sums, self._num_steps, self._num_applied = {}, 0, 0
         return values
 
     def state(self, *, keep: bool = True) -> dict[str, Tensor]:
@@ -164,3 +175,8 @@ class Pupil:
                 if name.startswith(TARGETS_PREFIX)
             }
         )
+
+
+def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value.float()

@@ -410,7 +410,8 @@ class EngineSpec(Section):
     ``auto`` for whole where it fits. ``micro_batch``: images that a trained network takes at once, whole KoLeo groups of 16; by default
     all of a rank's slice. ``zero``: what is sharded over the ranks of a trained network - 1 optimizer state,
     2 gradients too, 3 weights too. ``activation_checkpointing``: each block's insides are computed again
-    for the backward pass instead of kept.
+    for the backward pass instead of kept. ``hang_limit_s``: a rank that does not move this long is named
+    and the job ended; steps and saves that took longer before may again.
     """
 
     device: Literal["auto", "cpu", "cuda"] = machine("auto")
@@ -424,6 +425,7 @@ class EngineSpec(Section):
     lookahead: int = machine(2, ge=0, le=16)
     exchange: Literal["slices", "all_gather"] = machine("slices")
     balance: int = machine(200, ge=0)
+    hang_limit_s: float = machine(30.0, ge=2.0)
 
 
 class CheckpointSpec(Section):

@@ -7,7 +7,7 @@ nobody waits for the rank furthest behind.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from distill.ballot import Ballot
+from distill.control import Asked
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.bad_samples import count_bad
 from distill.errors import UserError
@@ -24,6 +25,7 @@ from distill.metrics import (
     CheckpointStatus,
     MetricsRow,
     MetricsWriter,
+    NetworkState,
     NetworkStatus,
     PhaseStatus,
     RunState,
@@ -55,14 +57,14 @@ class Recorder:
         run_folder: Path,
         phases: Sequence[PhaseStatus],
         world_rank: int,
-        stop_asked: Callable[[], bool],
+        asked: Asked,
         save_every_s: float | None,
         save_every_steps: Sequence[int],
         resume_command: str,
         control: dist.ProcessGroup,
     ) -> None:
         """``save_every_steps``: a save is due where any of these numbers of steps is passed. ``control`` is a gloo group of the world."""
-        self._run_folder, self._world_rank, self._stop_asked = run_folder, world_rank, stop_asked
+        self._run_folder, self._world_rank, self._asked = run_folder, world_rank, asked
         self._control = control
         self._save_every_s, self._save_every_steps = save_every_s, save_every_steps
         self._file = StatusFile(run_folder)
@@ -131,10 +133,14 @@ class Recorder:
         self._complaint = message
         self.show(self.status.state, message=message)
 
-    def record(self, phase: "Phase", step: int) -> Wishes:
+    def record(self, phase: "Phase", step: int, faults: Sequence[float]) -> Wishes:
         """Counts a finished step; at the interval, and at the last step, writes numbers and asks the world what to do.
 
-        The answer comes ``lookahead`` steps later, at the last step at once.
+        The answer comes ``lookahead`` steps later, at the last step at once. ``faults``: of every
+        network of the plan, steps skipped, roll-backs and 1 if parked, as far as this rank knows.
+
+        Raises:
+            UserError: every network is parked, on all ranks alike.
         """
         is_last = step == phase.num_steps
         answers = []
@@ -144,14 +150,15 @@ class Recorder:
         if step % LOG_EVERY == 0 or is_last:
             loader_wait = self._write(phase, step)
             if not self._ballot.is_open:
-                self._ballot.cast(step, self._votes(loader_wait), dist.ReduceOp.MAX)
+                self._ballot.cast(step, self._votes(loader_wait, faults), dist.ReduceOp.MAX)
             if is_last or self._ballot.is_due(step):
                 answers.append(self._ballot.count())
             saves_now = any(step // every > since // every for every in self._save_every_steps)
         stop = save = False
-        for stop_votes, save_votes, loader_wait in (answer.tolist() for answer in answers):
+        for answer in answers:
+            stop_votes, save_votes, self._loader_wait, *found = answer.tolist()
             stop, save = stop or bool(stop_votes), save or bool(save_votes)
-            self._loader_wait = loader_wait
+            self._take_faults(phase, found)
         return Wishes(save=(save or saves_now) and not is_last, stop=stop)
 
     def _write(self, phase: "Phase", step: int) -> float:
@@ -188,7 +195,9 @@ class Recorder:
             "training",
             step=step,
             networks={
-                name: network if name in left else replace(network, state="done")
+                name: network
+                if name in left or network.state == "parked"
+                else replace(network, state="done")
                 for name, network in self.status.networks.items()
             },
             step_s=elapsed / num_steps,
@@ -215,10 +224,29 @@ class Recorder:
     def _read_clocks(self, phase: "Phase") -> tuple[float, float]:
         return phase.loader.wait_s, phase.exchange.wait_s
 
-    def _votes(self, loader_wait: float) -> torch.Tensor:
-        """Stop asked for on this rank, save due by the clock of rank 0, loader wait."""
+    def _take_faults(self, phase: "Phase", found: Sequence[float]) -> None:
+        """How every network of the world fares, into the status."""
+        networks = dict(self.status.networks)
+        for index, placement in enumerate(phase.plan.placements):
+            skipped, rolled_back, is_parked = map(int, found[3 * index : 3 * index + 3])
+            network = networks[placement.name]
+            state: NetworkState = "parked" if is_parked else network.state
+            networks[placement.name] = replace(
+                network, state=state, skipped=skipped, rolled_back=rolled_back
+            )
+        self.show(self.status.state, networks=networks)
+        if all(network.state == "parked" for network in networks.values()):
+            raise UserError(
+                f"{phase.name}: every network is parked, nothing is left to train ({', '.join(networks)})",
+                fix=f"See {self._run_folder / 'events.jsonl'}; a network is tried again from its last "
+                f"checkpoint when its file in {self._run_folder / 'parked'} is deleted.",
+            )
+
+    def _votes(self, loader_wait: float, faults: Sequence[float]) -> torch.Tensor:
+        """Stop asked for on this rank, save asked for or due by the clock of rank 0, loader wait, faults."""
         due = (
             self._save_every_s is not None
             and time.monotonic() - self._last_save >= self._save_every_s
         )
-        return torch.tensor([self._stop_asked(), due and self._world_rank == 0, loader_wait])
+        saves = self._asked.take_save() or (due and self._world_rank == 0)
+        return torch.tensor([self._asked.to_stop(), saves, loader_wait, *faults])

@@ -17,9 +17,10 @@ from torch.distributed.tensor import DTensor, Shard
 
 @runtime_checkable
 class Shards(Protocol):
-    """This rank's part of every parameter group, fp32; ``weights`` are the master weights."""
+    """This rank's part of every parameter group, fp32; ``weights`` are the master weights, ``computed_with`` what the network computes with here."""
 
     weights: list[Tensor]
+    computed_with: list[Tensor]
 
     def whole(self, own: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """Name and whole tensor of every parameter, from what each rank owns. Collective over the group."""
@@ -31,6 +32,10 @@ class Shards(Protocol):
 
     def load(self, weights: Sequence[Tensor], whole: Callable[[str], Tensor]) -> None:
         """Sets the master weights and what the network computes with. No communication."""
+        ...
+
+    def show_weights(self) -> None:
+        """The network computes with the master weights as they are now. Collective over the group."""
         ...
 
     def copy_to(self, own: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
@@ -51,11 +56,12 @@ class FlatShards:
     def __init__(self, zero: Any, names: Mapping[int, str], group: dist.ProcessGroup) -> None:
         self._zero, self._names, self._group = zero, names, group
         self.weights: list[Tensor] = list(zero.single_partition_of_fp32_groups)
+        self.computed_with: list[Tensor] = list(zero.bit16_groups_flat)
 
     def whole(self, own: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """As the protocol; one all-gather per parameter group."""
         for flat, parameters, shard in zip(
-            self._zero.bit16_groups_flat, self._zero.bit16_groups, own, strict=True
+            self.computed_with, self._zero.bit16_groups, own, strict=True
         ):
             values = gather_equal(shard.detach().to(dtype), self._group)
             for parameter in parameters:
@@ -74,7 +80,12 @@ class FlatShards:
         """As the protocol."""
         for index, (shard, part) in enumerate(zip(self.weights, weights, strict=True)):
             shard.copy_(part)
-            self._zero.bit16_groups_flat[index].copy_(self._assembled(index, whole))
+            self.computed_with[index].copy_(self._assembled(index, whole))
+
+    def show_weights(self) -> None:
+        """As the protocol; one all-gather per parameter group."""
+        for flat, shard in zip(self.computed_with, self.weights, strict=True):
+            flat.copy_(gather_equal(shard.detach(), self._group))
 
     def copy_to(self, own: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
         """As the protocol; gathers in the targets' dtype."""
@@ -83,7 +94,7 @@ class FlatShards:
             targets[name].copy_(value)
 
     def _assembled(self, index: int, whole: Callable[[str], Tensor]) -> Tensor:
-        flat = self._zero.bit16_groups_flat[index]
+        flat = self.computed_with[index]
         values = torch.zeros(flat.numel(), dtype=torch.float32, device=flat.device)
         for parameter in self._zero.bit16_groups[index]:
             name = self._names[id(parameter)]
@@ -97,6 +108,7 @@ class PieceShards:
     def __init__(self, zero: Any, names: Mapping[int, str], group: dist.ProcessGroup) -> None:
         self._zero, self._names, self._group = zero, names, group
         self.weights: list[Tensor] = list(zero.fp32_partitioned_groups_flat)
+        self.computed_with: list[Tensor] = list(zero.fp16_partitioned_groups_flat)
 
     def whole(self, own: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """As the protocol; one all-gather per parameter, so that only one is ever whole."""
@@ -115,10 +127,14 @@ class PieceShards:
 
     def load(self, weights: Sequence[Tensor], whole: Callable[[str], Tensor]) -> None:  # noqa: ARG002  # stages 1 and 2 compute with whole weights
         """As the protocol."""
-        computed_with = self._zero.fp16_partitioned_groups_flat
-        for shard, half, part in zip(self.weights, computed_with, weights, strict=True):
+        for shard, part in zip(self.weights, weights, strict=True):
             shard.copy_(part)
-            half.copy_(part)
+        self.show_weights()
+
+    def show_weights(self) -> None:
+        """As the protocol; without communication."""
+        for half, shard in zip(self.computed_with, self.weights, strict=True):
+            half.copy_(shard.detach())
 
     def copy_to(self, own: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
         """As the protocol; what is sharded in the same pieces is copied without communication."""

@@ -11,11 +11,8 @@ A checkpoint says in which phase and at which step to go on; phases before it ar
 import gc
 import json
 import os
-import signal
 import time
-import traceback
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,13 +27,15 @@ from distill.assemble import (
     shard_teacher,
 )
 from distill.checkpoint import NetworkFacts
+from distill.control import Asked
 from distill.cost import DEFAULT_DEVICE, Device
 from distill.data.index import ImageIndex
 from distill.disk import replace_text
 from distill.engine import Engine, prepare_deepspeed
-from distill.errors import SetupError, UserError
+from distill.errors import SetupError
 from distill.export import ExportFacts, fingerprint, write_backbone, write_heads
 from distill.groups import make_control, make_groups
+from distill.isolation import Isolation
 from distill.loop import Phase, run_phase
 from distill.metrics import PhaseStatus, write_json
 from distill.planning import ONLINE, plan_family, plan_fitting, plan_stage
@@ -46,10 +45,10 @@ from distill.prepare import (
     RESOLVED,
     TRAINED_HEADS,
     Job,
-    read_job,
     teacher_shape,
 )
 from distill.pretraining import HeadFitting, Pretraining
+from distill.pulse import Pulse
 from distill.recipe import (
     FAMILY_PHASE,
     HEADS_PHASE,
@@ -66,38 +65,10 @@ from students.catalog import BackboneSpec
 COLLECTIVE_TIMEOUT = timedelta(
     minutes=10
 )  # longer than any save or first step here; a dead peer fails at once
-FAILURE_FILE = "failure.json"
 
 
-@dataclass
-class StopFlag:
-    """Set by a signal, read by the loop at its logging interval."""
-
-    is_set: bool = False
-
-    def listen(self) -> None:
-        """Makes SIGINT and SIGTERM ask for a save and a stop; a repeat changes nothing."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._raise_flag)
-
-    def _raise_flag(self, *_: object) -> None:
-        self.is_set = True
-
-
-def entry(run_folder: str) -> None:
-    """``work``, with the reason of a failure left in the run folder for whoever started the rank."""
-    try:
-        work(run_folder)
-    except BaseException as error:
-        _write_failure(Path(run_folder), error)
-        raise
-
-
-def work(run_folder: str) -> None:
-    """Runs one rank of the job that was prepared in ``run_folder``; the launcher has set the usual rank variables."""
-    flag = StopFlag()
-    flag.listen()
-    job = read_job(Path(run_folder))
+def work(job: Job, asked: Asked, pulse: Pulse) -> None:
+    """Runs one rank of a prepared job; the launcher has set the usual rank variables."""
     device = _device(job)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
@@ -105,7 +76,7 @@ def work(run_folder: str) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
         prepare_deepspeed(device.type)
-        _Run(job, device, flag).run()
+        _Run(job, device, asked, pulse).run()
     finally:
         dist.destroy_process_group()
 
@@ -127,26 +98,26 @@ def _device(job: Job) -> torch.device:
 class _Run:
     """The phases of one job on one rank."""
 
-    def __init__(self, job: Job, device: torch.device, flag: StopFlag) -> None:
-        self.job, self.device = job, device
+    def __init__(self, job: Job, device: torch.device, asked: Asked, pulse: Pulse) -> None:
+        self.job, self.device, self.pulse = job, device, pulse
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         recipe, teacher_recipe = job.recipe, job.teacher_recipe
         self.teacher_recipe = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
         self.family = recipe if isinstance(recipe, FamilyRecipe) else None
-        control, told = make_control(COLLECTIVE_TIMEOUT), list[str]()
+        self.control, told = make_control(COLLECTIVE_TIMEOUT), list[str]()
         folder = job.run_folder / CHECKPOINTS
-        self.saved = agreed_checkpoint(folder, job.hash, control, told.append)
+        self.saved = agreed_checkpoint(folder, job.hash, self.control, told.append)
         self.first_steps = joining_steps(recipe, job.networks, self.saved)
         every = recipe.checkpoint
         self.recorder = Recorder(
             job.run_folder,
             self._phases(),
             self.rank,
-            lambda: flag.is_set,
+            asked,
             every.every_s,
             [steps for steps in (every.every_steps, every.milestones) if steps is not None],
             job.resume_command,
-            control,
+            self.control,
         )
         self.recorder.show("preparing", message="; ".join(told))
         last_saved = None if self.saved is None else (self.saved[1].phase, self.saved[1].step)
@@ -293,11 +264,17 @@ class _Run:
 
     def _run_phase(self, phase: Phase, start_step: int) -> bool:
         started = time.monotonic()
+        self.pulse.phase = phase.name
         self.recorder.start(phase, start_step)
-        finished = run_phase(phase, self.recorder, self.saver, start_step)
+        isolation = Isolation(phase, self.job.run_folder)
+        isolation.start(start_step, self.control)
+        finished = run_phase(phase, self.recorder, self.saver, isolation, self.pulse, start_step)
         if finished and start_step < phase.num_steps:
+            self.pulse.at("saving", phase.num_steps)
+            isolation.before_save(phase.num_steps)
             self.saver.save(phase, phase.num_steps)
         self.saver.wait()
+        self.pulse.at("between phases", phase.num_steps)
         self.recorder.finish_phase()
         phase.loader.close()
         if self.rank == 0:
@@ -365,32 +342,3 @@ def note_time(run_folder: Path, phase: str, seconds: float, num_images: int) -> 
     before = timing.get(phase, {"s": 0.0, "images": 0})
     timing[phase] = {"s": before["s"] + seconds, "images": before["images"] + num_images}
     replace_text(path, json.dumps(timing, indent=2) + "\n")
-
-
-def _write_failure(run_folder: Path, error: BaseException) -> None:
-    """Only the first rank to fail writes; the others fail because of it."""
-    known = isinstance(error, UserError)
-    text = error.message if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    facts = {
-        "rank": int(os.environ["RANK"]),
-        "message": text if known else f"rank {os.environ['RANK']}: {text.splitlines()[0]}",
-        "fix": error.fix if isinstance(error, UserError) else "",
-        "exit_code": error.exit_code if isinstance(error, UserError) else 1,
-        "traceback": traceback.format_exc(),
-    }
-    with suppress(FileExistsError), (run_folder / FAILURE_FILE).open("x") as file:
-        json.dump(facts, file, indent=2)
-
-
-def read_failure(run_folder: Path) -> UserError | None:
-    """Why the first rank failed, if one could say."""
-    path = run_folder / FAILURE_FILE
-    if not path.is_file():
-        return None
-    facts = json.loads(path.read_text())
-    error = UserError(
-        facts["message"],
-        fix=facts["fix"] or f"The traceback is in {path}; the same command resumes.",
-    )
-    error.exit_code = facts["exit_code"]
-    return error

@@ -7,6 +7,7 @@ torchrun with three ranks, one process, broken images, a killed rank
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -454,5 +455,38 @@ def test_train__a_killed_rank_ends_the_job_and_is_named(recipe: Path, tmp_path: 
     ]
     ranks[-1].kill()
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and "rank" in output and "the same command resumes" in output
+    assert process.returncode == 4 and "The same command resumes" in output
+    assert re.search(r"rank \d on \S+: .*, family step \d+; ended by SIGKILL", output), output
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+def test_train__sigusr1_saves_and_goes_on_and_sigterm_saves_and_ends(
+    recipe: Path, tmp_path: Path
+) -> None:
+    words = ["train", str(recipe), "schedule.steps=100000", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "distill", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    status = tmp_path / "tiny" / "status.json"
+
+    def saved_step() -> int:
+        saved = json.loads(status.read_text())["last_checkpoint"] if status.is_file() else None
+        return int(saved["step"]) if saved and saved["phase"] == "family" else 0
+
+    deadline = time.monotonic() + 120
+    while not is_in(status, "family"):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    while not saved_step():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    step = saved_step()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    assert saved_step() > step and json.loads(status.read_text())["state"] == "stopped"

@@ -1,5 +1,6 @@
 import io
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from distill.console import (
     sparkline,
     watch,
 )
+from distill.events import Event, note
 from distill.metrics import MetricsWriter, StatusFile, write_json
 from tests.distill.test_metrics import PHASES, ROW, STATUS
 
@@ -259,3 +261,25 @@ def test_clock_time__date_only_when_far() -> None:
 
 def test_phases__are_the_ones_the_status_names() -> None:
     assert STATUS.phases == PHASES
+
+
+def test_events__are_told_once_and_shown_on_the_panel(run_folder: Path) -> None:
+    narrator = Narrator()
+    narrator.tell(snapshot_of(run_folder))
+    note(
+        run_folder, Event("skipped", "small: step 7 skipped, a gradient is not finite", "small", 7)
+    )
+    (line,) = narrator.tell(snapshot_of(run_folder))
+    assert line.endswith("small: step 7 skipped, a gradient is not finite")
+    assert narrator.tell(snapshot_of(run_folder)) == []
+    assert "a gradient is not finite" in panel_text(snapshot_of(run_folder))
+    later = RunFiles(run_folder, since_unix=2.0 * time.time()).take_snapshot()
+    assert not later.events
+
+
+def test_render_panel__says_who_was_rolled_back(run_folder: Path) -> None:
+    networks = {
+        name: replace(network, state="training", rolled_back=2)
+        for name, network in STATUS.networks.items()
+    }
+    assert "rolled back 2x" in panel_text(snapshot_of(run_folder, networks=networks))

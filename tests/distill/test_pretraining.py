@@ -23,9 +23,11 @@ from distill.data.masks import draw_masks, mask_counts
 from distill.depth import draw_kept
 from distill.engine import prepare_deepspeed
 from distill.groups import make_groups
+from distill.isolation import Isolation
 from distill.loop import run_phase
 from distill.planning import plan_stage, shape_of_recipe
 from distill.pretraining import Pretraining, lr_factors
+from distill.pulse import Pulse
 from distill.recipe import StageSpec, TeacherRecipe
 from distill.recipe_file import load_recipe
 from distill.record import Wishes
@@ -101,7 +103,7 @@ class Witness:
     terms: list[dict[str, float]] = field(default_factory=list)
     anchors: list[dict[str, Tensor]] = field(default_factory=list)
 
-    def record(self, phase: Any, _: int) -> Wishes:
+    def record(self, phase: Any, _: int, __: object) -> Wishes:
         values = phase.pupils[0].read_metrics(wait=0.0)
         self.losses.append(values.pop("loss"))
         self.terms.append(values)
@@ -116,14 +118,18 @@ def pretrain(images: Path, folder: Path, *overrides: str) -> dict[str, Any]:
     """All stages on the ranks of this world."""
     prepare_deepspeed("cpu")
     recipe = recipe_of(images, *overrides)
-    groups = make_groups(plan_stage(recipe, recipe.stages[0], dist.get_world_size()), timedelta(60))
+    groups = make_groups(
+        plan_stage(recipe, recipe.stages[0], dist.get_world_size()), timedelta(seconds=60)
+    )
     site = Site(torch.device("cpu"), folder, build_index([images], max_bad_fraction=0.0))
     pretraining, witness = Pretraining(recipe, groups, site), Witness()
     for stage in recipe.stages:
-        dist.barrier()  # the snapshot that a stage starts from is written by one rank
         phase = pretraining.phase(stage)
         pretraining.engine.copy_ema_to(pretraining.ema)
-        run_phase(phase, cast(Any, witness), cast(Any, None), 0)
+        isolation = Isolation(phase, folder)
+        isolation.start(0, groups.control)
+        pulse = Pulse(folder, groups.world_rank)
+        run_phase(phase, cast(Any, witness), cast(Any, None), isolation, pulse, 0)
         phase.loader.close()
     held = [p.to_local() if hasattr(p, "to_local") else p for p in pretraining.ema.parameters()]
     return {

@@ -1,0 +1,79 @@
+"""What people and schedulers ask of a running job: save and stop, or save and go on.
+
+    SIGINT, SIGTERM, or the file control/stop    every rank saves, then the job ends
+    SIGUSR1, or the file control/save            every rank saves and goes on
+
+A signal to one rank is enough: the ranks vote. The launcher passes its own signals on as files, so
+that a rank that is still starting, or is started again, finds them too.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+STOP, SAVE = "stop", "save"
+
+
+def ask(run_folder: Path, wish: str) -> None:
+    """Leaves a wish (``STOP`` or ``SAVE``) for the ranks."""
+    folder = run_folder / "control"
+    folder.mkdir(exist_ok=True)
+    (folder / wish).touch()
+
+
+def forget(run_folder: Path) -> None:
+    """Removes the wishes of an earlier launch."""
+    for wish in (STOP, SAVE):
+        (run_folder / "control" / wish).unlink(missing_ok=True)
+
+
+def is_asked(run_folder: Path, wish: str) -> bool:
+    """The wish was left."""
+    return (run_folder / "control" / wish).exists()
+
+
+class Asked:
+    """What this rank was asked; set by signals and files, read by the loop at its logging interval."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self._run_folder = run_folder
+        self._stops = self._saves = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, signals are wishes; a repeat changes nothing."""
+        handlers = {
+            signal.SIGINT: self._stop,
+            signal.SIGTERM: self._stop,
+            signal.SIGUSR1: self._save,
+        }
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def look(self) -> None:
+        """Takes up what was left in files."""
+        self._stops = self._stops or is_asked(self._run_folder, STOP)
+        save = self._run_folder / "control" / SAVE
+        if save.exists():
+            self._saves = True
+            save.unlink(missing_ok=True)
+
+    def to_stop(self) -> bool:
+        """The job is to save and end."""
+        return self._stops
+
+    def take_save(self) -> bool:
+        """A save was asked for since the last call."""
+        taken, self._saves = self._saves, False
+        return taken
+
+    def _stop(self, *_: object) -> None:
+        self._stops = True
+
+    def _save(self, *_: object) -> None:
+        self._saves = True

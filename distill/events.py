@@ -1,0 +1,48 @@
+"""What happened to a run, one line each: skipped steps, roll-backs, parked students, dead ranks, restarts.
+
+    events.jsonl  appended to by any rank and by the launcher, each line in one write
+
+A screen shows them as they come; afterwards they are the run's diary.
+"""
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+FILE = "events.jsonl"
+EventKind = Literal["skipped", "rolled back", "parked", "died", "hung", "failed", "restarted"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """One thing that happened; ``network`` is empty where it is about no network."""
+
+    kind: EventKind
+    text: str
+    network: str = ""
+    step: int = 0
+    time_unix: float = 0.0
+
+
+def note(run_folder: Path, event: Event) -> None:
+    """Appends an event; its time is now."""
+    values = {**asdict(event), "time_unix": time.time()}
+    descriptor = os.open(run_folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        os.write(descriptor, json.dumps(values).encode() + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def read_events(run_folder: Path, *, since_unix: float = 0.0) -> list[Event]:
+    """The events from a time on; a line that is just being written comes next time."""
+    path = run_folder / FILE
+    if not path.is_file():
+        return []
+    data = path.read_bytes()
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    events = [Event(**json.loads(line)) for line in lines]
+    return [event for event in events if event.time_unix >= since_unix]

@@ -1,0 +1,71 @@
+"""One job at a time in a run folder, also while the ranks of a killed launcher are still ending.
+
+The launcher takes the lock alone to prepare the folder, then shares it with its ranks. The system lets
+go of it when a process ends, however it ends. The file lies beside the folder, which ``--fresh``
+removes.
+"""
+
+import errno
+import fcntl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from distill.errors import UserError
+
+WAIT_S = 30.0  # ranks whose launcher is gone end within a second, unless their disk hangs
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP})  # file systems without; then nothing is guarded
+
+
+class RunLock:
+    """A process's hold on a run folder."""
+
+    def __init__(self, run_folder: Path, file: IO[str]) -> None:
+        self._run_folder, self._file = run_folder, file
+
+    def alone(self, wait_s: float = WAIT_S) -> None:
+        """Waits until no other process works in the folder.
+
+        Raises:
+            UserError: another one still does.
+        """
+        deadline = time.monotonic() + wait_s
+        while not self._try(fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{self._run_folder}: another job is at work in it",
+                    fix="Wait for it or stop it, or give this one another --name.",
+                )
+            time.sleep(0.1)
+
+    def share(self) -> None:
+        """Lets others of the same job in; for a launcher that has prepared the folder, and for its ranks.
+
+        Raises:
+            UserError: another job has taken the folder meanwhile.
+        """
+        if not self._try(fcntl.LOCK_SH):
+            raise UserError(
+                f"{self._run_folder}: another job took it over",
+                fix="Start one job per run folder, or give this one another --name.",
+            )
+
+    def _try(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        return True
+
+
+@contextmanager
+def run_lock(run_folder: Path) -> Iterator[RunLock]:
+    """A hold on a run folder, let go of at the end; nothing is held before ``alone`` or ``share``."""
+    run_folder.parent.mkdir(parents=True, exist_ok=True)
+    with (run_folder.parent / f".{run_folder.name}.lock").open("w") as file:
+        yield RunLock(run_folder, file)

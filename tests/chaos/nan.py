@@ -1,0 +1,349 @@
+"""NaN and Inf in one student's loss, gradient, parameter, received rows; and in what the teacher said.
+
+Claims, for every fault: no bad step is applied (a skipped step leaves weights, moments and EMA as
+they were, and the end is finite); the other students end with the bits of a run without faults; the
+diary names the student, and for a bad teacher row the rank that made it.
+
+A fault at its source reaches every student, since each trains on the whole batch: then all skip that one step.
+The ranks run the real loop on gloo; faults are put in by wrapping objects of the phase.
+"""
+
+import argparse
+import gc
+import random
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distill.engine import prepare_deepspeed
+from distill.events import read_events
+from distill.exchange import Outgoing, Pending, Slices
+from distill.groups import Groups, make_groups
+from distill.isolation import IN_A_ROW, Isolation
+from distill.loop import Phase, run_phase
+from distill.masking import DrawnMasks
+from distill.plan import Plan, Timetable, Work, make_plan
+from distill.pulse import Pulse
+from distill.pupil import Pupil
+from distill.record import Wishes
+from distill.stopwatch import Stopwatch
+from teacher.batch import CropBatch, LessonBatch, PatchMasks
+from teacher.trainee import Losses
+from tests.distill.test_ranks import IMAGES, SCALARS, Ways, batch_of, make_pupil, some, take
+from tests.ranks import on_ranks
+from tests.teacher.test_trainee import teacher
+
+STUDENTS = ("a", "b", "c")
+KINDS = ("loss", "gradient", "parameter", "weight shard", "received rows", "teacher rows")
+LASTING = frozenset({"parameter", "weight shard"})  # stays bad until the student is rolled back
+NUM_STEPS = 10
+SAVE_AT = 4  # a save between the start and most faults
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One value in one place: of ``student`` on the ``turn``-th rank of its group, at ``step``; ``until``: again and again."""
+
+    kind: str
+    student: str
+    turn: int
+    step: int
+    value: float
+    has_heads: bool = True
+    until: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended on one rank, per student that it trains."""
+
+    states: dict[str, dict[str, Tensor]]
+    skipped: dict[str, int]
+    rolled_back: dict[str, int]
+    parked: dict[str, bool]
+    changed_by_skipped: tuple[str, ...]
+    told: tuple[str, ...]
+
+
+def run(arguments: list[str]) -> bool:
+    """True when a claim did not hold."""
+    parser = argparse.ArgumentParser(prog="python -m tests.chaos nan", description=__doc__)
+    parser.add_argument("--count", type=int, default=20, help="faults, one training each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=3)
+    options = parser.parse_args(arguments)
+    draw = random.Random(options.seed)
+    faults = [_draw(KINDS[number % len(KINDS)], draw) for number in range(options.count)]
+    with tempfile.TemporaryDirectory() as folder:
+        limit_s = 120 + 30 * options.count
+        per_rank = on_ranks(options.ranks, train_all, faults, folder, timeout_s=limit_s)
+    calm = {has: [each[index] for each in per_rank] for index, has in enumerate((True, False))}
+    wrong = []
+    for number, fault in enumerate(faults):
+        outcomes = [outcomes[2 + number] for outcomes in per_rank]
+        problems = check(fault, calm[fault.has_heads], outcomes)
+        wrong += [f"{fault}: {problem}" for problem in problems]
+    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(f.kind for f in faults).items())
+    sys.stdout.write(f"faults: {len(faults)} ({kinds})\nwrong: {len(wrong)}\n")
+    sys.stdout.write("".join(f"{line}\n" for line in wrong))
+    return bool(wrong)
+
+
+def _draw(kind: str, draw: random.Random) -> Fault:
+    value = draw.choice([float("nan"), float("inf"), -float("inf")])
+    step = draw.randrange(1, NUM_STEPS - IN_A_ROW - 1)
+    has_heads = draw.random() < 0.75
+    return Fault(kind, draw.choice(STUDENTS), draw.randrange(8), step, value, has_heads)
+
+
+def check(fault: Fault, calm: list[Outcome], outcomes: list[Outcome]) -> list[str]:
+    """The claims that do not hold."""
+    problems = []
+    is_at_source = fault.kind == "teacher rows"
+    for rank, (before, now) in enumerate(zip(calm, outcomes, strict=True)):
+        problems += [f"rank {rank}: a skipped step changed {n}" for n in now.changed_by_skipped]
+        for name, state in now.states.items():
+            bad = [key for key, tensor in state.items() if not tensor.isfinite().all()]
+            problems += [f"rank {rank}: {name}/{key} is not finite" for key in bad]
+            is_hit = is_at_source or name == fault.student
+            expected = skips_of(fault) if is_hit else 0
+            if now.skipped[name] != expected:
+                problems.append(f"{name} skipped {now.skipped[name]} steps instead of {expected}")
+            if now.rolled_back[name] != int(is_hit and fault.kind in LASTING):
+                problems.append(f"{name} was rolled back {now.rolled_back[name]} times")
+            if not is_hit and not _same(before.states[name], state):
+                problems.append(f"rank {rank}: {name} differs from the run without a fault")
+    wanted = f"{fault.student}: step {fault.step} skipped, "
+    if is_at_source:
+        wanted += f"what rank {source_of(fault, len(outcomes))} taught is not finite"
+    if not any(text.startswith(wanted) for text in outcomes[0].told):
+        problems.append(f"not named in {outcomes[0].told}")
+    return problems
+
+
+def skips_of(fault: Fault) -> int:
+    """Steps that a student hit by the fault skips: a lasting one ends with a roll-back, at the latest at a save."""
+    if fault.kind not in LASTING:
+        return 1
+    return min(IN_A_ROW, SAVE_AT - fault.step) if fault.step < SAVE_AT else IN_A_ROW
+
+
+def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# On the ranks ------------------------------------------------------------------------------------
+
+
+def train_all(faults: list[Fault], folder: str) -> list[Outcome]:
+    """One training after another in the same processes; the first two without a fault, with heads and without."""
+    prepare_deepspeed("cpu")
+    works = [Work(name, cost) for name, cost in zip(STUDENTS, (3.0, 2.0, 1.0), strict=True)]
+    plan = make_plan(works, 1.0, IMAGES, dist.get_world_size(), lookahead=2)
+    groups = make_groups(plan, timedelta(seconds=60))
+    trainings = [(None, True), (None, False), *((fault, fault.has_heads) for fault in faults)]
+    outcomes = []
+    for number, (fault, has_heads) in enumerate(trainings):
+        run_folder = Path(folder) / str(number)
+        outcomes.append(train(plan, groups, fault, has_heads=has_heads, run_folder=run_folder))
+        gc.collect()
+    return outcomes
+
+
+def train(
+    plan: Plan, groups: Groups, fault: Fault | None, *, has_heads: bool, run_folder: Path
+) -> Outcome:
+    """The real loop over a tiny family, with one fault put in."""
+    rank = dist.get_rank()
+    run_folder.mkdir(exist_ok=True)
+    timetable, ways = Timetable(plan), Ways(has_heads=has_heads)
+    pupils = tuple(
+        make_pupil(plan, groups, placement.name, 1, "fp32", ways)
+        for placement in plan.placements
+        if rank in placement.world_ranks
+    )
+    phase = Phase(
+        name="family",
+        num_steps=NUM_STEPS,
+        first_step=0,
+        lookahead=2,
+        plan=plan,
+        timetable=timetable,
+        world_rank=rank,
+        grid_hw=(2, 2),
+        loader=_Loader(plan, rank),  # type: ignore[arg-type]
+        masks=_Masks(plan, rank),  # type: ignore[arg-type]
+        teacher=teacher(4, has_heads=has_heads),
+        teaching=Stopwatch(torch.device("cpu")),
+        exchange=Slices(timetable, rank, groups.exchange, torch.device("cpu")),
+        pupils=pupils,
+        temperature=lambda step: 0.07,
+        scalars=lambda step: SCALARS,
+        after_step=lambda step: None,
+    )
+    isolation = Isolation(phase, run_folder)
+    witness = _Witness(isolation, fault, phase)
+    isolation.start(0, groups.control)
+    run_phase(phase, _Recorder(), _Saver(), witness, Pulse(run_folder, rank), 0)  # type: ignore[arg-type]
+    dist.barrier()  # every rank has written its events
+    counts, names = isolation.counts(), [placement.name for placement in plan.placements]
+    own = {pupil.name: 3 * names.index(pupil.name) for pupil in pupils}
+    return Outcome(
+        {pupil.name: pupil.state() for pupil in pupils},
+        {name: int(counts[place]) for name, place in own.items()},
+        {name: int(counts[place + 1]) for name, place in own.items()},
+        {name: bool(counts[place + 2]) for name, place in own.items()},
+        tuple(witness.changed),
+        tuple(event.text for event in read_events(run_folder)),
+    )
+
+
+class _Witness:
+    """Stands between the loop and the isolation: puts the fault in, and looks whether a skipped step changed anything."""
+
+    def __init__(self, isolation: Isolation, fault: Fault | None, phase: Phase) -> None:
+        self._isolation, self._fault, self._rank = isolation, fault, phase.world_rank
+        self.is_over, self.before_save = isolation.is_over, isolation.before_save
+        self.counts = isolation.counts
+        self.changed: list[str] = []
+        if fault is not None and fault.kind == "teacher rows":
+            spoil_teacher_(fault, phase)
+
+    def learn(self, pupil: Pupil, lesson: LessonBatch, *rest: Any) -> None:
+        fault, step, engine = self._fault, rest[-1], pupil.engine
+        is_now = fault is not None and self._is_here(fault, pupil, step)
+        if fault is not None and is_now and fault.kind in LASTING:
+            spoil_weights_(fault, pupil)
+        before, targets = engine.keep(), pupil.targets.state()
+        skipped, rolled_back = self._fares(pupil)
+        if fault is not None and is_now and fault.kind not in LASTING:
+            with spoiling(fault, pupil, lesson) as lesson:
+                self._isolation.learn(pupil, lesson, *rest)
+        else:
+            self._isolation.learn(pupil, lesson, *rest)
+        if self._fares(pupil) == (skipped + 1, rolled_back):
+            after = engine.keep()
+            pairs = [(one[k], two[k]) for one, two in zip(before, after, strict=True) for k in one]
+            pairs += [(targets[key], tensor) for key, tensor in pupil.targets.state().items()]
+            if not all(is_same_bits(one, two) for one, two in pairs):
+                self.changed.append(f"{pupil.name} at step {step}")
+
+    def _fares(self, pupil: Pupil) -> tuple[int, int]:
+        record = self._isolation._records[pupil.name]
+        return record.num_skipped, record.num_rolled_back
+
+    def _is_here(self, fault: Fault, pupil: Pupil, step: int) -> bool:
+        ranks = pupil.placement.world_ranks
+        is_here = pupil.name == fault.student and ranks[fault.turn % len(ranks)] == self._rank
+        return is_here and fault.step <= step <= max(fault.step, fault.until)
+
+
+def is_same_bits(one: Tensor, other: Tensor) -> bool:
+    """Also where both are the same NaN."""
+    return torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (one, other)))
+
+
+@torch.no_grad()
+def spoil_weights_(fault: Fault, pupil: Pupil) -> None:
+    """One number of the network it computes with, or of the weights that the optimizer holds."""
+    tensor = pupil.engine._shards[0]
+    if fault.kind == "parameter":
+        tensor = next(p for p in pupil.engine.module.parameters() if p.requires_grad)
+    tensor.view(-1)[0] = fault.value
+
+
+def spoil_teacher_(fault: Fault, phase: Phase) -> None:
+    """One row that a rank's teacher makes at the step."""
+    if phase.world_rank != source_of(fault, phase.plan.num_ranks):
+        return
+    exchange, start = phase.exchange, phase.exchange.start
+
+    def spoiled(outgoing: Outgoing) -> Pending:
+        if outgoing.step == fault.step:
+            rows = outgoing.targets.class_rows.clone()
+            rows[fault.turn % len(rows), 0, 0] = fault.value
+            outgoing = replace(outgoing, targets=replace(outgoing.targets, class_rows=rows))
+        return start(outgoing)
+
+    exchange.start = spoiled  # type: ignore[method-assign]
+
+
+def source_of(fault: Fault, num_ranks: int) -> int:
+    """The rank whose teacher is wrong."""
+    return fault.turn % num_ranks
+
+
+@contextmanager
+def spoiling(fault: Fault, pupil: Pupil, lesson: LessonBatch) -> Iterator[LessonBatch]:
+    """While inside, the student's loss, gradient or received rows hold the value; gives the lesson to use."""
+    if fault.kind == "received rows":
+        rows = lesson.targets.class_rows.clone()
+        rows[fault.turn % len(rows), 0, 0] = fault.value
+        yield replace(lesson, targets=replace(lesson.targets, class_rows=rows))
+    elif fault.kind == "gradient":
+        parameter = next(p for p in pupil.engine.module.parameters() if p.requires_grad)
+        handle = parameter.register_hook(lambda gradient: gradient * fault.value)
+        yield lesson
+        handle.remove()
+    else:
+        forward = pupil.engine.forward
+
+        def spoiled(*inputs: Any) -> Losses:
+            losses: Losses = forward(*inputs)
+            if fault.kind == "memory":
+                raise torch.OutOfMemoryError("out of memory, tried to allocate 2 GiB")
+            return replace(losses, total=losses.total + fault.value)
+
+        pupil.engine.forward = spoiled  # type: ignore[method-assign]
+        yield lesson
+        pupil.engine.forward = forward  # type: ignore[method-assign]
+
+
+class _Loader:
+    """The synthetic batch of ``tests.distill.test_ranks`` in the loader's place."""
+
+    wait_s = 0.0
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self._plan, self._rank = plan, rank
+
+    def fetch(self, step: int) -> CropBatch:
+        share = self._plan.share(self._rank, step)
+        return some(batch_of(step)[0], slice(share.start, share.stop))
+
+
+class _Masks:
+    """Its masks."""
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self._plan, self._rank = plan, rank
+
+    def draw(self, step: int) -> DrawnMasks:
+        masks, share = batch_of(step)[1], self._plan.share(self._rank, step)
+        needs = PatchMasks.of(take(masks, self._plan.needs(self._rank)))
+        own = PatchMasks.of(masks[share.start : share.stop])
+        return DrawnMasks(own, needs, masks.sum(dim=2).numpy())
+
+
+class _Recorder:
+    """Asks for one save."""
+
+    def record(self, _: Phase, step: int, __: Sequence[float]) -> Wishes:
+        return Wishes(save=step == SAVE_AT, stop=False)
+
+
+class _Saver:
+    """Saves nothing: keeping the good states is not its part."""
+
+    def save(self, phase: Phase, step: int) -> None:
+        pass
