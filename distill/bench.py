@@ -274,7 +274,7 @@ class _Bench:
                 run_phase(
                     replace(phase, num_steps=start + length),
                     witness,  # type: ignore[arg-type]  # what the loop asks of a recorder
-                    None,  # type: ignore[arg-type]  # nothing is saved
+                    _NoSaver(),  # type: ignore[arg-type]  # what the loop asks of a saver
                     start,
                 )
                 steps_done[name] += length
@@ -284,6 +284,13 @@ class _Bench:
                     witnesses[name].append(witness)
             self._tell(f"block {max(block, 0) + 1} of {num_blocks}")
         return {name: [w.marks for w in blocks] for name, blocks in witnesses.items()}
+
+
+class _NoSaver:
+    """Nothing is saved, so there is nothing to tell."""
+
+    def report(self) -> None:
+        """No save has ended."""
 
 
 class SyntheticLoader:
