@@ -283,7 +283,7 @@ class _Bench:
                 run_phase(
                     replace(phase, num_steps=start + length),
                     witness,  # type: ignore[arg-type]  # what the loop asks of a recorder
-                    None,  # type: ignore[arg-type]  # nothing is saved
+                    _NoSaver(),  # type: ignore[arg-type]  # what the loop asks of a saver
                     self.isolations[name],
                     self.pulse,
                     start,
@@ -295,6 +295,13 @@ class _Bench:
                     witnesses[name].append(witness)
             self._tell(f"block {max(block, 0) + 1} of {num_blocks}")
         return {name: [w.marks for w in blocks] for name, blocks in witnesses.items()}
+
+
+class _NoSaver:
+    """Nothing is saved, so there is nothing to tell."""
+
+    def report(self) -> None:
+        """No save has ended."""
 
 
 class SyntheticLoader:

@@ -103,6 +103,9 @@ class Witness:
     terms: list[dict[str, float]] = field(default_factory=list)
     anchors: list[dict[str, Tensor]] = field(default_factory=list)
 
+    def report(self) -> None:
+        """Nothing is saved."""
+
     def record(self, phase: Any, _: int, __: object) -> Wishes:
         values = phase.pupils[0].read_metrics(wait=0.0)
         self.losses.append(values.pop("loss"))
@@ -129,7 +132,7 @@ def pretrain(images: Path, folder: Path, *overrides: str) -> dict[str, Any]:
         isolation = Isolation(phase, folder)
         isolation.start(0, groups.control)
         pulse = Pulse(folder, groups.world_rank)
-        run_phase(phase, cast(Any, witness), cast(Any, None), isolation, pulse, 0)
+        run_phase(phase, cast(Any, witness), cast(Any, witness), isolation, pulse, 0)
         phase.loader.close()
     held = [p.to_local() if hasattr(p, "to_local") else p for p in pretraining.ema.parameters()]
     return {
