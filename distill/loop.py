@@ -4,7 +4,8 @@ Pretraining and distillation run in it alike; they differ in who teaches and in 
 step. It looks at no tensor shape. A frozen teacher works up to ``lookahead`` steps ahead of the
 students: its answers for later steps are the same now, so ranks whose students are quick fill the
 time by teaching, and nobody waits for the slowest until the buffer of steps is empty. Everything
-else stays inside a network's group; stopping and saving are agreed at the logging interval.
+else stays inside a network's group, its faults too (``distill.isolation``); stopping and saving are
+agreed at the logging interval. The pulse says where the rank is, for the watchdog.
 """
 
 from collections import deque
