@@ -24,8 +24,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +33,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.shards import shards_of
+from distill.small_world import GroupLayout, as_world
 
 Kept = list[dict[str, Tensor]]  # of every parameter group this rank's part of each kind of state
 STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
@@ -103,7 +103,7 @@ class Engine:
         import deepspeed
 
         self.group, self._num_parts = group, settings.num_parts
-        self._mpu = _GroupLayout(group, self_group)
+        self._mpu = GroupLayout(group, self_group)
         fused = next(module.parameters()).device.type == "cuda"
         groups = _parameter_groups(module, settings.lr_factor)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(BETA1, settings.beta2), fused=fused)
@@ -319,112 +319,3 @@ def _config(settings: EngineSettings) -> dict[str, Any]:
     if adds_halves:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
-
-
-class _GroupLayout:
-    """What DeepSpeed asks of a model-parallel unit: data parallel over one group, nothing else split."""
-
-    def __init__(self, group: dist.ProcessGroup, self_group: dist.ProcessGroup) -> None:
-        self._group, self._self_group = group, self_group
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._group
-
-    def get_data_parallel_rank(self) -> int:
-        return dist.get_rank(self._group)
-
-    def get_data_parallel_world_size(self) -> int:
-        return dist.get_world_size(self._group)
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._self_group
-
-    def get_model_parallel_rank(self) -> int:
-        return 0
-
-    def get_model_parallel_world_size(self) -> int:
-        return 1
-
-    get_tensor_model_parallel_rank = get_pipeline_model_parallel_rank = get_model_parallel_rank
-    get_tensor_model_parallel_world_size = get_model_parallel_world_size
-    get_pipeline_model_parallel_world_size = get_model_parallel_world_size
-
-
-_GROUP_ARGUMENT = {
-    "all_reduce": 2,
-    "inference_all_reduce": 2,
-    "all_reduce_coalesced": 2,
-    "all_gather_coalesced": 2,
-}
-_GROUPED = {
-    *_GROUP_ARGUMENT,
-    "barrier",
-    "monitored_barrier",
-    "all_gather",
-    "all_gather_into_tensor",
-    "all_gather_object",
-}
-_GROUPED |= {"reduce_scatter", "reduce_scatter_tensor", "all_to_all_single", "all_to_all"}
-_ROOTED = {
-    "broadcast": "src",
-    "broadcast_object_list": "src",
-    "reduce": "dst",
-    "gather": "dst",
-    "scatter": "src",
-}
-
-
-class _GroupAsWorld:
-    """DeepSpeed's communication backend with one group in place of the world.
-
-    Collectives that name no group, or name the world, use the group; a root given as a rank of the
-    small world is translated.
-    """
-
-    def __init__(self, backend: Any, group: dist.ProcessGroup) -> None:
-        self._backend, self._group = backend, group
-
-    def _or_own(self, group: Any) -> Any:
-        return self._group if group is None or group is dist.group.WORLD else group
-
-    def get_rank(self, group: Any = None) -> int:
-        return dist.get_rank(self._or_own(group))
-
-    def get_world_size(self, group: Any = None) -> int:
-        return dist.get_world_size(self._or_own(group))
-
-    def get_global_rank(self, group: Any, group_rank: int) -> int:
-        return dist.get_global_rank(self._or_own(group), group_rank)
-
-    def __getattr__(self, name: str) -> Any:
-        function = getattr(self._backend, name)
-        if name not in _GROUPED and name not in _ROOTED:
-            return function
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            place = _GROUP_ARGUMENT.get(name)
-            if place is not None and len(args) > place:
-                args = (*args[:place], self._or_own(args[place]), *args[place + 1 :])
-                return function(*args, **kwargs)
-            is_world = kwargs.get("group") is None or kwargs["group"] is dist.group.WORLD
-            kwargs["group"] = self._or_own(kwargs.get("group"))
-            root = _ROOTED.get(name)
-            if root is not None and is_world and kwargs.get(root) is not None:
-                kwargs[root] = dist.get_global_rank(self._group, kwargs[root])
-            return function(*args, **kwargs)
-
-        return call
-
-
-@contextmanager
-def as_world(layout: _GroupLayout) -> Iterator[None]:
-    """While inside, DeepSpeed in this process sees the layout's group as the whole world."""
-    import deepspeed.comm.comm as comm
-    import deepspeed.utils.groups as groups
-
-    backend, mpu = comm.cdb, groups.mpu
-    comm.cdb, groups.mpu = _GroupAsWorld(backend, layout.get_data_parallel_group()), layout
-    try:
-        yield
-    finally:
-        comm.cdb, groups.mpu = backend, mpu

@@ -32,14 +32,12 @@ from distill.recipe import (
     BUILTIN_PHOTOGRAPHS,
     FamilyRecipe,
     Loc,
-    Parts,
     Problem,
     Recipe,
     Section,
     TeacherRecipe,
-    find_conflicts,
-    items_of,
 )
+from distill.recipe_rules import Parts, find_conflicts, items_of
 
 MAX_RECIPE_BYTES = 50_000  # a recipe is a page; the slowest text of this size is read in a second
 MAX_OPEN = 50  # brackets at once: the reader's time grows with the square of the depth
