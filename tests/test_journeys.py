@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 TEACHER = """\
 name: tiny-teacher
-model: {arch: vit, width: 16, depth: 1, heads: 2, patch: 8}
+model: {arch: vit, width: 16, depth: 1, heads: 2, patch: 8, untie_local_norm: true}
 heads:
   dino: {hidden: 16, bottleneck: 8, prototypes: 16}
   ibot: {hidden: 16, bottleneck: 8, prototypes: 16}

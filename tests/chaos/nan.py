@@ -180,7 +180,7 @@ def train(
         plan=plan,
         timetable=timetable,
         world_rank=rank,
-        grid_hw=(2, 2),
+        grid_at=lambda step: (2, 2),
         loader=_Loader(plan, rank),  # type: ignore[arg-type]
         masks=_Masks(plan, rank),  # type: ignore[arg-type]
         teacher=teacher(4, has_heads=has_heads),
@@ -256,7 +256,7 @@ def is_same_bits(one: Tensor, other: Tensor) -> bool:
 @torch.no_grad()
 def spoil_weights_(fault: Fault, pupil: Pupil) -> None:
     """One number of the network it computes with, or of the weights that the optimizer holds."""
-    tensor = pupil.engine._shards[0]
+    tensor = pupil.engine._shards.weights[0]
     if fault.kind == "parameter":
         tensor = next(p for p in pupil.engine.module.parameters() if p.requires_grad)
     tensor.view(-1)[0] = fault.value
@@ -344,6 +344,9 @@ class _Recorder:
 
 class _Saver:
     """Saves nothing: keeping the good states is not its part."""
+
+    def report(self) -> None:
+        pass
 
     def save(self, phase: Phase, step: int) -> None:
         pass

@@ -133,7 +133,7 @@ def work_and_note(run_folder: str, notes: str) -> None:
     from distill.data.sampler import Sampler
     from distill.engine import Engine
     from distill.pupil import Pupil
-    from distill.worker import work
+    from distill.rank import entry
 
     learn, step_engine, draw = Pupil.learn, Engine.backward_and_step, Sampler.draw
     losses: dict[str, float] = defaultdict(float)
@@ -158,7 +158,7 @@ def work_and_note(run_folder: str, notes: str) -> None:
     os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
     Pupil.learn, Engine.backward_and_step = noted_learn, noted_step  # type: ignore[method-assign]
     Sampler.draw = noted_draw  # type: ignore[method-assign]
-    work(run_folder)
+    entry(run_folder, None)
     told = json.dumps({"losses": losses, "samples": samples})
     (Path(notes) / f"{os.environ['RANK']}.json").write_text(told)
 

@@ -34,7 +34,8 @@ class Pupil:
     step: int
     scale: int
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
+        assert keep, "its only rank keeps it"
         return state_of(self.name, self.step, self.scale)
 
 
@@ -72,7 +73,7 @@ def save(
             world_rank=rank,
             pupils=pupils,
             plan=SimpleNamespace(placements=placements, num_ranks=2),
-            teacher=SimpleNamespace(anchor=None),
+            teacher=SimpleNamespace(anchor_state=dict),
         )
         teller: Any = Teller()
         saver = Saver(keeping, teller, (PHASE, step - 10))

