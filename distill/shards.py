@@ -109,6 +109,10 @@ class PieceShards:
         self._zero, self._names, self._group = zero, names, group
         self.weights: list[Tensor] = list(zero.fp32_partitioned_groups_flat)
         self.computed_with: list[Tensor] = list(zero.fp16_partitioned_groups_flat)
+        rank = dist.get_rank(group)
+        for own in (self.weights, self.computed_with):
+            for _, parameter, piece in self._pieces(own):  # padding is whatever lay in memory
+                piece[max(0, parameter.ds_numel - rank * piece.numel()) :].zero_()
 
     def whole(self, own: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """As the protocol; one all-gather per parameter, so that only one is ever whole."""

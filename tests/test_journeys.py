@@ -446,6 +446,7 @@ def test_train__a_killed_rank_ends_the_job_and_is_named(recipe: Path, tmp_path: 
     while not is_in(tmp_path / "tiny" / "status.json", "family"):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
+    time.sleep(2.0)  # four heartbeats: each rank has told that it is in this phase
     import psutil
 
     ranks = [
