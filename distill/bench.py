@@ -67,7 +67,10 @@ TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class Request:
-    """What to measure. ``slow_rank`` (with ``sleep_s``) works ``slow_factor`` times as long."""
+    """What to measure. ``slow_rank`` (with ``sleep_s``) works ``slow_factor`` times as long.
+
+    ``index``: a folder with the index of the recipe's images; synthetic ones where it is None.
+    """
 
     recipe: str
     overrides: tuple[str, ...]
@@ -78,6 +81,17 @@ class Request:
     sleep_s: float | None
     slow_rank: int | None
     slow_factor: float
+    index: str | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """Turns of each mode."""
+        return -(-self.num_steps // BLOCK)
+
+
+def block_steps(lookahead: int) -> int:
+    """Steps of a turn: the first ones fill the look-ahead, the last ones use it up, neither is counted."""
+    return BLOCK + 2 * lookahead + 1
 
 
 def measure(request: Request) -> dict[str, Any]:
@@ -114,8 +128,12 @@ def measure(request: Request) -> dict[str, Any]:
 
 
 def _family(request: Request) -> tuple[FamilyRecipe, TeacherShape]:
+    """The recipe, long enough for what is measured, and its teacher."""
     recipe, teacher = load_job(request.recipe, request.overrides)
     assert isinstance(recipe, FamilyRecipe), "checked by the command"
+    least = request.warmup_steps + request.num_blocks * block_steps(recipe.engine.lookahead)
+    steps = {"steps": max(recipe.schedule.steps, least)}
+    recipe = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update=steps)})
     return recipe, teacher_shape(recipe, teacher, has_files=False)
 
 
@@ -211,7 +229,9 @@ class _Bench:
     def _phase(self, recipe: FamilyRecipe) -> Phase:
         plan = plan_family(recipe, self.shape, self.request.num_ranks)
         groups = make_groups(plan, TIMEOUT)
-        site = Site(self.device, Path(), _no_images())
+        folder = self.request.index
+        index = _no_images() if folder is None else ImageIndex.load(Path(folder))
+        site = Site(self.device, Path(folder or ""), index)
         scene = Scene(recipe, plan, groups, site, self.shape.spec, self._tell)
         if self.scale is None:
             assert self.teacher is not None, "only sleeps need no teacher"
@@ -219,6 +239,8 @@ class _Bench:
             phase = family_phase(scene, self.teacher, self.shape, starts)
         else:
             phase = self._sleeping_phase(scene, recipe, groups)
+        if folder is not None:
+            return phase
         loader = SyntheticLoader(
             recipe, phase, self.rank, self.device, is_tiny=self.scale is not None
         )
@@ -271,12 +293,10 @@ class _Bench:
         request = self.request
         steps_done = dict.fromkeys(self.phases, 0)
         witnesses: dict[str, list[_Witness]] = {name: [] for name in self.phases}
-        num_blocks = -(-request.num_steps // BLOCK)
+        num_blocks = request.num_blocks
         for block in range(-1 if request.warmup_steps else 0, num_blocks):
             for name, phase in self.phases.items():
-                # the first steps fill the look-ahead, the last ones use it up: neither is counted
-                extra = 2 * phase.lookahead + 1
-                length = request.warmup_steps if block < 0 else BLOCK + extra
+                length = request.warmup_steps if block < 0 else block_steps(phase.lookahead)
                 dist.barrier()
                 witness = _Witness()
                 start = steps_done[name]

@@ -7,9 +7,11 @@ lacks something; 4 a rank died or hung; 130 saved and stopped by Ctrl-C. With ``
 import json
 import os
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -359,7 +361,7 @@ def bench(
         str | None, typer.Option("--slow", help="RANK=FACTOR: with --sleep, a slow rank.")
     ] = None,
     data: Annotated[
-        str, typer.Option("--data", help="loader: synthetic images, or the recipe's.")
+        str, typer.Option("--data", help="synthetic images, or the recipe's.")
     ] = "synthetic",
     images: Annotated[int, typer.Option("--images", min=1, help="loader: images per block.")] = 256,
     json_file: Annotated[
@@ -371,7 +373,7 @@ def bench(
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
-    """Measure a family's throughput against the published procedure and separate jobs, on synthetic images.
+    """Measure a family's throughput against the published procedure and separate jobs.
 
     ``distill bench loader RECIPE`` measures the image loader against Pillow instead.
     """
@@ -394,6 +396,10 @@ def bench(
     slow_rank, slow_factor = _slow(slow)
     if slow_rank is not None and sleep is None:
         raise RecipeError("--slow needs --sleep", fix="Add --sleep 0.5.")
+    if data not in ("synthetic", "recipe"):
+        raise RecipeError(f"--data {data}: not known", fix="Write synthetic or recipe.")
+    if data == "recipe" and sleep is not None:
+        raise RecipeError("--data recipe: who sleeps looks at no image", fix="Leave --sleep away.")
 
     from distill.bench import Request, draw, measure, save_report, tables
 
@@ -401,7 +407,13 @@ def bench(
     request = Request(
         recipe, tuple(texts), tuple(modes), num_ranks, steps, warmup, sleep, slow_rank, slow_factor
     )
-    report = measure(request)
+    with tempfile.TemporaryDirectory() as folder:
+        if data == "recipe":
+            from distill.prepare import training_index
+
+            training_index(loaded.data, Path("runs/.photographs")).save(Path(folder) / "index")
+            request = replace(request, index=str(Path(folder) / "index"))
+        report = measure(request)
     if json_file is not None:
         save_report(report, json_file)
     if picture is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.test_journeys import distill
+from tests.test_journeys import distill, write_images
 
 TINY = """\
 name: tiny
@@ -53,6 +53,13 @@ def test_bench__networks_in_every_mode(recipe: Path, tmp_path: Path) -> None:
         assert picture.size[0] > 100
 
 
+def test_bench__on_the_recipes_images(recipe: Path, tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images")
+    report = run(recipe, f"data.sources=[{images}]", "--data", "recipe", "--against", "none")
+    assert report["modes"]["ours"]["step_s"]["median"] > 0
+    assert not (Path("bad_samples.jsonl")).exists()
+
+
 def test_bench__sleeps_take_the_planned_time(recipe: Path) -> None:
     report = run(recipe, "--sleep", "0.2", "--against", "published")
     ours = report["modes"]["ours"]
@@ -66,6 +73,8 @@ def test_bench__says_what_is_wrong(recipe: Path) -> None:
     for words, message in (
         (("--slow", "1=2"), "--slow needs --sleep"),
         (("--slow", "x", "--sleep", "1"), "--slow x: not RANK=FACTOR"),
+        (("--data", "mine"), "--data mine: not known"),
+        (("--data", "recipe", "--sleep", "1"), "--data recipe: who sleeps looks at no image"),
         (("--against", "yesterday"), "--against yesterday: not known"),
     ):
         ended = distill("bench", str(recipe), *words)
