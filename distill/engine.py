@@ -218,11 +218,10 @@ class Engine:
             def whole(name: str, kind: str = kind) -> Tensor:
                 return tensors[f"{kind}/{name}"]
 
-            own = self._shards.own(whole)
             if kind == "weight":
-                self._shards.load(own, whole)
+                self._shards.load(whole)
                 continue
-            for state, part in zip(self._states, own, strict=True):
+            for state, part in zip(self._states, self._shards.own(whole), strict=True):
                 state[kind].copy_(part)
         for state in self._states:
             state["step"].copy_(tensors["step"][0])

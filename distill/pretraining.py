@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from distill import schedule
@@ -27,6 +26,7 @@ from distill.assemble import (
     traits_of,
 )
 from distill.depth import draw_kept
+from distill.disk import rename, write_file
 from distill.errors import CheckpointError
 from distill.groups import Groups
 from distill.loop import Phase
@@ -41,6 +41,7 @@ from distill.recipe import (
     StageSpec,
     TeacherRecipe,
 )
+from distill.tensor_file import encode, read_tensors
 from students.catalog import BackboneSpec, build_backbone
 from students.student import build_heads, build_network, seeded
 from teacher.batch import LessonBatch
@@ -174,8 +175,8 @@ class Pretraining:
         aside = path.with_suffix(".part")
         prefix = "backbone."
         backbone = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        save_file(backbone, aside)
-        aside.rename(path)
+        write_file(aside, encode(backbone))
+        rename(aside, path)
 
     def _read_snapshot(self, moment: str) -> dict[str, Tensor]:
         path = self._snapshot(moment)
@@ -184,7 +185,7 @@ class Pretraining:
                 f"{path}: the network at {moment}, which a Gram stage starts from, is missing",
                 fix="Put it back, or start over with --fresh.",
             )
-        return load_file(path)
+        return read_tensors(path)
 
     def _snapshot(self, moment: str) -> Path:
         return self._site.run_folder / "anchors" / f"{moment}.safetensors"

@@ -188,6 +188,11 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
             )
 
 
+def _is_whole(pixels: float, stride: int) -> bool:
+    """A side that comes of a factor is whole pixels and whole patches."""
+    return abs(pixels - round(pixels)) <= 1e-6 and round(pixels) % stride == 0
+
+
 def _scale_rules(parts: Parts, place: Loc, stride: int, scale: float) -> Iterator[Problem]:
     """Every crop at a student's scale must be whole patches of it."""
     for key in (("global", "size"), ("local", "size"), ("eval_size",)):
@@ -195,7 +200,7 @@ def _scale_rules(parts: Parts, place: Loc, stride: int, scale: float) -> Iterato
         if size is None or (key[0] == "local" and parts.get(("crops", "local", "count")) == 0):
             continue
         seen = size * scale
-        if abs(seen - round(seen)) > 1e-6 or round(seen) % stride:
+        if not _is_whole(seen, stride):
             name = ".".join(("crops", *key))
             told = f"{scale} of {name} = {size} is {seen:g} px, not a multiple of the patch of {stride}"
             yield (*place, "crop_scale"), told
@@ -248,7 +253,7 @@ def _stage_crop_rules(parts: Parts, index: int, arch: str, stride: int) -> Itera
         if times is None or size is None or size % stride:
             continue
         seen = size * times
-        if abs(seen - round(seen)) > 1e-6 or round(seen) % stride:
+        if not _is_whole(seen, stride):
             told = (
                 f"{times:g} times {size} px is {seen:g} px, not a multiple of the patch of {stride}"
             )

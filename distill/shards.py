@@ -30,7 +30,7 @@ class Shards(Protocol):
         """This rank's part of whole tensors. No communication."""
         ...
 
-    def load(self, weights: Sequence[Tensor], whole: Callable[[str], Tensor]) -> None:
+    def load(self, whole: Callable[[str], Tensor]) -> None:
         """Sets the master weights and what the network computes with. No communication."""
         ...
 
@@ -70,17 +70,14 @@ class FlatShards:
 
     def own(self, whole: Callable[[str], Tensor]) -> list[Tensor]:
         """As the protocol."""
-        rank, parts = dist.get_rank(self._group), []
-        for index, shard in enumerate(self.weights):
-            flat = self._assembled(index, whole)
-            parts.append(flat[rank * shard.numel() : (rank + 1) * shard.numel()])
-        return parts
+        return [self._part(self._assembled(index, whole)) for index in range(len(self.weights))]
 
-    def load(self, weights: Sequence[Tensor], whole: Callable[[str], Tensor]) -> None:
+    def load(self, whole: Callable[[str], Tensor]) -> None:
         """As the protocol."""
-        for index, (shard, part) in enumerate(zip(self.weights, weights, strict=True)):
-            shard.copy_(part)
-            self.computed_with[index].copy_(self._assembled(index, whole))
+        for index, (shard, flat) in enumerate(zip(self.weights, self.computed_with, strict=True)):
+            values = self._assembled(index, whole)
+            shard.copy_(self._part(values))
+            flat.copy_(values)
 
     def show_weights(self) -> None:
         """As the protocol; one all-gather per parameter group."""
@@ -92,6 +89,10 @@ class FlatShards:
         dtype = next(iter(targets.values())).dtype
         for name, value in self.whole(own, dtype):
             targets[name].copy_(value)
+
+    def _part(self, values: Tensor) -> Tensor:
+        """This rank's part of a whole buffer."""
+        return values.chunk(dist.get_world_size(self._group))[dist.get_rank(self._group)]
 
     def _assembled(self, index: int, whole: Callable[[str], Tensor]) -> Tensor:
         flat = self.computed_with[index]
@@ -129,9 +130,9 @@ class PieceShards:
             piece[: len(values)].copy_(values)
         return parts
 
-    def load(self, weights: Sequence[Tensor], whole: Callable[[str], Tensor]) -> None:  # noqa: ARG002  # stages 1 and 2 compute with whole weights
+    def load(self, whole: Callable[[str], Tensor]) -> None:
         """As the protocol."""
-        for shard, part in zip(self.weights, weights, strict=True):
+        for shard, part in zip(self.weights, self.own(whole), strict=True):
             shard.copy_(part)
         self.show_weights()
 
