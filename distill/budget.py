@@ -7,6 +7,7 @@ channel and block for a transformer in bf16 with a fused attention (Korthikanti 
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,7 @@ class Memory:
     @property
     def total(self) -> float:
         """All parts together."""
-        return float(sum(asdict(self).values()))
+        return float(sum(vars(self).values()))
 
     def describe(self) -> str:
         """The total and the largest parts, for people."""
@@ -114,7 +115,7 @@ class Needs:
         """The rank that needs most."""
         return self.memory[self.fullest_rank]
 
-    @property
+    @cached_property
     def fullest_rank(self) -> int:
         """Its number."""
         return max(range(len(self.memory)), key=lambda rank: self.memory[rank].total)

@@ -595,7 +595,7 @@ def plan_tables(job: "JobPlan", device: "Device") -> list[Table]:
     for placement, image_s in zip(plan.placements, plan.image_s, strict=True):
         ranks = placement.world_ranks
         shown = str(ranks.start) if len(ranks) == 1 else f"{ranks.start}-{ranks.stop - 1}"
-        seconds = image_s * max(len(part) for part in placement.slices)
+        seconds = image_s * placement.largest_slice
         table.add_row(placement.name, shown, _sizes(placement.slices), f"{seconds:.3g}")
     low, high = (plan.teach_s * each(plan.mean_shares) for each in (min, max))
     spread = f"{low:.3g} to {high:.3g}" if high > low else f"{low:.3g}"

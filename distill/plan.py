@@ -73,11 +73,15 @@ class Placement:
         Whole KoLeo groups where the slice is.
         """
         own = self.slice_of(world_rank)
-        most = max(len(part) for part in self.slices)
-        count = 1 if micro_batch is None else -(-most // micro_batch)
+        count = 1 if micro_batch is None else -(-self.largest_slice // micro_batch)
         unit = KOLEO_GROUP if own.start % KOLEO_GROUP == 0 == len(own) % KOLEO_GROUP else 1
         borders = [unit * (len(own) // unit * part // count) for part in range(count + 1)]
         return tuple(slice(start, stop) for start, stop in pairwise(borders))
+
+    @cached_property
+    def largest_slice(self) -> int:
+        """Images of the rank that trains on most."""
+        return max(map(len, self.slices))
 
     @property
     def koleo_is_local(self) -> bool:

@@ -18,6 +18,7 @@ from distill.cost import (
     teaching_tflops,
     training_tflops,
 )
+from distill.data.masks import mean_masked
 from distill.errors import PlanError
 from distill.plan import Plan, Work, make_plan, without
 from distill.recipe import (
@@ -70,8 +71,8 @@ def heads_of_student(student: StudentSpec, spec: BackboneSpec, heads: Heads) -> 
 
 
 def crop_shapes(recipe: Recipe, grid_hw: tuple[int, int]) -> CropShapes:
-    """Sizes and counts for the cost model; two global crops, each masked with the recipe's probability and mean ratio."""
-    masked = 2 * recipe.masks.probability * sum(recipe.masks.ratio) / 2 * grid_hw[0] * grid_hw[1]
+    """Sizes and counts for the cost model; masked patches at their mean."""
+    masked = mean_masked(grid_hw, probability=recipe.masks.probability, ratio=recipe.masks.ratio)
     return CropShapes(
         recipe.crops.global_.size, recipe.crops.local.size, recipe.crops.local.count, masked
     )

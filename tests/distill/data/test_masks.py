@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.data.masks import draw_masks, mask_counts
+from distill.data.masks import draw_masks, mask_counts, mean_masked
 
 WANTED = {"grid_hw": (8, 8), "probability": 0.5, "ratio": (0.1, 0.5)}
 
@@ -55,6 +55,18 @@ def test_mask_counts__half_of_the_crops_at_evenly_spread_ratios() -> None:
     ratios = counts[counts > 0] / 64
     assert ratios.min() >= 0.09 and ratios.max() < 0.5  # counts are rounded down to whole patches
     assert ratios.mean() == pytest.approx(0.3 - 0.5 / 64, abs=0.005)
+
+
+@pytest.mark.parametrize("ratio", [(0.1, 0.5), (0.3, 0.3), (0.0, 1.0)])
+@pytest.mark.parametrize("grid_hw", [(8, 8), (16, 16), (6, 10)])
+def test_mean_masked__is_the_mean_of_what_is_drawn(
+    grid_hw: tuple[int, int], ratio: tuple[float, float]
+) -> None:
+    counts = mask_counts(
+        seed=3, step=0, images_global=20_000, grid_hw=grid_hw, probability=0.5, ratio=ratio
+    )
+    expected = mean_masked(grid_hw, probability=0.5, ratio=ratio)
+    assert counts.sum(axis=1).mean() == pytest.approx(expected, rel=1e-3)
 
 
 def test_draw_masks__are_made_of_blocks() -> None:
