@@ -45,3 +45,7 @@ class SetupError(UserError):
     """The machine lacks something: a device, a library, disk space."""
 
     exit_code = 3
+
+
+class StudentError(Exception):
+    """A student failed on one rank of its group and is parked; this attempt of the job ends, the next goes on without it."""

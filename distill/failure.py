@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch.distributed as dist
 
-from distill.errors import UserError
+from distill.errors import StudentError, UserError
 from distill.pulse import Sign, process_state, read_signs
 
 FILE = "failure.json"
@@ -29,12 +29,12 @@ CONNECTION_WORDS = ("onnection", "gloo", "NCCL", "ncclSystemError", "Broken pipe
 SETTLE_S = 3.0  # for ranks that are ending to say so
 FAR_S = 3.0  # silence of a rank on another host that is taken for death; six beats
 
-FailureKind = Literal["user", "error", "died", "hung"]
+FailureKind = Literal["user", "student", "error", "died", "hung"]
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The first cause. ``kind``: "user" needs a person, the others may go away when started again."""
+    """The first cause. ``kind``: "user" needs a person; "student" is parked already, so the next start is without it; the others may go away when started again."""
 
     kind: FailureKind
     message: str
@@ -69,7 +69,7 @@ def failure_of(error: BaseException, sign: Sign, run_folder: Path) -> Failure:
         return Failure("user", error.message, error.fix, error.exit_code, traceback.format_exc())
     text = (str(error).strip().splitlines() or ["no message"])[0]
     return Failure(
-        "error",
+        "student" if isinstance(error, StudentError) else "error",
         f"{sign.describe()}; {type(error).__name__}: {text}",
         f"The traceback is in {run_folder / FILE}; the same command resumes.",
         1,

@@ -10,9 +10,9 @@ gradients, and the norm that the group reduces anyway is not finite (``distill.e
 after that follows from the number of skipped steps, which is the same on every rank of the group.
 What was wrong is looked for only then: a few device syncs and one small all-reduce.
 
-An exception on one rank of a larger group leaves the others inside a collective. That student is
-parked by a file and the attempt ends; the next one (--max-restarts, or the same command) goes on
-without it. Alone on its ranks it is parked in place.
+An exception on one rank of a larger group leaves the others inside a collective that gloo cannot
+leave. That student is parked by a file and the attempt ends; the next one, which the launcher starts
+at once, goes on without it from the last checkpoint. Alone on its rank it is parked in place.
 
 The last good state is refreshed at every save, before which each network shows that it is finite:
 what is saved can be gone on from. Parked networks are named in ``parked/<name>.json`` of the run
@@ -30,6 +30,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.engine import Kept
+from distill.errors import StudentError
 from distill.events import Event, EventKind, note
 from distill.failure import is_lost_connection
 from distill.metrics import write_json
@@ -42,10 +43,6 @@ if TYPE_CHECKING:
 
 IN_A_ROW = 3
 ROLL_BACKS = 3
-
-
-class StudentError(RuntimeError):
-    """A student failed in the middle of its group's step; it is parked, and the attempt ends."""
 
 
 @dataclass

@@ -36,6 +36,7 @@ from distill.watchdog import Watchdog, end_ranks
 LOOK_S = 0.25
 KINDS: dict[FailureKind, EventKind] = {
     "user": "failed",
+    "student": "failed",
     "error": "failed",
     "died": "died",
     "hung": "hung",
@@ -79,17 +80,20 @@ class Supervisor:
         self._has_failed, self._start_error = False, ""
 
     def run(self) -> Failure | None:
-        """Returns when the job has ended: None for a good end, or why the last attempt failed."""
-        for restart in range(self._max_restarts + 1):
-            failure = self._attempt()
-            if failure is None:
-                return None
+        """Returns when the job has ended: None for a good end, or why the last attempt failed.
+
+        A start without a student that was parked is not counted: there are at most as many as students.
+        """
+        num_restarts = 0
+        while (failure := self._attempt()) is not None:
             note(self._run_folder, Event(KINDS[failure.kind], failure.message))
-            is_last = restart == self._max_restarts or is_asked(self._run_folder, STOP)
-            if failure.kind == "user" or is_last:
+            is_counted = failure.kind != "student"
+            is_last = is_counted and num_restarts == self._max_restarts
+            if failure.kind == "user" or is_last or is_asked(self._run_folder, STOP):
                 break
-            told = f"restart {restart + 1} of {self._max_restarts}, from the last checkpoint"
-            note(self._run_folder, Event("restarted", told))
+            num_restarts += is_counted
+            told = f"restart {num_restarts} of {self._max_restarts}" if is_counted else "restarted"
+            note(self._run_folder, Event("restarted", f"{told}, from the last checkpoint"))
         return failure
 
     def _attempt(self) -> Failure | None:
