@@ -84,13 +84,13 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(NUM_IMAGES):
         coarse = np.random.default_rng(i).integers(0, 255, (6, 8, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize((64, 48)).save(folder / f"{i:02}.png")
+    # written once, before any rank starts: ranks that write and read one file meet half of it
+    (folder.parent / "pretraining.yaml").write_text(RECIPE.replace("IMAGES", str(folder)))
     return folder
 
 
 def recipe_of(images: Path, *overrides: str) -> TeacherRecipe:
-    path = images.parent / "recipe.yaml"
-    path.write_text(RECIPE.replace("IMAGES", str(images)))
-    recipe = load_recipe(path, list(overrides))
+    recipe = load_recipe(images.parent / "pretraining.yaml", list(overrides))
     assert isinstance(recipe, TeacherRecipe)
     return recipe
 
@@ -172,16 +172,41 @@ def two(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     return on_ranks(2, pretrain, images, tmp_path_factory.mktemp("two"), *GENTLE)[0]
 
 
+UNCLIPPED = (*GENTLE, "schedule.clip=1000")
+
+
+@pytest.fixture(scope="module")
+def unclipped(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two processes, ZeRO 1, gradients as they are."""
+    return on_ranks(2, pretrain, images, tmp_path_factory.mktemp("unclipped"), *UNCLIPPED)[0]
+
+
 @pytest.mark.parametrize("zero", [2, 3])
-def test_pretraining__zero_stages_give_the_same_losses(
-    zero: int, images: Path, two: dict[str, Any], tmp_path: Path
+def test_pretraining__zero_stages_give_the_same_bits(
+    zero: int, images: Path, unclipped: dict[str, Any], tmp_path: Path
+) -> None:
+    """Two addends have one sum: without clipping nothing is left to be added in another order."""
+    found = on_ranks(2, pretrain, images, tmp_path, f"engine.zero={zero}", *UNCLIPPED)[0]
+    assert found["losses"] == unclipped["losses"]
+    for name, tensor in unclipped["ema"].items():
+        # measured 7e-12: the optimizer's vector loops end at other elements of a shard
+        torch.testing.assert_close(found["ema"][name], tensor, rtol=0, atol=1e-9)
+    if zero == 3:  # EMA and anchor are sharded; heads are not
+        assert found["held"] < 0.8 * unclipped["held"]
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_pretraining__zero_stages_clip_alike(
+    zero: int,
+    images: Path,
+    two: dict[str, Any],
+    unclipped: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     found = on_ranks(2, pretrain, images, tmp_path, f"engine.zero={zero}", *GENTLE)[0]
-    assert found["losses"] == pytest.approx(two["losses"], rel=1e-6)
-    for name, tensor in two["ema"].items():
-        torch.testing.assert_close(found["ema"][name], tensor, rtol=0, atol=2e-6)
-    if zero == 3:  # EMA and anchor are sharded; heads are not
-        assert found["held"] < 0.8 * two["held"]
+    # ZeRO 3 sums the norm in another order: 2e-7 to 3e-6 over twelve steps, by instruction set
+    assert found["losses"] == pytest.approx(two["losses"], rel=2e-5)
+    assert unclipped["losses"] != pytest.approx(two["losses"], rel=1e-3)  # clipping is at work
 
 
 def test_pretraining__layouts_give_nearly_the_same_losses(
@@ -213,7 +238,9 @@ def test_pretraining__one_block_of_the_7b(precision: str, images: Path, tmp_path
         "crops.local.count=0",
         "schedule.freeze_prototypes=0",
     ]
-    found = on_ranks(1, pretrain, images, tmp_path, *words, f"engine.precision={precision}")[0]
+    words.append(f"engine.precision={precision}")
+    # without bf16 instructions a core takes 44 s for one backward pass
+    found = on_ranks(1, pretrain, images, tmp_path, *words, timeout_s=600.0)[0]
     first, last = found["losses"]
     assert np.isfinite(first) and last < first
 
