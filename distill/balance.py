@@ -8,14 +8,13 @@ bit.
 """
 
 from collections.abc import Callable, Sequence
-from statistics import median
+from statistics import median_low
 from typing import Protocol, runtime_checkable
 
 import torch.distributed as dist
 
 from distill.ballot import Ballot, gather_rows
-from distill.data.feed import PREPARED
-from distill.data.loader import PREFETCH
+from distill.data.loader import STEPS_AHEAD
 from distill.plan import Timetable, rebalanced
 from distill.stopwatch import Stopwatch
 
@@ -51,7 +50,7 @@ class Balancer:
         self._ballot = Ballot(group, lookahead)
         self._loader, self._teaching, self._training = loader, *clocks
         self._every = every
-        self._delay = lookahead + PREFETCH + PREPARED + MARGIN
+        self._delay = lookahead + STEPS_AHEAD + MARGIN
         self._tell = tell
         self._known_slow: set[int] = set()
         self._known_s: dict[int, float] = {}
@@ -91,7 +90,8 @@ class Balancer:
             return  # a network finishes: what was measured says nothing about what comes
         plan = self._timetable.at(step)
         measured, student_s = zip(*everyone, strict=True)
-        typical = median(seconds for seconds in measured if seconds > 0)
+        # of two ranks the faster is the usual one: between them, neither would stand out
+        typical = median_low(seconds for seconds in measured if seconds > 0)
         # a rank that taught nothing this time is as fast as it was
         each = [now or self._known_s.get(r, typical) for r, now in enumerate(measured)]
         self._known_s = dict(enumerate(each))

@@ -86,6 +86,7 @@ def _compare(
     reference.start(WARMUP_STEPS)
     for step in range(WARMUP_STEPS):
         loader.fetch(step)
+    time.sleep(SETTLE_S)
     blocks: dict[str, list[float]] = {name: [] for name in ("loader", "loader_wall", *REFERENCES)}
     for block in range(BLOCKS):
         say(f"{name}: block {block + 1} of {BLOCKS}")

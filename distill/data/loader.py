@@ -1,27 +1,29 @@
 """A rank's share of every batch, decoded ahead of the caller.
 
-The loader owns a DALI pipeline and the feed in front of it. What a step holds is a function of
-(seed, step, positions); going to any step is a rebuild, not a replay. Positions may change from step
-to step: the pipeline is built for the most there are.
+The loader owns a DALI pipeline, the feed in front of it, and a thread that runs it, so that the
+caller waits neither for the decoder nor for handing it its inputs. What a step holds is a function
+of (seed, step, positions); going to any step is a rebuild, not a replay. Positions may change from
+step to step: the pipeline is built for the most there are.
 
 An image that passed the feed's checks and still cannot be decoded makes the pipeline unusable. Then each
 image in it is decoded alone, the culprit is marked, and the same step is prepared again without it.
 """
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from distill.data.crops import NUM_GLOBAL, CropSchedule, CropSpec, source_outputs
-from distill.data.feed import Feed, Prepared
+from distill.data.feed import PREPARED, Feed, Prepared
 from teacher.batch import CropBatch
 
-PREFETCH = 2  # batches decoded ahead of the caller
+PREFETCH = 2  # batches in the decoder, beside the one that waits for the caller
+STEPS_AHEAD = PREPARED + PREFETCH + 1  # of the caller: other positions for these cost a rebuild
+Batch = tuple[Prepared, list[Tensor]]  # what was asked for, and the crops
 
 
 class Loader:
@@ -48,7 +50,9 @@ class Loader:
         self._num_threads, self._device = num_threads, device
         self._device_id = device.index if device.type == "cuda" else None
         self._pipeline: Any = None
-        self._in_pipeline: list[Prepared] = []
+        self._in_pipeline: list[Prepared] = []  # as the pipeline, the thread's while it runs
+        self._running = ThreadPoolExecutor(1, "decode")
+        self._ahead: Future[Batch] | None = None
         self.wait_s = 0.0
 
     def fetch(self, step: int) -> CropBatch:
@@ -61,12 +65,15 @@ class Loader:
         if not len(self._feed.positions(step)):
             return self._nothing(spec)
         started = time.perf_counter()
-        outputs, colours = self._run(step)
-        num_crops = spec.num_crops
+        prepared, outputs = self._take(step)
+        anchors = outputs.pop() if spec.anchor_size is not None else None
+        colours = prepared.colours
         batch = CropBatch(
-            global_crops=torch.stack(outputs[:NUM_GLOBAL], dim=1),
-            local_crops=self._stack_locals(spec, outputs[NUM_GLOBAL:num_crops], len(outputs[0])),
-            anchor_crops=torch.stack(outputs[num_crops:], dim=1) if outputs[num_crops:] else None,
+            global_crops=outputs[0],
+            local_crops=outputs[1]
+            if spec.num_local
+            else self._empty(len(outputs[0]), 0, spec.local_size),
+            anchor_crops=anchors,
             colours=None if colours is None else torch.from_numpy(colours).to(self._device),
         )
         self.wait_s += time.perf_counter() - started
@@ -81,27 +88,36 @@ class Loader:
     def close(self) -> None:
         """Lets go of the pipeline and of all threads."""
         self._drop()
+        self._running.shutdown()
         self._feed.close()
 
     def _drop(self) -> None:
-        self._pipeline, self._in_pipeline = None, []
+        if self._ahead is not None:
+            wait([self._ahead])
+        self._pipeline, self._in_pipeline, self._ahead = None, [], None
 
-    def _run(self, step: int) -> tuple[list[Tensor], NDArray[np.float32] | None]:
-        """The decoder's outputs for a step, without images that it refuses, and the sources' colours."""
+    def _take(self, step: int) -> Batch:
+        """A step without images that the decoder refuses; the thread goes on with the next."""
         while True:
-            if self._pipeline is None:
+            if self._ahead is None:
                 self._rebuild(step)
+                self._ahead = self._running.submit(self._run)
             try:
-                outputs = self._pipeline.run()
+                batch = self._ahead.result()
             except RuntimeError:
                 if not self._find_refused():
                     raise
                 self._drop()
                 continue
-            prepared = self._in_pipeline.pop(0)
-            if prepared.step == step and prepared.positions == self._feed.positions(step):
-                return [from_dlpack(output.as_tensor()) for output in outputs], prepared.colours
+            if batch[0].step == step and batch[0].positions == self._feed.positions(step):
+                self._ahead = self._running.submit(self._run)
+                return batch
             self._drop()  # another step is wanted, or other positions than when it was prepared
+
+    def _run(self) -> Batch:
+        """The decoder's next batch. The thread's work."""
+        outputs = self._pipeline.run()
+        return self._in_pipeline.pop(0), [from_dlpack(output.as_tensor()) for output in outputs]
 
     def _rebuild(self, step: int) -> None:
         from distill.data.pipeline import build_pipeline  # what only plans needs no decoder
@@ -117,7 +133,7 @@ class Loader:
         )
 
     def _next(self) -> tuple[Any, ...]:
-        """The next step's images and parameters; called by DALI ahead of ``fetch``."""
+        """The next step's images and parameters; called by DALI, on the thread."""
         prepared = self._feed.take()
         if prepared is None:  # DALI works ahead: something that nobody will fetch
             prepared = self._in_pipeline[-1]
@@ -138,21 +154,16 @@ class Loader:
             self._feed.refuse(*list(images.items())[number])
         return bool(refused)
 
-    def _stack_locals(self, spec: CropSpec, crops: list[Tensor], num_images: int) -> Tensor:
-        if crops:
-            return torch.stack(crops, dim=1)
-        size = spec.local_size
-        return torch.empty(num_images, 0, 3, size, size, dtype=torch.uint8, device=self._device)
-
     def _nothing(self, spec: CropSpec) -> CropBatch:
         """No images, with the right shapes for an exchange."""
-
-        def empty(num_crops: int, size: int) -> Tensor:
-            return torch.empty(0, num_crops, 3, size, size, dtype=torch.uint8, device=self._device)
-
+        anchors = spec.anchor_size
         return CropBatch(
-            empty(NUM_GLOBAL, spec.global_size),
-            empty(spec.num_local, spec.local_size),
-            None if spec.anchor_size is None else empty(NUM_GLOBAL, spec.anchor_size),
+            self._empty(0, NUM_GLOBAL, spec.global_size),
+            self._empty(0, spec.num_local, spec.local_size),
+            None if anchors is None else self._empty(0, NUM_GLOBAL, anchors),
             torch.empty(0, 2, 3, device=self._device) if self._feed.has_colours else None,
         )
+
+    def _empty(self, num_images: int, num_crops: int, size: int) -> Tensor:
+        shape = (num_images, num_crops, 3, size, size)
+        return torch.empty(shape, dtype=torch.uint8, device=self._device)

@@ -13,13 +13,14 @@ from typing import Any, no_type_check
 
 import numpy as np
 from numpy.typing import NDArray
-from nvidia.dali import fn, types
+from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import pipeline_def
 
 from distill.data.crops import NUM_GLOBAL, CropSpec
 
 Source = Callable[[], tuple[Any, ...]]
 BLUR_WINDOW = 9  # pixels; torchvision's kernel in the published augmentation
+BLUR_OFFSETS = np.arange(BLUR_WINDOW, dtype=np.float32) - BLUR_WINDOW // 2
 SOLARISE_THRESHOLD = 128
 
 
@@ -31,7 +32,7 @@ def build_pipeline(
     device_id: int | None,
     prefetch: int,
 ) -> Any:
-    """A built pipeline whose outputs are global, local and anchor crops, uint8 [images, 3, height, width] each.
+    """A built pipeline whose outputs are global, local and anchor crops, those there are, each uint8 [images, crops, 3, height, width].
 
     ``source`` gives what ``source_outputs`` makes of a batch; of ``spec`` only the numbers of crops
     count, sizes come with each batch.
@@ -52,17 +53,16 @@ def build_pipeline(
         )
         sizes, parameters = inputs[:num_sizes], inputs[num_sizes:]
         image = _decode(encoded, device_id)
-        crops, anchors = [], []
+        crops, anchors = [], []  # height, width, channel
         for crop in range(num_crops):
             window, photometric = parameters[crop], parameters[num_crops + crop]
             is_global = crop < NUM_GLOBAL
             resized = _resize(image, window, sizes[0] if is_global else sizes[1])
-            crops.append(
-                fn.transpose(_distort(resized, photometric, can_solarise=crop == 1), perm=[2, 0, 1])
-            )
+            crops.append(_distort(resized, photometric, device_id, can_solarise=crop == 1))
             if is_global and spec.anchor_size is not None:
-                anchors.append(fn.transpose(_resize(image, window, sizes[-1]), perm=[2, 0, 1]))
-        return (*crops, *anchors)
+                anchors.append(_resize(image, window, sizes[-1]))
+        kinds = crops[:NUM_GLOBAL], crops[NUM_GLOBAL:], anchors
+        return tuple(fn.transpose(fn.stack(*kind), perm=[0, 3, 1, 2]) for kind in kinds if kind)
 
     pipeline = graph()
     pipeline.build()
@@ -82,19 +82,34 @@ def _resize(image: Any, window: Any, size: Any) -> Any:
 
 
 @no_type_check
-def _distort(crop: Any, photometric: Any, *, can_solarise: bool) -> Any:
+def _distort(crop: Any, photometric: Any, device_id: int | None, *, can_solarise: bool) -> Any:
     brightness, contrast, saturation, hue = (photometric[i] for i in range(4))
     if (brightness != 1.0) | (contrast != 1.0) | (saturation != 1.0) | (hue != 0.0):
         crop = fn.color_twist(
             crop, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue
         )
     if photometric[4] > 0.0:
-        crop = fn.gaussian_blur(crop, window_size=BLUR_WINDOW, sigma=photometric[4])
+        crop = _blur(crop, photometric[4], device_id)
     if can_solarise:  # noqa: SIM102  # decided in Python, the next line per sample in the graph
         if photometric[5] > 0.5:
             keep = crop < SOLARISE_THRESHOLD
             crop = keep * crop + (keep ^ True) * (types.Constant(255, dtype=types.UINT8) - crop)
     return crop
+
+
+@no_type_check
+def _blur(crop: Any, sigma: Any, device_id: int | None) -> Any:
+    """Gaussian of nine taps, borders mirrored.
+
+    On a CPU DALI's own takes six times as long as its filter along each axis, whose two roundings
+    differ from one by a level.
+    """
+    if device_id is not None:
+        return fn.gaussian_blur(crop, window_size=BLUR_WINDOW, sigma=sigma)
+    taps = math.exp(types.Constant(-0.5 * BLUR_OFFSETS**2) / (sigma * sigma))
+    taps = taps / fn.reductions.sum(taps)
+    across, down = (fn.reshape(taps, shape=shape) for shape in ([1, BLUR_WINDOW], [BLUR_WINDOW, 1]))
+    return fn.filter(fn.filter(crop, across), down)
 
 
 def find_refused(encoded: Sequence[NDArray[np.uint8]], device_id: int | None) -> list[int]:

@@ -37,7 +37,7 @@ class Room:
 
 def shares_with_a_slow_rank(slow: int, factor: float) -> dict[str, Any]:
     rank, lookahead = dist.get_rank(), 2
-    plan = make_plan(WORKS, 1.0, 300, 3, lookahead=lookahead)
+    plan = make_plan(WORKS, 1.0, 300, dist.get_world_size(), lookahead=lookahead)
     groups = make_groups(plan, timedelta(seconds=60))
     timetable, teaching, training, room = Timetable(plan), Clock(), Clock(), Room()
     told: list[str] = []
@@ -77,6 +77,12 @@ def test_balancer__a_slow_rank_teaches_less_and_is_named_once() -> None:
     for result in results:
         (line,) = result["told"]
         assert line == "step 11: rank 1 takes 1.50x the usual time per image; it will teach less"
+
+
+def test_balancer__of_two_ranks_the_slow_one_is_named() -> None:
+    for result in on_ranks(2, shares_with_a_slow_rank, 1, 1.3):
+        (line,) = result["told"]
+        assert line == "step 11: rank 1 takes 1.30x the usual time per image; it will teach less"
 
 
 def test_balancer__leaves_equal_ranks_alone() -> None:

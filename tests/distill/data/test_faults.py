@@ -62,7 +62,7 @@ def test_graph__reads_every_format_upright_in_rgb(name: str) -> None:
     window = [[[0.0, 0.0, side, side]] * 2]
     parameters = CropParameters(np.array(window, np.float32), np.array([[NEUTRAL] * 2], np.float32))
     batch = source_outputs([encoded], parameters, spec)
-    output = build_pipeline(spec, lambda: batch, 1, 1, None, 1).run()[0].as_array()[0]
+    output = build_pipeline(spec, lambda: batch, 1, 1, None, 1).run()[0].as_array()[0, 0]
     assert np.abs(output.transpose(1, 2, 0) - expected[:side, :side]).max() <= 1
 
 

@@ -148,6 +148,17 @@ def test_fetch__starting_late_or_going_back_gives_the_same_bits(index: ImageInde
     assert not same(batches[0], batches[1])
 
 
+def test_fetch__a_batch_keeps_its_pixels_while_others_are_made(index: ImageIndex) -> None:
+    """Crops are the decoder's own memory, not copies: look-ahead and exchange hold them for several steps."""
+    images = loader(index, range(4), replace(SPEC, anchor_size=64))
+    held = [images.fetch(step) for step in range(6)]
+    digests = [digest(batch) for batch in held]
+    for step in range(6, 20):
+        images.fetch(step)
+    images.close()
+    assert [digest(batch) for batch in held] == digests and len(set(digests)) == 6
+
+
 def test_fetch__shapes_and_anchor_crops(index: ImageIndex) -> None:
     batch = loader(index, range(3), replace(SPEC, anchor_size=64)).fetch(0)
     assert batch.global_crops.shape == (3, 2, 3, 32, 32) and batch.local_crops.shape == (
@@ -303,7 +314,7 @@ def run_graph(
     encoded = [np.fromfile(path, np.uint8)]
     batch = source_outputs(encoded, parameters, spec)
     pipeline = build_pipeline(spec, lambda: batch, 1, 1, None, 1)
-    output = torch.from_dlpack(pipeline.run()[crop].as_tensor())[0]
+    output = torch.from_dlpack(pipeline.run()[0].as_tensor())[0, crop]
     return output.permute(1, 2, 0).numpy().copy()
 
 
@@ -368,6 +379,21 @@ def test_graph__blur_equals_pillows_gaussian(tmp_path: Path) -> None:
     )  # Pillow approximates by box filters
 
 
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_graph__blur_is_nine_taps_of_a_gaussian_with_mirrored_borders(
+    sigma: float, tmp_path: Path
+) -> None:
+    image = picture(6)
+    got = run_graph(image, [0, 0, 32, 32], [1.0, 1.0, 1.0, 0.0, sigma, 0.0], tmp_path)
+    taps = np.exp(-0.5 * (np.arange(-4, 5) / sigma) ** 2)
+    expected = exact_crop(image).astype(float)
+    for axis in (0, 1):
+        padded = np.pad(expected, [(4, 4) if a == axis else (0, 0) for a in range(3)], "reflect")
+        shifted = [padded.take(range(k, k + 32), axis) for k in range(9)]
+        expected = np.einsum("k,khwc->hwc", taps / taps.sum(), np.stack(shifted))
+    assert np.abs(got - expected).max() <= 1.0  # rounded after each axis
+
+
 def test_graph__solarise_inverts_from_the_threshold_and_on_the_second_crop_only(
     tmp_path: Path,
 ) -> None:
@@ -396,7 +422,8 @@ def test_reference__gives_what_the_graph_gives(index: ImageIndex) -> None:
     encoded = [np.fromfile(str(index.place(image)), np.uint8) for image in range(6)]
     batch = source_outputs(encoded, parameters, spec)
     outputs = build_pipeline(spec, lambda: batch, 6, 1, None, 1).run()
-    got = [torch.from_dlpack(output.as_tensor()).clone() for output in outputs]
+    kinds = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+    got = [crops for kind in kinds for crops in kind.unbind(dim=1)]  # global, local, anchor
     for number in range(6):
         expected = cut(encoded[number], parameters, number, spec, Blur.TAPS)
         for crop, pixels in enumerate(expected):
