@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from distill.data_cli import bench_loader, data_app, loader_table
+from distill.disk import is_full
 from distill.errors import DataError, RecipeError, UserError
 from distill.export_cli import Precision, WeightLayout, export
 
@@ -95,6 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _unforeseen(error: Exception) -> UserError:
     """An error nobody wrote a message for, as one line."""
     reason = (str(error).strip().splitlines() or ["no message"])[0]
+    if isinstance(error, OSError) and is_full(error):
+        return UserError(
+            f"{error.filename or 'a file'}: {error.strerror}",
+            fix="Make room and run the same command again; what was saved is kept.",
+        )
     return UserError(
         f"{type(error).__name__}: {reason}",
         fix="Run the same command with --debug to see where; if it is not your files, report it.",
@@ -347,7 +353,10 @@ def bench(
         int | None, typer.Option("--ranks", min=1, help="Local processes; by default the recipe's.")
     ] = None,
     against: Annotated[
-        str, typer.Option("--against", help="published, separate, both with a comma, or none.")
+        str,
+        typer.Option(
+            "--against", help="published, separate, saving, several with commas, or none."
+        ),
     ] = "published,separate",
     steps: Annotated[int, typer.Option("--steps", min=10, help="Measured steps per mode.")] = 30,
     warmup: Annotated[int, typer.Option("--warmup", min=1, help="Steps before them.")] = 10,
@@ -388,20 +397,21 @@ def bench(
     modes = [] if against == "none" else against.split(",")
     if not isinstance(loaded, FamilyRecipe):
         raise RecipeError(f"{recipe}: not a family recipe", fix="Give one with students.")
-    if not set(modes) <= {"published", "separate"}:
+    if not set(modes) <= {"published", "separate", "saving"}:
         raise RecipeError(
             f"--against {against}: not known",
-            fix="Write published,separate or one of them, or none.",
+            fix="Write published, separate, saving, several with commas, or none.",
         )
+    if "saving" in modes and sleep is not None:
+        raise RecipeError("--against saving: who sleeps has no state", fix="Leave --sleep away.")
     slow_rank, slow_factor = _slow(slow)
     if slow_rank is not None and sleep is None:
         raise RecipeError("--slow needs --sleep", fix="Add --sleep 0.5.")
     if data not in ("synthetic", "recipe"):
         raise RecipeError(f"--data {data}: not known", fix="Write synthetic or recipe.")
-    if data == "recipe" and sleep is not None:
-        raise RecipeError("--data recipe: who sleeps looks at no image", fix="Leave --sleep away.")
 
-    from distill.bench import Request, draw, measure, save_report, tables
+    from distill.bench import Request, measure
+    from distill.bench_report import draw, save_report, tables
 
     num_ranks = _num_ranks(loaded.engine.processes, ranks)
     request = Request(
@@ -562,12 +572,16 @@ def evaluate(
     """Score students and teacher on held-out images by k-NN, and draw their features."""
     from distill.console import scores_table
     from distill.finish import finish
+    from distill.metrics import StatusFile
 
     _require_run(run)
     if over_steps:
         return _score_steps([run, *(beside or [])], as_json=as_json)
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         summary = finish(run)
+    status = StatusFile(run).read()
+    if status is not None and status.message:
+        sys.stderr.write(status.message + "\n")
     if as_json:
         _print_json(summary)
     else:

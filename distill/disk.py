@@ -5,6 +5,7 @@ have its old name or none. So the order is always: content, sync of the file, re
 folder. Every operation is one call of ``os``, so that tests can die at each.
 """
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterable
@@ -12,6 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CHUNK_BYTES = 2**24  # handed over at once; large enough that calls cost nothing
+
+
+def is_full(error: OSError) -> bool:
+    """Whether the disk, or a quota on it, has no room."""
+    return error.errno in {errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)

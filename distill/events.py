@@ -8,6 +8,7 @@ A screen shows them as they come; afterwards they are the run's diary.
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,11 +39,14 @@ def note(run_folder: Path, event: Event) -> None:
 
 
 def read_events(run_folder: Path, *, since_unix: float = 0.0) -> list[Event]:
-    """The events from a time on; a line that is just being written comes next time."""
+    """The events from a time on; a line that is just being written comes next time, one that is damaged never."""
     path = run_folder / FILE
     if not path.is_file():
         return []
     data = path.read_bytes()
     lines = data[: data.rfind(b"\n") + 1].splitlines()
-    events = [Event(**json.loads(line)) for line in lines]
+    events = []
+    for line in lines:
+        with suppress(ValueError, TypeError):
+            events.append(Event(**json.loads(line)))
     return [event for event in events if event.time_unix >= since_unix]

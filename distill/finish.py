@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from distill.data.index import ImageIndex
 from distill.data.photographs import photograph_paths
 from distill.data.places import Place, Reader
+from distill.disk import is_full
 from distill.evaluate import evaluate_run
 from distill.features import draw
 from distill.metrics import StatusFile, read_rows, write_json
@@ -24,7 +25,10 @@ NUM_PHOTOGRAPHS = 4  # rows of the picture
 
 
 def finish(run_folder: Path) -> dict[str, Any]:
-    """Scores teacher and students, draws ``features.png``, writes ``summary.json`` and the final status."""
+    """Scores teacher and students, draws ``features.png``, writes ``summary.json`` and the final status.
+
+    A disk without room for the picture costs the picture, not the run.
+    """
     job = read_job(run_folder)
     status_file = StatusFile(run_folder)
     status = status_file.read()
@@ -47,10 +51,15 @@ def finish(run_folder: Path) -> dict[str, Any]:
         networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0]
     data = job.recipe.data
     photographs = _photographs(run_folder, data.sources[0].path)
-    draw(networks, photographs, run_folder / "features.png", mean=data.mean, std=data.std)
-    status_file.write(
-        replace(status, state="finished", updated_unix=time.time(), work_done=1.0, eta_s=0.0)
-    )
+    message, picture = "", run_folder / "features.png"
+    try:
+        draw(networks, photographs, picture, mean=data.mean, std=data.std)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        message = f"{picture.name} was not written ({error.strerror}): make room and run `distill eval {run_folder}`"
+    ended = replace(status, state="finished", message=message, updated_unix=time.time())
+    status_file.write(replace(ended, work_done=1.0, eta_s=0.0))
     return summary
 
 

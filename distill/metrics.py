@@ -16,6 +16,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -337,10 +338,10 @@ def read_rows(run_folder: Path, network: str) -> list[MetricsRow]:
 def drop_after(
     run_folder: Path, network: str, *, phases: Sequence[str], phase: str, step: int
 ) -> int:
-    """Number of rows removed from a history so that it ends at ``step`` of ``phase``.
+    """Number of lines removed from a history so that it ends at ``step`` of ``phase``.
 
-    ``phases`` are the names in their order: rows of later phases go too. Call before the writer is
-    opened.
+    ``phases`` are the names in their order: rows of later phases go too, and lines that are damaged:
+    a run does not stop for its history. Call before the writer is opened.
 
     Raises:
         ValueError: ``phase`` is not among ``phases``.
@@ -348,15 +349,19 @@ def drop_after(
     order = {name: index for index, name in enumerate(phases)}
     if phase not in order:
         raise ValueError(f"phase {phase!r} is not one of this run's phases: {', '.join(phases)}")
-    rows = read_rows(run_folder, network)
-    kept = [row for row in rows if (order[row.phase], row.step) <= (order[phase], step)]
-    if len(kept) < len(rows):
-        path = metrics_path(run_folder, network)
+    path = metrics_path(run_folder, network)
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = []
+    for number, line in enumerate(lines, start=1):
+        with suppress(UserError):
+            row = _parse_row(line, path, number)
+            if (order[row.phase], row.step) <= (order[phase], step):
+                kept.append(line)
+    if len(kept) < len(lines):
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        lines = [json.dumps(_finite(row.to_json()), allow_nan=False) + "\n" for row in kept]
-        aside.write_text("".join(lines), encoding="utf-8")
+        aside.write_bytes(b"".join(kept))
         aside.replace(path)
-    return len(rows) - len(kept)
+    return len(lines) - len(kept)
 
 
 def metrics_path(run_folder: Path, network: str) -> Path:

@@ -140,6 +140,23 @@ def test_train__leaves_everything_a_user_expects(finished: Path, recipe: Path) -
     assert "\x1b" not in screen and "finished" in screen
 
 
+def test_eval__a_full_disk_costs_the_picture_only(finished: Path) -> None:
+    picture, aside = finished / "features.png", finished / ".features.png.part"
+    before = picture.read_bytes()
+    for is_full in (True, False):
+        if is_full:
+            aside.symlink_to("/dev/full")
+        ended = distill("eval", str(finished))
+        aside.unlink(missing_ok=True)
+        assert ended.returncode == 0 and "teacher" in ended.stdout, ended.stderr
+        status = json.loads((finished / "status.json").read_text())
+        assert status["state"] == "finished"
+        assert (
+            ("No space left" in status["message"]) == ("No space left" in ended.stderr) == is_full
+        )
+        assert picture.read_bytes() == before
+
+
 def test_train__folders_load_in_transformers(finished: Path) -> None:
     from transformers import AutoModel
 

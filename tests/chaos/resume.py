@@ -58,18 +58,22 @@ def run(arguments: list[str]) -> bool:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos resume")
     parser.add_argument("--layouts", default="1,2,3,4")
     parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument(
+        "overrides", nargs="*", help="of the recipe, as in students.0.layerscale=1e-5"
+    )
     options = parser.parse_args(arguments)
+    overrides = tuple(options.overrides)
     failed = False
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_inputs(folder, FIRST + options.steps)
-        whole = train(folder, "whole", SAME)
+        whole = train(folder, "whole", SAME, overrides)
         saved = folder / "runs" / "whole" / "checkpoints" / f"family-{FIRST:07d}"
         print(f"resume: {options.steps} steps after step {FIRST}, saved on {SAME} ranks")
         for num_ranks in map(int, options.layouts.split(",")):
             name = f"on{num_ranks}"
             shutil.copytree(saved, folder / "copies" / name / "checkpoints" / saved.name)
-            trace = train(folder, name, num_ranks)
+            trace = train(folder, name, num_ranks, overrides)
             failed = not report(num_ranks, whole, trace, options.steps) or failed
     return failed
 
@@ -98,7 +102,7 @@ def report(num_ranks: int, whole: Trace, trace: Trace, num_steps: int) -> bool:
     return holds
 
 
-def train(folder: Path, name: str, num_ranks: int) -> Trace:
+def train(folder: Path, name: str, num_ranks: int, overrides: tuple[str, ...]) -> Trace:
     """Runs the job of that name to its end on some ranks, from whatever checkpoint it has."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -106,7 +110,7 @@ def train(folder: Path, name: str, num_ranks: int) -> Trace:
     from distill.prepare import JobRequest, prepare
 
     run_folder, notes = folder / "runs" / name, folder / "notes" / name
-    request = JobRequest(str(folder / "recipe.yaml"), (), str(run_folder), "")
+    request = JobRequest(str(folder / "recipe.yaml"), overrides, str(run_folder), "")
     prepare(request, num_ranks=num_ranks, fresh=True, say=lambda _: None)
     copy = folder / "copies" / name / "checkpoints"
     if copy.exists():

@@ -39,7 +39,8 @@ def run(*words: object) -> dict[str, Any]:
 
 def test_bench__networks_in_every_mode(recipe: Path, tmp_path: Path) -> None:
     files = ("--json-file", tmp_path / "b.json", "--picture", tmp_path / "b.png")
-    report = run(recipe, *files)
+    before = set(Path("runs").glob(".bench-*"))
+    report = run(recipe, *files, "--against", "published,separate,saving")
     assert set(report["modes"]) == {"ours", "published", "separate one", "separate two"}
     for found in report["modes"].values():
         step = found["step_s"]
@@ -47,6 +48,9 @@ def test_bench__networks_in_every_mode(recipe: Path, tmp_path: Path) -> None:
         assert 0 < found["utilisation"] <= 1 and len(found["teach_s"]) == 2
     sent = {name: found["exchange_bytes_max"] for name, found in report["modes"].items()}
     assert 0 < sent["ours"] < sent["published"] and sent["separate one"] == 0
+    saving = report["saving"]  # what it costs is the benchmark's business
+    assert saving["stall_s"]["median"] > 0 and saving["cost_s"]["blocks"] == 1
+    assert set(Path("runs").glob(".bench-*")) <= before
     assert report["gain"] > 0 and report["gain_bound"] > 1 and report["mfu"] > 0
     assert json.loads((tmp_path / "b.json").read_text()) == report
     with Image.open(tmp_path / "b.png") as picture:
@@ -58,6 +62,14 @@ def test_bench__on_the_recipes_images(recipe: Path, tmp_path: Path) -> None:
     report = run(recipe, f"data.sources=[{images}]", "--data", "recipe", "--against", "none")
     assert report["modes"]["ours"]["step_s"]["median"] > 0
     assert not (Path("bad_samples.jsonl")).exists()
+
+
+def test_bench__sleeps_between_the_recipes_images(recipe: Path, tmp_path: Path) -> None:
+    """The loader works beside a trainer that takes no core from it."""
+    images = write_images(tmp_path / "images")
+    words = ("--data", "recipe", "--sleep", "0.2", "--against", "none")
+    ours = run(recipe, f"data.sources=[{images}]", *words)["modes"]["ours"]
+    assert all(0 < waited < ours["step_s"]["max"] for waited in ours["loader_s"])
 
 
 def test_bench__sleeps_take_the_planned_time(recipe: Path) -> None:
@@ -74,7 +86,7 @@ def test_bench__says_what_is_wrong(recipe: Path) -> None:
         (("--slow", "1=2"), "--slow needs --sleep"),
         (("--slow", "x", "--sleep", "1"), "--slow x: not RANK=FACTOR"),
         (("--data", "mine"), "--data mine: not known"),
-        (("--data", "recipe", "--sleep", "1"), "--data recipe: who sleeps looks at no image"),
+        (("--against", "saving", "--sleep", "1"), "--against saving: who sleeps has no state"),
         (("--against", "yesterday"), "--against yesterday: not known"),
     ):
         ended = distill("bench", str(recipe), *words)

@@ -1,5 +1,6 @@
 """The command line as a person meets it: exit codes, messages, start-up."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -376,6 +377,13 @@ def test_train__an_error_nobody_foresaw(distill: Run, monkeypatch: pytest.Monkey
     assert first == "PermissionError: runs: not allowed"
     assert fix.startswith("Fix: Run the same command with --debug")
     assert "Traceback" in distill("train", "quickstart", "--debug").err
+
+
+def test_train__a_full_disk(distill: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", "runs/plan.json")
+    monkeypatch.setattr(launch, "run", fails_with(full))
+    told = "runs/plan.json: No space left on device\nFix: Make room and run the same command again; what was saved is kept.\n"
+    assert distill("train", "quickstart") == Result(1, "", told)
 
 
 def test_pretrain__takes_teacher_recipes(

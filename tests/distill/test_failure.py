@@ -101,5 +101,5 @@ def test_events__are_read_back_in_order_and_from_a_time_on(tmp_path: Path) -> No
     assert (first.kind, first.network, first.step, second.text) == ("skipped", "small", 3, "rank 1")
     assert read_events(tmp_path, since_unix=second.time_unix + 1.0) == []
     with (tmp_path / "events.jsonl").open("a") as file:
-        file.write('{"kind": "di')
+        file.write('damaged\n{"kind": "di')
     assert len(read_events(tmp_path)) == 2

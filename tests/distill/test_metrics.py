@@ -182,6 +182,16 @@ def test_drop_after__history_ends_at_the_saved_step(tmp_path: Path) -> None:
     assert reader.rows == rows[:2]
 
 
+def test_drop_after__damaged_lines_do_not_stop_a_resume(tmp_path: Path) -> None:
+    rows = [replace(ROW, step=step) for step in (10, 20, 30)]
+    write_rows(tmp_path, rows)
+    path = metrics_path(tmp_path, "small")
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + b"\xff\x00" + lines[1] + lines[2] + b'{"phase": "ba')
+    assert drop_after(tmp_path, "small", phases=["base"], phase="base", step=30) == 2
+    assert read_rows(tmp_path, "small") == [rows[0], rows[2]]
+
+
 def test_drop_after__unknown_phase(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="'x' is not one of this run's phases: base"):
         drop_after(tmp_path, "small", phases=["base"], phase="x", step=0)

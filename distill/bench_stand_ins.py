@@ -1,0 +1,205 @@
+"""What a benchmark puts in the place of images, networks, the recorder and the saver."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distill.data.crops import NUM_GLOBAL
+from distill.errors import CheckpointError
+from distill.loop import Phase
+from distill.metrics import RunState
+from distill.plan import Placement
+from distill.pupil import Attempt
+from distill.recipe import FamilyRecipe
+from distill.record import Wishes
+from distill.saver import Keeping, Saver
+from distill.stopwatch import Stopwatch
+from teacher.batch import CropBatch, LessonBatch, PatchMasks, TeacherTargets
+
+POOL = 64  # different synthetic images; a loader that only copies is not what is measured
+
+
+class Mark(NamedTuple):
+    """The clocks of a rank at the end of a step: the time, and sums of seconds and bytes so far."""
+
+    time_s: float
+    teaching_s: float
+    training_s: float
+    exchange_wait_s: float
+    loader_wait_s: float
+    received_bytes: int
+
+
+class Turn(NamedTuple):
+    """What a rank measured in one block of steps of a mode: marks of the counted steps, seconds of all of it.
+
+    ``stall_s``: what the loop waited for a save; zero where none was made.
+    """
+
+    marks: list[Mark]
+    wall_s: float
+    stall_s: float
+
+
+class Witness:
+    """Stands in for the recorder: notes what the clocks say after each step, and wishes for one save."""
+
+    def __init__(self, save_after: int | None = None) -> None:
+        """``save_after``: the number of steps after which to save; never where it is None."""
+        self.marks: list[Mark] = []
+        self._save_after = save_after
+
+    def record(
+        self,
+        phase: Phase,
+        step: int,  # noqa: ARG002  # the recorder's signature
+        faults: Sequence[float],  # noqa: ARG002
+    ) -> Wishes:
+        """One step is over."""
+        teaching, training = (
+            phase.teaching.read_s(),
+            sum(pupil.training.read_s() for pupil in phase.pupils),
+        )
+        exchange = phase.exchange
+        self.marks.append(
+            Mark(
+                time.monotonic(),
+                teaching,
+                training,
+                exchange.wait_s,
+                phase.loader.wait_s,
+                exchange.received_bytes,
+            )
+        )
+        return Wishes(save=len(self.marks) == self._save_after, stop=False)
+
+
+class Unsaved:
+    """Stands in for the saver: nothing is saved, so there is nothing to tell or to wait for."""
+
+    def report(self) -> None:
+        """No save has ended."""
+
+    def wait(self) -> None:
+        """No save is under way."""
+
+
+class TimedSaver(Saver):
+    """The real saver, which notes when it let go of the loop; a save that fails ends the benchmark."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(Keeping(folder / "checkpoints", "", {}, "", 2, None), _Strict(), None)
+        self.returned_s = 0.0
+
+    def save(self, phase: Phase, step: int) -> None:
+        """As the saver's."""
+        super().save(phase, step)
+        self.returned_s = time.monotonic()
+
+
+class _Strict:
+    """Listens to the saver."""
+
+    def show(self, state: RunState) -> None:
+        """Nobody watches."""
+
+    def saving(self) -> None:
+        """As expected."""
+
+    def saved(self, phase: str, step: int, path: str) -> None:
+        """As expected."""
+
+    def unsaved(self, message: str) -> None:
+        """Raises CheckpointError."""
+        raise CheckpointError(message)
+
+
+class SyntheticLoader:
+    """Random pixels in the place of photographs: no files, no decoder."""
+
+    def __init__(
+        self,
+        recipe: FamilyRecipe,
+        phase: Phase,
+        world_rank: int,
+        device: torch.device,
+        *,
+        is_tiny: bool,
+    ) -> None:
+        self.wait_s = 0.0
+        self._timetable, self._rank = phase.timetable, world_rank
+        generator = torch.Generator().manual_seed(0)
+
+        def pixels(count: int, size: int) -> Tensor:
+            side = 1 if is_tiny else size
+            shape = (POOL, count, 3, side, side)
+            return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+
+        crops = recipe.crops
+        self._pool = CropBatch(
+            pixels(NUM_GLOBAL, crops.global_.size), pixels(crops.local.count, crops.local.size)
+        )
+
+    def fetch(self, step: int) -> CropBatch:
+        """The crops of this rank's share."""
+        share = self._timetable.at(step).share(self._rank, step)
+        ids = torch.arange(share.start, share.stop, device=self._pool.global_crops.device) % POOL
+        return CropBatch(self._pool.global_crops[ids], self._pool.local_crops[ids])
+
+    def make_room(self, max_images: int) -> None:
+        """Nothing to do: any share fits."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class SleepingTeacher:
+    """Takes its time for every image and says nothing of interest."""
+
+    def __init__(self, image_s: float) -> None:
+        self._image_s = image_s
+
+    def teach(self, crops: CropBatch, masks: PatchMasks) -> TeacherTargets:
+        """Zeros, one number per token."""
+        num_images = len(crops.global_crops)
+        time.sleep(num_images * self._image_s)
+        return TeacherTargets(
+            torch.zeros(num_images, NUM_GLOBAL, 1), torch.zeros(sum(masks.counts), 1)
+        )
+
+
+class SleepingPupil:
+    """Takes its time for its slice, and meets the others of its group as gradients would."""
+
+    def __init__(
+        self, placement: Placement, group: dist.ProcessGroup, image_s: float, world_rank: int
+    ) -> None:
+        self.name, self.placement = placement.name, placement
+        self.training = Stopwatch(torch.device("cpu"))
+        self._group, self._image_s = group, image_s
+        self._seconds = len(placement.slice_of(world_rank)) * image_s
+
+    def is_finished(self, step: int) -> bool:  # noqa: ARG002  # a pupil's signature
+        """Never: a bench trains everyone."""
+        return False
+
+    @property
+    def targets(self) -> "SleepingPupil":
+        """Nothing to make."""
+        return self
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing to go back to."""
+        return {}
+
+    def learn(self, lesson: LessonBatch, *_: object) -> Attempt:  # noqa: ARG002  # a pupil's signature
+        """Sleeps, then one all-reduce over the group."""
+        with self.training.running():
+            time.sleep(self._seconds)
+        dist.all_reduce(torch.zeros(1), group=self._group)
+        return Attempt(is_applied=True, terms={})
