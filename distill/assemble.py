@@ -21,7 +21,7 @@ from distill.exchange import AllGather, Slices
 from distill.groups import Groups
 from distill.loop import Phase
 from distill.masking import StepMasks
-from distill.plan import Placement, Plan, Timetable
+from distill.plan import Placement, Plan
 from distill.planning import Recipe, TeacherShape, heads_of_student, later_plans
 from distill.pupil import Assigner, Pupil, TargetMaker
 from distill.recipe import (
@@ -35,6 +35,7 @@ from distill.recipe import (
 )
 from distill.stopwatch import Stopwatch
 from distill.supply import build_feed, build_loader, crop_schedule
+from distill.timetable import Timetable
 from distill.weights import load_backbone, load_heads
 from students.catalog import BackboneSpec, build_backbone, init_weights_
 from students.objective import FeatureTrainee, Standardiser, build_projectors

@@ -15,8 +15,9 @@ import torch.distributed as dist
 
 from distill.ballot import Ballot, gather_rows
 from distill.data.loader import STEPS_AHEAD
-from distill.plan import Timetable, rebalanced
+from distill.plan import rebalanced
 from distill.stopwatch import Stopwatch
+from distill.timetable import Timetable
 
 SLOW = 1.15  # times the median time per image: a rank is called slow
 RECOVERED = 1.05  # times the median: it no longer is

@@ -14,7 +14,7 @@ import numpy as np
 
 from distill.cost import CropShapes, Heads
 from distill.exchange import WireShape, gathered_bytes, slice_bytes
-from distill.plan import Plan
+from distill.plan import Plan, run_lengths
 from students.catalog import BackboneSpec, count_parameters
 from students.convnext import ConvNeXtSpec
 from teacher.losses import PROTOTYPES_AT_ONCE
@@ -23,7 +23,8 @@ from teacher.vit import ViTSpec
 GIB = 2**30
 PARAMETER_BYTES = 2  # bf16 weights, and as much for gradients
 SUM_BYTES = 4  # gradients of micro-batches are added up in fp32, sharded over the group
-STATE_BYTES = 16  # fp32 master weight, two moments, EMA; sharded over the group
+OPTIMIZER_BYTES = 12  # fp32 master weight and two moments; sharded over the group
+EMA_BYTES = 4  # fp32; sharded like them
 ACTIVATION_BYTES = 34  # per token, channel and transformer block
 CONV_ACTIVATION_BYTES = 24  # per pixel, channel and ConvNeXt block
 LOGIT_BYTES = 12  # three fp32 matrices of [rows, chunk] at once
@@ -48,6 +49,7 @@ class Memory:
     weights: float
     gradients: float
     optimizer: float
+    ema: float
     activations: float
     logits: float
     buffers: float
@@ -126,6 +128,7 @@ class Needs:
         return {
             "memory_gib_max": round(self.fullest.total, 3),
             "memory_gib": parts,
+            "memory_gib_ranks": run_lengths([round(each.total, 3) for each in self.memory]),
             "exchange_bytes_max": max(self.sliced_bytes),
             "exchange_bytes_bound": max(self.sliced_bytes_bound),
             "exchange_bytes_all_gather": self.gathered_bytes,
@@ -153,7 +156,8 @@ def needs_of(
         of_backbone = of_backbone // plan.num_ranks + 2 * of_backbone // depth
     of_teacher = of_backbone + (0 if heads is None else head_parameters(heads))
     image_bytes = wire.slice_image_bytes + crops.masked_per_image * wire.slice_patch_bytes
-    parts = np.zeros((plan.num_ranks, 5))  # weights, gradients, optimizer, activations, logits
+    # weights, gradients, optimizer, EMA, activations, logits
+    parts = np.zeros((plan.num_ranks, 6))
     for student, placement in zip(students, plan.placements, strict=True):
         group = len(placement.slices)
         for rank in placement.world_ranks:
@@ -163,14 +167,15 @@ def needs_of(
             rows = images * (2 + crops.num_locals + crops.masked_per_image)
             logits = 0.0 if heads is None else rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES
             added_up = count * SUM_BYTES / group if images < len(placement.slice_of(rank)) else 0
-            parts[rank, :3] += (
+            parts[rank, :4] += (
                 count * PARAMETER_BYTES,
                 sharded * PARAMETER_BYTES + added_up,
-                count * STATE_BYTES / group,
+                count * OPTIMIZER_BYTES / group,
+                count * EMA_BYTES / group,
             )
             # students of a rank train one after the other: what is alive at once is the largest
             activations = images * activation_bytes(student.spec, crops.scaled(student.crop_scale))
-            parts[rank, 3:] = np.maximum(parts[rank, 3:], (activations, logits))
+            parts[rank, 4:] = np.maximum(parts[rank, 4:], (activations, logits))
     largest = plan.largest_shares
     teaching = [PARAMETER_BYTES * of_teacher if most else 0 for most in largest]
     held = [sum(map(len, plan.needs(rank))) for rank in range(plan.num_ranks)]
@@ -180,8 +185,9 @@ def needs_of(
             weights=float(parts[rank, 0]) / GIB,
             gradients=float(parts[rank, 1]) / GIB,
             optimizer=float(parts[rank, 2]) / GIB,
-            activations=float(parts[rank, 3]) / GIB,
-            logits=float(parts[rank, 4]) / GIB,
+            ema=float(parts[rank, 3]) / GIB,
+            activations=float(parts[rank, 4]) / GIB,
+            logits=float(parts[rank, 5]) / GIB,
             buffers=(lookahead + 1) * (held[rank] + largest[rank]) * image_bytes / GIB,
             context=CONTEXT_GIB,
         )
@@ -243,7 +249,8 @@ def pretraining_needs(
                 weights=PARAMETER_BYTES * weights / GIB,
                 gradients=(PARAMETER_BYTES * gradients + added_up * SUM_BYTES * count / num_ranks)
                 / GIB,
-                optimizer=STATE_BYTES * count / num_ranks / GIB,
+                optimizer=OPTIMIZER_BYTES * count / num_ranks / GIB,
+                ema=EMA_BYTES * count / num_ranks / GIB,
                 activations=images * kept / GIB,
                 logits=rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES / GIB,
                 buffers=0.0,

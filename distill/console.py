@@ -590,16 +590,26 @@ def plan_tables(job: "JobPlan", device: "Device") -> list[Table]:
         title=f"{job.name}: {plan.num_ranks} ranks, {plan.images_global} images a step, {busy}",
         title_justify="left",
     )
-    for column in ("network", "ranks", "images per rank", "seconds per rank and step"):
+    columns = ["network", "ranks", "images per rank", "seconds per rank and step"]
+    for column in columns if job.needs is None else [*columns, "GiB at most"]:
         table.add_column(column)
+
+    def gib(ranks: range) -> list[str]:
+        """The column of memory, where it is known."""
+        if job.needs is None:
+            return []
+        return [f"{max(job.needs.memory[rank].total for rank in ranks):.1f}"]
+
     for placement, image_s in zip(plan.placements, plan.image_s, strict=True):
         ranks = placement.world_ranks
         shown = str(ranks.start) if len(ranks) == 1 else f"{ranks.start}-{ranks.stop - 1}"
         seconds = image_s * placement.largest_slice
-        table.add_row(placement.name, shown, _sizes(placement.slices), f"{seconds:.3g}")
+        row = placement.name, shown, _sizes(placement.slices), f"{seconds:.3g}"
+        table.add_row(*row, *gib(ranks))
     low, high = (plan.teach_s * each(plan.mean_shares) for each in (min, max))
     spread = f"{low:.3g} to {high:.3g}" if high > low else f"{low:.3g}"
-    table.add_row("teaching", f"0-{plan.num_ranks - 1}", _shares(plan), spread)
+    row = "teaching", f"0-{plan.num_ranks - 1}", _shares(plan), spread
+    table.add_row(*row, *gib(range(plan.num_ranks)))
     if plan.notes:
         table.caption, table.caption_justify = "; ".join(plan.notes), "left"
     facts = Table(show_header=False, box=None, padding=(0, 2))

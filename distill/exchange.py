@@ -25,7 +25,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.plan import Placement, Plan, Timetable
+from distill.plan import Placement, Plan
+from distill.timetable import Timetable
 from teacher.batch import CropBatch, LessonBatch, PatchMasks, TeacherTargets
 
 Counts = NDArray[np.int64]

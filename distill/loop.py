@@ -16,12 +16,13 @@ from distill.data.loader import Loader
 from distill.exchange import Exchange, Outgoing, Pending, lesson_for
 from distill.isolation import Isolation
 from distill.masking import StepMasks
-from distill.plan import Plan, Timetable
+from distill.plan import Plan
 from distill.pulse import Pulse
 from distill.pupil import Pupil
 from distill.record import Recorder
 from distill.saver import Saver
 from distill.stopwatch import Stopwatch
+from distill.timetable import Timetable
 from teacher.batch import PatchMasks
 from teacher.frozen import FrozenTeacher
 from teacher.trainee import StepScalars

@@ -9,8 +9,9 @@ import torch
 
 from distill.data.masks import draw_masks, mask_counts
 from distill.exchange import Counts
-from distill.plan import Plan, Timetable
+from distill.plan import Plan
 from distill.recipe import MasksSpec
+from distill.timetable import Timetable
 from teacher.batch import PatchMasks
 
 

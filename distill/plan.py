@@ -16,38 +16,23 @@ more, and the time of its ranks goes into teaching.
 """
 
 import math
-from bisect import bisect_left
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate, groupby, pairwise, permutations, product
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.arrange import Work, arrange
 from distill.errors import PlanError
+from distill.filling import SLACK, fill_exactly, fill_whole
 from teacher.trainee import KOLEO_GROUP
 
-SEARCH_LIMIT = 20_000  # placements tried one by one; beyond it the heaviest goes first
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples modulo one spread evenly from the start
 LEAST_SHARE = 0.05  # images per step of a rank that has taught before
 SHARDED_NOTE = "the teacher is sharded over all ranks (ZeRO-3), so shares are even"
-NEARLY = 0.01  # placements whose steps differ by less are as good as each other
-GROWTH = (
-    1.2  # times the ranks of the heaviest network, from one overlapping placement tried to the next
-)
-KEPT_PLANS = 3  # that steps in preparation may still refer to
-SLACK = 1e-9  # floating-point room when a load is compared with the level
-
-
-@dataclass(frozen=True)
-class Work:
-    """One trained network before it is placed: seconds per image, and how many ranks it asks for (None: any)."""
-
-    name: str
-    image_s: float
-    ranks: int | None = None
 
 
 @dataclass(frozen=True)
@@ -279,7 +264,7 @@ def make_plan(
     """
     if num_ranks < 1:
         raise PlanError(f"{num_ranks} ranks: at least one is needed", fix="Pass --gpus 1 or more.")
-    counts, firsts, notes = _arrange(
+    counts, firsts, notes = arrange(
         works,
         teach_s,
         images_global,
@@ -374,166 +359,6 @@ def _merge(parts: Sequence[range]) -> tuple[range, ...]:
     return tuple(merged)
 
 
-def _arrange(
-    works: Sequence[Work],
-    teach_s: float,
-    images_global: int,
-    num_ranks: int,
-    ranks_per_node: int,
-    *,
-    is_filled: bool,
-    may_overlap: bool,
-) -> tuple[Sequence[int], Sequence[int], tuple[str, ...]]:
-    """Number of ranks and first rank of each network, and notes.
-
-    Side by side where that keeps all ranks busy. Where one network is too heavy for the ranks it
-    would get, groups may overlap: it trains on more ranks, which hold others too.
-    """
-    counts, notes = _count_ranks(works, num_ranks)
-    firsts = _first_ranks(works, counts, num_ranks, ranks_per_node)
-    total_s = images_global * (teach_s + sum(work.image_s for work in works))
-    ideal_s = total_s / num_ranks
-
-    def step_s(counts: Sequence[int], firsts: Sequence[int]) -> float:
-        student_s = np.zeros(num_ranks)
-        for work, count, first in zip(works, counts, firsts, strict=True):
-            student_s[first : first + count] += work.image_s * images_global / count
-        even = teach_s * images_global / num_ranks
-        return float(max(student_s.max(), ideal_s) if is_filled else student_s.max() + even)
-
-    if not may_overlap or step_s(counts, firsts) <= ideal_s * (1.0 + NEARLY):
-        return counts, firsts, notes
-    candidates = _overlapping(works, num_ranks, images_global)
-    found = min(candidates, key=lambda c: (round(step_s(*c) / ideal_s, 2), sum(c[0]), step_s(*c)))
-    if step_s(*found) > step_s(counts, firsts) * (1.0 - NEARLY):
-        return counts, firsts, notes
-    return *found, (f"{len(works)} networks on {num_ranks} ranks: some ranks hold several",)
-
-
-def _overlapping(
-    works: Sequence[Work], num_ranks: int, images_global: int
-) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
-    """Counts and first ranks of groups that may overlap: all there are, or the heaviest spread step by step."""
-    most = min(num_ranks, images_global)
-    allowed = [range(1, most + 1) if w.ranks is None else (w.ranks,) for w in works]
-    spans = [[(n, first) for n in each for first in range(num_ranks - n + 1)] for each in allowed]
-    if math.prod(len(each) for each in spans) <= SEARCH_LIMIT:
-        for chosen in product(*spans):
-            yield tuple(zip(*chosen, strict=True))  # type: ignore[misc]  # two rows
-        return
-    counts = [each[0] for each in allowed]
-    while True:
-        load = [work.image_s / count for work, count in zip(works, counts, strict=True)]
-        yield tuple(counts), tuple(_heaviest_first(load, counts, num_ranks))
-        growing = [i for i, each in enumerate(allowed) if counts[i] < each[-1]]
-        if not growing:
-            return
-        heaviest = max(growing, key=lambda index: load[index])
-        grown = max(counts[heaviest] + 1, math.ceil(counts[heaviest] * GROWTH))
-        counts[heaviest] = min(grown, allowed[heaviest][-1])
-
-
-def _count_ranks(works: Sequence[Work], num_ranks: int) -> tuple[list[int], tuple[str, ...]]:
-    """Ranks of each network: as asked, the others by giving each next rank to whoever has most work per rank.
-
-    That order makes the heaviest rank as light as any division of the ranks can (each rank goes where
-    the maximum is), and the teaching fills what remains below it.
-    """
-    for work in works:
-        if work.ranks is not None and work.ranks > num_ranks:
-            raise PlanError(
-                f"students.{work.name}.ranks = {work.ranks}: this job has {num_ranks} ranks",
-                fix=f"Ask for at most {num_ranks}, write `ranks: auto`, or start more processes.",
-            )
-    counts = [work.ranks or 1 for work in works]
-    free = num_ranks - sum(counts)
-    if free < 0:
-        return counts, (f"{len(works)} networks on {num_ranks} ranks: some ranks hold several",)
-    flexible = [index for index, work in enumerate(works) if work.ranks is None]
-    for _ in range(free if flexible else 0):
-        heaviest = max(flexible, key=lambda index: works[index].image_s / counts[index])
-        counts[heaviest] += 1
-    idle = num_ranks - sum(counts)
-    return counts, ((f"{idle} ranks only teach",) if idle else ())
-
-
-def _first_ranks(
-    works: Sequence[Work], counts: Sequence[int], num_ranks: int, ranks_per_node: int
-) -> list[int]:
-    """Side by side where they fit, otherwise stacked so that the fullest rank is as light as can be."""
-    if sum(counts) <= num_ranks:
-        return _side_by_side(counts, ranks_per_node)
-    return _stacked([w.image_s / c for w, c in zip(works, counts, strict=True)], counts, num_ranks)
-
-
-def _side_by_side(counts: Sequence[int], ranks_per_node: int) -> list[int]:
-    """First ranks of contiguous groups, in an order with few groups across node borders.
-
-    The recipe's order unless another is better: of all orders for up to six groups; beyond, the one
-    that puts whole nodes first and then fills each node with what fits it best.
-    """
-
-    def crossings(order: Sequence[int]) -> int:
-        ends = list(accumulate(counts[index] for index in order))
-        starts = [0, *ends[:-1]]
-        return sum(
-            (end - 1) // ranks_per_node - start // ranks_per_node
-            for start, end in zip(starts, ends, strict=True)
-        )
-
-    given = tuple(range(len(counts)))
-    orders = permutations(given) if len(counts) <= 6 else (given, _packed(counts, ranks_per_node))
-    order = min(orders, key=crossings)
-    firsts = [0] * len(counts)
-    for index, first in zip(order, accumulate([0, *(counts[i] for i in order)]), strict=False):
-        firsts[index] = first
-    return firsts
-
-
-def _packed(counts: Sequence[int], ranks_per_node: int) -> tuple[int, ...]:
-    """Groups of whole nodes, then the others, each time the largest remainder that fits the open node."""
-    order = [index for index, count in enumerate(counts) if count % ranks_per_node == 0]
-    left = [index for index, count in enumerate(counts) if count % ranks_per_node]
-    filled = 0
-    while left:
-        room = ranks_per_node - filled % ranks_per_node
-        fitting = [index for index in left if counts[index] % ranks_per_node <= room]
-        chosen = max(fitting or left, key=lambda index: counts[index] % ranks_per_node)
-        order.append(chosen)
-        left.remove(chosen)
-        filled += counts[chosen]
-    return tuple(order)
-
-
-def _stacked(load: Sequence[float], counts: Sequence[int], num_ranks: int) -> list[int]:
-    """First ranks when there are fewer ranks than networks want: the best of all placements, or heaviest first."""
-    choices = [range(num_ranks - count + 1) for count in counts]
-
-    def fullest(firsts: Iterable[int]) -> tuple[float, ...]:
-        total = [0.0] * num_ranks
-        for first, count, each in zip(firsts, counts, load, strict=True):
-            for rank in range(first, first + count):
-                total[rank] += each
-        return tuple(sorted(total, reverse=True))
-
-    if math.prod(len(choice) for choice in choices) <= SEARCH_LIMIT:
-        return list(min(product(*choices), key=fullest))
-    return _heaviest_first(load, counts, num_ranks)
-
-
-def _heaviest_first(load: Sequence[float], counts: Sequence[int], num_ranks: int) -> list[int]:
-    """First ranks, each network in turn where the fullest of its ranks is emptiest."""
-    firsts = [0] * len(counts)
-    total = [0.0] * num_ranks
-    for index in sorted(range(len(counts)), key=lambda i: -load[i]):
-        count = counts[index]
-        starts = range(num_ranks - count + 1)
-        firsts[index] = min(starts, key=lambda first: max(total[first : first + count]))
-        for rank in range(firsts[index], firsts[index] + count):
-            total[rank] += load[index]
-    return firsts
-
-
 def split_evenly(
     images_global: int, num_parts: int, *, in_groups: bool = False
 ) -> tuple[range, ...]:
@@ -547,25 +372,6 @@ def split_evenly(
     units = images_global // unit
     borders = [unit * (units * part // num_parts) for part in range(num_parts + 1)]
     return tuple(range(start, stop) for start, stop in pairwise(borders))
-
-
-def fill_exactly(
-    student_s: Sequence[float], teach_s: Sequence[float], images_global: int
-) -> list[float]:
-    """Shares that make the total load of all ranks equal (water filling), not rounded.
-
-    ``teach_s`` is each rank's own time per image: a slow rank teaches less. Ranks whose students
-    already exceed the level teach nothing.
-    """
-    order = sorted(range(len(student_s)), key=lambda rank: student_s[rank])
-    level = speed = offset = 0.0
-    for count, rank in enumerate(order, start=1):
-        speed += 1.0 / teach_s[rank]
-        offset += student_s[rank] / teach_s[rank]
-        level = (images_global + offset) / speed
-        if count == len(order) or level <= student_s[order[count]]:
-            break
-    return [max(0.0, level - own) / each for own, each in zip(student_s, teach_s, strict=True)]
 
 
 def rebalanced(plan: Plan, teach_s: Sequence[float], student_s: Sequence[float]) -> Plan:
@@ -583,62 +389,3 @@ def rebalanced(plan: Plan, teach_s: Sequence[float], student_s: Sequence[float])
     return replace(
         plan, exact_shares=tuple(share * whole for share in kept), student_s=tuple(student_s)
     )
-
-
-class Timetable:
-    """The plan in force at each step. It changes only at steps that all ranks agree on, and only ahead of them.
-
-    ``later`` are changes known from the start, ascending: networks that finish early.
-    """
-
-    def __init__(self, plan: Plan, later: Sequence[tuple[int, Plan]] = ()) -> None:
-        self._entries = [(0, plan), *later]
-
-    def at(self, step: int) -> Plan:
-        """The plan of a step."""
-        return next(plan for start, plan in reversed(self._entries) if start <= step)
-
-    def change(self, from_step: int, plan: Plan) -> None:
-        """Puts another plan in force from a step on that nobody has begun to prepare, until the next known change."""
-        before = [entry for entry in self._entries if entry[0] <= from_step]
-        assert before[-1][0] < from_step, "one plan per step"
-        later = self._entries[len(before) :]
-        self._entries = [*before[-KEPT_PLANS:], (from_step, plan), *later]
-
-    def has_same_networks(self, from_step: int, to_step: int) -> bool:
-        """No network finishes between two steps."""
-        return self.at(from_step).placements == self.at(to_step).placements
-
-    def most_images(self, world_rank: int) -> int:
-        """The most images a rank ever teaches in one step of the plans known now."""
-        return max(plan.largest_shares[world_rank] for _, plan in self._entries)
-
-
-def fill_whole(
-    student_s: Sequence[float], teach_s: float, images_global: int, unit: int
-) -> list[int]:
-    """Shares in whole units with the smallest largest load that whole units allow.
-
-    The level is found among the loads that some rank would reach with some share; then one unit is
-    taken from the fullest rank until the batch is divided.
-    """
-    own, cost = np.asarray(student_s), teach_s * unit
-    units = images_global // unit
-    exact = np.asarray(fill_exactly(student_s, [teach_s] * len(student_s), images_global)) / unit
-    low = np.floor(exact)
-    # at the level of the exact filling at most `units` fit; one more unit on every rank is enough
-    candidates = sorted({*(own + cost * low), *(own + cost * (low + 1))})
-
-    def fitting(level: float) -> NDArray[np.float64]:
-        room: NDArray[np.float64] = np.floor((level - own) / cost + SLACK).clip(min=0.0)
-        return room
-
-    index = bisect_left(candidates, True, key=lambda level: bool(fitting(level).sum() >= units))
-    sizes = fitting(candidates[index])
-    surplus = int(sizes.sum()) - units
-    load = np.where(sizes > 0, own + cost * sizes, -np.inf)
-    for _ in range(surplus):
-        fullest = int(load.argmax())
-        sizes[fullest] -= 1
-        load[fullest] = load[fullest] - cost if sizes[fullest] > 0 else -np.inf
-    return [int(size) * unit for size in sizes]

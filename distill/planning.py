@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from distill.arrange import Work
 from distill.budget import Needs, Student, head_parameters, needs_of, pretraining_needs
 from distill.cost import (
     DEFAULT_DEVICE,
@@ -20,7 +21,7 @@ from distill.cost import (
 )
 from distill.data.masks import mean_masked
 from distill.errors import PlanError
-from distill.plan import Plan, Work, make_plan, without
+from distill.plan import Plan, make_plan, without
 from distill.recipe import (
     HEADS_PHASE,
     FamilyRecipe,
@@ -187,8 +188,7 @@ def _plan_family(
             cost = regression_tflops(spec, shape.spec.width, seen)
         else:
             cost = training_tflops(spec, heads_of_student(student, spec, shape.heads), seen)
-        ranks = None if student.ranks == "auto" else student.ranks
-        works.append(Work(student.label, device.seconds(cost), ranks))
+        works.append(Work(student.label, device.seconds(cost), student.asked_ranks))
     plan = make_plan(
         works,
         device.seconds(teaching_tflops(shape.spec, shape.heads, shapes)),

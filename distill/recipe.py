@@ -103,6 +103,27 @@ def _duration(value: object) -> object:
     return value
 
 
+def rank_range(text: str) -> range:
+    """The ranks that ``FIRST-LAST`` names; both ends belong.
+
+    Raises:
+        ValueError: the text says something else.
+    """
+    match = re.fullmatch(r"(\d+)-(\d+)", text)
+    if match is None or int(match[1]) > int(match[2]):
+        raise ValueError(f"{text!r}: write a number of ranks, FIRST-LAST such as '8-15', or auto")
+    return range(int(match[1]), int(match[2]) + 1)
+
+
+def _ranks(value: int | str) -> int | str:
+    if isinstance(value, int):
+        if value < 1:
+            raise ValueError(f"{value}: at least 1, or auto")
+    elif value != "auto":
+        rank_range(value)
+    return value
+
+
 def _size_mapping(value: object) -> object:
     return {"size": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
@@ -459,7 +480,7 @@ class StudentHeadsSpec(Section):
 
 
 class StudentSpec(ArchSpec):
-    """One student. ``lr`` replaces the schedule's peak; ``ranks`` is a number, or ``auto``.
+    """One student. ``lr`` replaces the schedule's peak; ``ranks`` is a number, ``FIRST-LAST``, or ``auto``.
 
     ``steps``: it is finished earlier than the schedule, and its ranks teach from then on.
     ``crop_scale``: it sees every crop at this part of its size.
@@ -470,12 +491,19 @@ class StudentSpec(ArchSpec):
     lr: float | None = science(None, gt=0.0)
     steps: int | None = science(None, ge=1)
     crop_scale: float = science(1.0, gt=0.0, le=1.0)
-    ranks: int | Literal["auto"] = machine("auto")
+    ranks: Annotated[int | str, AfterValidator(_ranks)] = machine("auto")
 
     @property
     def label(self) -> str:
         """Its name, by default its architecture's."""
         return self.name or self.arch
+
+    @property
+    def asked_ranks(self) -> int | range | None:
+        """How many ranks, or which; None leaves both to the plan."""
+        if isinstance(self.ranks, int):
+            return self.ranks
+        return None if self.ranks == "auto" else rank_range(self.ranks)
 
 
 class FitSpec(Section):

@@ -142,9 +142,6 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
         if label in RESERVED_NETWORKS:
             yield (*place, "name"), f"{label!r} is taken by the teacher: choose another"
         seen.add(label)
-        ranks = parts.get((*place, "ranks"))
-        if isinstance(ranks, int) and ranks < 1:
-            yield (*place, "ranks"), f"{ranks}: at least 1, or auto"
         stride = _stride(parts, place)
         scale = parts.get((*place, "crop_scale"), 1.0)
         if stride is not None and scale is not None:
@@ -161,6 +158,12 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
                 (*place, "steps"),
                 f"{ends[label]}: the family ends at schedule.steps = {num_steps}",
             )
+    asked = {i: parts.get(("students", i, "ranks")) for i in items_of(parts, "students")}
+    ranged = {i for i, ranks in asked.items() if isinstance(ranks, str) and ranks != "auto"}
+    for index, ranks in asked.items():
+        if ranged and index not in ranged and ranks is not None:
+            told = f"{ranks}: other students say which ranks, so write FIRST-LAST here too"
+            yield ("students", index, "ranks"), told
     if ends and num_steps is not None and all(end and end < num_steps for end in ends.values()):
         last = max(end for end in ends.values() if end)
         yield (

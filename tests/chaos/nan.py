@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.arrange import Work
 from distill.engine import prepare_deepspeed
 from distill.events import read_events
 from distill.exchange import Outgoing, Pending, Slices
@@ -32,11 +33,12 @@ from distill.groups import Groups, make_groups
 from distill.isolation import IN_A_ROW, Isolation
 from distill.loop import Phase, run_phase
 from distill.masking import DrawnMasks
-from distill.plan import Plan, Timetable, Work, make_plan
+from distill.plan import Plan, make_plan
 from distill.pulse import Pulse
 from distill.pupil import Pupil
 from distill.record import Wishes
 from distill.stopwatch import Stopwatch
+from distill.timetable import Timetable
 from teacher.batch import CropBatch, LessonBatch, PatchMasks
 from teacher.trainee import Losses
 from tests.distill.test_ranks import IMAGES, SCALARS, Ways, batch_of, make_pupil, some, take

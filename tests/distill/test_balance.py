@@ -6,10 +6,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distill.arrange import Work
 from distill.balance import Balancer
 from distill.groups import make_groups
-from distill.plan import Timetable, Work, make_plan
+from distill.plan import make_plan
 from distill.stopwatch import Stopwatch
+from distill.timetable import Timetable
 from tests.ranks import on_ranks
 
 WORKS = [

@@ -267,6 +267,29 @@ def test_plan__the_published_launch(distill: Run) -> None:
     assert "busy 100%" in shown
 
 
+def test_plan__ranks_as_the_recipe_says_them(distill: Run) -> None:
+    given = [f"students.{i}.ranks={ranks}" for i, ranks in enumerate(("0-1", "1-2", "4-5"))]
+    plan = json.loads(distill("plan", "quickstart", *given, "--ranks", "8", "--json").out)
+    assert list(plan["placements"].values()) == [[0, 2], [1, 3], [4, 6]]
+    assert plan["notes"] == ["3 ranks only teach", "1 ranks hold several students"]
+    result = distill("plan", "quickstart", *given, "--ranks", "4")
+    assert (result.code, result.err.splitlines()[0]) == (
+        2,
+        "students.convnext.ranks = 4-5: this job has ranks 0-3",
+    )
+
+
+def test_plan__memory_by_part_and_by_rank(distill: Run) -> None:
+    plan = json.loads(distill("plan", "family_vit", "--ranks", "8", "--json").out)
+    parts = plan["memory_gib"]
+    assert {"teacher", "weights", "optimizer", "ema", "activations", "logits"} < parts.keys()
+    assert parts["optimizer"] == pytest.approx(3 * parts["ema"], abs=0.01)
+    assert sum(parts.values()) == pytest.approx(plan["memory_gib_max"], abs=0.01)
+    runs = plan["memory_gib_ranks"]
+    assert sum(count for count, _ in runs) == 8
+    assert max(gib for _, gib in runs) == plan["memory_gib_max"]
+
+
 def test_plan__eight_ranks_are_balanced(distill: Run) -> None:
     result = distill("plan", "family_vit", "--ranks", "8", "--device", "h200", "--json")
     plan = json.loads(result.out)

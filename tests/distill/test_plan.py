@@ -1,24 +1,11 @@
-import math
-from collections.abc import Sequence
-from itertools import accumulate, product
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distill.arrange import Work
 from distill.errors import PlanError
-from distill.plan import (
-    LEAST_SHARE,
-    Timetable,
-    Work,
-    fill_exactly,
-    fill_whole,
-    make_plan,
-    rebalanced,
-    split_evenly,
-    without,
-)
+from distill.plan import LEAST_SHARE, make_plan, rebalanced, split_evenly, without
 from teacher.trainee import KOLEO_GROUP
 
 costs = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=9)
@@ -77,43 +64,6 @@ def test_make_plan__every_image_is_taught_once_and_trained_on_by_every_student(
     assert plan.gain <= plan.gain_bound * (1 + 1e-9)
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    load=st.lists(st.floats(0.0, 20.0), min_size=1, max_size=4),
-    cost=st.floats(0.1, 10.0),
-    images=st.integers(1, 9),
-)
-def test_fill_whole__is_the_best_division_there_is(
-    load: list[float], cost: float, images: int
-) -> None:
-    def largest(sizes: Sequence[int]) -> float:
-        # a rank that teaches nothing does not lengthen the step by more than its students
-        return max(own + cost * size for own, size in zip(load, sizes, strict=True))
-
-    sizes = fill_whole(load, cost, images, 1)
-    assert sum(sizes) == images and min(sizes) >= 0
-    divisions = (d for d in product(range(images + 1), repeat=len(load)) if sum(d) == images)
-    assert largest(sizes) == pytest.approx(min(map(largest, divisions)))
-
-
-@settings(max_examples=200, deadline=None)
-@given(
-    load=st.lists(st.floats(0.0, 100.0), min_size=1, max_size=12),
-    cost=st.floats(0.1, 10.0),
-    images=st.integers(1, 500),
-)
-def test_fill_exactly__is_level(load: list[float], cost: float, images: int) -> None:
-    costs = [cost * (1 + i % 3) for i in range(len(load))]  # ranks of three speeds
-    shares = fill_exactly(load, costs, images)
-    assert sum(shares) == pytest.approx(images)
-    busy = [own + c * share for own, c, share in zip(load, costs, shares, strict=True)]
-    level = max(b for b, share in zip(busy, shares, strict=True) if share > 0)
-    assert all(b == pytest.approx(level) for b, share in zip(busy, shares, strict=True) if share)
-    assert all(
-        own >= level * (1 - 1e-9) for own, share in zip(load, shares, strict=True) if not share
-    )
-
-
 def test_rebalanced__a_slow_rank_teaches_less_and_nobody_stops() -> None:
     plan = make_plan([Work("a", 3.0), Work("b", 1.3)], 1.7, 100, 5, lookahead=1)
     slow = [1.7, 1.7, 1.7 * 1.5, 1.7, 1.7]
@@ -128,15 +78,6 @@ def test_rebalanced__a_slow_rank_teaches_less_and_nobody_stops() -> None:
         range(4),
         range(4, 8),
     )
-
-
-def test_timetable__the_newest_plan_that_has_begun_is_in_force() -> None:
-    first, second, third = (make_plan([Work("a", 1.0)], 1.0, n, 1) for n in (8, 9, 10))
-    timetable = Timetable(first)
-    timetable.change(5, second)
-    assert (timetable.at(4), timetable.at(5)) == (first, second)
-    timetable.change(9, third)
-    assert (timetable.at(8), timetable.at(9)) == (second, third)
 
 
 @settings(max_examples=100, deadline=None)
@@ -165,16 +106,6 @@ def test_without__the_others_stay_and_teaching_fills_the_gap(
         )
 
 
-def test_timetable__a_network_that_finishes_is_known_from_the_start() -> None:
-    plan = make_plan([Work("a", 3.0, 1), Work("b", 1.0, 1)], 1.0, 32, 2, lookahead=1)
-    timetable = Timetable(plan, [(100, without(plan, {"a"}))])
-    assert [len(timetable.at(step).placements) for step in (0, 99, 100)] == [2, 2, 1]
-    assert timetable.most_images(0) == 32 > plan.largest_shares[0]
-    assert not timetable.has_same_networks(99, 100)
-    timetable.change(40, rebalanced(plan, [2.0, 1.0], plan.student_s))
-    assert [len(timetable.at(step).placements) for step in (39, 40, 99, 100)] == [2, 2, 2, 1]
-
-
 def test_parts_of__whole_koleo_groups_and_as_many_on_every_rank() -> None:
     plan = make_plan([Work("a", 1.0)], 1.0, 16 * 2 * 5, 2)
     (placement,) = plan.placements
@@ -193,54 +124,6 @@ def test_shares__over_many_steps_are_the_exact_ones() -> None:
         gaps = [abs(size - exact) for size, exact in zip(sizes, plan.exact_shares, strict=True)]
         assert max(gaps) < 1.0
     assert taught / steps == pytest.approx(np.array(plan.exact_shares), abs=0.01)
-
-
-@settings(max_examples=60, deadline=None)
-@given(costs=st.lists(st.floats(0.1, 10.0), min_size=1, max_size=4), num_ranks=st.integers(1, 7))
-def test_make_plan__places_as_well_as_trying_everything(costs: list[float], num_ranks: int) -> None:
-    """The step is as short as with the best of all contiguous placements, overlapping ones included."""
-    images, teaching = 840, 0.3  # divisible by every number of ranks tried
-    works = [Work(f"s{i}", cost) for i, cost in enumerate(costs)]
-    plan = make_plan(works, teaching, images, num_ranks, lookahead=1)
-    spans = [(n, first) for n in range(1, num_ranks + 1) for first in range(num_ranks - n + 1)]
-    ideal = images * (sum(costs) + teaching) / num_ranks
-    best = math.inf
-    for chosen in product(spans, repeat=len(costs)):
-        load = np.zeros(num_ranks)
-        for (count, first), cost in zip(chosen, costs, strict=True):
-            load[first : first + count] += cost * images / count
-        best = min(best, max(load.max(), ideal))
-    assert best * (1 - 1e-9) <= plan.step_s <= best * 1.016  # NEARLY, and rounded to hundredths
-
-
-def test_make_plan__a_network_too_heavy_for_its_ranks_shares_those_of_others() -> None:
-    works = [Work("heavy", 9.0), *(Work(f"s{i}", 0.2) for i in range(5))]
-    plan = make_plan(works, 1.0, 960, 6, lookahead=2)
-    assert plan.utilisation > 0.98
-    assert len(plan.placements[0].slices) > 4
-    published = make_plan(works, 1.0, 960, 6, has_even_shares=True)
-    assert [len(p.slices) for p in published.placements] == [1] * 6
-
-
-@settings(max_examples=100, deadline=None)
-@given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=9))
-def test_make_plan__groups_that_fill_nodes_do_not_cross_them(counts: list[int]) -> None:
-    works = [Work(f"s{i}", 1.0, count) for i, count in enumerate(counts)]
-    plan = make_plan(works, 1.0, 1000, sum(counts), ranks_per_node=8)
-    assert sorted(r for p in plan.placements for r in p.world_ranks) == list(range(sum(counts)))
-
-    def borders(first: int, count: int) -> int:
-        return (first + count - 1) // 8 - first // 8
-
-    in_order = list(accumulate([0, *counts]))
-    crossed = sum(borders(p.first_rank, len(p.slices)) for p in plan.placements)
-    assert crossed <= sum(borders(first, n) for first, n in zip(in_order, counts, strict=False))
-
-
-def test_make_plan__fewer_ranks_than_students_share_ranks() -> None:
-    plan = make_plan([Work("a", 3.0), Work("b", 2.0), Work("c", 1.0)], 1.0, 64, 2)
-    assert {p.name: list(p.world_ranks) for p in plan.placements} == {"a": [0], "b": [1], "c": [1]}
-    assert plan.notes == ("3 networks on 2 ranks: some ranks hold several",)
 
 
 PUBLISHED = {"s": 0.18, "sp": 0.22, "b": 0.55, "l": 1.83, "hp": 4.93}  # TF per image, METHOD 5

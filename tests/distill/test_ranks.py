@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.arrange import Work
 from distill.engine import Engine, EngineSettings, StepRates, prepare_deepspeed
 from distill.exchange import (
     AllGather,
@@ -22,8 +23,9 @@ from distill.exchange import (
     slice_bytes,
 )
 from distill.groups import make_groups
-from distill.plan import Plan, Timetable, Work, make_plan, without
+from distill.plan import Plan, make_plan, without
 from distill.pupil import Assigner, Pupil, TargetMaker
+from distill.timetable import Timetable
 from students.objective import FeatureTrainee, Standardiser, build_projectors
 from teacher.batch import CropBatch, PatchMasks
 from teacher.frozen import FrozenTeacher

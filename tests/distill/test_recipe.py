@@ -95,6 +95,8 @@ def test_load_recipe__numbers_are_numbers(tmp_path: Path) -> None:
         (FAMILY, "arch: vit, width: 64, depth: 2, heads: 2, patch: 16", "arch: convnext, depths: [1, 1], widths: [8]", "1 widths for 2 depths"),
         (FAMILY, "arch: vit, width", "arch: vitb16, width", "'width' does not apply to arch 'vitb16'"),
         (FAMILY, "patch: 16}", "patch: 16, ranks: 0}", "students.1.ranks: 0: at least 1, or auto"),
+        (FAMILY, "patch: 16}", "patch: 16, ranks: 3-1}", "students.1.ranks: '3-1': write a number of ranks, FIRST-LAST such as '8-15', or auto"),
+        (FAMILY, "patch: 16}", "patch: 16, ranks: 2-3}", "students.0.ranks: auto: other students say which ranks, so write FIRST-LAST here too"),
         (FAMILY, "{weights: /models/teacher}", "{}", "give either 'train' .a teacher recipe. or 'weights'"),
         (FAMILY, "{weights: /models/teacher}", "{train: t.yaml, heads: h}", "'h' goes with 'weights'"),
         (FAMILY, "path: /data", "path: builtin:cats", "the only built-in images are 'builtin:photographs'"),
