@@ -53,10 +53,10 @@ from distill.groups import Groups, make_groups
 from distill.isolation import Isolation
 from distill.loop import Phase, run_phase
 from distill.planning import TeacherShape, plan_family
-from distill.prepare import teacher_shape
 from distill.pulse import Pulse
 from distill.recipe import FamilyRecipe
 from distill.recipe_file import load_job
+from distill.teacher_source import teacher_shape
 from students.catalog import build_backbone, init_weights_
 from students.student import build_heads, seeded
 from teacher.frozen import FrozenTeacher

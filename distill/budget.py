@@ -27,6 +27,7 @@ OPTIMIZER_BYTES = 12  # fp32 master weight and two moments; sharded over the gro
 EMA_BYTES = 4  # fp32; sharded like them
 ACTIVATION_BYTES = 34  # per token, channel and transformer block
 CONV_ACTIVATION_BYTES = 24  # per pixel, channel and ConvNeXt block
+HIDDEN_BYTES = 4  # per unit of a head's hidden layer: before and after its GELU
 LOGIT_BYTES = 12  # three fp32 matrices of [rows, chunk] at once
 CONTEXT_GIB = 1.5  # driver, communicators, kernels
 
@@ -249,6 +250,46 @@ def pretraining_needs(
                 weights=PARAMETER_BYTES * weights / GIB,
                 gradients=(PARAMETER_BYTES * gradients + added_up * SUM_BYTES * count / num_ranks)
                 / GIB,
+                optimizer=OPTIMIZER_BYTES * count / num_ranks / GIB,
+                ema=EMA_BYTES * count / num_ranks / GIB,
+                activations=images * kept / GIB,
+                logits=rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES / GIB,
+                buffers=0.0,
+                context=CONTEXT_GIB,
+            )
+        )
+    nothing = (0,) * num_ranks
+    return Needs(tuple(memory), nothing, nothing, 0)
+
+
+def fitting_needs(
+    plan: Plan,
+    spec: BackboneSpec,
+    heads: Heads,
+    crops: CropShapes,
+    *,
+    zero_stage: int,
+    micro_batch: int | None,
+) -> Needs:
+    """Memory of every rank while heads are learned on a frozen backbone, which keeps nothing but the block at work. Nothing travels."""
+    placement, num_ranks = plan.placements[0], plan.num_ranks
+    backbone, count = count_parameters(spec), head_parameters(heads)
+    depth = spec.depth if isinstance(spec, ViTSpec) else 1
+    dino, ibot = heads
+    hidden = 2 * (2 + crops.num_locals) * dino.hidden + 2 * crops.masked_per_image * ibot.hidden
+    memory = []
+    for rank in placement.world_ranks:
+        images = max(p.stop - p.start for p in placement.parts_of(rank, micro_batch))
+        added_up = images < len(placement.slice_of(rank))
+        sharded = count / num_ranks if zero_stage >= 2 else count
+        gradients = PARAMETER_BYTES * sharded + added_up * SUM_BYTES * count / num_ranks
+        kept = activation_bytes(spec, crops) / depth + HIDDEN_BYTES * hidden
+        rows = images * (2 + crops.num_locals + crops.masked_per_image)
+        memory.append(
+            Memory(
+                teacher=PARAMETER_BYTES * (backbone + count) / GIB,  # and the EMA that teaches
+                weights=PARAMETER_BYTES * count / GIB,
+                gradients=gradients / GIB,
                 optimizer=OPTIMIZER_BYTES * count / num_ranks / GIB,
                 ema=EMA_BYTES * count / num_ranks / GIB,
                 activations=images * kept / GIB,

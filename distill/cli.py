@@ -483,7 +483,9 @@ def check(
         loaded, teacher = load_job(recipe, texts, check_folders=True)
 
         from distill.cost import find_device  # these import torch
-        from distill.prepare import check_data, check_job, has_gpu, heads_story, require_fit
+        from distill.job_plans import check_job, require_fit
+        from distill.prepare import check_data, has_gpu
+        from distill.teacher_source import heads_story
 
         num_ranks = _num_ranks(loaded.engine.processes, gpus)
         plans = check_job(loaded, teacher, num_ranks)
@@ -532,7 +534,7 @@ def plan(
 
     from distill.console import plan_tables  # after the recipe is right: these import torch
     from distill.cost import find_device
-    from distill.prepare import check_job, require_fit
+    from distill.job_plans import check_job, require_fit
 
     assumed = find_device(device)
     num_ranks = _num_ranks(loaded.engine.processes, ranks)

@@ -42,8 +42,8 @@ from distill.metrics import (
 if TYPE_CHECKING:
     from distill.budget import Needs
     from distill.cost import Device
+    from distill.job_plans import JobPlan
     from distill.plan import Plan
-    from distill.prepare import JobPlan
     from distill.weights import Inspection
 
 REFRESH_S = 0.25  # of the live panel and of looking for events
@@ -590,26 +590,22 @@ def plan_tables(job: "JobPlan", device: "Device") -> list[Table]:
         title=f"{job.name}: {plan.num_ranks} ranks, {plan.images_global} images a step, {busy}",
         title_justify="left",
     )
-    columns = ["network", "ranks", "images per rank", "seconds per rank and step"]
-    for column in columns if job.needs is None else [*columns, "GiB at most"]:
+    for column in ("network", "ranks", "images per rank", "seconds per rank", "GiB at most"):
         table.add_column(column)
 
-    def gib(ranks: range) -> list[str]:
-        """The column of memory, where it is known."""
-        if job.needs is None:
-            return []
-        return [f"{max(job.needs.memory[rank].total for rank in ranks):.1f}"]
+    def gib(ranks: range) -> str:
+        return f"{max(job.needs.memory[rank].total for rank in ranks):.1f}"
 
     for placement, image_s in zip(plan.placements, plan.image_s, strict=True):
         ranks = placement.world_ranks
         shown = str(ranks.start) if len(ranks) == 1 else f"{ranks.start}-{ranks.stop - 1}"
         seconds = image_s * placement.largest_slice
         row = placement.name, shown, _sizes(placement.slices), f"{seconds:.3g}"
-        table.add_row(*row, *gib(ranks))
+        table.add_row(*row, gib(ranks))
     low, high = (plan.teach_s * each(plan.mean_shares) for each in (min, max))
     spread = f"{low:.3g} to {high:.3g}" if high > low else f"{low:.3g}"
     row = "teaching", f"0-{plan.num_ranks - 1}", _shares(plan), spread
-    table.add_row(*row, *gib(range(plan.num_ranks)))
+    table.add_row(*row, gib(range(plan.num_ranks)))
     if plan.notes:
         table.caption, table.caption_justify = "; ".join(plan.notes), "left"
     facts = Table(show_header=False, box=None, padding=(0, 2))
@@ -625,8 +621,7 @@ def plan_tables(job: "JobPlan", device: "Device") -> list[Table]:
         facts.add_row(
             "gain", f"{plan.gain:.2f}x over separate jobs, of at most {plan.gain_bound:.2f}x"
         )
-    if job.needs is not None:
-        _add_needs(facts, job.needs)
+    _add_needs(facts, job.needs)
     return [table, facts]
 
 

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from distill.arrange import Work
-from distill.budget import Needs, Student, head_parameters, needs_of, pretraining_needs
+from distill.budget import (
+    Needs,
+    Student,
+    fitting_needs,
+    head_parameters,
+    needs_of,
+    pretraining_needs,
+)
 from distill.cost import (
     DEFAULT_DEVICE,
     CropShapes,
@@ -158,6 +165,19 @@ def plan_fitting(
     )
     teach_s = device.seconds(teaching_tflops(shape.spec, shape.heads, shapes))
     return make_plan([work], teach_s, recipe.schedule.batch, num_ranks)
+
+
+def fitting_needs_of(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs:
+    """Memory while heads are fitted."""
+    assert shape.heads is not None, "heads to fit have shapes"
+    return fitting_needs(
+        plan,
+        shape.spec,
+        shape.heads,
+        crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size)),
+        zero_stage=recipe.engine.zero,
+        micro_batch=recipe.engine.micro_batch,
+    )
 
 
 def plan_family(

@@ -11,53 +11,33 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.metadata import distributions
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from distill.budget import Needs
 from distill.checkpoint import find_latest
-from distill.cost import DEFAULT_DEVICE, Device
 from distill.data.index import ImageIndex, build_index, split
 from distill.data.photographs import photograph_paths, write_tiles
 from distill.data.sources import list_source
-from distill.errors import CheckpointError, DataError, PlanError
+from distill.errors import CheckpointError, DataError
+from distill.job_plans import check_job
 from distill.metrics import write_json
-from distill.plan import Plan
-from distill.planning import (
-    TeacherShape,
-    family_needs,
-    head_shapes,
-    later_plans,
-    plan_family,
-    plan_fitting,
-    plan_stage,
-    shape_of_recipe,
-    stage_needs,
-)
 from distill.recipe import (
-    FAMILY_PHASE,
-    HEADS_PHASE,
     DataSpec,
     FamilyRecipe,
     TeacherRecipe,
-    TeacherSource,
     recipe_hash,
 )
 from distill.recipe_file import TEACHER_PREFIX, find_recipe, load_job, resolved_yaml
 from distill.resume import describe_changes, joining_steps
-from distill.weights import has_heads, head_shapes_of, shape_of
-from students.catalog import CATALOG
+from distill.teacher_source import TRAINED_HEADS, heads_file
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 CHECKPOINTS = "checkpoints"  # in a run folder
 RESOLVED = "recipe.resolved.yaml"
-TRAINED_HEADS = "heads.safetensors"  # beside the weights of a teacher
 FITTED_HEADS = "heads/teacher.safetensors"  # in a run folder
 
 
@@ -139,199 +119,9 @@ def read_job(run_folder: Path) -> Job:
     return Job(request, recipe, teacher_recipe, stored["data_fingerprint"])
 
 
-MORE_RANKS = (1, 2, 4, 8, 16)  # times the ranks asked for: what is tried when memory is short
-SMALLER_MICRO_BATCHES = (256, 128, 64, 32, 16)
-
-
-@dataclass(frozen=True)
-class JobPlan:
-    """The plan of one part of a job; no ``needs`` where heads are fitted, ``later`` for students that are finished early."""
-
-    name: str
-    plan: Plan
-    num_steps: int
-    needs: Needs | None
-    later: tuple[tuple[int, Plan], ...] = ()
-
-    @property
-    def seconds(self) -> float:
-        """Of all steps together."""
-        starts = [(0, self.plan), *self.later, (self.num_steps, self.plan)]
-        return sum((stop - start) * plan.step_s for (start, plan), (stop, _) in pairwise(starts))
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as plain data."""
-        needs = {} if self.needs is None else self.needs.to_json()
-        days = self.seconds / 86_400
-        own = {"phase": self.name, "steps": self.num_steps, "days": days}
-        return {**self.plan.to_json(), **needs, **own}
-
-
-def check_job(
-    recipe: FamilyRecipe | TeacherRecipe,
-    teacher_recipe: TeacherRecipe | None,
-    num_ranks: int,
-    device: Device = DEFAULT_DEVICE,
-    *,
-    has_files: bool = True,
-) -> tuple[JobPlan, ...]:
-    """The plans of all parts for ``num_ranks`` ranks, pretraining first.
-
-    ``has_files=False`` plans from ``teacher.arch`` where the teacher's files are not there.
-
-    Raises:
-        PlanError: the recipe cannot run on this many ranks.
-        CheckpointError: a teacher's files are missing or do not fit.
-    """
-    plans = []
-    pretrained = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
-    if pretrained is not None:
-        for stage in pretrained.stages:
-            plan = plan_stage(pretrained, stage, num_ranks, device)
-            plans.append(
-                JobPlan(stage.name, plan, stage.steps, stage_needs(pretrained, stage, plan))
-            )
-    if isinstance(recipe, FamilyRecipe):
-        shape = teacher_shape(recipe, teacher_recipe, has_files=has_files)
-        if recipe.teacher.heads_mode == "fit":
-            fitting = plan_fitting(recipe, shape, num_ranks, device)
-            plans.append(JobPlan(HEADS_PHASE, fitting, recipe.teacher.fit.steps, None))
-        family = plan_family(recipe, shape, num_ranks, device)
-        needs = family_needs(recipe, shape, family)
-        later = later_plans(recipe, family)
-        plans.append(JobPlan(FAMILY_PHASE, family, recipe.schedule.steps, needs, later))
-    return tuple(plans)
-
-
-def require_fit(
-    job: JobPlan,
-    recipe: FamilyRecipe | TeacherRecipe,
-    teacher_recipe: TeacherRecipe | None,
-    device: Device,
-) -> None:
-    """Refuses a plan that does not fit on its device.
-
-    Raises:
-        PlanError: says which part is largest, and the nearest plan that fits.
-    """
-    if job.needs is None or job.needs.fullest.total <= device.memory_gib:
-        return
-    trained = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
-    if isinstance(recipe, FamilyRecipe) and job.name == FAMILY_PHASE:
-        shape = teacher_shape(recipe, teacher_recipe, has_files=False)
-        fix = _nearest_fit(recipe, shape, job.plan.num_ranks, device)
-    else:
-        assert trained is not None, "a stage without a teacher recipe"
-        fix = _nearest_stage_fit(trained, job, device)
-    told = f"{job.name}: rank {job.needs.fullest_rank} needs {job.needs.fullest.describe()}"
-    raise PlanError(f"{told}; {device.name} has {device.memory_gib:.0f} GiB", fix=fix)
-
-
-def _nearest_stage_fit(recipe: TeacherRecipe, job: JobPlan, device: Device) -> str:
-    """The change with which a stage of pretraining fits: shard more, keep less, take more ranks."""
-    stage = next(stage for stage in recipe.stages if stage.name == job.name)
-    changes: tuple[dict[str, object], ...] = ({"zero": 3}, {"activation_checkpointing": True})
-    for factor in MORE_RANKS:
-        for micro_batch in (recipe.engine.micro_batch, *SMALLER_MICRO_BATCHES):
-            for count in range(len(changes) + 1):
-                update: dict[str, object] = {"micro_batch": micro_batch}
-                for change in changes[:count]:
-                    update |= change
-                engine = recipe.engine.model_copy(update=update)
-                changed = recipe.model_copy(update={"engine": engine})
-                with suppress(PlanError):
-                    plan = plan_stage(changed, stage, factor * job.plan.num_ranks, device)
-                    found = stage_needs(changed, stage, plan).fullest.total
-                    if found <= device.memory_gib:
-                        own = recipe.engine.model_dump()
-                        keys = [k for k, value in update.items() if value != own[k]]
-                        words = [f"engine.{key}={str(update[key]).lower()}" for key in keys]
-                        on = [f"{factor * job.plan.num_ranks} ranks"] if factor > 1 else []
-                        return f"{' '.join([*words, *on])} needs {found:.0f} GiB."
-    return (
-        "No number of ranks tried makes room: use a smaller network or a device with more memory."
-    )
-
-
-def _nearest_fit(recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device) -> str:
-    """The change with which a family fits: smaller micro-batches if they do, then more ranks too."""
-    for factor in MORE_RANKS:
-        for micro_batch in (recipe.engine.micro_batch, *SMALLER_MICRO_BATCHES):
-            engine = recipe.engine.model_copy(update={"micro_batch": micro_batch})
-            changed = recipe.model_copy(update={"engine": engine})
-            with suppress(PlanError):
-                plan = plan_family(changed, shape, factor * num_ranks, device)
-                found = family_needs(changed, shape, plan).fullest.total
-                if found <= device.memory_gib:
-                    on = f" on {factor * num_ranks} ranks" if factor > 1 else ""
-                    return f"engine.micro_batch={micro_batch}{on} needs {found:.0f} GiB."
-    return "No number of ranks tried makes room: use smaller networks or a device with more memory."
-
-
-def teacher_shape(
-    recipe: FamilyRecipe, teacher_recipe: TeacherRecipe | None, *, has_files: bool = True
-) -> TeacherShape:
-    """Shapes of the family's teacher as its students will meet it, from recipes and files.
-
-    ``has_files=False``: from ``teacher.arch`` where there are no files.
-
-    Raises:
-        CheckpointError: files are missing or do not fit.
-    """
-    source = recipe.teacher
-    weights = Path(str(source.weights))
-    if teacher_recipe is not None:
-        shape = shape_of_recipe(teacher_recipe)
-    elif not has_files and source.arch is not None and not weights.exists():
-        spec = CATALOG[source.arch]
-        shape = TeacherShape(spec, head_shapes(source.fit.heads, spec.width))
-    else:
-        spec, heads = shape_of(weights), None
-        if source.heads_mode == "file":
-            heads = head_shapes_of(heads_file(source, weights), spec.width)
-        shape = TeacherShape(spec, heads)
-    if source.heads_mode == "none":
-        return replace(shape, heads=None)
-    if source.heads_mode == "fit":
-        return replace(shape, heads=head_shapes(source.fit.heads, shape.spec.width))
-    return shape
-
-
-def heads_file(source: TeacherSource, weights: Path) -> Path:
-    """The file of the heads that the recipe names, or that lies beside the weights.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if source.heads is not None:
-        return Path(source.heads)
-    if weights.is_file() and has_heads(weights):
-        return weights  # a training file holds both
-    beside = (weights if weights.is_dir() else weights.parent) / TRAINED_HEADS
-    if source.weights is not None and not beside.is_file():
-        raise CheckpointError(
-            f"teacher.weights = {weights}: no {TRAINED_HEADS} beside them (released teachers have none)",
-            fix="Write `heads: fit` to learn heads on this teacher first, `heads: none` to learn from "
-            "its features, or name a file.",
-        )
-    return beside
-
-
 def has_gpu(recipe: FamilyRecipe | TeacherRecipe) -> bool:
     """The recipe would run on a GPU of this machine."""
     return recipe.engine.device != "cpu" and torch.cuda.is_available()
-
-
-def heads_story(recipe: FamilyRecipe) -> str:
-    """One clause for people: what the students learn from, and why."""
-    source = recipe.teacher
-    if source.heads_mode == "none":
-        return "students learn the teacher's features (heads: none)"
-    if source.heads_mode == "fit":
-        return f"DINO and iBOT heads are learned on the teacher first, {source.fit.steps} steps (heads: fit)"
-    if source.weights is None:
-        return "students learn through the heads that the teacher is trained with"
-    return f"students learn through the heads in {heads_file(source, Path(source.weights))}"
 
 
 def check_data(

@@ -11,9 +11,10 @@ from distill.data.masks import draw_masks, mask_counts
 from distill.data.sheet import draw_sheet, rows_of
 from distill.errors import RecipeError
 from distill.planning import shape_of_recipe
-from distill.prepare import teacher_shape, training_index
+from distill.prepare import training_index
 from distill.recipe import FamilyRecipe, StageSpec, TeacherRecipe
 from distill.supply import build_feed, build_loader, crop_schedule
+from distill.teacher_source import teacher_shape
 from students.student import grid_of
 
 

@@ -39,14 +39,7 @@ from distill.isolation import Isolation
 from distill.loop import Phase, run_phase
 from distill.metrics import PhaseStatus, write_json
 from distill.planning import ONLINE, plan_family, plan_fitting, plan_stage
-from distill.prepare import (
-    CHECKPOINTS,
-    FITTED_HEADS,
-    RESOLVED,
-    TRAINED_HEADS,
-    Job,
-    teacher_shape,
-)
+from distill.prepare import CHECKPOINTS, FITTED_HEADS, RESOLVED, Job
 from distill.pretraining import HeadFitting, Pretraining
 from distill.pulse import Pulse
 from distill.recipe import (
@@ -60,6 +53,7 @@ from distill.recipe import (
 from distill.record import Recorder
 from distill.resume import agreed_checkpoint, joining_steps
 from distill.saver import Keeping, Saver, restore, saved_anchor
+from distill.teacher_source import TRAINED_HEADS, teacher_shape
 from students.catalog import BackboneSpec
 
 COLLECTIVE_TIMEOUT = timedelta(

@@ -18,7 +18,7 @@ from distill.checkpoint import MANIFEST, find_latest
 from distill.data.census import take_census
 from distill.data.index import build_index
 from distill.export import ExportFacts, write_backbone, write_heads
-from distill.prepare import check_job
+from distill.job_plans import check_job
 from distill.recipe_file import builtin_recipes, load_job, resolved_yaml
 from distill.tensor_file import SUFFIX, read_tensors
 from distill.weights import convert, inspect, load_backbone, load_heads

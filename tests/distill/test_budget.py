@@ -6,10 +6,11 @@ import pytest
 
 from distill.cost import DEVICES, Device
 from distill.errors import PlanError
+from distill.job_plans import check_job, require_fit
 from distill.planning import family_needs, plan_family
-from distill.prepare import check_job, require_fit, teacher_shape
 from distill.recipe import FamilyRecipe
 from distill.recipe_file import load_job
+from distill.teacher_source import teacher_shape
 
 H100 = DEVICES["h100"]
 
@@ -20,8 +21,8 @@ def family(*overrides: str) -> FamilyRecipe:
     return recipe
 
 
-def refused(recipe: FamilyRecipe, num_ranks: int, device: Device) -> PlanError:
-    job = check_job(recipe, None, num_ranks, device, has_files=False)[-1]
+def refused(recipe: FamilyRecipe, num_ranks: int, device: Device, phase: int = -1) -> PlanError:
+    job = check_job(recipe, None, num_ranks, device, has_files=False)[phase]
     with pytest.raises(PlanError) as caught:
         require_fit(job, recipe, None, device)
     return caught.value
@@ -75,3 +76,17 @@ def test_job_plan__students_that_finish_early_shorten_the_rest() -> None:
         for each in (recipe, early)
     ]
     assert 0.5 * days[0] < days[1] < 0.9 * days[0]
+
+
+def test_fitting_needs__heads_alone_are_trained() -> None:
+    """Backbone once, heads twice in what is computed with; with more ranks only the optimizer shrinks."""
+    recipe = family("engine.micro_batch=32")
+    jobs = [check_job(recipe, None, ranks, H100, has_files=False)[0] for ranks in (8, 64)]
+    assert [job.name for job in jobs] == ["heads", "heads"]
+    few, many = (job.needs.fullest for job in jobs)
+    assert few.teacher == many.teacher == pytest.approx(13.1, abs=0.1)
+    assert few.optimizer == pytest.approx(8 * many.optimizer) == pytest.approx(3 * few.ema)
+    assert 0 < few.weights < 0.1 * few.teacher
+    error = refused(recipe, 8, replace(H100, memory_gib=16.0), phase=0)
+    assert error.message.startswith("heads: rank 0 needs ")
+    assert error.fix.startswith(("engine.micro_batch=", "No number"))
