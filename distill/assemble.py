@@ -13,6 +13,7 @@ from torch import nn
 
 from distill import schedule
 from distill.balance import Balancer
+from distill.crop_sizes import crop_schedule
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.index import ImageIndex
 from distill.engine import Engine, EngineSettings, StepRates
@@ -34,15 +35,17 @@ from distill.recipe import (
     StudentSpec,
 )
 from distill.stopwatch import Stopwatch
-from distill.supply import build_feed, build_loader, crop_schedule
+from distill.supply import build_feed, build_loader
 from distill.timetable import Timetable
 from distill.weights import load_backbone, load_heads
-from students.catalog import BackboneSpec, build_backbone, init_weights_
+from students.catalog import build_backbone, init_weights_
 from students.objective import FeatureTrainee, Standardiser, build_projectors
-from students.student import build_heads, grid_of, seeded
+from students.shapes import BackboneSpec, grid_of
+from students.student import build_heads, seeded
 from teacher.frozen import FrozenTeacher
 from teacher.heads import Head
-from teacher.trainee import Objective, StepScalars, Trainee, TraineeTraits, scaled_size
+from teacher.shapes import scaled_size
+from teacher.trainee import Objective, StepScalars, Trainee, TraineeTraits
 from teacher.vit import ViT
 
 IDS_PER_NETWORK = 1_000_000  # more than any has parameters and modules

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
+from distill.crop_sizes import crop_schedule
 from distill.data.crops import CropSchedule
 from distill.data.index import ImageIndex, build_index
 from distill.data.reference import Blur, cut
 from distill.recipe import FamilyRecipe, TeacherRecipe
-from distill.supply import build_feed, build_loader, crop_schedule
+from distill.supply import build_feed, build_loader
 
 NUM_SYNTHETIC = 64
 SYNTHETIC_WH = (500, 375)

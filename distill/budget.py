@@ -13,12 +13,10 @@ from typing import Any
 import numpy as np
 
 from distill.cost import CropShapes, Heads
-from distill.exchange import WireShape, gathered_bytes, slice_bytes
 from distill.plan import Plan, run_lengths
-from students.catalog import BackboneSpec, count_parameters
-from students.convnext import ConvNeXtSpec
-from teacher.losses import PROTOTYPES_AT_ONCE
-from teacher.vit import ViTSpec
+from distill.wire import WireShape, gathered_bytes, slice_bytes
+from students.shapes import BackboneSpec, ConvNeXtSpec
+from teacher.shapes import PROTOTYPES_AT_ONCE, ViTSpec
 
 GIB = 2**30
 PARAMETER_BYTES = 2  # bf16 weights, and as much for gradients
@@ -70,13 +68,7 @@ class Memory:
 
 def head_parameters(heads: Heads) -> int:
     """Weights and biases of both heads."""
-    return sum(
-        (h.width + 1) * h.hidden
-        + (h.hidden + 1) * h.hidden
-        + (h.hidden + 1) * h.bottleneck
-        + h.prototypes * h.bottleneck
-        for h in heads
-    )
+    return sum(head.parameters for head in heads)
 
 
 def wire_shape(
@@ -151,7 +143,7 @@ def needs_of(
 ) -> Needs:
     """Memory and traffic of every rank of a family's plan; masked patches at their mean."""
     wire = wire_shape(crops, heads, teacher_spec.width, patches, has_colours=has_colours)
-    of_backbone = count_parameters(teacher_spec)
+    of_backbone = teacher_spec.parameters
     if plan.is_teacher_sharded:  # its own part, the block at work and the next one
         depth = teacher_spec.depth if isinstance(teacher_spec, ViTSpec) else 1
         of_backbone = of_backbone // plan.num_ranks + 2 * of_backbone // depth
@@ -229,7 +221,7 @@ def pretraining_needs(
         has_anchor: there is a Gram anchor.
     """
     placement, num_ranks = plan.placements[0], plan.num_ranks
-    backbone, of_heads = count_parameters(spec), head_parameters(heads)
+    backbone, of_heads = spec.parameters, head_parameters(heads)
     block = backbone // spec.depth
     if zero_stage == 3:  # its own part, the block at work and the next one
         frozen = backbone // num_ranks + 2 * block
@@ -273,7 +265,7 @@ def fitting_needs(
 ) -> Needs:
     """Memory of every rank while heads are learned on a frozen backbone, which keeps nothing but the block at work. Nothing travels."""
     placement, num_ranks = plan.placements[0], plan.num_ranks
-    backbone, count = count_parameters(spec), head_parameters(heads)
+    backbone, count = spec.parameters, head_parameters(heads)
     depth = spec.depth if isinstance(spec, ViTSpec) else 1
     dino, ibot = heads
     hidden = 2 * (2 + crops.num_locals) * dino.hidden + 2 * crops.masked_per_image * ibot.hidden

@@ -10,15 +10,9 @@ import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-import torch
-
 from distill.errors import PlanError
-from students.catalog import BackboneSpec
-from students.convnext import STEM, ConvNeXtSpec
-from students.custom import CustomSpec, count_flops
-from teacher.heads import HeadShape
-from teacher.trainee import scaled_size
-from teacher.vit import ViTSpec
+from students.shapes import STEM, BackboneSpec, ConvNeXtSpec, CustomSpec
+from teacher.shapes import HeadShape, ViTSpec, scaled_size
 
 TRAINING_FACTOR = 3.0  # forward, gradient of the inputs, gradient of the weights
 # Products with the prototypes that the method needs: the student's logits and their two gradients, and
@@ -67,6 +61,8 @@ def find_device(name: str) -> Device:
     if name != "measured":
         known = ", ".join([*DEVICES, "measured"])
         raise PlanError(f"--device {name}: not known", fix=f"Choose one of {known}.")
+    import torch  # what only plans needs none
+
     has_gpu = torch.cuda.is_available()
     where, dtype = ("cuda", torch.bfloat16) if has_gpu else ("cpu", torch.float32)
     matrix = torch.ones(MEASURED_SIDE, MEASURED_SIDE, device=where, dtype=dtype)
@@ -189,6 +185,8 @@ def _trained_tflops(spec: BackboneSpec, crops: CropShapes) -> float:
 
 @lru_cache(maxsize=256)
 def _custom_flops(spec: CustomSpec, size: int) -> float:
+    from students.custom import count_flops  # builds it
+
     return count_flops(spec, size)
 
 

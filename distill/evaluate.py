@@ -35,7 +35,8 @@ from distill.data.places import Place, Reader
 from distill.errors import UserError
 from distill.metrics import write_json
 from distill.weights import load_backbone
-from students.catalog import BackboneSpec, build_backbone, init_weights_
+from students.catalog import build_backbone, init_weights_
+from students.shapes import BackboneSpec
 from teacher.batch import normalise
 
 KNN_K = 5

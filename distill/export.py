@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from students.catalog import BackboneSpec, hf_config, preprocessor_config
+from students.catalog import hf_config, preprocessor_config
+from students.shapes import BackboneSpec
 
 LOCAL_NORM_PREFIX = (
     "local_cls_norm."  # used on local crops in training only; no other library knows it

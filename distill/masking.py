@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from distill.data.masks import draw_masks, mask_counts
-from distill.exchange import Counts
+from distill.data.mask_counts import mask_counts
+from distill.data.masks import draw_masks
 from distill.plan import Plan
 from distill.recipe import MasksSpec
 from distill.timetable import Timetable
+from distill.wire import Counts
 from teacher.batch import PatchMasks
 
 

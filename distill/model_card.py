@@ -16,9 +16,8 @@ from ruamel.yaml.error import YAMLError
 from distill.containers import read_object
 from distill.evaluate import KNN_K, TEACHER
 from distill.parity import Format, Parity
-from students.catalog import CATALOG, BackboneSpec, count_parameters
-from students.convnext import ConvNeXtSpec
-from teacher.vit import ViTSpec
+from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec
+from teacher.shapes import ViTSpec
 
 UNKNOWN_LICENCE = "unknown: check the teacher's licence"
 FRONT_MATTER_KEYS = ("license", "license_name", "license_link")
@@ -86,7 +85,7 @@ def model_card(
         f"teacher: {background.teacher}",
         f"data: {background.data}",
         f"licence of the teacher: {licence_text(background.licence)}",
-        f"weights: {dtype}, {count_parameters(spec):,} parameters, {size:.1f} MB; "
+        f"weights: {dtype}, {spec.parameters:,} parameters, {size:.1f} MB; "
         f"one patch is {spec.stride} x {spec.stride} pixels",
         f"checked: {parity.describe()}",
     ]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.errors import SetupError
-from students.catalog import BackboneSpec
+from students.shapes import BackboneSpec
 
 MAX_GRID = 1024  # patches per side; 16,384 px at stride 16
 MAX_BATCH = 65_536

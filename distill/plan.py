@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from distill.arrange import Work, arrange
 from distill.errors import PlanError
 from distill.filling import SLACK, fill_exactly, fill_whole
-from teacher.trainee import KOLEO_GROUP
+from teacher.shapes import KOLEO_GROUP
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples modulo one spread evenly from the start
 LEAST_SHARE = 0.05  # images per step of a rank that has taught before

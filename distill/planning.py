@@ -26,7 +26,8 @@ from distill.cost import (
     teaching_tflops,
     training_tflops,
 )
-from distill.data.masks import mean_masked
+from distill.crop_sizes import crop_schedule
+from distill.data.mask_counts import mean_masked
 from distill.errors import PlanError
 from distill.plan import Plan, make_plan, without
 from distill.recipe import (
@@ -37,13 +38,8 @@ from distill.recipe import (
     StudentSpec,
     TeacherRecipe,
 )
-from distill.supply import crop_schedule, has_own_colours
-from students.catalog import BackboneSpec, count_parameters
-from students.custom import CustomSpec
-from students.student import grid_of, student_heads
-from teacher.heads import HeadShape
-from teacher.trainee import KOLEO_GROUP, scaled_size
-from teacher.vit import ViTSpec
+from students.shapes import BackboneSpec, CustomSpec, grid_of, student_heads
+from teacher.shapes import KOLEO_GROUP, HeadShape, ViTSpec, scaled_size
 
 ONLINE = "teacher"  # the name of the pretrained network in metrics, checkpoints and plans
 Recipe = FamilyRecipe | TeacherRecipe
@@ -270,7 +266,7 @@ def family_needs(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs
             extra = 2 * (spec.width + 1) * shape.spec.width
         else:
             extra = head_parameters(heads_of_student(student, spec, shape.heads))
-        parameters = count_parameters(spec) + extra
+        parameters = spec.parameters + extra
         students.append(Student(student.label, spec, parameters, student.crop_scale))
     return needs_of(
         plan,
@@ -282,7 +278,7 @@ def family_needs(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs
         lookahead=recipe.engine.lookahead,
         micro_batch=recipe.engine.micro_batch,
         patches=grid_hw[0] * grid_hw[1],
-        has_colours=has_own_colours(recipe.data),
+        has_colours=recipe.data.has_own_colours,
     )
 
 

@@ -42,12 +42,14 @@ from distill.recipe import (
     TeacherRecipe,
 )
 from distill.tensor_file import encode, read_tensors
-from students.catalog import BackboneSpec, build_backbone
+from students.catalog import build_backbone
+from students.shapes import BackboneSpec
 from students.student import build_heads, build_network, seeded
 from teacher.batch import LessonBatch
 from teacher.frozen import FrozenTeacher, shard_blocks
+from teacher.shapes import ViTSpec
 from teacher.trainee import NUM_GLOBAL
-from teacher.vit import ViT, ViTSpec
+from teacher.vit import ViT
 
 
 def _own_targets(ema: FrozenTeacher) -> Assigner:

@@ -18,24 +18,16 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
 
 from distill.errors import RecipeError
+from students.shapes import CATALOG, STEM, BackboneSpec, ConvNeXtSpec
+from teacher.shapes import ViTSpec
 
-if TYPE_CHECKING:
-    from students.catalog import BackboneSpec
-
-VIT_PATCHES = dict.fromkeys(
-    ("vits16", "vits16plus", "vitb16", "vitl16", "vith16plus", "vit7b16"), 16
-)
-CONVNEXT_STRIDES = dict.fromkeys(
-    ("convnext_tiny", "convnext_small", "convnext_base", "convnext_large"), 32
-)
-ARCHITECTURES = (*VIT_PATCHES, *CONVNEXT_STRIDES)
+ARCHITECTURES = tuple(CATALOG)
 FREE_SIZES = ("vit", "convnext")
-CONVNEXT_STEM = 4
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 HEADS_PHASE, FAMILY_PHASE = RESERVED_PHASES = ("heads", "family")
 
@@ -172,23 +164,17 @@ class ArchSpec(Section):
         if is_custom(self.arch):
             return self.backbone_spec().stride
         if self.arch == "convnext":
-            return int(CONVNEXT_STEM * 2 ** (len(self.depths or ()) - 1))
+            return int(STEM * 2 ** (len(self.depths or ()) - 1))
         if self.arch == "vit":
             return self.patch or 16
-        if self.arch in VIT_PATCHES:
-            return self.patch or VIT_PATCHES[self.arch]
-        return CONVNEXT_STRIDES[self.arch]
+        return self.patch or CATALOG[self.arch].stride
 
-    def backbone_spec(self) -> "BackboneSpec":
+    def backbone_spec(self) -> BackboneSpec:
         """The shape to build.
 
         Raises:
             RecipeError: a custom network cannot be built or does not keep to the protocol.
         """
-        from students.catalog import CATALOG
-        from students.convnext import ConvNeXtSpec
-        from teacher.vit import ViTSpec
-
         if is_custom(self.arch):
             from students.custom import probe
 
@@ -419,6 +405,11 @@ class DataSpec(Section):
     std: Triple = science((0.229, 0.224, 0.225))
     num_threads: int = machine(1, ge=1)
 
+    @property
+    def has_own_colours(self) -> bool:
+        """Images are normalised by their source's mean and standard deviation, which travel with them."""
+        return any(source.mean or source.std for source in self.sources)
+
 
 class EngineSpec(Section):
     """Where and how fast. ``processes`` counts local ranks; ``auto`` is one per GPU.
@@ -563,7 +554,7 @@ class FamilyRecipe(Section):
 
     def input_size_of(self, name: str) -> int:
         """Pixels per side that a finished network is scored at, the teacher included."""
-        from teacher.trainee import scaled_size
+        from teacher.shapes import scaled_size
 
         scales = {student.label: student.crop_scale for student in self.students}
         return scaled_size(self.crops.input_size, scales.get(name, 1.0))

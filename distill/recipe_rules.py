@@ -16,12 +16,13 @@ from distill.recipe import (
     HEADS_MODES,
     RESERVED_NETWORKS,
     RESERVED_PHASES,
-    VIT_PATCHES,
     ArchSpec,
     Loc,
     Problem,
     is_custom,
 )
+from students.shapes import CATALOG
+from teacher.shapes import ViTSpec
 
 # The given or default value of every valid key, by its place; a wrong key is not there.
 Parts = Mapping[Loc, Any]
@@ -269,7 +270,7 @@ def _arch_rules(parts: Parts, place: Loc) -> Iterator[Problem]:
     if arch is None:
         return
     needed, optional = FREE_SIZE_KEYS.get(arch, ((), ()))
-    if arch in VIT_PATCHES:
+    if isinstance(CATALOG.get(arch), ViTSpec):
         optional = ("patch", "untie_local_norm")
     if is_custom(arch):
         optional = ("args",)

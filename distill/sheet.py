@@ -7,15 +7,17 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from distill.data.masks import draw_masks, mask_counts
+from distill.crop_sizes import crop_schedule
+from distill.data.mask_counts import mask_counts
+from distill.data.masks import draw_masks
 from distill.data.sheet import draw_sheet, rows_of
 from distill.errors import RecipeError
 from distill.planning import shape_of_recipe
 from distill.prepare import training_index
 from distill.recipe import FamilyRecipe, StageSpec, TeacherRecipe
-from distill.supply import build_feed, build_loader, crop_schedule
+from distill.supply import build_feed, build_loader
 from distill.teacher_source import teacher_shape
-from students.student import grid_of
+from students.shapes import grid_of
 
 
 def draw_step(

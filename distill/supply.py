@@ -1,17 +1,17 @@
 """Recipe and images to a loader: which samples, which crops, and where bad ones are named."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from distill.data.bad_samples import BadSamples
-from distill.data.crops import CropSchedule, CropSpec
+from distill.data.crops import CropSchedule
 from distill.data.feed import Feed
 from distill.data.index import ImageIndex
 from distill.data.loader import Loader
 from distill.data.sampler import BatchSizes, Pool, Sampler
-from distill.recipe import DataSpec, FamilyRecipe, StageSpec, TeacherRecipe
+from distill.recipe import DataSpec, FamilyRecipe, TeacherRecipe
 
 Recipe = FamilyRecipe | TeacherRecipe
 
@@ -20,7 +20,7 @@ def pools_of(data: DataSpec, index: ImageIndex) -> list[Pool]:
     """What the sampler draws from: each source by its weight, or all as one."""
     if data.sources[0].weight is None:
         return [Pool(0, len(index))]
-    own = has_own_colours(data)
+    own = data.has_own_colours
     return [
         Pool(
             images.start,
@@ -31,34 +31,6 @@ def pools_of(data: DataSpec, index: ImageIndex) -> list[Pool]:
         )
         for source, images in zip(data.sources, index.bounds, strict=True)
     ]
-
-
-def has_own_colours(data: DataSpec) -> bool:
-    """Images are normalised by their source's mean and standard deviation, which travel with them."""
-    return any(source.mean or source.std for source in data.sources)
-
-
-def crop_schedule(recipe: Recipe, stage: StageSpec | None = None) -> CropSchedule:
-    """The loader's crops for a recipe; in a stage of pretraining with its sizes, and anchor crops where it has an anchor."""
-    crops = recipe.crops
-    kinds: Sequence[tuple[int, int, float]] = ((crops.global_.size, crops.local.size, 1.0),)
-    if stage is not None and stage.crops is not None:
-        kinds = [(kind.global_, kind.local, kind.ratio) for kind in stage.crops]
-    times = stage.gram.resolution if stage is not None and stage.gram is not None else None
-    specs = [
-        CropSpec(
-            global_size=global_size,
-            global_scale=crops.global_.scale,
-            num_local=crops.local.count,
-            local_size=local_size,
-            local_scale=crops.local.scale,
-            anchor_size=None if times is None else round(times * global_size),
-            flip_probability=crops.flip,
-            blur_sigma=crops.blur_sigma,
-        )
-        for global_size, local_size, _ in kinds
-    ]
-    return CropSchedule.of(specs, [ratio for *_, ratio in kinds], recipe.seed)
 
 
 def batch_sizes(recipe: Recipe) -> BatchSizes:

@@ -6,8 +6,7 @@ from pathlib import Path
 from distill.errors import CheckpointError
 from distill.planning import TeacherShape, head_shapes, shape_of_recipe
 from distill.recipe import FamilyRecipe, TeacherRecipe, TeacherSource
-from distill.weights import has_heads, head_shapes_of, shape_of
-from students.catalog import CATALOG
+from students.shapes import CATALOG
 
 TRAINED_HEADS = "heads.safetensors"  # beside the weights of a teacher
 
@@ -30,6 +29,8 @@ def teacher_shape(
         spec = CATALOG[source.arch]
         shape = TeacherShape(spec, head_shapes(source.fit.heads, spec.width))
     else:
+        from distill.weights import head_shapes_of, shape_of  # who only plans reads no file
+
         spec, heads = shape_of(weights), None
         if source.heads_mode == "file":
             heads = head_shapes_of(heads_file(source, weights), spec.width)
@@ -49,6 +50,9 @@ def heads_file(source: TeacherSource, weights: Path) -> Path:
     """
     if source.heads is not None:
         return Path(source.heads)
+
+    from distill.weights import has_heads  # who only plans reads no file
+
     if weights.is_file() and has_heads(weights):
         return weights  # a training file holds both
     beside = (weights if weights.is_dir() else weights.parent) / TRAINED_HEADS

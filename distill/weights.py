@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from distill.containers import SINGLE, Container, open_weights, read_json
 from distill.errors import CheckpointError
 from distill.export import write_tensors
-from students.catalog import BackboneSpec, build_backbone, hf_config, spec_from_hf_config
-from students.custom import CustomSpec
+from students.catalog import build_backbone, hf_config, spec_from_hf_config
 from students.identity import Identity, catalogue_name, identify
 from students.layouts import Layout, Origin, origins
-from teacher.heads import Head, HeadShape
+from students.shapes import BackboneSpec, CustomSpec
+from teacher.heads import Head
+from teacher.shapes import HeadShape
 
 CONFIG = "config.json"
 CPU = torch.device("cpu")

@@ -54,7 +54,7 @@ from distill.record import Recorder
 from distill.resume import agreed_checkpoint, joining_steps
 from distill.saver import Keeping, Saver, restore, saved_anchor
 from distill.teacher_source import TRAINED_HEADS, teacher_shape
-from students.catalog import BackboneSpec
+from students.shapes import BackboneSpec
 
 COLLECTIVE_TIMEOUT = timedelta(
     minutes=10

@@ -1,41 +1,24 @@
-"""The closed table of names; from a shape to a network, to a Hugging Face config and back."""
+"""From a shape to a network, to a Hugging Face config and back."""
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from students.convnext import NORM_EPS as CONVNEXT_NORM_EPS
-from students.convnext import ConvNeXt, ConvNeXtSpec, init_convnext_
-from students.custom import Adapted, CustomSpec, build_custom, init_custom_
+from students.convnext import ConvNeXt, init_convnext_
+from students.custom import Adapted, build_custom, init_custom_
+from students.shapes import BackboneSpec, ConvNeXtSpec, CustomSpec
 from teacher.rope import ROPE_BASE
+from teacher.shapes import ViTSpec
 from teacher.vit import NORM_EPS as VIT_NORM_EPS
-from teacher.vit import ViT, ViTSpec, init_vit_
-
-BackboneSpec = ViTSpec | ConvNeXtSpec | CustomSpec
+from teacher.vit import ViT, init_vit_
 
 LARGEST = 65_536  # of any number in a config; more is no network, and slow to say so
 MOST_BLOCKS, MOST_STAGES = 256, 8
 CUSTOM_TYPE = "distill_custom"  # no library's; the weights belong to the factory's code
-
-CATALOG: Mapping[str, BackboneSpec] = MappingProxyType(
-    {
-        "vits16": ViTSpec(384, 12, 6, 1536),
-        "vits16plus": ViTSpec(384, 12, 6, 1536, ffn="swiglu"),
-        "vitb16": ViTSpec(768, 12, 12, 3072),
-        "vitl16": ViTSpec(1024, 24, 16, 4096),
-        "vith16plus": ViTSpec(1280, 32, 20, 5120, ffn="swiglu"),
-        "vit7b16": ViTSpec(4096, 40, 32, 8192, ffn="swiglu", qv_bias=False),
-        "convnext_tiny": ConvNeXtSpec((3, 3, 9, 3), (96, 192, 384, 768)),
-        "convnext_small": ConvNeXtSpec((3, 3, 27, 3), (96, 192, 384, 768)),
-        "convnext_base": ConvNeXtSpec((3, 3, 27, 3), (128, 256, 512, 1024)),
-        "convnext_large": ConvNeXtSpec((3, 3, 27, 3), (192, 384, 768, 1536)),
-    }
-)
 
 
 def build_backbone(spec: BackboneSpec) -> nn.Module:
@@ -64,13 +47,6 @@ def init_weights_(backbone: nn.Module, generator: torch.Generator) -> None:
         raise ValueError(
             f"{type(backbone).__name__}: only ViT, ConvNeXt and adapted networks have a known initialisation"
         )
-
-
-@lru_cache(maxsize=64)  # planning asks for the same few networks again and again
-def count_parameters(spec: BackboneSpec) -> int:
-    """Number of parameters, from shapes alone; a custom network is built for it."""
-    with torch.device("cpu" if isinstance(spec, CustomSpec) else "meta"):
-        return sum(parameter.numel() for parameter in build_backbone(spec).parameters())
 
 
 def hf_config(spec: BackboneSpec) -> dict[str, Any]:

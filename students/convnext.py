@@ -5,7 +5,6 @@ names are the flat names of the published Hugging Face files. Source: Liu et al.
 report, section 6 (ConvNeXt students).
 """
 
-from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -13,41 +12,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from students.shapes import STEM, ConvNeXtSpec
 from teacher.batch import Features
 from teacher.init import SMALLEST_FAN_IN, init_matrix_
 
 NORM_EPS = 1e-6
 NARROWEST_PUBLISHED = 96  # channels of the first stage of ConvNeXt-T and -S
-STEM = 4  # pixels per side of the first convolution; each later stage halves the map
-
-
-@dataclass(frozen=True)
-class ConvNeXtSpec:
-    """Blocks and channels of each stage."""
-
-    depths: tuple[int, ...]
-    widths: tuple[int, ...]
-    in_channels: int = 3
-    layerscale_init: float = 1e-6
-
-    def __post_init__(self) -> None:
-        if len(self.depths) != len(self.widths) or len(self.depths) < 2:
-            raise ValueError(
-                f"depths {list(self.depths)} and widths {list(self.widths)}: "
-                "need one of each per stage, two stages at least"
-            )
-        if min(*self.depths, *self.widths, self.in_channels) < 1:
-            raise ValueError(f"{self}: every size must be at least 1")
-
-    @property
-    def width(self) -> int:
-        """Channels of the last stage."""
-        return self.widths[-1]
-
-    @property
-    def stride(self) -> int:
-        """Pixels per side of one patch of the last map."""
-        return int(STEM * 2 ** (len(self.depths) - 1))
 
 
 class ChannelNorm(nn.LayerNorm):

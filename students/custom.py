@@ -16,7 +16,6 @@ import difflib
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -25,21 +24,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from students.shapes import CustomSpec
 from teacher.batch import Features
 
 TRANSFORMERS, TIMM = "transformers", "timm"
 PROBE_STRIDES = (4, 6)  # sides of the test image in patches: not square, so a transposed map shows
-
-
-@dataclass(frozen=True)
-class CustomSpec:
-    """Where a network comes from, and what it says of itself. ``args_json`` are the factory's arguments."""
-
-    factory: str
-    args_json: str
-    width: int
-    stride: int
-    in_channels: int = 3
 
 
 class Adapted(nn.Module):
@@ -73,6 +62,12 @@ class Adapted(nn.Module):
 def build_custom(spec: CustomSpec) -> Adapted:
     """The network, with whatever weights its factory gives it."""
     return Adapted(spec, _make(spec.factory, json.loads(spec.args_json)))
+
+
+@lru_cache(maxsize=64)  # planning asks for the same few networks again and again
+def count_custom_parameters(spec: CustomSpec) -> int:
+    """Number of parameters of a network from outside."""
+    return sum(parameter.numel() for parameter in build_custom(spec).parameters())
 
 
 def init_custom_(network: Adapted, generator: torch.Generator) -> None:

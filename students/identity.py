@@ -4,11 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from students.catalog import CATALOG, BackboneSpec
-from students.convnext import ConvNeXtSpec
-from students.custom import CustomSpec
 from students.layouts import Layout, renamed_vit, shapes
-from teacher.vit import ViTSpec
+from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec, CustomSpec
+from teacher.shapes import ViTSpec
 
 Shapes = Mapping[str, tuple[int, ...]]
 WRAPPERS = ("_orig_mod.", "module.", "model.", "teacher.", "backbone.")  # around a backbone's keys

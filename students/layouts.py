@@ -17,11 +17,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from students.catalog import BackboneSpec, build_backbone
-from students.convnext import ConvNeXtSpec
-from students.custom import CustomSpec
+from students.catalog import build_backbone
+from students.shapes import BackboneSpec, ConvNeXtSpec, CustomSpec
 from teacher.rope import ROPE_BASE
-from teacher.vit import ViTSpec
+from teacher.shapes import ViTSpec
 
 Layout = Literal["hf", "meta", "timm"]
 

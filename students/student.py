@@ -1,12 +1,13 @@
 """A student: a catalogue or free-size backbone with heads that speak the teacher's language (same bottlenecks, same prototypes)."""
 
 import zlib
-from dataclasses import replace
 
 import torch
 
-from students.catalog import BackboneSpec, build_backbone, init_weights_
-from teacher.heads import Head, HeadShape, init_head_
+from students.catalog import build_backbone, init_weights_
+from students.shapes import BackboneSpec
+from teacher.heads import Head, init_head_
+from teacher.shapes import HeadShape
 
 
 def seeded(seed: int, name: str) -> torch.Generator:
@@ -29,24 +30,3 @@ def build_heads(dino: HeadShape, ibot: HeadShape, generator: torch.Generator) ->
     for head in heads:
         init_head_(head, generator)
     return heads
-
-
-def student_heads(
-    width: int, dino: HeadShape, ibot: HeadShape, dino_hidden: int, ibot_hidden: int
-) -> tuple[HeadShape, HeadShape]:
-    """Head shapes of a student: its own input and hidden widths, the teacher's bottlenecks and prototype counts."""
-    return replace(dino, width=width, hidden=dino_hidden), replace(
-        ibot, width=width, hidden=ibot_hidden
-    )
-
-
-def grid_of(spec: BackboneSpec, size: int) -> tuple[int, int]:
-    """The patch grid (height, width) of a square crop of ``size`` pixels.
-
-    Raises:
-        ValueError: the size is not a multiple of the network's stride.
-    """
-    stride = spec.stride
-    if size % stride:
-        raise ValueError(f"crop of {size} px: not a multiple of the network's stride {stride}")
-    return size // stride, size // stride

@@ -5,8 +5,6 @@ bottleneck, which is small and travels between ranks; only a trainee compares it
 prototypes, inside the loss.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -14,19 +12,10 @@ from torch import Tensor, nn
 
 from teacher.init import init_matrix_
 from teacher.losses import cross_entropy
+from teacher.shapes import HeadShape
 from teacher.sinkhorn import Assignment
 
 NORM_EPS = 1e-6  # fp32 and bf16; an all-zero projection stays finite
-
-
-@dataclass(frozen=True)
-class HeadShape:
-    """Input width, hidden width, bottleneck width and number of prototypes of one head."""
-
-    width: int
-    hidden: int
-    bottleneck: int
-    prototypes: int
 
 
 class Prototypes(nn.Module):

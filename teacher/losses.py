@@ -17,12 +17,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from teacher.shapes import PROTOTYPES_AT_ONCE
 from teacher.sinkhorn import Assignment
 
 STUDENT_TEMPERATURE = 0.1
-PROTOTYPES_AT_ONCE = (
-    4096  # fastest of 512..16384 on CPU for 65,536 prototypes; memory is rows * 4096
-)
 KOLEO_EPS = 1e-8  # fp32; keeps the logarithm finite for duplicate images
 
 

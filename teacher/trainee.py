@@ -19,9 +19,9 @@ from teacher.drop_path import KeptRows, kept_rows
 from teacher.gram import gram_sum, resize_grid
 from teacher.heads import Head
 from teacher.losses import koleo_sum
+from teacher.shapes import KOLEO_GROUP, scaled_size
 from teacher.sinkhorn import Assignment
 
-KOLEO_GROUP = 16  # images; DINOv3 report, section 3.1
 NUM_GLOBAL = 2
 
 
@@ -210,11 +210,6 @@ def _shrunk(
         return pixels
     size = [scaled_size(side, traits.crop_scale) for side in pixels.shape[2:]]
     return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
-
-
-def scaled_size(size: int, scale: float) -> int:
-    """Pixels per side of a crop that a network sees at a part of its size."""
-    return round(size * scale)
 
 
 def masked_rows(

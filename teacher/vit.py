@@ -5,9 +5,6 @@ and nothing is translated. Token order: class, registers, patches. Source: DINOv
 3.2 and Table 2.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -18,46 +15,10 @@ from teacher.batch import Features
 from teacher.drop_path import BRANCHES, KeptRows
 from teacher.init import init_matrix_
 from teacher.rope import rope_angles, rotate
+from teacher.shapes import ViTSpec
 
 NORM_EPS = 1e-5
 Angles = tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True)
-class ViTSpec:
-    """Shape of a vision transformer.
-
-    ``untie_local_norm`` gives the class token of local crops a final norm of its own, in training.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    ffn_width: int
-    patch: int = 16
-    ffn: Literal["mlp", "swiglu"] = "mlp"
-    qv_bias: bool = True
-    registers: int = 4
-    in_channels: int = 3
-    untie_local_norm: bool = False
-    layerscale_init: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if (
-            min(self.width, self.depth, self.heads, self.ffn_width, self.patch, self.in_channels)
-            < 1
-        ):
-            raise ValueError(f"{self}: every size must be at least 1")
-        if self.width % self.heads or (self.width // self.heads) % 4:
-            raise ValueError(
-                f"width {self.width} with {self.heads} heads: "
-                "the width of a head must be a whole multiple of 4 (RoPE)"
-            )
-
-    @property
-    def stride(self) -> int:
-        """Pixels per patch side."""
-        return self.patch
 
 
 class Embeddings(nn.Module):

@@ -192,8 +192,8 @@ def write_inputs(folder: Path, num_steps: int) -> None:
     """Images, a teacher with heads, and a recipe for three students."""
     from distill.export import ExportFacts, write_backbone, write_heads
     from students.catalog import build_backbone, init_weights_
-    from teacher.heads import Head, HeadShape, init_head_
-    from teacher.vit import ViTSpec
+    from teacher.heads import Head, init_head_
+    from teacher.shapes import HeadShape, ViTSpec
 
     draw = np.random.default_rng(0)
     for name in ("one", "two"):

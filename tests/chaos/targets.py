@@ -22,10 +22,10 @@ from distill.job_plans import check_job
 from distill.recipe_file import builtin_recipes, load_job, resolved_yaml
 from distill.tensor_file import SUFFIX, read_tensors
 from distill.weights import convert, inspect, load_backbone, load_heads
-from students.catalog import BackboneSpec, build_backbone, init_weights_
-from students.convnext import ConvNeXtSpec
-from teacher.heads import Head, HeadShape, init_head_
-from teacher.vit import ViTSpec
+from students.catalog import build_backbone, init_weights_
+from students.shapes import BackboneSpec, ConvNeXtSpec
+from teacher.heads import Head, init_head_
+from teacher.shapes import HeadShape, ViTSpec
 from tests.chaos import saves
 from tests.chaos.mutations import (
     bytes_damaged,

@@ -38,6 +38,19 @@ def test_help__imports_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_plan__imports_no_torch() -> None:
+    """Planning is arithmetic: nine students on 4,096 ranks in a second of one core."""
+    code = (
+        "import sys, distill.cli\n"
+        "words = ['plan', 'family_all', 'schedule.batch=8192', '--ranks', '4096', '--json']\n"
+        "try: distill.cli.main(words)\n"
+        "except SystemExit as ended: assert not ended.code\n"
+        "heavy = {'torch', 'deepspeed', 'nvidia', 'matplotlib', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_check__a_good_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "check", "quickstart")
     assert code == 0 and "builtin:photographs: 19 images" in out and "good for 2 ranks" in out

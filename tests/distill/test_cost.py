@@ -13,10 +13,11 @@ from distill.cost import (
     teaching_tflops,
     training_tflops,
 )
-from distill.data.masks import mean_masked
+from distill.data.mask_counts import mean_masked
 from distill.errors import PlanError
-from students.catalog import CATALOG, build_backbone
-from teacher.heads import HeadShape
+from students.catalog import build_backbone
+from students.shapes import CATALOG
+from teacher.shapes import HeadShape
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from distill.data.places import Place
 from distill.dense import DenseProbe, Mosaics, compose, drift, mean_iou, segmentation_score
 from distill.evaluate import Preparation, Scored
 from students.catalog import build_backbone, init_weights_
-from teacher.vit import ViTSpec
+from teacher.shapes import ViTSpec
 
 SIZE, STRIDE = 16, 8
 

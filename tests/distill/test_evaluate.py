@@ -29,10 +29,10 @@ from distill.evaluate import (
     pixels_score,
 )
 from distill.export import ExportFacts, write_backbone
-from students.catalog import BackboneSpec, build_backbone, init_weights_
-from students.convnext import ConvNeXtSpec
+from students.catalog import build_backbone, init_weights_
+from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.batch import Features
-from teacher.vit import ViTSpec
+from teacher.shapes import ViTSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import torch
 from distill.export import ExportFacts, fingerprint, write_backbone, write_heads, write_tensors
 from distill.weights import load_backbone, load_heads
 from students.catalog import build_backbone, hf_config, init_weights_
-from students.convnext import ConvNeXtSpec
-from teacher.heads import Head, HeadShape, init_head_
-from teacher.vit import ViTSpec
+from students.shapes import ConvNeXtSpec
+from teacher.heads import Head, init_head_
+from teacher.shapes import HeadShape, ViTSpec
 
 VIT = ViTSpec(width=16, depth=1, heads=2, ffn_width=32, patch=8, ffn="swiglu")
 CONVNEXT = ConvNeXtSpec((1, 1, 1), (8, 12, 16))

@@ -14,9 +14,9 @@ from distill.features import (
     principal_components,
     turn_towards,
 )
-from students.catalog import BackboneSpec, build_backbone, init_weights_
-from students.convnext import ConvNeXtSpec
-from teacher.vit import ViTSpec
+from students.catalog import build_backbone, init_weights_
+from students.shapes import BackboneSpec, ConvNeXtSpec
+from teacher.shapes import ViTSpec
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

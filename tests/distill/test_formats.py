@@ -31,9 +31,9 @@ from distill.parity import (
     prove,
 )
 from distill.weights import load_backbone
-from students.catalog import BackboneSpec, build_backbone
-from students.convnext import ConvNeXtSpec
-from teacher.vit import ViTSpec
+from students.catalog import build_backbone
+from students.shapes import BackboneSpec, ConvNeXtSpec
+from teacher.shapes import ViTSpec
 
 VIT = ViTSpec(width=32, depth=2, heads=2, ffn_width=64, patch=8, layerscale_init=0.5)
 GATED = ViTSpec(

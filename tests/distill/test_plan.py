@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from distill.arrange import Work
 from distill.errors import PlanError
 from distill.plan import LEAST_SHARE, make_plan, rebalanced, split_evenly, without
-from teacher.trainee import KOLEO_GROUP
+from teacher.shapes import KOLEO_GROUP
 
 costs = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=9)
 

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from distill import schedule
 from distill.assemble import Site
+from distill.crop_sizes import crop_schedule
 from distill.data.index import build_index
-from distill.data.masks import draw_masks, mask_counts
+from distill.data.mask_counts import mask_counts
+from distill.data.masks import draw_masks
 from distill.depth import draw_kept
 from distill.engine import prepare_deepspeed
 from distill.groups import make_groups
@@ -31,7 +33,7 @@ from distill.pulse import Pulse
 from distill.recipe import StageSpec, TeacherRecipe
 from distill.recipe_file import load_recipe
 from distill.record import Wishes
-from distill.supply import build_feed, build_loader, crop_schedule
+from distill.supply import build_feed, build_loader
 from students.student import build_network, seeded
 from teacher.batch import CropBatch, normalise
 from teacher.rope import rope_angles

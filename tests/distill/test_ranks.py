@@ -12,20 +12,12 @@ from torch import Tensor, nn
 
 from distill.arrange import Work
 from distill.engine import Engine, EngineSettings, StepRates, prepare_deepspeed
-from distill.exchange import (
-    AllGather,
-    Outgoing,
-    Pending,
-    Slices,
-    WireShape,
-    gathered_bytes,
-    lesson_for,
-    slice_bytes,
-)
+from distill.exchange import AllGather, Outgoing, Pending, Slices, lesson_for
 from distill.groups import make_groups
 from distill.plan import Plan, make_plan, without
 from distill.pupil import Assigner, Pupil, TargetMaker
 from distill.timetable import Timetable
+from distill.wire import WireShape, gathered_bytes, slice_bytes
 from students.objective import FeatureTrainee, Standardiser, build_projectors
 from teacher.batch import CropBatch, PatchMasks
 from teacher.frozen import FrozenTeacher

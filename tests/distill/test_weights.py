@@ -27,10 +27,10 @@ from distill.weights import (
     load_heads,
     shape_of,
 )
-from students.catalog import BackboneSpec, hf_config
-from students.convnext import ConvNeXtSpec
-from teacher.heads import Head, HeadShape, init_head_
-from teacher.vit import ViTSpec
+from students.catalog import hf_config
+from students.shapes import BackboneSpec, ConvNeXtSpec
+from teacher.heads import Head, init_head_
+from teacher.shapes import HeadShape, ViTSpec
 from tests.students.test_layouts import SMALL, random_weights, translate
 
 VIT = ViTSpec(width=16, depth=1, heads=2, ffn_width=32, patch=8)

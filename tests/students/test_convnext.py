@@ -5,8 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from students.catalog import CATALOG, init_weights_
-from students.convnext import ConvNeXt, ConvNeXtSpec, init_convnext_
+from students.catalog import init_weights_
+from students.convnext import ConvNeXt, init_convnext_
+from students.shapes import CATALOG, ConvNeXtSpec
 from tests.teacher.test_vit import (
     assert_gradient_parity,
     assert_parity,

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from students.catalog import build_backbone, count_parameters, init_weights_
-from students.custom import CustomSpec, count_flops, probe
+from students.catalog import build_backbone, init_weights_
+from students.custom import count_flops, probe
+from students.shapes import CustomSpec
 from students.student import seeded
 
 DOCS = Path(__file__).parents[2] / "docs" / "custom-students.md"
@@ -43,7 +44,7 @@ def test_probe__the_documented_example_works(mynet: str) -> None:
     found = network(torch.randn(2, 3, 16, 24))
     assert found.grid_hw == (2, 3)
     assert found.class_token.shape == (2, 48) and found.patch_tokens.shape == (2, 6, 48)
-    assert count_parameters(spec) == sum(p.numel() for p in network.parameters())
+    assert spec.parameters == sum(p.numel() for p in network.parameters())
     found.patch_tokens.square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())
     with pytest.raises(ValueError, match="no mask token"):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from students.catalog import CATALOG, BackboneSpec, build_backbone
-from students.convnext import ConvNeXtSpec
+from students.catalog import build_backbone
 from students.identity import identify
 from students.layouts import Layout, names, origins, rope_periods, shapes
-from teacher.vit import ViTSpec
+from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec
+from teacher.shapes import ViTSpec
 
 SMALL: dict[str, BackboneSpec] = {
     "mlp": ViTSpec(32, 2, 2, 64, patch=8),

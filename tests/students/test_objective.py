@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from students.convnext import ConvNeXt, ConvNeXtSpec, init_convnext_
+from students.convnext import ConvNeXt, init_convnext_
 from students.objective import (
     VARIANCE_EPS,
     ChannelStatistics,
@@ -15,6 +15,7 @@ from students.objective import (
     build_projectors,
     feature_sums,
 )
+from students.shapes import ConvNeXtSpec
 from teacher.batch import CropBatch, normalise
 from teacher.trainee import Objective, StepScalars, TraineeTraits
 from tests.teacher.test_trainee import IMAGES, LOCALS, MEAN, STD, lesson, network, teacher

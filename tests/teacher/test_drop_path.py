@@ -3,7 +3,8 @@
 import torch
 
 from teacher.drop_path import kept_rows
-from teacher.vit import ViT, ViTSpec, init_vit_
+from teacher.shapes import ViTSpec
+from teacher.vit import ViT, init_vit_
 
 SPEC = ViTSpec(width=16, depth=2, heads=2, ffn_width=32, patch=8, layerscale_init=0.5)
 CPU = torch.device("cpu")

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from teacher.heads import Head, HeadShape, init_head_
+from teacher.heads import Head, init_head_
+from teacher.shapes import HeadShape
 
 
 def test_head__bottleneck_has_unit_length_even_for_zero_tokens() -> None:
@@ -21,3 +22,8 @@ def test_init_head__prototypes_have_unit_length_for_any_width(bottleneck: int) -
     assert (
         abs(lengths.mean().item() - 1.0) < 0.02
     )  # of 64 draws; one length varies by 1 / sqrt(2 * bottleneck)
+
+
+def test_parameters__are_those_of_the_head() -> None:
+    shape = HeadShape(width=8, hidden=16, bottleneck=6, prototypes=10)
+    assert shape.parameters == sum(p.numel() for p in Head(shape).parameters())

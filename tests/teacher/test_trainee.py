@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from teacher.batch import CropBatch, LessonBatch, PatchMasks, normalise
 from teacher.frozen import FrozenTeacher
-from teacher.heads import Head, HeadShape, init_head_
+from teacher.heads import Head, init_head_
+from teacher.shapes import HeadShape, ViTSpec
 from teacher.sinkhorn import sinkhorn
 from teacher.trainee import Assignments, Objective, StepScalars, Trainee, TraineeTraits
-from teacher.vit import ViT, ViTSpec, init_vit_
+from teacher.vit import ViT, init_vit_
 
 SPEC = ViTSpec(width=16, depth=1, heads=2, ffn_width=32, patch=8, layerscale_init=0.5)
 HEAD = HeadShape(width=16, hidden=12, bottleneck=6, prototypes=20)

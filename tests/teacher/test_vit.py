@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from students.catalog import CATALOG, build_backbone, hf_config, init_weights_
+from students.catalog import build_backbone, hf_config, init_weights_
 from students.convnext import ConvNeXt
+from students.shapes import CATALOG
 from teacher.batch import Features
-from teacher.vit import Embeddings, ViT, ViTSpec, init_vit_
+from teacher.shapes import ViTSpec
+from teacher.vit import Embeddings, ViT, init_vit_
 
 Network = TypeVar("Network", bound=nn.Module)
 

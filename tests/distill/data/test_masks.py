@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.data.masks import draw_masks, mask_counts, mean_masked
+from distill.data.mask_counts import mask_counts, mean_masked
+from distill.data.masks import draw_masks
 
 WANTED = {"grid_hw": (8, 8), "probability": 0.5, "ratio": (0.1, 0.5)}
 
