@@ -36,8 +36,10 @@ from distill.bench_report import OURS, SAVING, build_report
 from distill.bench_stand_ins import (
     SleepingPupil,
     SleepingTeacher,
+    Span,
     SyntheticLoader,
     TimedSaver,
+    Trace,
     Turn,
     Unsaved,
     Witness,
@@ -97,6 +99,11 @@ def block_steps(lookahead: int) -> int:
     return BLOCK + 2 * lookahead + 1
 
 
+def traced_steps(lookahead: int) -> int:
+    """Steps of a turn whose middle one is drawn."""
+    return 2 * lookahead + 3
+
+
 def measure(request: Request) -> dict[str, Any]:
     """Runs the ranks and puts their figures together.
 
@@ -139,7 +146,13 @@ def measure(request: Request) -> dict[str, Any]:
     }
     slow = None if request.slow_rank is None else (request.slow_rank, request.slow_factor)
     ranks = [results[rank] for rank in range(request.num_ranks)]
-    return build_report(family, plans, ranks, request.sleep_s, slow)
+    report = build_report(family, plans, [turns for turns, _ in ranks], request.sleep_s, slow)
+    for name, figures in report["modes"].items():
+        figures["timeline"] = [
+            [[round(start, 6), round(stop, 6), *what] for start, stop, *what in traces[name]]
+            for _, traces in ranks
+        ]
+    return report
 
 
 def _family(request: Request) -> tuple[FamilyRecipe, TeacherShape]:
@@ -147,14 +160,19 @@ def _family(request: Request) -> tuple[FamilyRecipe, TeacherShape]:
     recipe, teacher = load_job(request.recipe, request.overrides)
     assert isinstance(recipe, FamilyRecipe), "checked by the command"
     turns = request.num_blocks * (2 if SAVING in request.against else 1)
-    least = 2 * request.warmup_steps + turns * block_steps(recipe.engine.lookahead)
+    lookahead = recipe.engine.lookahead
+    least = 2 * request.warmup_steps + turns * block_steps(lookahead) + traced_steps(lookahead)
     steps = {"steps": max(recipe.schedule.steps, least)}
     recipe = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update=steps)})
     return recipe, teacher_shape(recipe, teacher, has_files=False)
 
 
-def measure_rank(fields: dict[str, Any]) -> dict[str, list[Turn]]:
-    """What one rank measured, by mode; ``saving`` beside the others where it is asked for."""
+Turns = dict[str, list[Turn]]
+Traces = dict[str, list[Span]]
+
+
+def measure_rank(fields: dict[str, Any]) -> tuple[Turns, Traces]:
+    """What one rank measured, by mode (``saving`` beside the others where it is asked for), and one step of each."""
     request = Request(**fields)
     family, shape = _family(request)
     has_gpu = family.engine.device != "cpu" and torch.cuda.is_available()
@@ -169,7 +187,8 @@ def measure_rank(fields: dict[str, Any]) -> dict[str, list[Turn]]:
     dist.init_process_group("nccl" if has_gpu else "gloo", timeout=TIMEOUT)
     try:
         prepare_deepspeed(device.type)
-        return _Bench(request, family, shape, device).run()
+        bench = _Bench(request, family, shape, device)
+        return bench.run(), bench.trace()
     finally:
         dist.destroy_process_group()
 
@@ -274,13 +293,13 @@ class _Bench:
         )
         return replace(phase, pupils=pupils)  # type: ignore[arg-type]  # the same calls
 
-    def run(self) -> dict[str, list[Turn]]:
+    def run(self) -> Turns:
         """Blocks of steps, the modes in turn."""
         request = self.request
         names = list(self.phases)
         if SAVING in request.against:
             names.insert(1, SAVING)  # right after ours, which it is compared with
-        turns: dict[str, list[Turn]] = {name: [] for name in names}
+        turns: Turns = {name: [] for name in names}
         num_blocks = request.num_blocks
         for block in range(-1 if request.warmup_steps else 0, num_blocks):
             for name in names:
@@ -290,28 +309,57 @@ class _Bench:
             self._tell(f"block {max(block, 0) + 1} of {num_blocks}")
         return turns
 
+    def trace(self) -> Traces:
+        """One step of each mode, from when rank 0 ends a step to when it ends the next. Collective over the world."""
+        traces = {}
+        for name, phase in self.phases.items():
+            start, first = self.steps_done[name], phase.lookahead
+            length = traced_steps(first)
+            trace, witness = Trace(self.device), Witness()
+            dist.barrier()
+            self._run_phase(name, start, length, witness, Unsaved(), trace)
+            window = torch.tensor(
+                [mark.time_s for mark in witness.marks[first : first + 2]],
+                dtype=torch.float64,
+                device=self.device,
+            )
+            dist.broadcast(window, src=0)
+            began, ended = window.tolist()
+            traces[name] = trace.spans((began, ended))
+        return traces
+
+    def _run_phase(
+        self,
+        mode: str,
+        start: int,
+        length: int,
+        witness: Witness,
+        saver: TimedSaver | Unsaved,
+        pulse: Pulse | Trace,
+    ) -> None:
+        run_phase(
+            replace(self.phases[mode], num_steps=start + length),
+            witness,  # type: ignore[arg-type]  # what the loop asks of a recorder
+            saver,  # type: ignore[arg-type]  # what the loop asks of a saver
+            self.isolations[mode],
+            pulse,  # type: ignore[arg-type]  # what the loop asks of a pulse
+            start,
+        )
+        self.steps_done[mode] += length
+
     def _turn(self, name: str, *, is_warming_up: bool) -> Turn:
         """Some steps of a mode. Collective over the world."""
         mode = OURS if name == SAVING else name
-        phase, start = self.phases[mode], self.steps_done[mode]
-        first = phase.lookahead
+        start, first = self.steps_done[mode], self.phases[mode].lookahead
         length = self.request.warmup_steps if is_warming_up else block_steps(first)
         save_after = 1 if is_warming_up else first + 1
         witness = Witness(save_after if name == SAVING else None)
         saver = TimedSaver(Path(self.request.folder)) if name == SAVING else Unsaved()
         dist.barrier()
         began = time.monotonic()
-        run_phase(
-            replace(phase, num_steps=start + length),
-            witness,  # type: ignore[arg-type]  # what the loop asks of a recorder
-            saver,  # type: ignore[arg-type]  # what the loop asks of a saver
-            self.isolations[mode],
-            self.pulse,
-            start,
-        )
+        self._run_phase(mode, start, length, witness, saver, self.pulse)
         saver.wait()
         wall_s = time.monotonic() - began
-        self.steps_done[mode] += length
         stall_s = 0.0
         if isinstance(saver, TimedSaver):
             stall_s = saver.returned_s - witness.marks[save_after - 1].time_s

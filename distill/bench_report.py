@@ -1,6 +1,5 @@
 """Figures of a benchmark from the clocks of its ranks: JSON, tables and a picture."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,9 +10,11 @@ import torch
 from distill.bench_stand_ins import Turn
 from distill.cost import DEFAULT_DEVICE, find_device
 from distill.plan import Plan
+from distill.pulse import WAITING as WAITING_ACTIVITIES
 from distill.recipe import FamilyRecipe
 
 OURS, SAVING = "ours", "saving"  # the same job, without and with a save in each turn
+PUBLISHED = "published"
 SAVE_EVERY_S = 300.0  # what the cost of a save is told as a share of
 
 
@@ -38,7 +39,7 @@ def build_report(
     scale = 1.0 if sleep_s is None else sleep_s / plans[OURS].step_s
     for name, figures in found.items():
         plan = plans[name]
-        published = name == "published"
+        published = name == PUBLISHED
         predicted_s = max(plan.even_load_s) if published else plan.step_s
         figures["predicted_utilisation"] = (
             plan.utilisation_even_barrier if published else plan.utilisation
@@ -53,13 +54,14 @@ def build_report(
         "recipe": family.name,
         "ranks": num_ranks,
         "batch": batch,
+        "networks": [student.label for student in family.students],
         "is_sleeping": sleep_s is not None,
         "slow": slow,
         "modes": found,
     }
     ours = found[OURS]["step_s"]["median"]
-    if "published" in found:
-        report["faster_than_published"] = found["published"]["step_s"]["median"] / ours
+    if PUBLISHED in found:
+        report["faster_than_published"] = found[PUBLISHED]["step_s"]["median"] / ours
     alone = [figures for name, figures in found.items() if name.startswith("separate ")]
     if alone:
         report["gain"] = sum(figures["step_s"]["median"] for figures in alone) / ours
@@ -192,42 +194,67 @@ def tables(report: dict[str, Any]) -> list[Any]:
     if "mfu" in report:
         peak = report["matmul_tflops_per_s"]
         facts.add_row("MFU", f"{report['mfu']:.1%} of a matrix product's {peak:.3g} TFLOP/s")
-    return [table, facts]
+    return [table, _table_of_ranks(report), facts]
+
+
+def _table_of_ranks(report: dict[str, Any]) -> Any:
+    """What each rank spent a step on, in the joint modes."""
+    from rich.table import Table
+
+    table = Table(title="seconds of a rank and step", title_justify="left")
+    for column in ("mode", "rank", "teaching", "training", "exchange", "images", "beside all that"):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    phases = ("teach_s", "train_s", "wait_s", "loader_s", "host_s")
+    for name in (OURS, PUBLISHED):
+        if name in report["modes"]:
+            found = report["modes"][name]
+            for rank in range(report["ranks"]):
+                cells = [f"{found[phase][rank]:.3f}" for phase in phases]
+                table.add_row("" if rank else name, str(rank), *cells)
+    return table
+
+
+TEACHING, WAITING, LOADING, REST = "#4477aa", "#dddddd", "#66ccee", "#999999"
+TRAINING = ("#ee8866", "#eedd88", "#bbcc33", "#ffaabb", "#44bb99", "#aa4499", "#cc6677", "#ddaa33")
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """A picture: for each of the joint modes, what every rank does during a mean step."""
+    """A picture: what every rank does during one step of each mode, from the end of rank 0's step before."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    modes = [name for name in ("ours", "published") if name in report["modes"]]
-    longest = max(report["modes"][name]["step_s"]["median"] for name in modes)
-    ranks = report["ranks"]
-    figure = Figure(figsize=(8, 0.9 + len(modes) * (0.7 + 0.22 * ranks)), layout="constrained")
+    modes, ranks = report["modes"], report["ranks"]
+    names = [str(name) for name in report["networks"]]
+    training = {name: TRAINING[i % len(TRAINING)] for i, name in enumerate(names)}
+    longest = max(span[1] for found in modes.values() for row in found["timeline"] for span in row)
+    height = 0.9 + len(modes) * (0.7 + 0.22 * ranks)
+    figure = Figure(figsize=(9, height), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, name in zip(figure.subplots(len(modes), 1, squeeze=False).flat, modes, strict=True):
-        found = report["modes"][name]
+    panels = figure.subplots(len(modes), 1, squeeze=False).flat
+    for axes, (name, found) in zip(panels, modes.items(), strict=True):
+        for rank, row in enumerate(found["timeline"]):
+            for start, stop, activity, network in row:
+                colour = _colour(activity, training.get(network))
+                axes.barh(rank, stop - start, left=start, color=colour, height=0.85, linewidth=0)
         step_s = found["step_s"]["median"]
-        for rank in range(ranks):
-            teach, train = found["teach_s"][rank], found["train_s"][rank]
-            rest = max(0.0, step_s - teach - train)
-            left = 0.0
-            for length, colour in ((teach, "#4477aa"), (train, "#ee8866"), (rest, "#dddddd")):
-                axes.barh(rank, length, left=left, color=colour, edgecolor="white", linewidth=0.5)
-                left += length
-        axes.set_title(
-            f"{name}: {step_s:.3f} s a step, busy {found['utilisation']:.0%}", loc="left"
-        )
+        told = f"{name}: {step_s:.3g} s a step (median), busy {found['utilisation']:.0%}"
+        axes.set_title(told, loc="left", fontsize="medium")
         axes.set_xlim(0, longest * 1.02)
-        axes.set_ylabel("rank")
         axes.set_yticks(range(ranks))
+        axes.set_ylabel("rank")
         axes.invert_yaxis()
-    axes.set_xlabel("seconds: teaching (blue), training (orange), idle (grey)")
+    axes.set_xlabel("seconds")
+    entries = {"teaching": TEACHING, **training, "loading": LOADING, "waiting": WAITING}
+    entries["following, saving"] = REST
+    handles = [Patch(color=colour, label=label) for label, colour in entries.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def save_report(report: dict[str, Any], path: Path) -> None:
-    """Writes the figures as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+def _colour(activity: str, training: str | None) -> str:
+    if activity == "learning" and training is not None:
+        return training
+    known = {"teaching": TEACHING, "loading": LOADING}
+    return known.get(activity, WAITING if activity in WAITING_ACTIVITIES else REST)

@@ -1,4 +1,4 @@
-"""What a benchmark puts in the place of images, networks, the recorder and the saver."""
+"""What a benchmark puts in the place of images, networks, the recorder, the saver and the pulse."""
 
 import time
 from collections.abc import Sequence
@@ -77,6 +77,39 @@ class Witness:
             )
         )
         return Wishes(save=len(self.marks) == self._save_after, stop=False)
+
+
+class Span(NamedTuple):
+    """What a rank was doing from when to when, on the clock that all processes of a machine share."""
+
+    start_s: float
+    stop_s: float
+    activity: str
+    network: str
+
+
+class Trace:
+    """Stands in for the pulse and writes down what the loop says. Waits for the device at every turn, so that work counts where it is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._turns: list[tuple[float, str, str]] = []
+
+    def at(self, activity: str, step: int, network: str = "") -> None:  # noqa: ARG002  # a pulse's signature
+        """The rank turns to something else."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._turns.append((time.monotonic(), activity, network))
+
+    def spans(self, window: tuple[float, float]) -> list[Span]:
+        """What was done within some time, from its start on."""
+        start_s, stop_s = window
+        ends = [turn[0] for turn in self._turns[1:]] + [stop_s]
+        return [
+            Span(max(began, start_s) - start_s, min(ended, stop_s) - start_s, activity, network)
+            for (began, activity, network), ended in zip(self._turns, ends, strict=True)
+            if min(ended, stop_s) > max(began, start_s)
+        ]
 
 
 class Unsaved:

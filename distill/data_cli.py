@@ -3,14 +3,14 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from distill.errors import DataError
+from distill.cli_parts import DebugOption, JsonOption
 
 if TYPE_CHECKING:
     from distill.data.census import Census
@@ -25,8 +25,6 @@ SourcesArgument = Annotated[
 LimitOption = Annotated[
     float, typer.Option("--max-megapixels", help="Larger images are not decoded.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 class _Bar:
@@ -145,45 +143,3 @@ def show(
 
     drawn = draw_step(loaded, teacher, step=step, num_images=images, stage=stage, out=out)
     Console().print(f"wrote {drawn}", highlight=False, soft_wrap=True)
-
-
-def bench_loader(
-    recipe: str, overrides: list[str], *, uses_recipe: bool, images: int
-) -> dict[str, Any]:
-    """The figures of ``distill bench loader``; prints progress to standard error.
-
-    Raises:
-        DataError: the recipe's images are missing.
-    """
-    from distill.recipe_file import load_job
-
-    loaded, _ = load_job(recipe, overrides)
-
-    from distill.bench_loader import measure_loader
-    from distill.prepare import training_index
-
-    def say(text: str) -> None:
-        sys.stderr.write(text + "\n")
-
-    index = training_index(loaded.data, Path("runs/.photographs")) if uses_recipe else None
-    if index is not None and not len(index):
-        raise DataError("data.sources: no images", fix="Leave --data away for synthetic images.")
-    return measure_loader(loaded, images=images, index=index, say=say)
-
-
-def loader_table(report: dict[str, Any]) -> Table:
-    """The figures as a table."""
-    threads = report["decoder_threads"]
-    title = f"{report['images']}, {report['crops']}, {threads} decoder threads"
-    table = Table(title=title, title_justify="left")
-    for name in ("", "loader", "Pillow", "ratio", "torchvision's blur", "ratio", "images/s"):
-        table.add_column(name, justify="left" if not name else "right")
-    for name, case in report["cases"].items():
-        cells = [f"{case['loader']['median']:.1f}"]
-        for side in ("pillow", "torchvision"):
-            ratio = case[f"over_{side}"]
-            cells.append(f"{case[side]['median']:.1f}")
-            cells.append(f"{ratio['median']:.2f} ({ratio['min']:.2f} - {ratio['max']:.2f})")
-        table.add_row(name, *cells, f"{case['loader_wall']['median']:.1f}")
-    table.caption = "images per CPU-second; the last column per second of time"
-    return table

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from distill.cli_parts import DebugOption, JsonOption
 from distill.errors import UserError
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def export(
             "--out", metavar="DIR", help="Folder for the results; by default RUN/export/FORMAT."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # noqa: ARG001  # read by main
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Write a student for Hugging Face, timm, Meta or ONNX, and prove the outputs agree."""
     folders = _chosen(run, student or [])
