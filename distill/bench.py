@@ -113,7 +113,7 @@ def measure(request: Request) -> dict[str, Any]:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    family, shape = _family(request)
+    family, shape = family_of(request)
     plan = plan_family(family, shape, request.num_ranks)  # what cannot work is said here, once
     if plan.is_teacher_sharded and request.sleep_s is None:
         raise PlanError(
@@ -155,7 +155,7 @@ def measure(request: Request) -> dict[str, Any]:
     return report
 
 
-def _family(request: Request) -> tuple[FamilyRecipe, TeacherShape]:
+def family_of(request: Request) -> tuple[FamilyRecipe, TeacherShape]:
     """The recipe, long enough for what is measured, and its teacher."""
     recipe, teacher = load_job(request.recipe, request.overrides)
     assert isinstance(recipe, FamilyRecipe), "checked by the command"
@@ -174,7 +174,7 @@ Traces = dict[str, list[Span]]
 def measure_rank(fields: dict[str, Any]) -> tuple[Turns, Traces]:
     """What one rank measured, by mode (``saving`` beside the others where it is asked for), and one step of each."""
     request = Request(**fields)
-    family, shape = _family(request)
+    family, shape = family_of(request)
     has_gpu = family.engine.device != "cpu" and torch.cuda.is_available()
     if request.sleep_s is not None:
         has_gpu = False
@@ -187,7 +187,7 @@ def measure_rank(fields: dict[str, Any]) -> tuple[Turns, Traces]:
     dist.init_process_group("nccl" if has_gpu else "gloo", timeout=TIMEOUT)
     try:
         prepare_deepspeed(device.type)
-        bench = _Bench(request, family, shape, device)
+        bench = Bench(request, family, shape, device)
         return bench.run(), bench.trace()
     finally:
         dist.destroy_process_group()
@@ -210,7 +210,7 @@ def modes_of(
     return modes
 
 
-class _Bench:
+class Bench:
     """All modes on one rank."""
 
     def __init__(
@@ -300,13 +300,13 @@ class _Bench:
         if SAVING in request.against:
             names.insert(1, SAVING)  # right after ours, which it is compared with
         turns: Turns = {name: [] for name in names}
-        num_blocks = request.num_blocks
-        for block in range(-1 if request.warmup_steps else 0, num_blocks):
+        for name in names:
+            self.warm_up(name)
+        self._tell(f"warmed up: {request.warmup_steps} steps of each")
+        for block in range(request.num_blocks):
             for name in names:
-                turn = self._turn(name, is_warming_up=block < 0)
-                if block >= 0:
-                    turns[name].append(turn)
-            self._tell(f"block {max(block, 0) + 1} of {num_blocks}")
+                turns[name].append(self.turn(name))
+            self._tell(f"block {block + 1} of {request.num_blocks}")
         return turns
 
     def trace(self) -> Traces:
@@ -319,7 +319,7 @@ class _Bench:
             dist.barrier()
             self._run_phase(name, start, length, witness, Unsaved(), trace)
             window = torch.tensor(
-                [mark.time_s for mark in witness.marks[first : first + 2]],
+                witness.ends_s[first : first + 2],
                 dtype=torch.float64,
                 device=self.device,
             )
@@ -347,23 +347,38 @@ class _Bench:
         )
         self.steps_done[mode] += length
 
-    def _turn(self, name: str, *, is_warming_up: bool) -> Turn:
-        """Some steps of a mode. Collective over the world."""
-        mode = OURS if name == SAVING else name
-        start, first = self.steps_done[mode], self.phases[mode].lookahead
-        length = self.request.warmup_steps if is_warming_up else block_steps(first)
-        save_after = 1 if is_warming_up else first + 1
-        witness = Witness(save_after if name == SAVING else None)
-        saver = TimedSaver(Path(self.request.folder)) if name == SAVING else Unsaved()
+    def warm_up(self, name: str) -> None:
+        """Steps of a mode that nobody counts. Collective over the world."""
+        mode, is_saving = self._mode_of(name)
+        witness = Witness(save_after=1 if is_saving else None)
+        saver = self._saver(is_saving=is_saving)
+        start, length = self.steps_done[mode], self.request.warmup_steps
+        self._run_phase(mode, start, length, witness, saver, self.pulse)
+        saver.wait()
+
+    def turn(self, name: str) -> Turn:
+        """A block of steps of a mode. Collective over the world."""
+        mode, is_saving = self._mode_of(name)
+        start, first = self.steps_done[mode], self.phases[mode].lookahead + 1
+        witness = Witness((first, first + BLOCK), first if is_saving else None)
+        saver = self._saver(is_saving=is_saving)
         dist.barrier()
         began = time.monotonic()
-        self._run_phase(mode, start, length, witness, saver, self.pulse)
+        self._run_phase(mode, start, block_steps(first - 1), witness, saver, self.pulse)
         saver.wait()
         wall_s = time.monotonic() - began
         stall_s = 0.0
         if isinstance(saver, TimedSaver):
-            stall_s = saver.returned_s - witness.marks[save_after - 1].time_s
-        return Turn(witness.marks[first : first + BLOCK + 1], wall_s, stall_s)
+            stall_s = saver.returned_s - witness.ends_s[first - 1]
+        before, after = witness.marks
+        return Turn(before, after, BLOCK, wall_s, stall_s)
+
+    def _mode_of(self, name: str) -> tuple[str, bool]:
+        """The mode whose networks are used, and whether a save is made."""
+        return (OURS, True) if name == SAVING else (name, False)
+
+    def _saver(self, *, is_saving: bool) -> TimedSaver | Unsaved:
+        return TimedSaver(Path(self.request.folder)) if is_saving else Unsaved()
 
 
 def _no_images() -> ImageIndex:

@@ -123,9 +123,9 @@ def _mode_report(ranks: Sequence[Sequence[Turn]], batch: int) -> dict[str, Any]:
     for block in range(num_blocks):
         spans = []
         for turns in ranks:
-            first, last = turns[block].marks[0], turns[block].marks[-1]
-            spans.append([b - a for a, b in zip(first, last, strict=True)])
-        steps = len(ranks[0][block].marks) - 1
+            pairs = zip(turns[block].first, turns[block].last, strict=True)
+            spans.append([last - first for first, last in pairs])
+        steps = ranks[0][block].num_steps
         wall = max(span[0] for span in spans)
         step_s.append(wall / steps)
         busy.append(sum(span[1] + span[2] for span in spans) / (len(spans) * wall))

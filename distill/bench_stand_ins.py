@@ -1,7 +1,7 @@
 """What a benchmark puts in the place of images, networks, the recorder, the saver and the pulse."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,23 +36,26 @@ class Mark(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What a rank measured in one block of steps of a mode: marks of the counted steps, seconds of all of it.
+    """What a rank measured in one block of steps of a mode: the clocks before and after the counted steps, seconds of all of it.
 
     ``stall_s``: what the loop waited for a save; zero where none was made.
     """
 
-    marks: list[Mark]
+    first: Mark
+    last: Mark
+    num_steps: int
     wall_s: float
     stall_s: float
 
 
 class Witness:
-    """Stands in for the recorder: notes what the clocks say after each step, and wishes for one save."""
+    """Stands in for the recorder: notes when each step ended, reads the clocks after some, and wishes for one save."""
 
-    def __init__(self, save_after: int | None = None) -> None:
-        """``save_after``: the number of steps after which to save; never where it is None."""
+    def __init__(self, read_after: Collection[int] = (), save_after: int | None = None) -> None:
+        """Numbers of steps after which to read the clocks, which waits for the device, and to save (None: never)."""
+        self.ends_s: list[float] = []
         self.marks: list[Mark] = []
-        self._save_after = save_after
+        self._read_after, self._save_after = read_after, save_after
 
     def record(
         self,
@@ -61,22 +64,23 @@ class Witness:
         faults: Sequence[float],  # noqa: ARG002
     ) -> Wishes:
         """One step is over."""
-        teaching, training = (
-            phase.teaching.read_s(),
-            sum(pupil.training.read_s() for pupil in phase.pupils),
-        )
-        exchange = phase.exchange
-        self.marks.append(
-            Mark(
-                time.monotonic(),
-                teaching,
-                training,
-                exchange.wait_s,
-                phase.loader.wait_s,
-                exchange.received_bytes,
+        num_steps = len(self.ends_s) + 1
+        if num_steps in self._read_after:
+            teaching_s = phase.teaching.read_s()
+            training_s = sum(pupil.training.read_s() for pupil in phase.pupils)
+            exchange, loader = phase.exchange, phase.loader
+            self.marks.append(
+                Mark(
+                    time.monotonic(),
+                    teaching_s,
+                    training_s,
+                    exchange.wait_s,
+                    loader.wait_s,
+                    exchange.received_bytes,
+                )
             )
-        )
-        return Wishes(save=len(self.marks) == self._save_after, stop=False)
+        self.ends_s.append(time.monotonic())
+        return Wishes(save=num_steps == self._save_after, stop=False)
 
 
 class Span(NamedTuple):

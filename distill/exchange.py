@@ -27,7 +27,7 @@ from torch import Tensor
 from distill.plan import Placement, Plan
 from distill.timetable import Timetable
 from distill.wire import Counts
-from teacher.batch import CropBatch, LessonBatch, PatchMasks, TeacherTargets
+from teacher.batch import CropBatch, LessonBatch, PatchMasks, TeacherTargets, onto
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Slices:
 
     def _index(self, parts: list[Counts]) -> Tensor:
         rows = np.concatenate(parts or [np.empty(0, np.int64)])
-        return torch.from_numpy(rows).to(self._device)
+        return onto(torch.from_numpy(rows), self._device)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,13 @@ from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
 
+def onto(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for what that is doing: a GPU copies from page-locked memory only."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class CropBatch:
     """Crops of a contiguous range of positions in the global batch, as decoded.
@@ -65,7 +72,7 @@ class PatchMasks:
 
     def to(self, device: torch.device) -> "PatchMasks":
         """The same masks on a device."""
-        return PatchMasks(self.flags.to(device), self.counts)
+        return PatchMasks(onto(self.flags, device), self.counts)
 
     def part(self, images: slice) -> "PatchMasks":
         """The masks of some of the images; a view."""
@@ -173,8 +180,14 @@ def normalise(
     With ``colours`` by those of each image; the crops are then [images, crops, 3, height, width].
     """
     if colours is None:
-        shift = torch.tensor(mean, device=crops.device).view(3, 1, 1) * 255.0
-        scale = torch.tensor(std, device=crops.device).view(3, 1, 1) * 255.0
+        shift, scale = (_filled(values, crops.device) * 255.0 for values in (mean, std))
     else:
         shift, scale = (colours * 255.0)[:, :, None, :, None, None].unbind(1)
     return ((crops.float() - shift) / scale).to(dtype)
+
+
+def _filled(values: Sequence[float], device: torch.device) -> Float32[Tensor, "3 1 1"]:
+    """Three numbers on a device, which fills them in itself: to copy them there would be to wait for it."""
+    single = torch.float32
+    filled = [torch.full((1, 1), value, dtype=single, device=device) for value in values]
+    return torch.stack(filled)

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from teacher.batch import onto
+
 BRANCHES = 2  # of a block: attention, feed-forward
 
 
@@ -45,5 +47,5 @@ def kept_rows(
     being kept.
     """
     by_branch = flags.flatten(0, 1).flatten(1).T  # [blocks * 2, rows]
-    places = by_branch.nonzero()[:, 1].to(device, non_blocking=True)
+    places = onto(by_branch.nonzero()[:, 1], device)
     return KeptRows(places.split(by_branch.sum(dim=1).tolist()), 1.0 / probability)

@@ -1,4 +1,4 @@
-"""Runs a function on several gloo processes and brings back what each returned."""
+"""Runs a function on several processes, of gloo unless a GPU is asked for, and brings back what each returned."""
 
 import os
 import pickle
@@ -18,13 +18,19 @@ TIMEOUT_S = 120
 
 
 def on_ranks(
-    num_ranks: int, function: Callable[..., Any], *args: Any, timeout_s: float = TIMEOUT_S
+    num_ranks: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout_s: float = TIMEOUT_S,
+    device_type: str = "cpu",
 ) -> list[Any]:
-    """``function(*args)`` on every rank of a fresh gloo world; results in rank order, the first error raised here."""
+    """``function(*args)`` on every rank of a fresh world; results in rank order, the first error raised here."""
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("spawn")
         workers = [
-            context.Process(target=_work, args=(rank, num_ranks, folder, function, args))
+            context.Process(
+                target=_work, args=(rank, num_ranks, folder, function, args, device_type)
+            )
             for rank in range(num_ranks)
         ]
         for worker in workers:
@@ -49,11 +55,17 @@ def on_ranks(
 
 
 def _work(
-    rank: int, num_ranks: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    num_ranks: int,
+    folder: str,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    device_type: str,
 ) -> None:
     os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), DS_ACCELERATOR="cpu"
+        RANK=str(rank), WORLD_SIZE=str(num_ranks), LOCAL_RANK=str(rank), DS_ACCELERATOR=device_type
     )
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for the next line but two
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
@@ -61,7 +73,7 @@ def _work(
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         dist.init_process_group(
-            "gloo",
+            "nccl" if device_type == "cuda" else "gloo",
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=num_ranks,

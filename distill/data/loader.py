@@ -19,7 +19,7 @@ from torch.utils.dlpack import from_dlpack
 
 from distill.data.crops import NUM_GLOBAL, CropSchedule, CropSpec, source_outputs
 from distill.data.feed import PREPARED, Feed, Prepared
-from teacher.batch import CropBatch
+from teacher.batch import CropBatch, onto
 
 PREFETCH = 2  # batches in the decoder, beside the one that waits for the caller
 STEPS_AHEAD = PREPARED + PREFETCH + 1  # of the caller: other positions for these cost a rebuild
@@ -74,7 +74,7 @@ class Loader:
             if spec.num_local
             else self._empty(len(outputs[0]), 0, spec.local_size),
             anchor_crops=anchors,
-            colours=None if colours is None else torch.from_numpy(colours).to(self._device),
+            colours=None if colours is None else onto(torch.from_numpy(colours), self._device),
         )
         self.wait_s += time.perf_counter() - started
         return batch

@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from teacher.batch import CropBatch, LessonBatch, PatchMasks, normalise
+from teacher.batch import CropBatch, LessonBatch, PatchMasks, normalise, onto
 from teacher.frozen import FrozenTeacher
 from teacher.heads import Head, init_head_
 from teacher.shapes import HeadShape, ViTSpec
 from teacher.sinkhorn import sinkhorn
 from teacher.trainee import Assignments, Objective, StepScalars, Trainee, TraineeTraits
 from teacher.vit import ViT, init_vit_
+from tests.gpu import CPU_AND_GPU
 
 SPEC = ViTSpec(width=16, depth=1, heads=2, ffn_width=32, patch=8, layerscale_init=0.5)
 HEAD = HeadShape(width=16, hidden=12, bottleneck=6, prototypes=20)
@@ -187,9 +188,12 @@ def test_trainee__a_coarser_map_is_compared_on_the_teachers_grid() -> None:
     assert losses.total.isfinite()
 
 
-def test_teach__does_not_depend_on_how_many_images_a_rank_has() -> None:
-    taught = teacher(micro_images=4)
-    batch, drawn = crops(), PatchMasks.of(masks())
+@CPU_AND_GPU
+def test_teach__does_not_depend_on_how_many_images_a_rank_has(device: str) -> None:
+    where = torch.device(device)
+    taught = teacher(micro_images=4).to(where, torch.float32 if device == "cpu" else torch.bfloat16)
+    batch, drawn = crops(), PatchMasks.of(masks()).to(where)
+    batch = CropBatch(onto(batch.global_crops, where), onto(batch.local_crops, where))
     whole = taught.teach(batch, drawn)
     for border in (1, 2, 4):
         first = taught.teach(
