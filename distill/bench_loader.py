@@ -43,6 +43,9 @@ def measure_loader(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Rates for ``images`` images per block; synthetic ones where ``index`` is None."""
+    torch.set_num_threads(
+        1
+    )  # threads that wait for each other by spinning would be counted as work
     with tempfile.TemporaryDirectory() as folder:
         if index is None:
             write_synthetic(Path(folder), recipe.seed)

@@ -1,7 +1,7 @@
 """The DALI graph: decode once, cut every crop, apply the parameters it is given. It draws nothing at random.
 
 Fixed order of operations per crop: resize of the window (cubic, antialiased; a swapped window
-mirrors), colour, blur, solarise. Conditionals split the batch, so a crop that is not blurred costs
+mirrors; on a CPU by torch, ``distill.data.resize``), colour, blur, solarise. Conditionals split the batch, so a crop that is not blurred costs
 no blur.
 
 Departures from torchvision, by DALI's definitions: contrast turns about 128 instead of the image's
@@ -17,6 +17,7 @@ from nvidia.dali import fn, math, types
 from nvidia.dali.pipeline import pipeline_def
 
 from distill.data.crops import NUM_GLOBAL, CropSpec
+from distill.data.resize import resizer
 
 Source = Callable[[], tuple[Any, ...]]
 BLUR_WINDOW = 9  # pixels; torchvision's kernel in the published augmentation
@@ -38,6 +39,9 @@ def build_pipeline(
     count, sizes come with each batch.
     """
     num_crops, num_sizes = spec.num_crops, len(spec.sizes)
+    num_anchors = NUM_GLOBAL if spec.anchor_size is not None else 0
+    # made out here: what is made inside the graph DALI rewrites too
+    on_cpu = resizer(num_crops + num_anchors, num_threads) if device_id is None else None
 
     @pipeline_def(
         batch_size=batch,
@@ -51,17 +55,17 @@ def build_pipeline(
         encoded, *inputs = fn.external_source(
             source=source, num_outputs=1 + num_sizes + 2 * num_crops, batch=True
         )
-        sizes, parameters = inputs[:num_sizes], inputs[num_sizes:]
-        image = _decode(encoded, device_id)
-        crops, anchors = [], []  # height, width, channel
-        for crop in range(num_crops):
-            window, photometric = parameters[crop], parameters[num_crops + crop]
-            is_global = crop < NUM_GLOBAL
-            resized = _resize(image, window, sizes[0] if is_global else sizes[1])
-            crops.append(_distort(resized, photometric, device_id, can_solarise=crop == 1))
-            if is_global and spec.anchor_size is not None:
-                anchors.append(_resize(image, window, sizes[-1]))
-        kinds = crops[:NUM_GLOBAL], crops[NUM_GLOBAL:], anchors
+        sizes = inputs[:num_sizes]
+        windows, photometric = inputs[num_sizes : num_sizes + num_crops], inputs[-num_crops:]
+        wanted = [sizes[0 if crop < NUM_GLOBAL else 1] for crop in range(num_crops)]
+        wanted += [sizes[-1]] * num_anchors
+        cut = [*windows, *windows[:num_anchors]]
+        resized = _resize(_decode(encoded, device_id), wanted, cut, on_cpu)
+        crops = [  # height, width, channel
+            _distort(resized[crop], photometric[crop], device_id, can_solarise=crop == 1)
+            for crop in range(num_crops)
+        ]
+        kinds = crops[:NUM_GLOBAL], crops[NUM_GLOBAL:], resized[num_crops:]
         return tuple(fn.transpose(fn.stack(*kind), perm=[0, 3, 1, 2]) for kind in kinds if kind)
 
     pipeline = graph()
@@ -70,15 +74,31 @@ def build_pipeline(
 
 
 @no_type_check
-def _resize(image: Any, window: Any, size: Any) -> Any:
-    return fn.resize(
-        image,
-        roi_start=window[:2],
-        roi_end=window[2:],
-        size=size,
-        interp_type=types.INTERP_CUBIC,
-        antialias=True,
-    )
+def _resize(
+    image: Any, sizes: list[Any], windows: list[Any], on_cpu: Callable[..., Any] | None
+) -> list[Any]:
+    if on_cpu is not None:
+        count = len(windows)
+        return fn.python_function(
+            image,
+            *sizes,
+            *windows,
+            function=on_cpu,
+            num_outputs=count,
+            batch_processing=True,
+            output_layouts=["HWC"] * count,
+        )
+    return [
+        fn.resize(
+            image,
+            roi_start=window[:2],
+            roi_end=window[2:],
+            size=size,
+            interp_type=types.INTERP_CUBIC,
+            antialias=True,
+        )
+        for size, window in zip(sizes, windows, strict=True)
+    ]
 
 
 @no_type_check

@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-KINDS = ("kills", "crashpoints", "bitflips", "nan", "hang", "fuzz", "resume", "stall")
+KINDS = ("kills", "crashpoints", "bitflips", "nan", "hang", "fuzz", "resume", "stall", "corpus")
 
 
 def main() -> int:

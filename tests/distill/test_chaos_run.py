@@ -8,6 +8,7 @@ RUNS = {
     "kills": "--count 2 --seed 1 --steps 30 --stage-steps 10",
     "hang": "--count 1 --limit 5",
     "nan": "--count 6",
+    "corpus": "--count 1000 --entries 20000",
 }
 
 
