@@ -228,26 +228,22 @@ def pretraining_needs(
         weights = (backbone + of_heads) / num_ranks + 2 * block + of_heads
     else:
         frozen, weights = backbone, backbone + of_heads
-    count = backbone + of_heads
-    gradients = count / num_ranks if zero_stage >= 2 else count
+    networks = frozen * (2 if has_anchor else 1) + of_heads  # EMA, anchor
     memory = []
     for rank in placement.world_ranks:
         images = max(p.stop - p.start for p in placement.parts_of(rank, micro_batch))
-        added_up = images < len(placement.slice_of(rank))
         kept = max(_kept_bytes(spec, crops, keep, is_checkpointing) for crops in kinds)
         rows = images * max(2 + c.num_locals + c.masked_per_image for c in kinds)
         memory.append(
-            Memory(
-                teacher=PARAMETER_BYTES * (frozen * (2 if has_anchor else 1) + of_heads) / GIB,
-                weights=PARAMETER_BYTES * weights / GIB,
-                gradients=(PARAMETER_BYTES * gradients + added_up * SUM_BYTES * count / num_ranks)
-                / GIB,
-                optimizer=OPTIMIZER_BYTES * count / num_ranks / GIB,
-                ema=EMA_BYTES * count / num_ranks / GIB,
-                activations=images * kept / GIB,
-                logits=rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES / GIB,
-                buffers=0.0,
-                context=CONTEXT_GIB,
+            _of_training(
+                networks,
+                weights,
+                backbone + of_heads,
+                num_ranks,
+                zero_stage,
+                is_added_up=images < len(placement.slice_of(rank)),
+                kept_bytes=images * kept,
+                rows=rows,
             )
         )
     nothing = (0,) * num_ranks
@@ -272,26 +268,48 @@ def fitting_needs(
     memory = []
     for rank in placement.world_ranks:
         images = max(p.stop - p.start for p in placement.parts_of(rank, micro_batch))
-        added_up = images < len(placement.slice_of(rank))
-        sharded = count / num_ranks if zero_stage >= 2 else count
-        gradients = PARAMETER_BYTES * sharded + added_up * SUM_BYTES * count / num_ranks
         kept = activation_bytes(spec, crops) / depth + HIDDEN_BYTES * hidden
-        rows = images * (2 + crops.num_locals + crops.masked_per_image)
         memory.append(
-            Memory(
-                teacher=PARAMETER_BYTES * (backbone + count) / GIB,  # and the EMA that teaches
-                weights=PARAMETER_BYTES * count / GIB,
-                gradients=gradients / GIB,
-                optimizer=OPTIMIZER_BYTES * count / num_ranks / GIB,
-                ema=EMA_BYTES * count / num_ranks / GIB,
-                activations=images * kept / GIB,
-                logits=rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES / GIB,
-                buffers=0.0,
-                context=CONTEXT_GIB,
+            _of_training(
+                backbone + count,  # and the EMA of the heads, which teaches
+                count,
+                count,
+                num_ranks,
+                zero_stage,
+                is_added_up=images < len(placement.slice_of(rank)),
+                kept_bytes=images * kept,
+                rows=images * (2 + crops.num_locals + crops.masked_per_image),
             )
         )
     nothing = (0,) * num_ranks
     return Needs(tuple(memory), nothing, nothing, 0)
+
+
+def _of_training(
+    taught_by: float,
+    computed_with: float,
+    trained: int,
+    num_ranks: int,
+    zero_stage: int,
+    *,
+    is_added_up: bool,
+    kept_bytes: float,
+    rows: float,
+) -> Memory:
+    """A rank of one network that trains on all ranks: numbers of parameters that teach, compute and train; bytes kept for the backward pass; rows of logits."""
+    gradients = PARAMETER_BYTES * (trained / num_ranks if zero_stage >= 2 else trained)
+    gradients += is_added_up * SUM_BYTES * trained / num_ranks
+    return Memory(
+        teacher=PARAMETER_BYTES * taught_by / GIB,
+        weights=PARAMETER_BYTES * computed_with / GIB,
+        gradients=gradients / GIB,
+        optimizer=OPTIMIZER_BYTES * trained / num_ranks / GIB,
+        ema=EMA_BYTES * trained / num_ranks / GIB,
+        activations=kept_bytes / GIB,
+        logits=rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES / GIB,
+        buffers=0.0,
+        context=CONTEXT_GIB,
+    )
 
 
 def _kept_bytes(spec: ViTSpec, crops: CropShapes, keep: float, is_checkpointing: bool) -> float:
