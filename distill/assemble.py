@@ -20,8 +20,8 @@ from distill.engine import Engine, EngineSettings, StepRates
 from distill.errors import CheckpointError
 from distill.exchange import AllGather, Slices
 from distill.groups import Groups
-from distill.loop import Phase
 from distill.masking import StepMasks
+from distill.phase import Phase
 from distill.plan import Placement, Plan
 from distill.planning import Recipe, TeacherShape, heads_of_student, later_plans
 from distill.pupil import Assigner, Pupil, TargetMaker

@@ -53,7 +53,8 @@ from distill.errors import PlanError
 from distill.exchange import AllGather, Slices
 from distill.groups import Groups, make_groups
 from distill.isolation import Isolation
-from distill.loop import Phase, run_phase
+from distill.loop import run_phase
+from distill.phase import Phase
 from distill.planning import TeacherShape, plan_family
 from distill.pulse import Pulse
 from distill.recipe import FamilyRecipe

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from distill.data.crops import NUM_GLOBAL
 from distill.errors import CheckpointError
-from distill.loop import Phase
 from distill.metrics import RunState
+from distill.phase import Phase
 from distill.plan import Placement
 from distill.pupil import Attempt
 from distill.recipe import FamilyRecipe

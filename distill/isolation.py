@@ -22,7 +22,6 @@ folder; a person may delete that file to have one tried again.
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -34,12 +33,10 @@ from distill.errors import StudentError
 from distill.events import Event, EventKind, note
 from distill.failure import is_lost_connection
 from distill.metrics import write_json
+from distill.phase import Phase
 from distill.pupil import Attempt, Pupil
 from teacher.batch import LessonBatch
 from teacher.trainee import StepScalars
-
-if TYPE_CHECKING:
-    from distill.loop import Phase
 
 IN_A_ROW = 3
 ROLL_BACKS = 3
@@ -63,7 +60,7 @@ class _Record:
 class Isolation:
     """The networks that this rank trains in one phase."""
 
-    def __init__(self, phase: "Phase", run_folder: Path) -> None:
+    def __init__(self, phase: Phase, run_folder: Path) -> None:
         self._phase, self._run_folder = phase, run_folder
         self._records = {pupil.name: _Record() for pupil in phase.pupils}
 

@@ -9,53 +9,14 @@ agreed at the logging interval. The pulse says where the rank is, for the watchd
 """
 
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
 
-from distill.data.loader import Loader
-from distill.exchange import Exchange, Outgoing, Pending, lesson_for
+from distill.exchange import Outgoing, Pending, lesson_for
 from distill.isolation import Isolation
-from distill.masking import StepMasks
-from distill.plan import Plan
+from distill.phase import Phase
 from distill.pulse import Pulse
-from distill.pupil import Pupil
 from distill.record import Recorder
 from distill.saver import Saver
-from distill.stopwatch import Stopwatch
-from distill.timetable import Timetable
 from teacher.batch import PatchMasks
-from teacher.frozen import FrozenTeacher
-from teacher.trainee import StepScalars
-
-
-@dataclass(frozen=True)
-class Phase:
-    """One stretch of steps with a teacher and an objective, as one rank sees it.
-
-    ``first_step`` is where this phase begins in the stream of samples; ``grid_at`` is the teacher's patch
-    grid at a step of it. ``after_step`` is told the
-    number of finished steps: in pretraining it updates what follows the trained weights (the EMA
-    network that teaches, the Gram anchor), which is why such a phase looks no step ahead; in a
-    family it re-plans the shares.
-    """
-
-    name: str
-    num_steps: int
-    first_step: int
-    lookahead: int
-    plan: Plan
-    timetable: Timetable
-    world_rank: int
-    grid_at: Callable[[int], tuple[int, int]]
-    loader: Loader
-    masks: StepMasks
-    teacher: FrozenTeacher
-    teaching: Stopwatch
-    exchange: Exchange
-    pupils: tuple[Pupil, ...]
-    temperature: Callable[[int], float]
-    scalars: Callable[[int], StepScalars]
-    after_step: Callable[[int], None]
 
 
 def run_phase(

@@ -29,7 +29,7 @@ from distill.depth import draw_kept
 from distill.disk import rename, write_file
 from distill.errors import CheckpointError
 from distill.groups import Groups
-from distill.loop import Phase
+from distill.phase import Phase
 from distill.plan import Plan
 from distill.planning import ONLINE, TeacherShape, plan_stage, shape_of_recipe
 from distill.pupil import Assigner, Pupil

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -34,9 +33,7 @@ from distill.metrics import (
     drop_after,
     work_done,
 )
-
-if TYPE_CHECKING:
-    from distill.loop import Phase
+from distill.phase import Phase
 
 LOG_EVERY = 10  # steps
 
@@ -86,7 +83,7 @@ class Recorder:
         self._loader_wait = 0.0
         self._complaint = ""
 
-    def start(self, phase: "Phase", start_step: int) -> None:
+    def start(self, phase: Phase, start_step: int) -> None:
         """Begins a phase at ``start_step``; metrics past that point (of a run that died) are dropped."""
         names = [p.name for p in self.status.phases]
         for pupil in phase.pupils:
@@ -133,7 +130,7 @@ class Recorder:
         self._complaint = message
         self.show(self.status.state, message=message)
 
-    def record(self, phase: "Phase", step: int, faults: Sequence[float]) -> Wishes:
+    def record(self, phase: Phase, step: int, faults: Sequence[float]) -> Wishes:
         """Counts a finished step; at the interval, and at the last step, writes numbers and asks the world what to do.
 
         The answer comes ``lookahead`` steps later, at the last step at once. ``faults``: of every
@@ -161,7 +158,7 @@ class Recorder:
             self._take_faults(phase, found)
         return Wishes(save=(save or saves_now) and not is_last, stop=stop)
 
-    def _write(self, phase: "Phase", step: int) -> float:
+    def _write(self, phase: Phase, step: int) -> float:
         """Metrics and status of the interval that ends at ``step``; this rank's loader wait as a part of its time."""
         elapsed = max(1e-9, time.monotonic() - self._interval_started)
         num_steps = step - self._interval_step
@@ -221,10 +218,10 @@ class Recorder:
         taken, self._images_seen = self._images_seen, 0
         return taken
 
-    def _read_clocks(self, phase: "Phase") -> tuple[float, float]:
+    def _read_clocks(self, phase: Phase) -> tuple[float, float]:
         return phase.loader.wait_s, phase.exchange.wait_s
 
-    def _take_faults(self, phase: "Phase", found: Sequence[float]) -> None:
+    def _take_faults(self, phase: Phase, found: Sequence[float]) -> None:
         """How every network of the world fares, into the status."""
         networks = dict(self.status.networks)
         for index, placement in enumerate(phase.plan.placements):

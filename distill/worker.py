@@ -36,8 +36,9 @@ from distill.errors import SetupError
 from distill.export import ExportFacts, fingerprint, write_backbone, write_heads
 from distill.groups import make_control, make_groups
 from distill.isolation import Isolation
-from distill.loop import Phase, run_phase
+from distill.loop import run_phase
 from distill.metrics import PhaseStatus, write_json
+from distill.phase import Phase
 from distill.planning import ONLINE, plan_family, plan_fitting, plan_stage
 from distill.prepare import CHECKPOINTS, FITTED_HEADS, RESOLVED, Job
 from distill.pretraining import HeadFitting, Pretraining

@@ -64,12 +64,6 @@ def build_custom(spec: CustomSpec) -> Adapted:
     return Adapted(spec, _make(spec.factory, json.loads(spec.args_json)))
 
 
-@lru_cache(maxsize=64)  # planning asks for the same few networks again and again
-def count_custom_parameters(spec: CustomSpec) -> int:
-    """Number of parameters of a network from outside."""
-    return sum(parameter.numel() for parameter in build_custom(spec).parameters())
-
-
 def init_custom_(network: Adapted, generator: torch.Generator) -> None:
     """The weights that the factory gives under a seed drawn from ``generator``; global state is left alone."""
     seed = int(torch.randint(2**62, (1,), generator=generator))
@@ -96,7 +90,8 @@ def probe(factory: str, args_json: str) -> CustomSpec:
         raise ValueError(
             f"{factory}: {moving[0]} is a buffer that training may move; use a norm without running statistics"
         )
-    spec = CustomSpec(factory, args_json, width, stride)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    spec = CustomSpec(factory, args_json, width, stride, count)
     height, across = (stride * patches for patches in PROBE_STRIDES)
     with torch.no_grad():
         found = network.eval()(torch.zeros(2, 3, height, across))

@@ -31,8 +31,9 @@ from distill.events import read_events
 from distill.exchange import Outgoing, Pending, Slices
 from distill.groups import Groups, make_groups
 from distill.isolation import IN_A_ROW, Isolation
-from distill.loop import Phase, run_phase
+from distill.loop import run_phase
 from distill.masking import DrawnMasks
+from distill.phase import Phase
 from distill.plan import Plan, make_plan
 from distill.pulse import Pulse
 from distill.pupil import Pupil

@@ -172,5 +172,5 @@ def _has_timm() -> bool:
 
 
 def test_custom_spec__is_a_value() -> None:
-    assert CustomSpec("a:b", "{}", 4, 8) == CustomSpec("a:b", "{}", 4, 8)
-    assert isinstance(hash(CustomSpec("a:b", "{}", 4, 8)), int)
+    assert CustomSpec("a:b", "{}", 4, 8, 16) == CustomSpec("a:b", "{}", 4, 8, 16)
+    assert isinstance(hash(CustomSpec("a:b", "{}", 4, 8, 16)), int)
