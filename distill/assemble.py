@@ -20,6 +20,7 @@ from distill.engine import Engine, EngineSettings, StepRates
 from distill.errors import CheckpointError
 from distill.exchange import AllGather, Slices
 from distill.groups import Groups
+from distill.head_files import load_heads
 from distill.masking import StepMasks
 from distill.phase import Phase
 from distill.plan import Placement, Plan
@@ -37,7 +38,7 @@ from distill.recipe import (
 from distill.stopwatch import Stopwatch
 from distill.supply import build_feed, build_loader
 from distill.timetable import Timetable
-from distill.weights import load_backbone, load_heads
+from distill.weights import load_backbone
 from students.catalog import build_backbone, init_weights_
 from students.objective import FeatureTrainee, Standardiser, build_projectors
 from students.shapes import BackboneSpec, grid_of

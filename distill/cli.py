@@ -40,6 +40,7 @@ from distill.data_cli import data_app
 from distill.disk import is_full
 from distill.errors import DataError, RecipeError, UserError
 from distill.export_cli import export
+from distill.recipes_cli import recipes_app
 from distill.weights_cli import weights_app
 
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ New here?  distill doctor → distill recipes copy quickstart my.yaml
 app = typer.Typer(
     help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
 )
-recipes_app = typer.Typer(help="List, show and copy the built-in recipes.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Before you train")
 app.add_typer(data_app, name="data", rich_help_panel="Data and weights")
 app.add_typer(weights_app, name="weights", rich_help_panel="Data and weights")
@@ -377,38 +377,3 @@ def _score_steps(runs: Sequence[Path], *, as_json: bool) -> None:
 
 app.command("bench", rich_help_panel="Train")(bench)
 app.command("export", rich_help_panel="Results")(export)
-
-
-@recipes_app.command("list")
-def list_recipes(as_json: JsonOption = False) -> None:
-    """Names of the built-in recipes and what each is for."""
-    from distill.recipe_file import builtin_recipes
-
-    titles = {
-        name: path.read_text().splitlines()[0].removeprefix("# ")
-        for name, path in builtin_recipes().items()
-    }
-    if as_json:
-        print_json(titles)
-        return
-    for name, title in titles.items():
-        say(f"{name:22} {title}")
-
-
-@recipes_app.command("show")
-def show_recipe(recipe: RecipeArgument) -> None:
-    """Print a recipe."""
-    from distill.recipe_file import find_recipe
-
-    sys.stdout.write(find_recipe(recipe).read_text())
-
-
-@recipes_app.command("copy")
-def copy_recipe(
-    recipe: RecipeArgument, target: Annotated[Path, typer.Argument(metavar="FILE")]
-) -> None:
-    """Copy a recipe, and the teacher recipe it names, to files of your own."""
-    from distill.recipe_file import copy_recipe as copy
-
-    for path in copy(recipe, target):
-        say(f"wrote {path}")

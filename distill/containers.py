@@ -198,3 +198,8 @@ def read_object(path: Path) -> dict[str, Any]:
             f"{path}: holds {type(value).__name__}, not an object", fix="Remove or repair it."
         )
     return value
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity, told by the extremes: no copy is made."""
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())

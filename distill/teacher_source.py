@@ -29,7 +29,8 @@ def teacher_shape(
         spec = CATALOG[source.arch]
         shape = TeacherShape(spec, head_shapes(source.fit.heads, spec.width))
     else:
-        from distill.weights import head_shapes_of, shape_of  # who only plans reads no file
+        from distill.head_files import head_shapes_of  # who only plans reads no file
+        from distill.weights import shape_of
 
         spec, heads = shape_of(weights), None
         if source.heads_mode == "file":
@@ -51,7 +52,7 @@ def heads_file(source: TeacherSource, weights: Path) -> Path:
     if source.heads is not None:
         return Path(source.heads)
 
-    from distill.weights import has_heads  # who only plans reads no file
+    from distill.head_files import has_heads  # who only plans reads no file
 
     if weights.is_file() and has_heads(weights):
         return weights  # a training file holds both

@@ -18,10 +18,11 @@ from distill.checkpoint import MANIFEST, find_latest
 from distill.data.census import take_census
 from distill.data.index import build_index
 from distill.export import ExportFacts, write_backbone, write_heads
+from distill.head_files import load_heads
 from distill.job_plans import check_job
 from distill.recipe_file import builtin_recipes, load_job, resolved_yaml
 from distill.tensor_file import SUFFIX, read_tensors
-from distill.weights import convert, inspect, load_backbone, load_heads
+from distill.weights import convert, inspect, load_backbone
 from students.catalog import build_backbone, init_weights_
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.heads import Head, init_head_

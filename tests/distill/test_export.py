@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from distill.export import ExportFacts, fingerprint, write_backbone, write_heads, write_tensors
-from distill.weights import load_backbone, load_heads
+from distill.head_files import load_heads
+from distill.weights import load_backbone
 from students.catalog import build_backbone, hf_config, init_weights_
 from students.shapes import ConvNeXtSpec
 from teacher.heads import Head, init_head_
