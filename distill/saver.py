@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -22,8 +22,10 @@ from distill.checkpoint import Manifest, NetworkFacts
 from distill.disk import make_folder, write_file
 from distill.errors import CheckpointError
 from distill.metrics import RunState
-from distill.phase import Phase
 from distill.tensor_file import SUFFIX, encode, num_bytes, read_tensors
+
+if TYPE_CHECKING:  # at run time anything with the states of networks can be saved
+    from distill.phase import Phase
 
 ANCHOR_FILE = (
     "gram-anchor"  # not a legal network name: those have no file of this name in a checkpoint
@@ -96,7 +98,7 @@ class Saver:
             True  # the last save did not fail, as far as this rank knows; world rank 0 knows
         )
 
-    def save(self, phase: Phase, step: int) -> None:
+    def save(self, phase: "Phase", step: int) -> None:
         """Begins to save every network after ``step`` finished steps. Communication: gathers per group.
 
         Returns as soon as the state is in host memory; waits for the save before it first.
@@ -144,7 +146,7 @@ class Saver:
             self.report()
 
     def _order_of(
-        self, phase: Phase, step: int, files: Mapping[str, Mapping[str, Tensor]]
+        self, phase: "Phase", step: int, files: Mapping[str, Mapping[str, Tensor]]
     ) -> _Order:
         keeping = self._keeping
         staging = checkpoint.staging_folder(keeping.folder, phase.name, step)
@@ -210,7 +212,7 @@ def _write_part(path: Path, parts: Iterable[bytes | memoryview], size: int) -> N
         checkpoint.record_failed(path, error, size)
 
 
-def restore(phase: Phase, found: tuple[Path, Manifest]) -> None:
+def restore(phase: "Phase", found: tuple[Path, Manifest]) -> None:
     """Loads every network of the phase that the checkpoint holds; others keep their fresh weights. No communication: each rank reads what it needs."""
     path, manifest = found
     for pupil in phase.pupils:

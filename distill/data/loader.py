@@ -52,6 +52,8 @@ class Loader:
         self._pipeline: Any = None
         self._in_pipeline: list[Prepared] = []  # as the pipeline, the thread's while it runs
         self._running = ThreadPoolExecutor(1, "decode")
+        on_cpu = self._device_id is None and num_threads > 1
+        self._resizing = ThreadPoolExecutor(num_threads, "resize") if on_cpu else None
         self._ahead: Future[Batch] | None = None
         self.wait_s = 0.0
 
@@ -89,6 +91,8 @@ class Loader:
         """Lets go of the pipeline and of all threads."""
         self._drop()
         self._running.shutdown()
+        if self._resizing is not None:
+            self._resizing.shutdown()
         self._feed.close()
 
     def _drop(self) -> None:
@@ -130,6 +134,7 @@ class Loader:
             self._num_threads,
             self._device_id,
             PREFETCH,
+            self._resizing,
         )
 
     def _next(self) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ mean grey; hue is a rotation in YIQ instead of HSV; the order of the colour oper
 """
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from typing import Any, no_type_check
 
 import numpy as np
@@ -32,16 +33,17 @@ def build_pipeline(
     num_threads: int,
     device_id: int | None,
     prefetch: int,
+    resizing: Executor | None = None,
 ) -> Any:
     """A built pipeline whose outputs are global, local and anchor crops, those there are, each uint8 [images, crops, 3, height, width].
 
     ``source`` gives what ``source_outputs`` makes of a batch; of ``spec`` only the numbers of crops
-    count, sizes come with each batch.
+    count, sizes come with each batch. ``resizing``: threads that resize beside the calling one's, on a CPU.
     """
     num_crops, num_sizes = spec.num_crops, len(spec.sizes)
     num_anchors = NUM_GLOBAL if spec.anchor_size is not None else 0
     # made out here: what is made inside the graph DALI rewrites too
-    on_cpu = resizer(num_crops + num_anchors, num_threads) if device_id is None else None
+    on_cpu = resizer(num_crops + num_anchors, resizing) if device_id is None else None
 
     @pipeline_def(
         batch_size=batch,

@@ -6,7 +6,7 @@ Exact whatever the number of threads.
 """
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 
 import numpy as np
 import torch
@@ -17,12 +17,12 @@ Pixels = NDArray[np.uint8]  # height, width, channel
 Floats = NDArray[np.float32]
 
 
-def resizer(num_crops: int, num_threads: int) -> Callable[..., tuple[list[Pixels], ...]]:
+def resizer(num_crops: int, pool: Executor | None) -> Callable[..., tuple[list[Pixels], ...]]:
     """A function for DALI: images, sizes of each crop, windows of each crop, all by image; gives the crops by crop and image.
 
     A window is (top, left, bottom, right) in whole pixels; with left and right swapped the crop is mirrored.
+    ``pool``: threads that share the images; without it the calling one takes them all.
     """
-    pool = ThreadPoolExecutor(num_threads, "resize") if num_threads > 1 else None
 
     def resize(
         images: Sequence[Pixels], *sizes_and_windows: Sequence[Floats]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +33,7 @@ from teacher.batch import CropBatch
 SPEC = CropSpec(32, (0.32, 1.0), 2, 16, (0.05, 0.32), None, 0.5, (0.1, 2.0))
 NEUTRAL = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
 IMAGES = 12
+OPEN: list[Loader] = []  # by the test at work; closed after it
 
 
 def picture(seed: int, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
@@ -69,13 +70,22 @@ def loader(
         stop_step=100,
         max_megapixels=64.0,
     )
-    return Loader(
+    made = Loader(
         feed,
         crops,
         max_images=len(positions),
         num_threads=num_threads,
         device=torch.device("cpu"),
     )
+    OPEN.append(made)
+    return made
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    yield
+    while OPEN:
+        OPEN.pop().close()
 
 
 def same(first: CropBatch, second: CropBatch) -> bool:
