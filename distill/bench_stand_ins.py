@@ -225,18 +225,9 @@ class SleepingPupil:
         """Never: a bench trains everyone."""
         return False
 
-    @property
-    def targets(self) -> "SleepingPupil":
-        """Nothing to make."""
-        return self
-
-    def state(self) -> dict[str, Tensor]:
-        """Nothing to go back to."""
-        return {}
-
     def learn(self, lesson: LessonBatch, *_: object) -> Attempt:  # noqa: ARG002  # a pupil's signature
         """Sleeps, then one all-reduce over the group."""
         with self.training.running():
             time.sleep(self._seconds)
         dist.all_reduce(torch.zeros(1), group=self._group)
-        return Attempt(is_applied=True, terms={})
+        return Attempt(is_applied=torch.ones((), dtype=torch.bool), terms={})

@@ -15,9 +15,12 @@ they start from a number of its own for every network;
 The EMA lives beside the Adam moments of each shard (``distill.shards``): 1/N of the memory and no
 communication to update.
 
-A non-finite gradient norm (already reduced over the group, so every rank agrees) makes DeepSpeed
-skip the step. A loss or a weight that is not finite on one rank is made to spoil that rank's
-gradients, so it is agreed on in the same way; a number times one is the same number.
+A step whose gradient norm (reduced over the group, so every rank agrees) is not finite is skipped,
+and the host does not wait to learn it: the norm goes to AdamW as a tensor, and its fused kernel
+clips or leaves everything as it is, as it does for a loss scaler. DeepSpeed's own norm and checks,
+each of which asks the device, are switched off; stage 3 cannot do without them. A loss or a weight
+that is not finite on one rank is made to spoil that rank's gradients, so it is agreed on in the same
+way; a number times one is the same number.
 """
 
 import inspect
@@ -38,6 +41,7 @@ from distill.small_world import GroupLayout, as_world
 Kept = list[dict[str, Tensor]]  # of every parameter group this rank's part of each kind of state
 STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 BETA1 = 0.9
+CLIP_EPS = 1e-6  # as torch and DeepSpeed have it
 ONE_GROUP = 10**12  # numbers; a parameter group is never split
 
 
@@ -104,15 +108,19 @@ class Engine:
 
         self.group, self._num_parts = group, settings.num_parts
         self._mpu = GroupLayout(group, self_group)
-        fused = next(module.parameters()).device.type == "cuda"
-        groups = _parameter_groups(module, settings.lr_factor)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(BETA1, settings.beta2), fused=fused)
+        self._adamw: Any = torch.optim.AdamW(
+            _parameter_groups(module, settings.lr_factor),
+            lr=0.0,
+            betas=(BETA1, settings.beta2),
+            fused=True,
+        )
+        self._clip, self._judges = settings.gradient_clip, settings.zero_stage != 3
         with as_world(self._mpu):
             if settings.zero_stage == 3:
                 _count_from(settings.first_id)
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
-                optimizer=optimizer,
+                optimizer=self._adamw,
                 config=_config(settings),
                 mpu=self._mpu,
                 dist_init_required=False,
@@ -120,10 +128,13 @@ class Engine:
         self._shards = shards_of(self._zero, module, group)
         self._states = [self._zero.optimizer.state[shard] for shard in self._shards.weights]
         for shard, state in zip(self._shards.weights, self._states, strict=True):
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.zeros((), device=shard.device)
             state["exp_avg"] = torch.zeros_like(shard)
             state["exp_avg_sq"] = torch.zeros_like(shard)
             state["ema"] = shard.detach().clone()
+        device = self._shards.weights[0].device
+        self.grad_norm = torch.full((), torch.nan, device=device)
+        self.is_applied = torch.zeros((), dtype=torch.bool, device=device)
 
     @property
     def module(self) -> nn.Module:
@@ -139,7 +150,8 @@ class Engine:
     def backward_and_step(self, loss: Tensor, rates: StepRates) -> None:
         """One micro-batch's gradients; after the step's last one: averaged over the group, clipped and applied, then the EMA.
 
-        The step is skipped, by all ranks together, if a gradient, a loss or a weight is not finite.
+        The step is skipped, by all ranks together, if a gradient, a loss or a weight is not finite:
+        ``is_applied``. ``grad_norm`` is the global norm before clipping; not finite when it was skipped.
         """
         for param_group in self._zero.optimizer.param_groups:
             lr = rates.lr_prototypes if param_group["is_prototypes"] else rates.lr
@@ -151,11 +163,37 @@ class Engine:
                 self._witnessed(loss) * self._num_parts
             )  # DeepSpeed divides by it
             is_last = self._engine.is_gradient_accumulation_boundary()
+            if is_last and self._judges:
+                self._judge()
             self._engine.step()
-        if is_last and self._engine.skipped_steps == skipped_before:
-            with torch.no_grad():
-                for shard, state in zip(self._shards.weights, self._states, strict=True):
-                    state["ema"].lerp_(shard, 1.0 - rates.ema_momentum)
+        if not is_last:
+            return
+        if not self._judges:
+            norm = float(self._engine.get_global_grad_norm())
+            self.grad_norm = torch.full_like(self.grad_norm, norm)
+            is_applied = self._engine.skipped_steps == skipped_before
+            self.is_applied = torch.full_like(self.is_applied, is_applied)
+        self._follow(rates.ema_momentum)
+
+    @torch.no_grad()
+    def _judge(self) -> None:
+        """The gradients' global norm, and from it what AdamW will do with them. One all-reduce of one number over the group."""
+        gradients = [g for each in self._zero.averaged_gradients.values() for g in each]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+        square = torch.stack(norms).square().sum()
+        if dist.get_world_size(self.group) > 1:
+            dist.all_reduce(square, group=self.group)
+        self.grad_norm = square.sqrt().float()
+        self.is_applied = self.grad_norm.isfinite()
+        self._adamw.grad_scale = ((self.grad_norm + CLIP_EPS) / self._clip).clamp(min=1.0)
+        self._adamw.found_inf = (~self.is_applied).float()
+
+    @torch.no_grad()
+    def _follow(self, momentum: float) -> None:
+        """The EMA goes a step towards the weights if there was one. No communication."""
+        for shard, state in zip(self._shards.weights, self._states, strict=True):
+            ema = state["ema"]
+            torch.where(self.is_applied, ema.lerp(shard, 1.0 - momentum), ema, out=ema)
 
     def _witnessed(self, loss: Tensor) -> Tensor:
         """The loss; gradients of NaN where it or a weight of this rank's shards is not finite."""
@@ -163,18 +201,6 @@ class Engine:
             [loss.detach().float(), *(shard.sum() for shard in self._shards.weights)]
         )
         return loss * (1.0 + 0.0 * seen.detach().sum())
-
-    @property
-    def grad_norm(self) -> float | Tensor:
-        """Global gradient norm before clipping of the last step; infinite when the step was skipped."""
-        norm: float | Tensor | None = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else norm
-
-    @property
-    def num_skipped(self) -> int:
-        """Steps skipped so far because a gradient was not finite."""
-        skipped: int = self._engine.skipped_steps
-        return skipped
 
     def full(self, kind: str, *, keep: bool = True) -> dict[str, Tensor]:
         """Whole tensors of one of ``STATE_KINDS`` by parameter name, fp32, on the host; nothing without ``keep``.
@@ -207,7 +233,7 @@ class Engine:
             for kind in STATE_KINDS
             for name, tensor in self.full(kind, keep=keep).items()
         }
-        tensors["step"] = self._states[0]["step"].reshape(1).clone()
+        tensors["step"] = self._states[0]["step"].reshape(1).to("cpu", copy=True)
         return tensors
 
     @torch.no_grad()
@@ -305,16 +331,16 @@ def _config(settings: EngineSettings) -> dict[str, Any]:
             "memory_efficient_linear": False,
             "sub_group_size": ONE_GROUP,
         }
-    elif adds_halves:
-        zero["stage"] = 2
+    else:
+        zero |= {"stage": 2 if adds_halves else settings.zero_stage, "compute_grad_norm": False}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": max(1, settings.images_per_rank),
         "gradient_accumulation_steps": settings.num_parts,
-        "gradient_clipping": settings.gradient_clip,
+        "gradient_clipping": settings.gradient_clip if settings.zero_stage == 3 else 0.0,
         "zero_optimization": zero,
     }
     if settings.precision == "bf16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}
     if adds_halves:
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config

@@ -6,9 +6,10 @@
     an exception, or out of memory                parked at once
 
 The agreement to skip costs nothing: a rank that sees something that is not finite spoils its
-gradients, and the norm that the group reduces anyway is not finite (``distill.engine``). Everything
-after that follows from the number of skipped steps, which is the same on every rank of the group.
-What was wrong is looked for only then: a few device syncs and one small all-reduce.
+gradients, and the norm that the group reduces anyway is not finite (``distill.engine``). The host
+hears of it when the network's next step is about to begin, so that a device never runs dry while it
+is asked. Everything after that follows from which steps were skipped, the same on every rank of the
+group. What was wrong is looked for only then: a few device syncs and one small all-reduce.
 
 An exception on one rank of a larger group leaves the others inside a collective that gloo cannot
 leave. That student is parked by a file and the attempt ends; the next one, which the launcher starts
@@ -35,17 +36,53 @@ from distill.failure import is_lost_connection
 from distill.metrics import write_json
 from distill.phase import Phase
 from distill.pupil import Attempt, Pupil
-from teacher.batch import LessonBatch
+from teacher.batch import LessonBatch, TeacherTargets
 from teacher.trainee import StepScalars
 
 IN_A_ROW = 3
 ROLL_BACKS = 3
 
 
+class _Verdict:
+    """Whether a step was applied, on its way to the host: whoever asks waits for that step, not for what was started after it."""
+
+    def __init__(self) -> None:
+        self._told: Tensor | None = None
+        self._sent: torch.cuda.Event | None = None
+
+    def send(self, is_applied: Tensor) -> None:
+        """Starts on its way what the device will know. No waiting."""
+        if self._told is None:
+            self._told = torch.empty((), dtype=torch.bool, pin_memory=is_applied.is_cuda)
+            self._value = self._told.numpy()  # shows what arrives in the tensor
+        self._told.copy_(is_applied, non_blocking=True)
+        if is_applied.is_cuda:
+            self._sent = torch.cuda.current_stream(is_applied.device).record_event(self._sent)
+
+    def read(self) -> bool:
+        """What was sent last."""
+        if self._sent is not None:
+            self._sent.synchronize()
+        return bool(self._value)
+
+
+@dataclass(frozen=True)
+class _Unheard:
+    """A step whose verdict is on its way, and what to look for a cause in: not its crops, whose memory the loader waits for."""
+
+    attempt: Attempt
+    targets: TeacherTargets
+    mask_counts: tuple[int, ...]
+    start: int
+    stream_step: int
+
+
 @dataclass
 class _Record:
     """How one network fares on this rank; the same on every rank of its group."""
 
+    verdict: _Verdict = field(default_factory=_Verdict)
+    unheard: _Unheard | None = None
     kept: Kept | None = None
     kept_targets: dict[str, Tensor] = field(default_factory=dict)
     kept_step: int = 0
@@ -86,28 +123,45 @@ class Isolation:
         scalars: StepScalars,
         stream_step: int,
     ) -> None:
-        """One step of a network. Collective over its group."""
-        record, step = self._records[pupil.name], stream_step - self._phase.first_step
-        targets_before = pupil.targets.state()
+        """One step of a network, after what its last one calls for. Collective over its group."""
+        self.hear(pupil)
+        record = self._records[pupil.name]
+        if record.is_parked:
+            return
         try:
             attempt = pupil.learn(lesson, temperature, scalars, stream_step)
         except Exception as error:
-            self._fail(pupil, error, step)
+            self._fail(pupil, error, stream_step - self._phase.first_step)
             return
-        if attempt.is_applied:
+        record.verdict.send(attempt.is_applied)
+        record.unheard = _Unheard(
+            attempt,
+            lesson.targets,
+            lesson.masks.counts,
+            lesson.start,
+            stream_step,
+        )
+
+    def hear(self, pupil: Pupil) -> None:
+        """Takes in how the network's last step went, if that is not known yet. Waits for that step; collective over the group where it was skipped."""
+        record = self._records[pupil.name]
+        last, record.unheard = record.unheard, None
+        if last is None:
+            return
+        if record.verdict.read():
             record.in_a_row, record.has_moved = 0, True
             return
-        pupil.targets.load_state(targets_before)
         record.num_skipped += 1
         record.in_a_row += 1
-        cause = self._cause(pupil, lesson, attempt, stream_step)
-        self._tell(pupil, "skipped", f"step {step} skipped, {cause}", step)
+        step = last.stream_step - self._phase.first_step
+        self._tell(pupil, "skipped", f"step {step} skipped, {self._cause(pupil, last)}", step)
         if record.in_a_row == IN_A_ROW:
             self._roll_back(pupil, step, f"{IN_A_ROW} skipped steps in a row")
 
     def before_save(self, step: int) -> None:
         """Makes every network's state one that can be gone on from, and keeps it. Collective over each network's group."""
         for pupil in self._phase.pupils:
+            self.hear(pupil)
             record = self._records[pupil.name]
             if record.is_parked:
                 continue
@@ -172,14 +226,15 @@ class Isolation:
         pupil.targets.load_state(record.kept_targets)
         self._park(pupil, step, reason)
 
-    def _cause(self, pupil: Pupil, lesson: LessonBatch, attempt: Attempt, stream_step: int) -> str:
+    def _cause(self, pupil: Pupil, last: _Unheard) -> str:
         """What was not finite, found by any rank of the group. One all-reduce over it."""
-        borders = self._phase.timetable.at(stream_step).share_borders(stream_step)
-        names = sorted(attempt.terms)
-        bad_terms = [not bool(attempt.terms[name].isfinite().all()) for name in names]
+        borders = self._phase.timetable.at(last.stream_step).share_borders(last.stream_step)
+        terms = last.attempt.terms
+        names = sorted(terms)
+        bad_terms = [not bool(terms[name].isfinite().all()) for name in names]
         found = torch.tensor(
             [
-                _sender(lesson, borders) + 1,
+                _sender(last, borders) + 1,
                 int(not pupil.engine.is_finite_here()),
                 1 + bad_terms.index(True) if any(bad_terms) else 0,
             ],
@@ -199,21 +254,21 @@ class Isolation:
             note(self._run_folder, Event(kind, f"{pupil.name}: {text}", pupil.name, step))
 
 
-def _sender(lesson: LessonBatch, borders: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> int:
+def _sender(last: _Unheard, borders: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> int:
     """The rank that taught the first image whose targets are not finite; -1 where all are."""
-    targets = lesson.targets
+    targets = last.targets
     bad = ~targets.class_rows.flatten(1).isfinite().all(dim=1)
     if targets.anchor_patches is not None:
         bad |= ~targets.anchor_patches.flatten(1).isfinite().all(dim=1)
     images = torch.repeat_interleave(
         torch.arange(len(bad), device=bad.device),
-        torch.tensor(lesson.masks.counts, device=bad.device),
+        torch.tensor(last.mask_counts, device=bad.device),
     )
     bad[images[~targets.patch_rows.isfinite().all(dim=1)]] = True
     places = torch.nonzero(bad).flatten().tolist()
     if not places:
         return -1
-    return int(np.searchsorted(borders, lesson.start + places[0], side="right")) - 1
+    return int(np.searchsorted(borders, last.start + places[0], side="right")) - 1
 
 
 def _parked_file(run_folder: Path, name: str) -> Path:

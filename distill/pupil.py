@@ -1,6 +1,5 @@
 """One network in training on this rank: its targets, its step, its numbers."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -76,9 +75,9 @@ class Assigner:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One step of a network: whether it was applied, the same on every rank of the group, and its loss and terms here."""
+    """One step of a network: whether it was applied, on the device and the same on every rank of the group, and its loss and terms here."""
 
-    is_applied: bool
+    is_applied: Tensor
     terms: dict[str, Tensor]
 
 
@@ -108,14 +107,13 @@ class Pupil:
         self.targets = targets
         self.training = Stopwatch(next(engine.module.parameters()).device)
         self._sums: dict[str, Tensor] = {}
-        self._num_steps = self._num_applied = 0
-        self._skipped_before = engine.num_skipped
+        self._num_steps = 0
 
     def learn(
         self, lesson: LessonBatch, temperature: float, scalars: StepScalars, step: int
     ) -> Attempt:
-        """One step of this network. Collective over its group: targets, KoLeo where cut, gradients."""
-        skipped_before, terms = self.engine.num_skipped, dict[str, Tensor]()
+        """One step of this network; a skipped one changes nothing. Collective over its group: targets, KoLeo where cut, gradients."""
+        terms, before = dict[str, Tensor](), self.targets.state()
         group = self.engine.group if dist.get_world_size(self.engine.group) > 1 else None
         lesson = self._prepare(lesson, step)
         with self.training.running():
@@ -128,11 +126,13 @@ class Pupil:
                 losses: Losses = self.engine.forward(part, its_targets, scalars)
                 self.engine.backward_and_step(losses.total, self.rates(step))
                 _add(terms, {"loss": losses.total.detach(), **losses.parts})
+            is_applied, after = self.engine.is_applied, self.targets.state()
+            self.targets.load_state(
+                {k: torch.where(is_applied, after[k], before[k]) for k in after}
+            )
+            counted = {k: torch.where(is_applied, value, 0.0) for k, value in terms.items()}
+            _add(self._sums, {"applied": is_applied, **counted})
         self._num_steps += 1
-        is_applied = self.engine.num_skipped == skipped_before
-        if is_applied:
-            self._num_applied += 1
-            _add(self._sums, terms)
         return Attempt(is_applied, terms)
 
     def is_finished(self, step: int) -> bool:
@@ -146,17 +146,18 @@ class Pupil:
         """
         if not self._num_steps:
             return None
-        names = sorted(self._sums)
-        waited = torch.tensor(wait, device=next(self.engine.module.parameters()).device)
-        sums = torch.stack([*(self._sums[name] / self._num_applied for name in names), waited])
+        applied = self._sums.pop("applied")
+        sums = torch.stack([*self._sums.values(), torch.full_like(applied, wait)])
         if dist.get_world_size(self.engine.group) > 1:
             dist.all_reduce(sums, group=self.engine.group)
             sums /= dist.get_world_size(self.engine.group)
-        values = {"loss": math.nan, **dict(zip([*names, "wait"], sums.tolist(), strict=True))}
-        values["grad_norm"] = float(self.engine.grad_norm)
-        values["skipped"] = self.engine.num_skipped - self._skipped_before
-        self._skipped_before = self.engine.num_skipped
-        self._sums, self._num_steps, self._num_applied = {}, 0, 0
+        told = torch.cat(
+            [sums[:-1] / applied, sums[-1:], torch.stack([self.engine.grad_norm, applied])]
+        )
+        names = [*self._sums, "wait", "grad_norm", "skipped"]
+        values = dict(zip(names, told.tolist(), strict=True))
+        values["skipped"] = self._num_steps - values["skipped"]
+        self._sums, self._num_steps = {}, 0
         return values
 
     def state(self, *, keep: bool = True) -> dict[str, Tensor]:

@@ -48,7 +48,8 @@ from tests.teacher.test_trainee import teacher
 
 STUDENTS = ("a", "b", "c")
 KINDS = ("loss", "gradient", "parameter", "weight shard", "received rows", "teacher rows")
-LASTING = frozenset({"parameter", "weight shard"})  # stays bad until the student is rolled back
+IN_WEIGHTS = frozenset({"parameter", "weight shard"})
+LASTING = frozenset({"weight shard"})  # stays bad until the student is rolled back
 NUM_STEPS = 10
 SAVE_AT = 4  # a save between the start and most faults
 
@@ -198,6 +199,7 @@ def train(
     witness = _Witness(isolation, fault, phase)
     isolation.start(0, groups.control)
     run_phase(phase, _Recorder(), _Saver(), witness, Pulse(run_folder, rank), 0)  # type: ignore[arg-type]
+    isolation.before_save(NUM_STEPS)
     dist.barrier()  # every rank has written its events
     counts, names = isolation.counts(), [placement.name for placement in plan.placements]
     own = {pupil.name: 3 * names.index(pupil.name) for pupil in pupils}
@@ -225,25 +227,26 @@ class _Witness:
     def learn(self, pupil: Pupil, lesson: LessonBatch, *rest: Any) -> None:
         fault, step, engine = self._fault, rest[-1], pupil.engine
         is_now = fault is not None and self._is_here(fault, pupil, step)
-        if fault is not None and is_now and fault.kind in LASTING:
+        self._isolation.hear(pupil)  # as learning begins; a roll-back is not the next step's doing
+        if fault is not None and is_now and fault.kind in IN_WEIGHTS:
             spoil_weights_(fault, pupil)
         before, targets = engine.keep(), pupil.targets.state()
-        skipped, rolled_back = self._fares(pupil)
-        if fault is not None and is_now and fault.kind not in LASTING:
+        if fault is not None and is_now and fault.kind not in IN_WEIGHTS:
             with spoiling(fault, pupil, lesson) as lesson:
                 self._isolation.learn(pupil, lesson, *rest)
         else:
             self._isolation.learn(pupil, lesson, *rest)
-        if self._fares(pupil) == (skipped + 1, rolled_back):
+        if self._has_skipped(pupil):
             after = engine.keep()
             pairs = [(one[k], two[k]) for one, two in zip(before, after, strict=True) for k in one]
             pairs += [(targets[key], tensor) for key, tensor in pupil.targets.state().items()]
             if not all(is_same_bits(one, two) for one, two in pairs):
                 self.changed.append(f"{pupil.name} at step {step}")
 
-    def _fares(self, pupil: Pupil) -> tuple[int, int]:
-        record = self._isolation._records[pupil.name]
-        return record.num_skipped, record.num_rolled_back
+    def _has_skipped(self, pupil: Pupil) -> bool:
+        """Its last step did nothing, and the isolation has not heard of it yet."""
+        last = self._isolation._records[pupil.name].unheard
+        return last is not None and not bool(last.attempt.is_applied)
 
     def _is_here(self, fault: Fault, pupil: Pupil, step: int) -> bool:
         ranks = pupil.placement.world_ranks
@@ -258,7 +261,7 @@ def is_same_bits(one: Tensor, other: Tensor) -> bool:
 
 @torch.no_grad()
 def spoil_weights_(fault: Fault, pupil: Pupil) -> None:
-    """One number of the network it computes with, or of the weights that the optimizer holds."""
+    """One number of the network it computes with, which the skipped step makes good, or of the weights that the optimizer holds."""
     tensor = pupil.engine._shards.weights[0]
     if fault.kind == "parameter":
         tensor = next(p for p in pupil.engine.module.parameters() if p.requires_grad)
