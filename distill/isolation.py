@@ -213,15 +213,16 @@ class Isolation:
 
     def _fail(self, pupil: Pupil, error: Exception, step: int) -> None:
         """Parks a network whose step raised; errors that are not its own go on."""
+        record = self._records[pupil.name]
         if is_lost_connection(error) or isinstance(error, torch.AcceleratorError):
+            raise error
+        if record.kept is None:  # a benchmark, which has nothing to go back to
             raise error
         lines = str(error).strip().splitlines() or ["no message"]
         reason = f"{type(error).__name__}: {lines[0]}"
         if dist.get_world_size(pupil.engine.group) > 1:
             self._write_parked(pupil, step, reason)
             raise StudentError(f"{pupil.name} is parked from now on: {reason}") from error
-        record = self._records[pupil.name]
-        assert record.kept is not None, "a phase starts by keeping its states"
         pupil.engine.go_back(record.kept)
         pupil.targets.load_state(record.kept_targets)
         self._park(pupil, step, reason)

@@ -78,6 +78,7 @@ stages:
 engine: {device: cpu, precision: fp32, teacher_micro_batch: 4}
 """
 NUM_IMAGES = 21
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +120,16 @@ class Witness:
         return Wishes(save=False, stop=False)
 
 
-def pretrain(images: Path, folder: Path, *overrides: str) -> dict[str, Any]:
+def pretrain(
+    images: Path, folder: Path, *overrides: str, device: torch.device = CPU
+) -> dict[str, Any]:
     """All stages on the ranks of this world."""
     prepare_deepspeed("cpu")
     recipe = recipe_of(images, *overrides)
     groups = make_groups(
         plan_stage(recipe, recipe.stages[0], dist.get_world_size()), timedelta(seconds=60)
     )
-    site = Site(torch.device("cpu"), folder, build_index([images], max_bad_fraction=0.0))
+    site = Site(device, folder, build_index([images], max_bad_fraction=0.0))
     pretraining, witness = Pretraining(recipe, groups, site), Witness()
     for stage in recipe.stages:
         phase = pretraining.phase(stage)
