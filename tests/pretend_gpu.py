@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -255,6 +255,9 @@ def pretending() -> Iterator[PretendedGpu]:
         mock.patch.object(torch.cuda, "Event", _Event),
         mock.patch.object(torch.cuda, "current_stream", lambda *_: _Stream()),
         mock.patch.object(supply, "Loader", _GpuLoader),
+        mock.patch.object(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30)
+        ),
         mock.patch.object(torch.cuda, "synchronize", lambda *_: None),
     ]
     for each in replaced:

@@ -1,4 +1,4 @@
-"""Every tensor is where its operators are: the loop, a save, a fault and pretraining on a GPU that is only pretended."""
+"""Every tensor is where its operators are: whole jobs, the benchmark, a fault and pretraining on a GPU that is only pretended."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -10,13 +10,19 @@ import torch.distributed as dist
 
 from distill.bench import Bench, Request, family_of
 from distill.bench_report import OURS
+from distill.control import Asked
 from distill.engine import prepare_deepspeed
 from distill.groups import make_control
 from distill.isolation import IN_A_ROW
+from distill.prepare import JobRequest, prepare, read_job
+from distill.pulse import Pulse
+from distill.worker import _Run
+from tests.chaos.job import write_recipes
 from tests.distill.test_bench import HEADS, TINY
 from tests.distill.test_pretraining import GENTLE, images, pretrain  # noqa: F401  # images: a fixture
 from tests.pretend_gpu import GPU, WrongDeviceError, pretending
 from tests.ranks import on_ranks
+from tests.test_journeys import without_heads
 
 STEPS = 4
 TIMEOUT_S = 400  # every operator passes through Python
@@ -71,8 +77,9 @@ def mixed() -> tuple[str, ...]:
     return (*found, dict(gpu.asked))
 
 
-@pytest.mark.parametrize("overrides", [("engine.precision=bf16",), ("teacher.heads=none",)])
-def test_bench__every_mode_and_a_save(overrides: tuple[str, ...], recipe: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bench__every_mode_and_a_save(precision: str, recipe: Path) -> None:
+    overrides = (f"engine.precision={precision}",)
     on_ranks(2, run_bench, recipe, overrides, ("published", "saving"), timeout_s=TIMEOUT_S)
 
 
@@ -82,6 +89,28 @@ def run_bench(recipe: Path, overrides: tuple[str, ...], against: tuple[str, ...]
         bench = bench_of(recipe, overrides, against)
         bench.run()
         bench.trace()
+
+
+def test_job__teacher_and_students_then_more_from_its_files(tmp_path: Path) -> None:
+    recipe = write_recipes(tmp_path, stage_steps=12, steps=4, save_every=4)
+    finished = work_through(recipe, tmp_path / "run")
+    for mode in ("fit", "none"):
+        words = (*without_heads(finished, mode), "teacher.fit.steps=4", "schedule.steps=4")
+        folder = work_through(recipe, tmp_path / mode, *words)
+        assert len(list(folder.glob("students/*/model.safetensors"))) == 3
+
+
+def work_through(recipe: Path, folder: Path, *overrides: str) -> Path:
+    request = JobRequest(str(recipe), overrides, str(folder), "")
+    prepare(request, num_ranks=2, fresh=True, say=lambda _: None)
+    on_ranks(2, work_pretended, folder, timeout_s=TIMEOUT_S)
+    return folder
+
+
+def work_pretended(folder: Path) -> None:
+    prepare_deepspeed("cpu")
+    with pretending():
+        _Run(read_job(folder), GPU, Asked(folder), Pulse(folder, dist.get_rank())).run()
 
 
 def test_isolation__rolls_back_and_a_state_comes_back(recipe: Path, tmp_path: Path) -> None:
