@@ -11,7 +11,7 @@ streams, kernels and NCCL are not pretended.
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -29,8 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distill import supply
-from distill.data.loader import Loader
-from teacher.batch import CropBatch
+from distill.data.loader import Batch, Loader
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ASKING = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"}
@@ -220,16 +219,15 @@ class _Stream:
 
 
 class _GpuLoader(Loader):
-    """The loader of a CPU, whose crops end on the GPU."""
+    """The loader of a GPU over the decoder of a CPU."""
 
-    def __init__(self, *args: Any, device: torch.device, **named: Any) -> None:
-        super().__init__(*args, device=CPU, **named)
-        self._place = device
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._device_id = None
 
-    def fetch(self, step: int) -> CropBatch:
-        batch = super().fetch(step)
-        moved = {k: v if v is None else v.to(self._place) for k, v in vars(batch).items()}
-        return CropBatch(**moved)
+    def _take(self, step: int) -> Batch:
+        prepared, outputs = super()._take(step)
+        return prepared, [output.to(self._device) for output in outputs]
 
 
 @contextmanager
@@ -247,7 +245,7 @@ def pretending() -> Iterator[PretendedGpu]:
         return group
 
     accelerator = type(get_accelerator())
-    replaced = [
+    replaced: list[Any] = [
         mock.patch.object(accelerator, "current_device_name", lambda _: str(GPU)),
         mock.patch.object(accelerator, "device_name", lambda _, index=None: str(GPU)),
         mock.patch.object(Optimizer, "_group_tensors_by_device_and_dtype", _grouped),
@@ -260,14 +258,10 @@ def pretending() -> Iterator[PretendedGpu]:
         ),
         mock.patch.object(torch.cuda, "synchronize", lambda *_: None),
     ]
-    for each in replaced:
-        each.start()
-    try:
-        with gpu, _Operators(gpu, host_groups):
-            yield gpu
-    finally:
-        for each in replaced:
-            each.stop()
+    with ExitStack() as stack:
+        for each in (*replaced, gpu, _Operators(gpu, host_groups)):
+            stack.enter_context(each)
+        yield gpu
 
 
 def package_in(path: str) -> str | None:

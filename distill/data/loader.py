@@ -55,6 +55,7 @@ class Loader:
         on_cpu = self._device_id is None and num_threads > 1
         self._resizing = ThreadPoolExecutor(num_threads, "resize") if on_cpu else None
         self._ahead: Future[Batch] | None = None
+        self._copying: tuple[torch.cuda.Event, list[Tensor]] | None = None
         self.wait_s = 0.0
 
     def fetch(self, step: int) -> CropBatch:
@@ -68,6 +69,8 @@ class Loader:
             return self._nothing(spec)
         started = time.perf_counter()
         prepared, outputs = self._take(step)
+        if self._device.type == "cuda":
+            outputs = self._copied(outputs)
         anchors = outputs.pop() if spec.anchor_size is not None else None
         colours = prepared.colours
         batch = CropBatch(
@@ -80,6 +83,18 @@ class Loader:
         )
         self.wait_s += time.perf_counter() - started
         return batch
+
+    def _copied(self, outputs: list[Tensor]) -> list[Tensor]:
+        """Memory of torch's own, which it reuses in the order of the GPU's work.
+
+        The decoder writes anew into what is let go of, whatever the GPU still has to do with it. So its
+        outputs are held until they are copied: until the next step, when that was long ago.
+        """
+        if self._copying is not None:
+            self._copying[0].synchronize()
+        copies = [output.clone() for output in outputs]
+        self._copying = torch.cuda.current_stream(self._device).record_event(), outputs
+        return copies
 
     def make_room(self, max_images: int) -> None:
         """Allows for more positions per step; the pipeline is rebuilt if it was made for fewer."""
