@@ -18,6 +18,7 @@ untrained ViT differ in the fourth digit only, and fp32 cosines of them are all 
 import io
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ BASELINE_PX = (
 MAX_IMAGES = 10_000  # of each split; the pixel baseline holds them in memory
 SIMILARITY_ROWS = 1024  # held-out images compared with all training images at once
 UNTRAINED_SEED = 0
+TELL_EVERY_S = 20.0
 TEACHER = "teacher"  # its name among the students
 
 log = logging.getLogger(__name__)
@@ -152,10 +154,12 @@ def extract(
     *,
     device: torch.device,
     batch: int = BATCH,
+    seen: Callable[[int], None] = lambda _: None,
 ) -> Float[Tensor, "images width"]:
     """Class token of each image, in fp32 on the CPU, in the order of ``places``.
 
-    The backbone satisfies ``Backbone``, is in evaluation mode and already on ``device``.
+    The backbone satisfies ``Backbone``, is in evaluation mode and already on ``device``. ``seen`` is
+    told the number of images of every batch.
     """
     features = []
     for images in _decoded(places, preparation.size, batch):
@@ -163,6 +167,7 @@ def extract(
             images.to(device), preparation.mean, preparation.std, dtype=torch.float32
         )
         features.append(backbone(pixels).class_token.float().cpu())
+        seen(len(images))
     return torch.cat(features)
 
 
@@ -220,9 +225,12 @@ def evaluate_run(
         entry = _summary_entry(summary, name, is_teacher=name == TEACHER)
         entry["knn"] = untrained[name] = None
         if not reason:
-            say(f"k-NN of {name} and its untrained copy ({number} of {len(folders)})")
+            what = f"k-NN of {name} and its untrained copy ({number} of {len(folders)})"
+            say(what)
+            seen = _counting(say, what, 2 * (len(train.places) + len(test.places)))
+            place = device or torch.device("cpu")
             entry["knn"], untrained[name] = _network_scores(
-                folder, (specs or {}).get(name), train, test, k, device or torch.device("cpu")
+                folder, (specs or {}).get(name), train, test, k, place, seen
             )
     if not reason:
         say("k-NN of raw pixels and of colours")
@@ -264,20 +272,37 @@ def _network_scores(
     test: Scored,
     k: int,
     device: torch.device,
+    seen: Callable[[int], None],
 ) -> tuple[float, float]:
-    """Scores of the exported network and of an untrained copy with a fixed seed."""
-    trained, spec = load_backbone(folder, spec=spec)
-    untrained = build_backbone(spec)
-    init_weights_(untrained, torch.Generator().manual_seed(UNTRAINED_SEED))
+    """Scores of the exported network and of an untrained copy with a fixed seed, one after the other in memory."""
+    backbone, spec = load_backbone(folder, spec=spec)
     preparation = read_preparation(folder)
     scores = []
-    for backbone in (trained, untrained):
+    for is_trained in (True, False):
+        if not is_trained:
+            backbone = build_backbone(spec)
+            init_weights_(backbone, torch.Generator().manual_seed(UNTRAINED_SEED))
         backbone.to(device).eval()
         known, asked = (
-            extract(backbone, split.places, preparation, device=device) for split in (train, test)
+            extract(backbone, split.places, preparation, device=device, seen=seen)
+            for split in (train, test)
         )
         scores.append(knn(known, train.labels, asked, test.labels, k))
     return scores[0], scores[1]
+
+
+def _counting(say: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
+    """Adds up what it is told, and says now and then how far it is."""
+    done, told = 0, time.monotonic()
+
+    def seen(count: int) -> None:
+        nonlocal done, told
+        done += count
+        if time.monotonic() - told > TELL_EVERY_S:
+            told = time.monotonic()
+            say(f"{what}: {done:,} of {total:,} images")
+
+    return seen
 
 
 def read_splits(run_folder: Path, k: int, *, part: str = "train") -> tuple[Scored, Scored, str]:

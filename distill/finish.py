@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
 
 from distill.data.index import ImageIndex
@@ -17,7 +18,7 @@ from distill.disk import is_full
 from distill.evaluate import evaluate_run
 from distill.features import draw
 from distill.metrics import StatusFile, read_rows, write_json
-from distill.prepare import BUILTIN_PHOTOGRAPHS, read_job
+from distill.prepare import BUILTIN_PHOTOGRAPHS, has_gpu, read_job
 from distill.recipe import FamilyRecipe
 from distill.weights import load_backbone
 
@@ -33,7 +34,12 @@ def finish(run_folder: Path) -> dict[str, Any]:
     status_file = StatusFile(run_folder)
     status = status_file.read()
     assert status is not None, "a run that ended has a status"
-    status_file.write(replace(status, state="evaluating", updated_unix=time.time()))
+
+    def tell(text: str) -> None:
+        now = replace(status, state="evaluating", message=text, updated_unix=time.time())
+        status_file.write(now)
+
+    tell("")
     timing = json.loads((run_folder / "timing.json").read_text())
     students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
     specs = {student.label: student.backbone_spec() for student in students}
@@ -45,10 +51,13 @@ def finish(run_folder: Path) -> dict[str, Any]:
         "phases_s": {name: entry["s"] for name, entry in timing.items()},
     }
     write_json(run_folder / "summary.json", summary)
-    summary = evaluate_run(run_folder, teacher_folder=job.teacher_paths[0], specs=specs)
-    networks = {"teacher": load_backbone(job.teacher_paths[0])[0]}
+    device = torch.device("cuda" if has_gpu(job.recipe) else "cpu")
+    teacher = job.teacher_paths[0]
+    summary = evaluate_run(run_folder, tell, teacher_folder=teacher, specs=specs, device=device)
+    tell("drawing features.png")
+    networks = {"teacher": load_backbone(teacher)[0].to(device)}
     for name, spec in specs.items():
-        networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0]
+        networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0].to(device)
     data = job.recipe.data
     photographs = _photographs(run_folder, data.sources[0].path)
     message, picture = "", run_folder / "features.png"

@@ -3,6 +3,7 @@
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from distill.bench import Bench, Request, family_of
 from distill.bench_report import OURS
 from distill.control import Asked
 from distill.engine import prepare_deepspeed
+from distill.finish import finish
 from distill.groups import make_control
 from distill.isolation import IN_A_ROW
 from distill.prepare import JobRequest, prepare, read_job
@@ -93,6 +95,8 @@ def run_bench(recipe: Path, overrides: tuple[str, ...], against: tuple[str, ...]
 
 def test_job__teacher_and_students_then_more_from_its_files(tmp_path: Path) -> None:
     recipe = write_recipes(tmp_path, stage_steps=12, steps=4, save_every=4)
+    text = recipe.read_text()
+    recipe.write_text(text.replace("device: cpu", "device: auto"))
     finished = work_through(recipe, tmp_path / "run")
     for mode in ("fit", "none"):
         words = (*without_heads(finished, mode), "teacher.fit.steps=4", "schedule.steps=4")
@@ -111,6 +115,10 @@ def work_pretended(folder: Path) -> None:
     prepare_deepspeed("cpu")
     with pretending():
         _Run(read_job(folder), GPU, Asked(folder), Pulse(folder, dist.get_rank())).run()
+        dist.barrier()
+        if dist.get_rank() == 0:  # as the launcher does when the ranks are gone
+            with mock.patch.object(torch.cuda, "is_available", lambda: True):
+                finish(folder)
 
 
 def test_isolation__rolls_back_and_a_state_comes_back(recipe: Path, tmp_path: Path) -> None:
