@@ -48,6 +48,7 @@ from distill.cost import DEFAULT_DEVICE
 from distill.data.index import ImageIndex, make_index
 from distill.data.places import Place
 from distill.data.sources import Found
+from distill.device import take_device
 from distill.engine import prepare_deepspeed
 from distill.errors import PlanError
 from distill.exchange import AllGather, Slices
@@ -176,16 +177,11 @@ def measure_rank(fields: dict[str, Any]) -> tuple[Turns, Traces]:
     """What one rank measured, by mode (``saving`` beside the others where it is asked for), and one step of each."""
     request = Request(**fields)
     family, shape = family_of(request)
-    has_gpu = family.engine.device != "cpu" and torch.cuda.is_available()
-    if request.sleep_s is not None:
-        has_gpu = False
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if has_gpu else torch.device("cpu")
-    if has_gpu:
-        torch.cuda.set_device(device)
-    else:
+    device = take_device("cpu" if request.sleep_s is not None else family.engine.device)
+    if device.type == "cpu":
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // request.num_ranks))
-    dist.init_process_group("nccl" if has_gpu else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         prepare_deepspeed(device.type)
         bench = Bench(request, family, shape, device)

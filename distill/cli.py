@@ -145,13 +145,14 @@ def check(
         loaded, teacher = load_job(recipe, texts, check_folders=True)
 
         from distill.cost import find_device  # these import torch
+        from distill.device import has_gpu
         from distill.job_plans import check_job, require_fit
-        from distill.prepare import check_data, has_gpu
+        from distill.prepare import check_data
         from distill.teacher_source import heads_story
 
         num_ranks = count_ranks(loaded.engine.processes, gpus)
         plans = check_job(loaded, teacher, num_ranks)
-        if has_gpu(loaded):
+        if has_gpu(loaded.engine.device):
             for job in plans:
                 require_fit(job, loaded, teacher, find_device("measured"))
         facts = check_data(loaded, teacher)

@@ -47,7 +47,8 @@ DEVICES = {
     )
 }
 DEFAULT_DEVICE = DEVICES["h100"]
-MEASURED_SIDE, MEASURED_S = 2048, 0.5  # matrix side and seconds of the product that is timed
+MEASURED_SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrix whose product is timed
+MEASURED_S = 0.5
 
 
 def find_device(name: str) -> Device:
@@ -65,13 +66,14 @@ def find_device(name: str) -> Device:
 
     has_gpu = torch.cuda.is_available()
     where, dtype = ("cuda", torch.bfloat16) if has_gpu else ("cpu", torch.float32)
-    matrix = torch.ones(MEASURED_SIDE, MEASURED_SIDE, device=where, dtype=dtype)
+    side = MEASURED_SIDE[where]
+    matrix = torch.randn(side, side, device=where, dtype=dtype)
     float((matrix @ matrix)[0, 0])  # first call: libraries load
     started, products = time.perf_counter(), 0
     while time.perf_counter() - started < MEASURED_S:
         float((matrix @ matrix)[0, 0])  # waits for the device
         products += 1
-    tflops = products * 2.0 * MEASURED_SIDE**3 / (time.perf_counter() - started) / 1e12
+    tflops = products * 2.0 * side**3 / (time.perf_counter() - started) / 1e12
     if has_gpu:
         memory_gib = torch.cuda.get_device_properties(0).total_memory / 2**30
     else:

@@ -14,11 +14,12 @@ from PIL import Image, ImageOps
 from distill.data.index import ImageIndex
 from distill.data.photographs import photograph_paths
 from distill.data.places import Place, Reader
+from distill.device import has_gpu
 from distill.disk import is_full
 from distill.evaluate import evaluate_run
 from distill.features import draw
 from distill.metrics import StatusFile, read_rows, write_json
-from distill.prepare import BUILTIN_PHOTOGRAPHS, has_gpu, read_job
+from distill.prepare import BUILTIN_PHOTOGRAPHS, read_job
 from distill.recipe import FamilyRecipe
 from distill.weights import load_backbone
 
@@ -51,7 +52,7 @@ def finish(run_folder: Path) -> dict[str, Any]:
         "phases_s": {name: entry["s"] for name, entry in timing.items()},
     }
     write_json(run_folder / "summary.json", summary)
-    device = torch.device("cuda" if has_gpu(job.recipe) else "cpu")
+    device = torch.device("cuda" if has_gpu(job.recipe.engine.device) else "cpu")
     teacher = job.teacher_paths[0]
     summary = evaluate_run(run_folder, tell, teacher_folder=teacher, specs=specs, device=device)
     tell("drawing features.png")

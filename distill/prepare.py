@@ -16,8 +16,6 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from distill.checkpoint import find_latest
 from distill.data.index import ImageIndex, build_index, split
 from distill.data.photographs import photograph_paths, write_tiles
@@ -117,11 +115,6 @@ def read_job(run_folder: Path) -> Job:
     )
     recipe, teacher_recipe = load_job(request.recipe, request.overrides)
     return Job(request, recipe, teacher_recipe, stored["data_fingerprint"])
-
-
-def has_gpu(recipe: FamilyRecipe | TeacherRecipe) -> bool:
-    """The recipe would run on a GPU of this machine."""
-    return recipe.engine.device != "cpu" and torch.cuda.is_available()
 
 
 def check_data(

@@ -30,9 +30,9 @@ from distill.checkpoint import NetworkFacts
 from distill.control import Asked
 from distill.cost import DEFAULT_DEVICE, Device
 from distill.data.index import ImageIndex
+from distill.device import take_device
 from distill.disk import replace_text
 from distill.engine import Engine, prepare_deepspeed
-from distill.errors import SetupError
 from distill.export import ExportFacts, fingerprint, write_backbone, write_heads
 from distill.groups import make_control, make_groups
 from distill.isolation import Isolation
@@ -64,7 +64,7 @@ COLLECTIVE_TIMEOUT = timedelta(
 
 def work(job: Job, asked: Asked, pulse: Pulse) -> None:
     """Runs one rank of a prepared job; the launcher has set the usual rank variables."""
-    device = _device(job)
+    device = take_device(job.recipe.engine.device)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
@@ -74,20 +74,6 @@ def work(job: Job, asked: Asked, pulse: Pulse) -> None:
         _Run(job, device, asked, pulse).run()
     finally:
         dist.destroy_process_group()
-
-
-def _device(job: Job) -> torch.device:
-    wanted = job.recipe.engine.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise SetupError(
-            "engine.device = cuda: no CUDA device on this machine",
-            fix="Write `device: auto` or `device: cpu`.",
-        )
-    if wanted == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    return device
 
 
 class _Run:

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from distill.bench import Bench, Request, family_of
 from distill.bench_report import OURS
 from distill.control import Asked
+from distill.device import take_device
 from distill.engine import prepare_deepspeed
+from distill.errors import SetupError
 from distill.finish import finish
 from distill.groups import make_control
 from distill.isolation import IN_A_ROW
@@ -172,3 +174,20 @@ def pretrain_pretended(images: Path, folder: Path, *overrides: str) -> dict[str,
     prepare_deepspeed("cpu")
     with pretending():
         return pretrain(images, folder, *overrides, device=GPU)
+
+
+def test_take_device__names_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert take_device("auto") == take_device("cpu") == torch.device("cpu")
+    with pytest.raises(SetupError, match="no CUDA device"):
+        take_device("cuda")
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert take_device("auto") == torch.device("cuda", 1) == taken[0]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SetupError, match="rank 2 of this machine has no GPU of its own"):
+        take_device("cuda")
+    assert take_device("cpu") == torch.device("cpu")
