@@ -99,7 +99,7 @@ def _resize(
             interp_type=types.INTERP_CUBIC,
             antialias=True,
         )
-        for size, window in zip(sizes, windows, strict=True)
+        for size, window in zip(sizes, windows)  # noqa: B905  # DALI's own zip takes no `strict`
     ]
 
 
