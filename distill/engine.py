@@ -43,6 +43,7 @@ STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 BETA1 = 0.9
 CLIP_EPS = 1e-6  # as torch and DeepSpeed have it
 ONE_GROUP = 10**12  # numbers; a parameter group is never split
+MOST_AT_ONCE = 500_000_000  # gradients that are reduced together, DeepSpeed's own limit
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Engine:
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=self._adamw,
-                config=_config(settings),
+                config=_config(settings, sum(p.numel() for p in module.parameters())),
                 mpu=self._mpu,
                 dist_init_required=False,
             )
@@ -322,9 +323,13 @@ def _count_from(first_id: int) -> None:
     register.__defaults__[0][0] = first_id
 
 
-def _config(settings: EngineSettings) -> dict[str, Any]:
+def _config(settings: EngineSettings, num_parameters: int) -> dict[str, Any]:
     adds_halves = settings.precision == "bf16" and settings.num_parts > 1
-    zero: dict[str, Any] = {"stage": settings.zero_stage, "overlap_comm": False}
+    zero: dict[str, Any] = {
+        "stage": settings.zero_stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": min(MOST_AT_ONCE, num_parameters),  # taken whole at every step
+    }
     if settings.zero_stage == 3:
         zero |= {
             "stage3_param_persistence_threshold": 0,
