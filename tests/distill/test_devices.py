@@ -1,5 +1,6 @@
 """Every tensor is where its operators are: whole jobs, the benchmark, a fault and pretraining on a GPU that is only pretended."""
 
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,7 @@ def test_bench__every_mode_and_a_save(precision: str, recipe: Path) -> None:
 
 def run_bench(recipe: Path, overrides: tuple[str, ...], against: tuple[str, ...]) -> None:
     prepare_deepspeed("cpu")
+    os.chdir(recipe.parent)  # a save is written to where the benchmark runs
     with pretending():
         bench = bench_of(recipe, overrides, against)
         bench.run()
