@@ -1,5 +1,4 @@
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -30,12 +29,3 @@ def distill(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return Result(int(ended.value.code or 0), captured.out, captured.err)
 
     return run
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow beyond 64 KiB: a disk that is full, as the system tells it."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)

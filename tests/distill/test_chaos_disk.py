@@ -9,6 +9,7 @@ import pytest
 from distill.disk import write_file
 from tests.chaos import bitflips, crashpoints, fuzz, resume, saves
 from tests.chaos.__main__ import KINDS
+from tests.full_disk import small_files
 
 MEMORY = Path("/dev/shm")  # where there is one, a sync costs nothing
 SMALL_COUNTS = {"crashpoints": 12, "bitflips": 15, "fuzz": 80}
@@ -94,9 +95,8 @@ def test_fuzz__finds_what_raises_runs_or_takes_too_long(
     assert fuzz.run(["--count", "4"]) and "s, more than 0" in capsys.readouterr().out
 
 
-def test_save__a_full_disk_is_one_line_and_old_checkpoints_stay(
-    small_files: None, tmp_path: Path
-) -> None:
+@small_files()
+def test_save__a_full_disk_is_one_line_and_old_checkpoints_stay(tmp_path: Path) -> None:
     assert saves.save(tmp_path, 10, keep=1).saved_steps == [10]
     told = saves.save(tmp_path, 20, keep=1, scale=10)
     assert told.saved_steps == [] and len(told.messages) == 1

@@ -20,6 +20,7 @@ from distill.checkpoint import (
 from distill.disk import make_folder, read_back, replace_text, write_file
 from distill.errors import CheckpointError
 from distill.tensor_file import encode, num_bytes, read_tensors
+from tests.full_disk import small_files
 
 FILE = "teacher.safetensors"
 
@@ -168,8 +169,9 @@ def test_read_manifest__a_name_that_leaves_the_folder_is_nothing(tmp_path: Path)
     assert read_manifest(path) is None
 
 
+@small_files()
 def test_collect__names_rank_file_and_missing_bytes(
-    small_files: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = {"weight": torch.zeros(2**16)}
     path = tmp_path / FILE

@@ -24,6 +24,7 @@ from distill.metrics import (
     work_done,
     write_json,
 )
+from tests.full_disk import small_files
 
 ROW = MetricsRow(
     phase="base",
@@ -197,9 +198,8 @@ def test_drop_after__unknown_phase(tmp_path: Path) -> None:
         drop_after(tmp_path, "small", phases=["base"], phase="x", step=0)
 
 
-def test_write__rows_that_a_full_disk_refuses_follow_when_there_is_room(
-    small_files: None, tmp_path: Path
-) -> None:
+@small_files()
+def test_write__rows_that_a_full_disk_refuses_follow_when_there_is_room(tmp_path: Path) -> None:
     long = replace(ROW, phase="x" * 40_000)  # two of them are more than a file may hold
     rows = [long, replace(long, step=20), replace(ROW, step=30)]
     with MetricsWriter(tmp_path, "small") as writer:
@@ -211,7 +211,8 @@ def test_write__rows_that_a_full_disk_refuses_follow_when_there_is_room(
     assert read_rows(tmp_path, "small") == rows
 
 
-def test_status__a_full_disk_keeps_the_one_before(small_files: None, tmp_path: Path) -> None:
+@small_files()
+def test_status__a_full_disk_keeps_the_one_before(tmp_path: Path) -> None:
     file = StatusFile(tmp_path, interval_s=0.0)
     assert file.write(STATUS)
     assert not file.write(replace(STATUS, message="x" * 100_000))
