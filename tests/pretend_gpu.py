@@ -37,8 +37,8 @@ PACKAGES = ("distill", "students", "teacher", "deepspeed")
 MAY_MIX = ("aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_")
 
 
-class WrongDeviceError(Exception):
-    """Not a ``RuntimeError``, so that nobody takes it for out of memory and parks a student."""
+class WrongDeviceError(BaseException):
+    """No ``Exception``, for which a student would be parked and the job go on."""
 
 
 class PretendedGpu(TorchFunctionMode):
