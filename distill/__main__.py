@@ -1,5 +1,5 @@
 """``python -m distill``, the form that torchrun and other launchers start."""
 
-from distill.cli import main
+from distill.cli.app import main
 
 main()

@@ -28,8 +28,8 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distill import supply
 from distill.data.loader import Batch, Loader
+from distill.recipe import to_data as supply
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ASKING = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"}

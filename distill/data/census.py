@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from distill.data.faults import examine, name_format
-from distill.data.places import Reader
+from distill.data.bad_images import examine, name_format
+from distill.data.locations import Reader
 from distill.data.sources import Found, list_source
 
 

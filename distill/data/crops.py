@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.counter import hashes, uniforms
 from distill.data.sampler import Interleave
+from distill.data.stateless_random import hashes, uniforms
 
 NUM_GLOBAL = 2
 ASPECT = (3 / 4, 4 / 3)

@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.data.bad_images import examine, find_fault, redraw
 from distill.data.bad_samples import BadSamples
-from distill.data.counter import hashes
 from distill.data.crops import CropParameters, CropSchedule, draw_parameters
-from distill.data.faults import examine, find_fault, redraw
 from distill.data.index import ImageIndex
-from distill.data.places import Reader
+from distill.data.locations import Reader
 from distill.data.sampler import Ints, Pool, Sampler
+from distill.data.stateless_random import hashes
 from distill.errors import DataError
 
 PREPARED = 2  # steps read ahead of the decoder

@@ -25,10 +25,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.counter import mix
-from distill.data.faults import MAX_MEGAPIXELS, measure
-from distill.data.places import Kind, Place, Reader
+from distill.data.bad_images import MAX_MEGAPIXELS, measure
+from distill.data.locations import Kind, Place, Reader
 from distill.data.sources import Found, list_source
+from distill.data.stateless_random import mix
 from distill.errors import DataError
 
 FORMAT = 1

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.counter import hashes, uniforms
+from distill.data.stateless_random import hashes, uniforms
 
 
 def mask_counts(

@@ -15,7 +15,7 @@ from jaxtyping import Bool
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.data.counter import Hash, hashes, uniforms
+from distill.data.stateless_random import Hash, hashes, uniforms
 
 MIN_BLOCK_PATCHES = 4
 MIN_ASPECT = 0.3

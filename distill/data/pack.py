@@ -16,9 +16,9 @@ import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from distill.data.faults import examine, name_format
+from distill.data.bad_images import examine, name_format
 from distill.data.index import INDEX_FOLDER, build_index
-from distill.data.places import Reader
+from distill.data.locations import Reader
 from distill.data.sources import Found, list_source
 from distill.errors import DataError
 

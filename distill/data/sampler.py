@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.counter import Hash, hashes
+from distill.data.stateless_random import Hash, hashes
 
 ROUNDS = 6  # four are a pseudo-random permutation for large halves; small sets have small halves
 CYCLE = (

@@ -23,7 +23,7 @@ from distill.data.crops import CropSchedule, CropSpec
 from distill.data.feed import Feed
 from distill.data.index import ImageIndex, build_index
 from distill.data.loader import Loader
-from distill.data.places import Kind
+from distill.data.locations import Kind
 from distill.data.sampler import Pool, Sampler
 
 SPEC = CropSpec(32, (0.32, 1.0), 2, 16, (0.05, 0.32), None, 0.5, (0.1, 2.0))

@@ -11,8 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from distill.failure import LOST_EXIT_CODE
-from distill.pulse import read_signs, stacks_path
+from distill.runfolder.failure import LOST_EXIT_CODE
+from distill.runfolder.heartbeat import read_signs, stacks_path
 from tests.chaos import job
 
 NUM_RANKS = 2

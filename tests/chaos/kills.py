@@ -16,8 +16,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distill.events import read_events
-from distill.pulse import read_signs
+from distill.runfolder.events import read_events
+from distill.runfolder.heartbeat import read_signs
 from tests.chaos import job
 
 TARGETS = ("rank", "launcher", "all")

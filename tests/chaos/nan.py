@@ -25,24 +25,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.arrange import Work
-from distill.engine import prepare_deepspeed
-from distill.events import read_events
-from distill.exchange import Outgoing, Pending, Slices
-from distill.groups import Groups, make_groups
-from distill.isolation import IN_A_ROW, Isolation
-from distill.loop import run_phase
-from distill.masking import DrawnMasks
-from distill.phase import Phase
-from distill.plan import Plan, make_plan
-from distill.pulse import Pulse
-from distill.pupil import Pupil
-from distill.record import Wishes
-from distill.stopwatch import Stopwatch
-from distill.timetable import Timetable
+from distill.engine.engine import prepare_deepspeed
+from distill.plan.by_step import Timetable
+from distill.plan.placement import Work
+from distill.plan.plan import Plan, make_plan
+from distill.runfolder.events import read_events
+from distill.runfolder.heartbeat import Pulse
+from distill.train.exchange import Outgoing, Pending, Slices
+from distill.train.faults import IN_A_ROW, Isolation
+from distill.train.groups import Groups, make_groups
+from distill.train.loop import run_phase
+from distill.train.masking import DrawnMasks
+from distill.train.phase import Phase
+from distill.train.recorder import Wishes
+from distill.train.stopwatch import Stopwatch
+from distill.train.student import Pupil
 from teacher.batch import CropBatch, LessonBatch, PatchMasks
 from teacher.trainee import Losses
-from tests.distill.test_ranks import IMAGES, SCALARS, Ways, batch_of, make_pupil, some, take
+from tests.distill.train.test_ranks import IMAGES, SCALARS, Ways, batch_of, make_pupil, some, take
 from tests.ranks import on_ranks
 from tests.teacher.test_trainee import teacher
 
@@ -316,7 +316,7 @@ def spoiling(fault: Fault, pupil: Pupil, lesson: LessonBatch) -> Iterator[Lesson
 
 
 class _Loader:
-    """The synthetic batch of ``tests.distill.test_ranks`` in the loader's place."""
+    """The synthetic batch of ``tests.distill.train.test_ranks`` in the loader's place."""
 
     wait_s = 0.0
 

@@ -107,7 +107,7 @@ def train(folder: Path, name: str, num_ranks: int, overrides: tuple[str, ...]) -
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    from distill.prepare import JobRequest, prepare
+    from distill.job.prepare import JobRequest, prepare
 
     run_folder, notes = folder / "runs" / name, folder / "notes" / name
     request = JobRequest(str(folder / "recipe.yaml"), overrides, str(run_folder), "")
@@ -135,9 +135,9 @@ def train(folder: Path, name: str, num_ranks: int, overrides: tuple[str, ...]) -
 def work_and_note(run_folder: str, notes: str) -> None:
     """One rank of the product, which notes every loss and every sample on the way."""
     from distill.data.sampler import Sampler
-    from distill.engine import Engine
-    from distill.pupil import Pupil
-    from distill.rank import entry
+    from distill.engine.engine import Engine
+    from distill.launch.rank import entry
+    from distill.train.student import Pupil
 
     learn, step_engine, draw = Pupil.learn, Engine.backward_and_step, Sampler.draw
     losses: dict[str, float] = defaultdict(float)
@@ -190,7 +190,7 @@ def read_trace(run_folder: Path, notes: Path) -> Trace:
 
 def write_inputs(folder: Path, num_steps: int) -> None:
     """Images, a teacher with heads, and a recipe for three students."""
-    from distill.export import ExportFacts, write_backbone, write_heads
+    from distill.weights.save import ExportFacts, write_backbone, write_heads
     from students.catalog import build_backbone, init_weights_
     from teacher.heads import Head, init_head_
     from teacher.shapes import HeadShape, ViTSpec

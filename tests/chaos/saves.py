@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.checkpoint import LATEST, Manifest, find_latest, read_manifest
-from distill.checkpoint import MANIFEST as MANIFEST_FILE
-from distill.saver import Keeping, Saver
-from distill.tensor_file import SUFFIX, read_tensors
+from distill.checkpoint.manifest import LATEST, Manifest, find_latest, read_manifest
+from distill.checkpoint.manifest import MANIFEST as MANIFEST_FILE
+from distill.checkpoint.saver import Keeping, Saver
+from distill.runfolder.tensor_file import SUFFIX, read_tensors
 
 PHASE, HASH = "family", "hash"
 NETWORKS = {"small": 0, "large": 1}  # and the rank that writes each

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from distill.checkpoint import MANIFEST, find_latest
+from distill.checkpoint.manifest import MANIFEST, find_latest
 from distill.data.census import take_census
 from distill.data.index import build_index
-from distill.export import ExportFacts, write_backbone, write_heads
-from distill.head_files import load_heads
-from distill.job_plans import check_job
-from distill.recipe_file import builtin_recipes, load_job, resolved_yaml
-from distill.tensor_file import SUFFIX, read_tensors
-from distill.weights import convert, inspect, load_backbone
+from distill.plan.job import check_job
+from distill.recipe.reader import builtin_recipes, load_job, resolved_yaml
+from distill.runfolder.tensor_file import SUFFIX, read_tensors
+from distill.weights.heads import load_heads
+from distill.weights.load import convert, inspect, load_backbone
+from distill.weights.save import ExportFacts, write_backbone, write_heads
 from students.catalog import build_backbone, init_weights_
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.heads import Head, init_head_

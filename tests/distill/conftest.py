@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 import pytest
 
-from distill.cli import main
+from distill.cli.app import main
 
 
 class Result(NamedTuple):

@@ -6,8 +6,8 @@ import pytest
 from PIL import Image
 
 from distill.data.index import ImageIndex, build_index, make_index, split
+from distill.data.locations import Place
 from distill.data.photographs import NAMES, write_tiles
-from distill.data.places import Place
 from distill.data.sources import Found
 from distill.errors import DataError
 

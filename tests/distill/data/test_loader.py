@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from distill.bench.pillow_reference import Blur, cut
 from distill.data.bad_samples import BadSamples, count_bad
 from distill.data.crops import (
     CropParameters,
@@ -25,7 +26,6 @@ from distill.data.feed import Feed
 from distill.data.index import ImageIndex, build_index
 from distill.data.loader import Loader
 from distill.data.pipeline import build_pipeline
-from distill.data.reference import Blur, cut
 from distill.data.sampler import Pool, Sampler
 from distill.errors import DataError
 from teacher.batch import CropBatch

@@ -8,8 +8,8 @@ from PIL import Image
 from distill.data import pack as packing
 from distill.data.census import take_census
 from distill.data.index import INDEX_FOLDER, build_index
+from distill.data.locations import Reader
 from distill.data.pack import pack
-from distill.data.places import Reader
 from distill.errors import DataError
 from tests.distill.data.test_loader import picture
 

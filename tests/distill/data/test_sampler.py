@@ -3,8 +3,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from distill.data.counter import hashes, uniforms
 from distill.data.sampler import CYCLE, Interleave, Pool, Sampler, permute
+from distill.data.stateless_random import hashes, uniforms
 
 
 def stream(pools: list[Pool], seed: int, batch: int, num_steps: int) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from distill.data.index import build_index
-from distill.data.places import Reader
+from distill.data.locations import Reader
 from distill.data.sources import list_source
 from distill.errors import DataError
 from tests.distill.data.test_loader import picture

@@ -1,0 +1,383 @@
+"""Throughput, measured: this job, the published procedure, and one separate job per student, side by side in one run.
+
+    ours       filled shares, slices, look-ahead (the recipe's own engine settings)
+    published  even shares, everything gathered by everybody, all ranks meet every step
+    separate   one student after the other on all ranks, each with the teacher to itself
+    saving     ours, with one checkpoint in every block of steps: what a checkpoint costs
+
+Every rank runs the real loop with the real exchange. The modes take turns, a block of steps each, so
+that a disturbance of the machine meets all of them; figures are medians over blocks. With ``sleep``
+the networks are replaced by sleeps in the proportion of the plan's costs: then a few cores can stand
+for many devices, and what is measured is the orchestration alone.
+"""
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distill.bench.report import OURS, SAVING, build_report
+from distill.bench.stand_ins import (
+    SleepingPupil,
+    SleepingTeacher,
+    Span,
+    SyntheticLoader,
+    TimedSaver,
+    Trace,
+    Turn,
+    Unsaved,
+    Witness,
+)
+from distill.data.index import ImageIndex, make_index
+from distill.data.locations import Place
+from distill.data.sources import Found
+from distill.engine.engine import prepare_deepspeed
+from distill.errors import PlanError
+from distill.job.build import (
+    Scene,
+    Site,
+    build_phase,
+    family_phase,
+    freeze,
+)
+from distill.job.teacher_source import teacher_shape
+from distill.plan.flops import DEFAULT_DEVICE
+from distill.plan.from_recipe import TeacherShape, plan_family
+from distill.recipe.keys import FamilyRecipe
+from distill.recipe.reader import load_job
+from distill.runfolder.heartbeat import Pulse
+from distill.train.balance import Balancer
+from distill.train.device import take_device
+from distill.train.exchange import AllGather, Slices
+from distill.train.faults import Isolation
+from distill.train.groups import Groups, make_groups
+from distill.train.loop import run_phase
+from distill.train.phase import Phase
+from students.catalog import build_backbone, init_weights_
+from students.student import build_heads, seeded
+from teacher.frozen import FrozenTeacher
+from teacher.trainee import Objective
+
+BLOCK = 10  # measured steps of one mode before the next has its turn
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to measure. ``slow_rank`` (with ``sleep_s``) works ``slow_factor`` times as long.
+
+    ``index``: a folder with the index of the recipe's images; synthetic ones where it is None.
+    ``folder``: where logs and the saves of the mode ``saving`` go; ``measure`` makes one.
+    """
+
+    recipe: str
+    overrides: tuple[str, ...]
+    against: tuple[str, ...]
+    num_ranks: int
+    num_steps: int
+    warmup_steps: int
+    sleep_s: float | None
+    slow_rank: int | None
+    slow_factor: float
+    index: str | None = None
+    folder: str = ""
+
+    @property
+    def num_blocks(self) -> int:
+        """Turns of each mode."""
+        return -(-self.num_steps // BLOCK)
+
+
+def block_steps(lookahead: int) -> int:
+    """Steps of a turn: the first ones fill the look-ahead, the last ones use it up, neither is counted."""
+    return BLOCK + 2 * lookahead + 1
+
+
+def traced_steps(lookahead: int) -> int:
+    """Steps of a turn whose middle one is drawn."""
+    return 2 * lookahead + 3
+
+
+def measure(request: Request) -> dict[str, Any]:
+    """Runs the ranks and puts their figures together.
+
+    Raises:
+        UserError: the recipe or the plan cannot work.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    family, shape = family_of(request)
+    plan = plan_family(family, shape, request.num_ranks)  # what cannot work is said here, once
+    if plan.is_teacher_sharded and request.sleep_s is None:
+        raise PlanError(
+            "bench compares teachers that are whole on every rank; this one would be sharded",
+            fix="Write engine.teacher_sharding=replicated, or use --sleep.",
+        )
+    runs = Path("runs")  # where a job would save: a temporary folder may be memory
+    if SAVING in request.against:
+        runs.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        prefix=".bench-", dir=runs if SAVING in request.against else None
+    ) as folder:
+        request = replace(request, folder=folder)
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=request.num_ranks,
+            run_id="bench",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            max_restarts=0,
+            monitor_interval=0.1,
+            start_method="spawn",
+            logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=Std.NONE),
+        )
+        results = elastic_launch(config, measure_rank)(asdict(request))
+    plans = {
+        name: plan_family(recipe, shape, request.num_ranks, DEFAULT_DEVICE)
+        for name, recipe in modes_of(family, request.against, request.num_ranks).items()
+    }
+    slow = None if request.slow_rank is None else (request.slow_rank, request.slow_factor)
+    ranks = [results[rank] for rank in range(request.num_ranks)]
+    report = build_report(family, plans, [turns for turns, _ in ranks], request.sleep_s, slow)
+    for name, figures in report["modes"].items():
+        figures["timeline"] = [
+            [[round(start, 6), round(stop, 6), *what] for start, stop, *what in traces[name]]
+            for _, traces in ranks
+        ]
+    return report
+
+
+def family_of(request: Request) -> tuple[FamilyRecipe, TeacherShape]:
+    """The recipe, long enough for what is measured, and its teacher."""
+    recipe, teacher = load_job(request.recipe, request.overrides)
+    assert isinstance(recipe, FamilyRecipe), "checked by the command"
+    turns = request.num_blocks * (2 if SAVING in request.against else 1)
+    lookahead = recipe.engine.lookahead
+    least = 2 * request.warmup_steps + turns * block_steps(lookahead) + traced_steps(lookahead)
+    steps = {"steps": max(recipe.schedule.steps, least)}
+    recipe = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update=steps)})
+    return recipe, teacher_shape(recipe, teacher, has_files=False)
+
+
+Turns = dict[str, list[Turn]]
+Traces = dict[str, list[Span]]
+
+
+def measure_rank(fields: dict[str, Any]) -> tuple[Turns, Traces]:
+    """What one rank measured, by mode (``saving`` beside the others where it is asked for), and one step of each."""
+    request = Request(**fields)
+    family, shape = family_of(request)
+    device = take_device("cpu" if request.sleep_s is not None else family.engine.device)
+    if device.type == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // request.num_ranks))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        prepare_deepspeed(device.type)
+        bench = Bench(request, family, shape, device)
+        return bench.run(), bench.trace()
+    finally:
+        dist.destroy_process_group()
+
+
+def modes_of(
+    family: FamilyRecipe, against: Sequence[str], num_ranks: int
+) -> dict[str, FamilyRecipe]:
+    """The recipe of every mode, by name: ``ours``, ``published``, ``separate NAME``."""
+    modes = {OURS: family}
+    if "published" in against:
+        engine = family.engine.model_copy(
+            update={"exchange": "all_gather", "lookahead": 0, "balance": 0}
+        )
+        modes["published"] = family.model_copy(update={"engine": engine})
+    if "separate" in against:
+        for student in family.students:
+            alone = student.model_copy(update={"ranks": num_ranks})
+            modes[f"separate {student.label}"] = family.model_copy(update={"students": (alone,)})
+    return modes
+
+
+class Bench:
+    """All modes on one rank."""
+
+    def __init__(
+        self, request: Request, family: FamilyRecipe, shape: TeacherShape, device: torch.device
+    ) -> None:
+        self.request, self.shape, self.device = request, shape, device
+        self.rank = dist.get_rank()
+        self.pulse = Pulse(Path(), self.rank)  # nobody watches
+        self.modes = modes_of(family, request.against, request.num_ranks)
+        self.teacher = None if request.sleep_s is not None else self._teacher(family)
+        plan = plan_family(family, shape, request.num_ranks)
+        self.scale = None if request.sleep_s is None else request.sleep_s / plan.step_s
+        self.phases = {name: self._phase(recipe) for name, recipe in self.modes.items()}
+        self.steps_done = dict.fromkeys(self.phases, 0)
+        self.isolations = {name: Isolation(phase, Path()) for name, phase in self.phases.items()}
+
+    def _teacher(self, family: FamilyRecipe) -> FrozenTeacher:
+        generator = seeded(family.seed, "teacher")
+        backbone = build_backbone(self.shape.spec)
+        init_weights_(backbone, generator)
+        heads = None if self.shape.heads is None else build_heads(*self.shape.heads, generator)
+        return freeze(family, self.device, backbone, heads)
+
+    def _phase(self, recipe: FamilyRecipe) -> Phase:
+        plan = plan_family(recipe, self.shape, self.request.num_ranks)
+        groups = make_groups(plan, TIMEOUT)
+        folder = self.request.index
+        index = _no_images() if folder is None else ImageIndex.load(Path(folder))
+        site = Site(self.device, Path(folder or ""), index)
+        scene = Scene(recipe, plan, groups, site, self.shape.spec, self._tell)
+        if self.scale is None:
+            assert self.teacher is not None, "only sleeps need no teacher"
+            starts = dict.fromkeys((student.label for student in recipe.students), 0)
+            phase = family_phase(scene, self.teacher, self.shape, starts)
+        else:
+            phase = self._sleeping_phase(scene, recipe, groups)
+        if folder is None:
+            is_tiny = self.scale is not None
+            loader = SyntheticLoader(recipe, phase, self.rank, self.device, is_tiny=is_tiny)
+            phase = replace(phase, loader=loader)  # type: ignore[arg-type]  # the same calls
+        if self.scale is None or not recipe.engine.balance or not plan.is_dithered:
+            return phase
+        balancer = Balancer(
+            phase.timetable,
+            self.rank,
+            groups.control,
+            phase.loader,
+            (phase.teaching, [pupil.training for pupil in phase.pupils]),
+            lookahead=phase.lookahead,
+            every=recipe.engine.balance,
+            tell=self._tell,
+        )
+        return replace(phase, after_step=balancer.after_step)
+
+    def _tell(self, event: str) -> None:
+        if self.rank == 0:
+            sys.stderr.write(event + "\n")
+
+    def _sleeping_phase(self, scene: Scene, recipe: FamilyRecipe, groups: Groups) -> Phase:
+        assert self.scale is not None, "sleeps have a scale"
+        plan = scene.plan
+        factor = self.request.slow_factor if self.rank == self.request.slow_rank else 1.0
+        pace = self.scale * factor
+        teacher = SleepingTeacher(plan.teach_s * pace)
+        phase = build_phase(
+            scene,
+            "family",
+            (0, recipe.schedule.steps),
+            teacher,  # type: ignore[arg-type]  # the same calls
+            (),
+            Objective(1.0, 1.0, 0.0, 1.0),
+            lambda _: None,
+            lookahead=recipe.engine.lookahead,
+            exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
+        )
+        pupils = tuple(
+            SleepingPupil(placement, groups.by_network[placement.name], image_s * pace, self.rank)
+            for placement, image_s in zip(plan.placements, plan.image_s, strict=True)
+            if self.rank in placement.world_ranks
+        )
+        return replace(phase, pupils=pupils)  # type: ignore[arg-type]  # the same calls
+
+    def run(self) -> Turns:
+        """Blocks of steps, the modes in turn."""
+        request = self.request
+        names = list(self.phases)
+        if SAVING in request.against:
+            names.insert(1, SAVING)  # right after ours, which it is compared with
+        turns: Turns = {name: [] for name in names}
+        for name in names:
+            self.warm_up(name)
+        self._tell(f"warmed up: {request.warmup_steps} steps of each")
+        for block in range(request.num_blocks):
+            for name in names:
+                turns[name].append(self.turn(name))
+            self._tell(f"block {block + 1} of {request.num_blocks}")
+        return turns
+
+    def trace(self) -> Traces:
+        """One step of each mode, from when rank 0 ends a step to when it ends the next. Collective over the world."""
+        traces = {}
+        for name, phase in self.phases.items():
+            start, first = self.steps_done[name], phase.lookahead
+            length = traced_steps(first)
+            trace, witness = Trace(self.device), Witness()
+            dist.barrier()
+            self._run_phase(name, start, length, witness, Unsaved(), trace)
+            window = torch.tensor(
+                witness.ends_s[first : first + 2],
+                dtype=torch.float64,
+                device=self.device,
+            )
+            dist.broadcast(window, src=0)
+            began, ended = window.tolist()
+            traces[name] = trace.spans((began, ended))
+        return traces
+
+    def _run_phase(
+        self,
+        mode: str,
+        start: int,
+        length: int,
+        witness: Witness,
+        saver: TimedSaver | Unsaved,
+        pulse: Pulse | Trace,
+    ) -> None:
+        run_phase(
+            replace(self.phases[mode], num_steps=start + length),
+            witness,  # type: ignore[arg-type]  # what the loop asks of a recorder
+            saver,  # type: ignore[arg-type]  # what the loop asks of a saver
+            self.isolations[mode],
+            pulse,  # type: ignore[arg-type]  # what the loop asks of a pulse
+            start,
+        )
+        self.steps_done[mode] += length
+
+    def warm_up(self, name: str) -> None:
+        """Steps of a mode that nobody counts. Collective over the world."""
+        mode, is_saving = self._mode_of(name)
+        witness = Witness(save_after=1 if is_saving else None)
+        saver = self._saver(is_saving=is_saving)
+        start, length = self.steps_done[mode], self.request.warmup_steps
+        self._run_phase(mode, start, length, witness, saver, self.pulse)
+        saver.wait()
+
+    def turn(self, name: str) -> Turn:
+        """A block of steps of a mode. Collective over the world."""
+        mode, is_saving = self._mode_of(name)
+        start, first = self.steps_done[mode], self.phases[mode].lookahead + 1
+        witness = Witness((first, first + BLOCK), first if is_saving else None)
+        saver = self._saver(is_saving=is_saving)
+        dist.barrier()
+        began = time.monotonic()
+        self._run_phase(mode, start, block_steps(first - 1), witness, saver, self.pulse)
+        saver.wait()
+        wall_s = time.monotonic() - began
+        stall_s = 0.0
+        if isinstance(saver, TimedSaver):
+            stall_s = saver.returned_s - witness.ends_s[first - 1]
+        before, after = witness.marks
+        return Turn(before, after, BLOCK, wall_s, stall_s)
+
+    def _mode_of(self, name: str) -> tuple[str, bool]:
+        """The mode whose networks are used, and whether a save is made."""
+        return (OURS, True) if name == SAVING else (name, False)
+
+    def _saver(self, *, is_saving: bool) -> TimedSaver | Unsaved:
+        return TimedSaver(Path(self.request.folder)) if is_saving else Unsaved()
+
+
+def _no_images() -> ImageIndex:
+    """An index for a scene whose loader is replaced: one file that is never opened."""
+    return make_index([Found(Place.of(Path("none")), "")], [(1, 1)], (("none", 1),))

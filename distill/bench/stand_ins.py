@@ -1,0 +1,233 @@
+"""What a benchmark puts in the place of images, networks, the recorder, the saver and the pulse."""
+
+import time
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distill.checkpoint.saver import Keeping, Saver
+from distill.data.crops import NUM_GLOBAL
+from distill.errors import CheckpointError
+from distill.plan.plan import Placement
+from distill.recipe.keys import FamilyRecipe
+from distill.runfolder.metrics import RunState
+from distill.train.phase import Phase
+from distill.train.recorder import Wishes
+from distill.train.stopwatch import Stopwatch
+from distill.train.student import Attempt
+from teacher.batch import CropBatch, LessonBatch, PatchMasks, TeacherTargets
+
+POOL = 64  # different synthetic images; a loader that only copies is not what is measured
+
+
+class Mark(NamedTuple):
+    """The clocks of a rank at the end of a step: the time, and sums of seconds and bytes so far."""
+
+    time_s: float
+    teaching_s: float
+    training_s: float
+    exchange_wait_s: float
+    loader_wait_s: float
+    received_bytes: int
+
+
+class Turn(NamedTuple):
+    """What a rank measured in one block of steps of a mode: the clocks before and after the counted steps, seconds of all of it.
+
+    ``stall_s``: what the loop waited for a save; zero where none was made.
+    """
+
+    first: Mark
+    last: Mark
+    num_steps: int
+    wall_s: float
+    stall_s: float
+
+
+class Witness:
+    """Stands in for the recorder: notes when each step ended, reads the clocks after some, and wishes for one save."""
+
+    def __init__(self, read_after: Collection[int] = (), save_after: int | None = None) -> None:
+        """Numbers of steps after which to read the clocks, which waits for the device, and to save (None: never)."""
+        self.ends_s: list[float] = []
+        self.marks: list[Mark] = []
+        self._read_after, self._save_after = read_after, save_after
+
+    def record(
+        self,
+        phase: Phase,
+        step: int,  # noqa: ARG002  # the recorder's signature
+        faults: Sequence[float],  # noqa: ARG002
+    ) -> Wishes:
+        """One step is over."""
+        num_steps = len(self.ends_s) + 1
+        if num_steps in self._read_after:
+            teaching_s = phase.teaching.read_s()
+            training_s = sum(pupil.training.read_s() for pupil in phase.pupils)
+            exchange, loader = phase.exchange, phase.loader
+            self.marks.append(
+                Mark(
+                    time.monotonic(),
+                    teaching_s,
+                    training_s,
+                    exchange.wait_s,
+                    loader.wait_s,
+                    exchange.received_bytes,
+                )
+            )
+        self.ends_s.append(time.monotonic())
+        return Wishes(save=num_steps == self._save_after, stop=False)
+
+
+class Span(NamedTuple):
+    """What a rank was doing from when to when, on the clock that all processes of a machine share."""
+
+    start_s: float
+    stop_s: float
+    activity: str
+    network: str
+
+
+class Trace:
+    """Stands in for the pulse and writes down what the loop says. Waits for the device at every turn, so that work counts where it is asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._turns: list[tuple[float, str, str]] = []
+
+    def at(self, activity: str, step: int, network: str = "") -> None:  # noqa: ARG002  # a pulse's signature
+        """The rank turns to something else."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._turns.append((time.monotonic(), activity, network))
+
+    def spans(self, window: tuple[float, float]) -> list[Span]:
+        """What was done within some time, from its start on."""
+        start_s, stop_s = window
+        ends = [turn[0] for turn in self._turns[1:]] + [stop_s]
+        return [
+            Span(max(began, start_s) - start_s, min(ended, stop_s) - start_s, activity, network)
+            for (began, activity, network), ended in zip(self._turns, ends, strict=True)
+            if min(ended, stop_s) > max(began, start_s)
+        ]
+
+
+class Unsaved:
+    """Stands in for the saver: nothing is saved, so there is nothing to tell or to wait for."""
+
+    def report(self) -> None:
+        """No save has ended."""
+
+    def wait(self) -> None:
+        """No save is under way."""
+
+
+class TimedSaver(Saver):
+    """The real saver, which notes when it let go of the loop; a save that fails ends the benchmark."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(Keeping(folder / "checkpoints", "", {}, "", 2, None), _Strict(), None)
+        self.returned_s = 0.0
+
+    def save(self, phase: Phase, step: int) -> None:
+        """As the saver's."""
+        super().save(phase, step)
+        self.returned_s = time.monotonic()
+
+
+class _Strict:
+    """Listens to the saver."""
+
+    def show(self, state: RunState) -> None:
+        """Nobody watches."""
+
+    def saving(self) -> None:
+        """As expected."""
+
+    def saved(self, phase: str, step: int, path: str) -> None:
+        """As expected."""
+
+    def unsaved(self, message: str) -> None:
+        """Raises CheckpointError."""
+        raise CheckpointError(message)
+
+
+class SyntheticLoader:
+    """Random pixels in the place of photographs: no files, no decoder."""
+
+    def __init__(
+        self,
+        recipe: FamilyRecipe,
+        phase: Phase,
+        world_rank: int,
+        device: torch.device,
+        *,
+        is_tiny: bool,
+    ) -> None:
+        self.wait_s = 0.0
+        self._timetable, self._rank = phase.timetable, world_rank
+        generator = torch.Generator().manual_seed(0)
+
+        def pixels(count: int, size: int) -> Tensor:
+            side = 1 if is_tiny else size
+            shape = (POOL, count, 3, side, side)
+            return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+
+        crops = recipe.crops
+        self._pool = CropBatch(
+            pixels(NUM_GLOBAL, crops.global_.size), pixels(crops.local.count, crops.local.size)
+        )
+
+    def fetch(self, step: int) -> CropBatch:
+        """The crops of this rank's share."""
+        share = self._timetable.at(step).share(self._rank, step)
+        ids = torch.arange(share.start, share.stop, device=self._pool.global_crops.device) % POOL
+        return CropBatch(self._pool.global_crops[ids], self._pool.local_crops[ids])
+
+    def make_room(self, max_images: int) -> None:
+        """Nothing to do: any share fits."""
+
+    def close(self) -> None:
+        """Nothing to let go of."""
+
+
+class SleepingTeacher:
+    """Takes its time for every image and says nothing of interest."""
+
+    def __init__(self, image_s: float) -> None:
+        self._image_s = image_s
+
+    def teach(self, crops: CropBatch, masks: PatchMasks) -> TeacherTargets:
+        """Zeros, one number per token."""
+        num_images = len(crops.global_crops)
+        time.sleep(num_images * self._image_s)
+        return TeacherTargets(
+            torch.zeros(num_images, NUM_GLOBAL, 1), torch.zeros(sum(masks.counts), 1)
+        )
+
+
+class SleepingPupil:
+    """Takes its time for its slice, and meets the others of its group as gradients would."""
+
+    def __init__(
+        self, placement: Placement, group: dist.ProcessGroup, image_s: float, world_rank: int
+    ) -> None:
+        self.name, self.placement = placement.name, placement
+        self.training = Stopwatch(torch.device("cpu"))
+        self._group, self._image_s = group, image_s
+        self._seconds = len(placement.slice_of(world_rank)) * image_s
+
+    def is_finished(self, step: int) -> bool:  # noqa: ARG002  # a pupil's signature
+        """Never: a bench trains everyone."""
+        return False
+
+    def learn(self, lesson: LessonBatch, *_: object) -> Attempt:  # noqa: ARG002  # a pupil's signature
+        """Sleeps, then one all-reduce over the group."""
+        with self.training.running():
+            time.sleep(self._seconds)
+        dist.all_reduce(torch.zeros(1), group=self._group)
+        return Attempt(is_applied=torch.ones((), dtype=torch.bool), terms={})

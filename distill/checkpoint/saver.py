@@ -1,0 +1,225 @@
+"""Saves and restores the trained networks of a phase, each by its own group, and asks nothing of the layout.
+
+    loop      gather whole tensors, copy them to host memory        (training waits for this)
+    writer    every rank: hash, write, sync, leave a record         (a thread; training goes on)
+    committer world rank 0: wait for all records, commit            (the same thread, after its own files)
+
+One save is under way at a time: the next one, and the end of a phase, wait for it. A save that
+fails is told in one line, and training goes on with the checkpoints that are there.
+"""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from distill.checkpoint import manifest as checkpoint
+from distill.checkpoint.manifest import Manifest, NetworkFacts
+from distill.errors import CheckpointError
+from distill.runfolder.files import make_folder, write_file
+from distill.runfolder.metrics import RunState
+from distill.runfolder.tensor_file import SUFFIX, encode, num_bytes, read_tensors
+
+if TYPE_CHECKING:  # at run time anything with the states of networks can be saved
+    from distill.train.phase import Phase
+
+ANCHOR_FILE = (
+    "gram-anchor"  # not a legal network name: those have no file of this name in a checkpoint
+)
+RECIPE_FILE = "recipe.yaml"
+RECORDS_TIMEOUT_S = 600.0  # for all ranks to have written; a stalled network file system recovers
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Who is told how saves go; the run's recorder."""
+
+    def show(self, state: RunState) -> None:
+        """What the run does now."""
+        ...
+
+    def saving(self) -> None:
+        """A save begins."""
+        ...
+
+    def saved(self, phase: str, step: int, path: str) -> None:
+        """A checkpoint is complete."""
+        ...
+
+    def unsaved(self, message: str) -> None:
+        """A checkpoint could not be written."""
+        ...
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """Where checkpoints lie, which run they belong to, and which of them stay.
+
+    ``networks``: what the manifest says of each student. ``milestones``: of every so many steps of a
+    phase the first checkpoint stays for ever. ``recipe``: the resolved recipe.
+    """
+
+    folder: Path
+    recipe_hash: str
+    networks: Mapping[str, NetworkFacts]
+    recipe: str
+    keep: int
+    milestones: int | None
+
+
+@dataclass(frozen=True)
+class _Order:
+    """One save of one rank: the files it writes, and, for the committer, who writes which."""
+
+    staging: Path
+    files: Mapping[str, Mapping[str, Tensor]]
+    manifest: Manifest | None
+    expected: Mapping[str, int]
+
+
+class Saver:
+    """Writes checkpoints of one run; one per process, the same calls on every rank."""
+
+    def __init__(
+        self, keeping: Keeping, recorder: Listener, last_saved: tuple[str, int] | None
+    ) -> None:
+        """``last_saved``: phase and step of the checkpoint that the run goes on from."""
+        self._keeping, self._recorder = keeping, recorder
+        self._last_saved = last_saved
+        self._thread: Thread | None = None
+        self._order: _Order | None = None
+        self._committed: Path | None = None
+        self._error: BaseException | None = None
+        self.is_saved = (
+            True  # the last save did not fail, as far as this rank knows; world rank 0 knows
+        )
+
+    def save(self, phase: "Phase", step: int) -> None:
+        """Begins to save every network after ``step`` finished steps. Communication: gathers per group.
+
+        Returns as soon as the state is in host memory; waits for the save before it first.
+        """
+        self.wait()
+        self._recorder.saving()
+        files: dict[str, Mapping[str, Tensor]] = {}
+        for pupil in phase.pupils:
+            is_first = pupil.placement.first_rank == phase.world_rank
+            state = pupil.state(keep=is_first)
+            if is_first:
+                files[pupil.name + SUFFIX] = {name: each.cpu() for name, each in state.items()}
+        anchor = phase.teacher.anchor_state()
+        if phase.world_rank == 0 and anchor:
+            files[ANCHOR_FILE + SUFFIX] = {
+                name: each.to("cpu", copy=True) for name, each in anchor.items()
+            }
+        self._begin(self._order_of(phase, step, files))
+        self._recorder.show("training")
+
+    def report(self) -> None:
+        """Tells, once, what became of a save that has ended. Raises what only a bug of ours can raise."""
+        if self._thread is None or self._thread.is_alive():
+            return
+        self._thread.join()
+        self._thread = None
+        order, error = self._order, self._error
+        self._order, self._error, self.is_saved = None, None, error is None  # and frees the copy
+        assert order is not None, "a thread without an order"
+        if isinstance(error, CheckpointError | OSError):
+            kept = "the checkpoints before it are kept"
+            name = order.staging.name.removeprefix(".").removesuffix(".part")
+            self._recorder.unsaved(f"checkpoint {name} was not saved: {error}; {kept}")
+        elif error is not None:
+            raise error
+        elif self._committed is not None and order.manifest is not None:
+            self._last_saved = order.manifest.phase, order.manifest.step
+            path = self._committed.relative_to(self._keeping.folder.parent)
+            self._recorder.saved(*self._last_saved, str(path))
+
+    def wait(self) -> None:
+        """Returns when no save is under way, and tells what became of the last."""
+        if self._thread is not None:
+            self._thread.join()
+            self.report()
+
+    def _order_of(
+        self, phase: "Phase", step: int, files: Mapping[str, Mapping[str, Tensor]]
+    ) -> _Order:
+        keeping = self._keeping
+        staging = checkpoint.staging_folder(keeping.folder, phase.name, step)
+        if phase.world_rank != 0:
+            return _Order(staging, files, None, {})
+        expected = {p.name + SUFFIX: p.first_rank for p in phase.plan.placements}
+        expected |= dict.fromkeys([*files, RECIPE_FILE], 0)
+        before = self._last_saved
+        base = before[1] if before is not None and before[0] == phase.name else 0
+        every = keeping.milestones
+        manifest = Manifest(
+            format_version=checkpoint.FORMAT_VERSION,
+            number=0,  # known when it is committed
+            phase=phase.name,
+            step=step,
+            num_ranks=phase.plan.num_ranks,
+            is_milestone=every is not None and step // every > base // every,
+            recipe_hash=keeping.recipe_hash,
+            networks={
+                p.name: keeping.networks[p.name]
+                for p in phase.plan.placements
+                if p.name in keeping.networks
+            },
+            files={},
+        )
+        return _Order(staging, files, manifest, expected)
+
+    def _begin(self, order: _Order) -> None:
+        self._order, self._committed, self._error = order, None, None
+        # a daemon: a rank that fails ends at once, and what it was writing never counts
+        self._thread = Thread(target=self._write, args=(order,), daemon=True, name="saver")
+        self._thread.start()
+
+    def _write(self, order: _Order) -> None:
+        try:
+            for name, tensors in order.files.items():
+                _write_part(order.staging / name, encode(tensors), num_bytes(tensors))
+            if order.manifest is not None:
+                self._committed = self._commit(order, order.manifest)
+        except BaseException as error:  # told by the thread that trains
+            self._error = error
+
+    def _commit(self, order: _Order, manifest: Manifest) -> Path:
+        folder = self._keeping.folder
+        recipe = self._keeping.recipe.encode()
+        try:
+            _write_part(order.staging / RECIPE_FILE, [recipe], len(recipe))
+            files = checkpoint.collect(order.staging, order.expected, RECORDS_TIMEOUT_S)
+            number = checkpoint.next_number(folder)
+            manifest = manifest.model_copy(update={"number": number, "files": files})
+            return checkpoint.commit(folder, order.staging, manifest, self._keeping.keep)
+        except (CheckpointError, OSError):
+            shutil.rmtree(order.staging, ignore_errors=True)
+            raise
+
+
+def _write_part(path: Path, parts: Iterable[bytes | memoryview], size: int) -> None:
+    """One file and its record."""
+    try:
+        make_folder(path.parent)
+        checkpoint.record_done(path, write_file(path, parts))
+    except OSError as error:
+        checkpoint.record_failed(path, error, size)
+
+
+def restore(phase: "Phase", found: tuple[Path, Manifest]) -> None:
+    """Loads every network of the phase that the checkpoint holds; others keep their fresh weights. No communication: each rank reads what it needs."""
+    path, manifest = found
+    for pupil in phase.pupils:
+        if pupil.name + SUFFIX in manifest.files:
+            pupil.load_state(read_tensors(path / (pupil.name + SUFFIX)))
+
+
+def saved_anchor(saved: Path) -> dict[str, Tensor]:
+    """The Gram anchor's weights in a checkpoint of a Gram stage."""
+    return read_tensors(saved / (ANCHOR_FILE + SUFFIX))

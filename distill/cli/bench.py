@@ -1,0 +1,189 @@
+"""``distill bench``: a family's throughput, and the image loader's.
+
+Nothing heavy is imported until the verb runs; ``distill.cli.app`` adds the verb to the command line.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from distill.cli.options import (
+    DebugOption,
+    OverridesArgument,
+    RecipeArgument,
+    count_ranks,
+    print_json,
+)
+from distill.errors import DataError, RecipeError
+
+
+def bench(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    ranks: Annotated[
+        int | None, typer.Option("--ranks", min=1, help="Local processes; by default the recipe's.")
+    ] = None,
+    against: Annotated[
+        str,
+        typer.Option(
+            "--against", help="published, separate, saving, several with commas, or none."
+        ),
+    ] = "published,separate",
+    steps: Annotated[int, typer.Option("--steps", min=10, help="Measured steps per mode.")] = 30,
+    warmup: Annotated[int, typer.Option("--warmup", min=1, help="Steps before them.")] = 10,
+    sleep: Annotated[
+        float | None,
+        typer.Option(
+            "--sleep", min=0.01, help="Networks sleep instead; a planned step lasts this."
+        ),
+    ] = None,
+    slow: Annotated[
+        str | None, typer.Option("--slow", help="RANK=FACTOR: with --sleep, a slow rank.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option("--data", help="synthetic images, or the recipe's.")
+    ] = "synthetic",
+    images: Annotated[int, typer.Option("--images", min=1, help="loader: images per block.")] = 256,
+    picture: Annotated[
+        Path | None,
+        typer.Option("--picture", metavar="FILE", help="Write a PNG of one step of each mode."),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print one JSON object; --json FILE.json writes it there, the picture beside it.",
+        ),
+    ] = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Measure a family's throughput against the published procedure and separate jobs.
+
+    ``distill bench loader RECIPE`` measures the image loader against Pillow instead.
+    """
+    from distill.recipe.keys import FamilyRecipe
+    from distill.recipe.reader import load_job
+
+    texts, json_file = _json_file(list(overrides or []), is_wanted=as_json)
+    if data not in ("synthetic", "recipe"):
+        raise RecipeError(f"--data {data}: not known", fix="Write synthetic or recipe.")
+    if recipe == "loader" and texts:
+        report = bench_loader(texts[0], texts[1:], uses_recipe=data == "recipe", images=images)
+        _show(report, [loader_table(report)], json_file, as_json=as_json)
+        return
+    loaded = load_job(recipe, texts)[0]
+    modes = [] if against == "none" else against.split(",")
+    if not isinstance(loaded, FamilyRecipe):
+        raise RecipeError(f"{recipe}: not a family recipe", fix="Give one with students.")
+    if not set(modes) <= {"published", "separate", "saving"}:
+        raise RecipeError(
+            f"--against {against}: not known",
+            fix="Write published, separate, saving, several with commas, or none.",
+        )
+    if "saving" in modes and sleep is not None:
+        raise RecipeError("--against saving: who sleeps has no state", fix="Leave --sleep away.")
+    slow_rank, slow_factor = _slow(slow)
+    if slow_rank is not None and sleep is None:
+        raise RecipeError("--slow needs --sleep", fix="Add --sleep 0.5.")
+
+    from distill.bench.measure import Request, measure
+    from distill.bench.report import draw, tables
+
+    num_ranks = count_ranks(loaded.engine.processes, ranks)
+    request = Request(
+        recipe, tuple(texts), tuple(modes), num_ranks, steps, warmup, sleep, slow_rank, slow_factor
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        if data == "recipe":
+            from distill.job.prepare import training_index
+
+            training_index(loaded.data, Path("runs/.photographs")).save(Path(folder) / "index")
+            request = replace(request, index=str(Path(folder) / "index"))
+        report = measure(request)
+    if picture is None and json_file is not None:
+        picture = json_file.with_suffix(".png")
+    if picture is not None:
+        draw(report, picture)
+    _show(report, tables(report), json_file, as_json=as_json)
+
+
+def _json_file(texts: list[str], *, is_wanted: bool) -> tuple[list[str], Path | None]:
+    """The file after ``--json``, which a flag leaves among the overrides, and those without it."""
+    files = [text for text in texts if is_wanted and "=" not in text and text.endswith(".json")]
+    if len(files) > 1:
+        raise RecipeError(f"--json {' '.join(files)}: several files", fix="Name one.")
+    return [text for text in texts if text not in files], Path(files[0]) if files else None
+
+
+def _show(
+    report: dict[str, Any], tables: Sequence[Table], json_file: Path | None, *, as_json: bool
+) -> None:
+    """Figures as JSON, to standard output or to a file; as tables for people, unless JSON is on standard output."""
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=2) + "\n")
+    if as_json and json_file is None:
+        print_json(report)
+        return
+    for table in tables:
+        Console().print(table)
+
+
+def _slow(text: str | None) -> tuple[int | None, float]:
+    if text is None:
+        return None, 1.0
+    rank, _, factor = text.partition("=")
+    try:
+        return int(rank), float(factor)
+    except ValueError as error:
+        raise RecipeError(f"--slow {text}: not RANK=FACTOR", fix="Write --slow 2=1.5.") from error
+
+
+def bench_loader(
+    recipe: str, overrides: list[str], *, uses_recipe: bool, images: int
+) -> dict[str, Any]:
+    """The figures of ``distill bench loader``; prints progress to standard error.
+
+    Raises:
+        DataError: the recipe's images are missing.
+    """
+    from distill.recipe.reader import load_job
+
+    loaded, _ = load_job(recipe, overrides)
+
+    from distill.bench.loader import measure_loader
+    from distill.job.prepare import training_index
+
+    def say(text: str) -> None:
+        sys.stderr.write(text + "\n")
+
+    index = training_index(loaded.data, Path("runs/.photographs")) if uses_recipe else None
+    if index is not None and not len(index):
+        raise DataError("data.sources: no images", fix="Leave --data away for synthetic images.")
+    return measure_loader(loaded, images=images, index=index, say=say)
+
+
+def loader_table(report: dict[str, Any]) -> Table:
+    """The figures as a table."""
+    threads = report["decoder_threads"]
+    title = f"{report['images']}, {report['crops']}, {threads} decoder threads"
+    table = Table(title=title, title_justify="left")
+    for name in ("", "loader", "Pillow", "ratio", "torchvision's blur", "ratio", "images/s"):
+        table.add_column(name, justify="left" if not name else "right")
+    for name, case in report["cases"].items():
+        cells = [f"{case['loader']['median']:.1f}"]
+        for side in ("pillow", "torchvision"):
+            ratio = case[f"over_{side}"]
+            cells.append(f"{case[side]['median']:.1f}")
+            cells.append(f"{ratio['median']:.2f} ({ratio['min']:.2f} - {ratio['max']:.2f})")
+        table.add_row(name, *cells, f"{case['loader_wall']['median']:.1f}")
+    table.caption = "images per CPU-second; the last column per second of time"
+    return table

@@ -1,0 +1,145 @@
+"""``distill data``: look at images before training on them, pack them, see what the networks are shown."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from distill.cli.options import DebugOption, JsonOption
+
+if TYPE_CHECKING:
+    from distill.data.census import Census
+
+data_app = typer.Typer(help="Check, pack and look at images.", no_args_is_help=True)
+SHOWN_BROKEN = 10  # of a source, on the screen; --json has all
+
+SourcesArgument = Annotated[
+    list[Path],
+    typer.Argument(metavar="SRC...", help="Folders, .tar shards, .txt lists or .parquet files."),
+]
+LimitOption = Annotated[
+    float, typer.Option("--max-megapixels", help="Larger images are not decoded.")
+]
+
+
+class _Bar:
+    """A progress bar on standard error with counts and the time left."""
+
+    def __init__(self, what: str) -> None:
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._task = self._progress.add_task(what, total=None)
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress.update(self._task, completed=done, total=total)
+
+
+@data_app.command("check")
+def check(
+    sources: SourcesArgument,
+    max_megapixels: LimitOption = 64.0,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Decode every image once: counts, sizes, formats, duplicates, and each broken file. Exit code 1 when any is broken."""
+    from distill.data.census import take_census
+
+    with _Bar("checking") as bar:
+        found = take_census(sources, max_megapixels=max_megapixels, progress=bar)
+    if as_json:
+        sys.stdout.write(json.dumps([each.to_json() for each in found], indent=2) + "\n")
+    else:
+        for each in found:
+            Console().print(_census_table(each))
+    if any(each.broken for each in found):
+        raise typer.Exit(1)
+
+
+def _census_table(census: "Census") -> Table:
+    table = Table(title=census.source, title_justify="left", show_header=False, box=None)
+    size = f"{census.bytes / 1e9:.2f} GB" if census.bytes >= 1e8 else f"{census.bytes / 1e6:.1f} MB"
+    formats = ", ".join(f"{name} {count:,}" for name, count in census.formats.items())
+    table.add_row("images", f"{census.images:,} ({size})")
+    table.add_row("formats", formats or "none")
+    table.add_row("classes", f"{census.classes:,}" if census.classes else "none")
+    for name, quantiles in (
+        ("shorter side", census.shorter_side),
+        ("longer side", census.longer_side),
+    ):
+        told = ", ".join(f"{part} {value:,}" for part, value in quantiles.items())
+        table.add_row(name, f"{told} px" if told else "-")
+    table.add_row("duplicates", f"{census.duplicates:,} (the same bytes)")
+    table.add_row("broken", f"{len(census.broken):,}")
+    for fault in census.broken[:SHOWN_BROKEN]:
+        table.add_row("", f"{fault.sample}: {fault.reason}")
+    if len(census.broken) > SHOWN_BROKEN:
+        table.add_row("", f"and {len(census.broken) - SHOWN_BROKEN:,} more; --json names all")
+    return table
+
+
+@data_app.command("pack")
+def pack(
+    words: Annotated[list[Path], typer.Argument(metavar="SRC... OUT")],
+    images_per_shard: Annotated[int, typer.Option("--images-per-shard", min=1)] = 10_000,
+    max_megapixels: LimitOption = 64.0,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Copy images into tar shards with an index. Run the same command again to go on after a stop."""
+    from distill.data.pack import pack as write
+
+    if len(words) < 2:
+        raise typer.BadParameter("give the sources and then the folder to write")
+    *sources, out = words
+    with _Bar("packing") as bar:
+        counts = write(
+            sources,
+            out,
+            images_per_shard=images_per_shard,
+            max_megapixels=max_megapixels,
+            progress=bar,
+        )
+    if as_json:
+        sys.stdout.write(json.dumps(counts) + "\n")
+        return
+    left = f"; {counts['left_out']:,} left out, see *.left_out.jsonl" if counts["left_out"] else ""
+    told = f"{counts['images']:,} images in {counts['shards']:,} shards in {out}{left}"
+    Console().print(told, highlight=False, soft_wrap=True)
+
+
+@data_app.command("show")
+def show(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The picture.")] = Path("sheet.png"),
+    step: Annotated[int, typer.Option("--step", min=0)] = 0,
+    images: Annotated[int, typer.Option("--images", min=1, max=64)] = 6,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            "--stage", help="Steps count from the start of this stage of a teacher recipe."
+        ),
+    ] = None,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Draw what the networks are shown: images, crops and masks of a step, as training would cut them."""
+    from distill.recipe.reader import load_job
+
+    loaded, teacher = load_job(recipe, list(overrides or []), check_folders=True)
+
+    from distill.job.step_sheet import draw_step
+
+    drawn = draw_step(loaded, teacher, step=step, num_images=images, stage=stage, out=out)
+    Console().print(f"wrote {drawn}", highlight=False, soft_wrap=True)

@@ -1,0 +1,229 @@
+"""``distill export``: students of a finished run for Hugging Face, timm, Meta's code or ONNX.
+
+Nothing heavy is imported until the verb runs; ``distill.cli.app`` adds the verb to the command line.
+"""
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distill.cli.options import DebugOption, JsonOption
+from distill.errors import UserError
+
+if TYPE_CHECKING:
+    from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+    from distill.weights.card import Background
+    from distill.weights.export import Exported, Inputs
+
+RESOLVED_RECIPE = "recipe.resolved.yaml"
+
+
+class Target(StrEnum):
+    """Formats to export to."""
+
+    HF = "hf"
+    TIMM = "timm"
+    META = "meta"
+    ONNX = "onnx"
+
+
+class WeightLayout(StrEnum):
+    """Published layouts of the same weights."""
+
+    HF = "hf"
+    META = "meta"
+    TIMM = "timm"
+
+
+class Precision(StrEnum):
+    """Number formats of the weights in the file."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+
+
+def export(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")
+    ],
+    to: Annotated[Target, typer.Option("--to", help="The library that is to read the files.")],
+    student: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--student", help="One student, or 'teacher'; repeat for more. By default all students."
+        ),
+    ] = None,
+    dtype: Annotated[
+        Precision, typer.Option("--dtype", help="Number format of the weights in the file.")
+    ] = Precision.FP32,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Folder for the results; by default RUN/export/FORMAT."
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Write a student for Hugging Face, timm, Meta or ONNX, and prove the outputs agree."""
+    folders = _chosen(run, student or [])
+    if to is Target.ONNX:
+        from distill.weights.onnx import require_exporter
+
+        require_exporter()
+    from distill.weights.export import export_network
+
+    target = out or run / "export" / to.value
+    recipe = _read_recipe(run)
+    finished: list[Exported] = []
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        for name, folder in folders.items():
+            background, inputs = _background(run, name, folder, recipe), _inputs(recipe, name)
+            done = export_network(
+                name, folder, target / name, to.value, dtype.value, background, inputs
+            )
+            finished.append(done)
+            if not as_json:
+                size = done.num_bytes / 1e6
+                sys.stdout.write(
+                    f"{name}: {done.folder}, {size:.1f} MB; {done.parity.describe()}\n"
+                )
+    if as_json:
+        said: dict[str, Any] = {"run": str(run), "to": to.value, "dtype": dtype.value}
+        said["exported"] = [each.to_json() for each in finished]
+        sys.stdout.write(json.dumps(said, indent=2) + "\n")
+
+
+def _chosen(run: Path, asked: Sequence[str]) -> dict[str, Path]:
+    """Folder of each network to export, in the order asked for; all students when none is named.
+
+    Raises:
+        UserError: not a run, nothing finished in it, or no such student.
+    """
+    if not (run / "job.json").is_file():
+        raise UserError(f"{run}: not a run folder", fix="Give a folder such as runs/quickstart.")
+    students = {
+        path.parent.name: path.parent for path in sorted((run / "students").glob("*/config.json"))
+    }
+    if not asked:
+        if not students:
+            raise _no_students(run)
+        return students
+    chosen = {}
+    for name in asked:
+        if name == "teacher":
+            chosen[name] = _existing_teacher(run)
+        elif name in students:
+            chosen[name] = students[name]
+        elif not students:
+            raise _no_students(run)
+        else:
+            close = difflib.get_close_matches(name, [*students, "teacher"], n=1)
+            hint = f" - did you mean {close[0]!r}?" if close else ""
+            raise UserError(
+                f"--student {name}: not in {run}{hint}",
+                fix=f"Name one of: {', '.join([*students, 'teacher'])}.",
+            )
+    return chosen
+
+
+def _no_students(run: Path) -> UserError:
+    if (run / "teacher" / "config.json").is_file() and not _is_family(run):
+        return UserError(f"{run}: trained a teacher and no students", fix="Add --student teacher.")
+    resume = json.loads((run / "job.json").read_text(encoding="utf-8"))["request"]["resume_command"]
+    return UserError(
+        f"{run}: has no finished students yet; they are written after the last step",
+        fix=f"Let the run finish: {resume}",
+    )
+
+
+def _read_recipe(run: Path) -> "FamilyRecipe | TeacherRecipe":
+    """The recipe as the run resolved it; it lies in the run folder, wherever that was copied to."""
+    from distill.recipe.reader import load_job
+
+    return load_job(str(run / RESOLVED_RECIPE))[0]
+
+
+def _is_family(run: Path) -> bool:
+    from distill.recipe.keys import FamilyRecipe
+
+    return isinstance(_read_recipe(run), FamilyRecipe)
+
+
+def _existing_teacher(run: Path) -> Path:
+    folder = _teacher_folder(run, _read_recipe(run))
+    if not folder.exists():
+        raise UserError(
+            f"--student teacher: {folder} is missing",
+            fix="Let the run train its teacher first, or put the teacher's weights there.",
+        )
+    return folder
+
+
+def _teacher_folder(run: Path, recipe: "FamilyRecipe | TeacherRecipe") -> Path:
+    """Where the teacher's weights lie, or lay: trained in this run, or named by the recipe."""
+    from distill.recipe.keys import FamilyRecipe
+
+    if isinstance(recipe, FamilyRecipe) and recipe.teacher.weights is not None:
+        return Path(recipe.teacher.weights)
+    return run / "teacher"
+
+
+def _inputs(recipe: "FamilyRecipe | TeacherRecipe", name: str) -> "Inputs":
+    from distill.recipe.keys import FamilyRecipe
+    from distill.weights.export import Inputs
+
+    size = recipe.crops.input_size
+    if isinstance(recipe, FamilyRecipe):
+        size = recipe.input_size_of(name)
+    return Inputs(size, recipe.data.mean, recipe.data.std)
+
+
+def _background(
+    run: Path, name: str, folder: Path, recipe: "FamilyRecipe | TeacherRecipe"
+) -> "Background":
+    """What the card of a network tells, from its own record, the run's summary and the teacher's folder."""
+    from distill.weights.card import Background, teacher_licence
+
+    provenance = _read_json(folder / "distill.json")
+    teacher = _teacher_folder(run, recipe)
+    return Background(
+        teacher="this network is a teacher"
+        if name == "teacher"
+        else _teacher_story(teacher, provenance),
+        data=_data_story(run, recipe, provenance),
+        licence=teacher_licence(teacher) or teacher_licence(folder),
+        provenance=provenance,
+        scores=_read_json(run / "summary.json"),
+    )
+
+
+def _teacher_story(teacher: Path, provenance: dict[str, Any]) -> str:
+    name = _read_json(teacher / "distill.json").get("recipe", teacher.name)
+    return f"{name} (fingerprint {provenance.get('teacher_fingerprint', 'unknown')})"
+
+
+def _data_story(
+    run: Path, recipe: "FamilyRecipe | TeacherRecipe", provenance: dict[str, Any]
+) -> str:
+    """Names and number of the training images; names only, because a path is nobody else's business."""
+    from distill.data.index import ImageIndex
+
+    names = ", ".join(Path(source.path).name for source in recipe.data.sources)
+    index = run / "data" / "train"
+    count = f"{len(ImageIndex.load(index)):,} images of " if index.is_dir() else ""
+    return f"{count}{names} (fingerprint {provenance.get('data', 'unknown')})"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; empty when there is no file, as beside weights from elsewhere."""
+    from distill.weights.containers import read_object
+
+    return read_object(path) if path.is_file() else {}

@@ -1,0 +1,80 @@
+"""What several verbs share: arguments and options, data from ``--data``, and how things are printed."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from distill.errors import DataError
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")
+]
+OverridesArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Values to replace, such as schedule.batch=32; list items by number, as in "
+        "students.0.lr=1e-4. Write teacher:KEY=VALUE for the recipe of the teacher it trains.",
+    ),
+]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")
+]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", metavar="DIR", help="Train on the images of this folder.")
+]
+GpusOption = Annotated[
+    int | None, typer.Option("--gpus", min=1, help="Local processes: GPUs, or CPU processes.")
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder for run folders.")]
+NameOption = Annotated[
+    str | None, typer.Option("--name", help="Name of the run folder; by default the recipe's.")
+]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Start over: remove what an earlier run of this name left.")
+]
+PlainOption = Annotated[bool, typer.Option("--plain", help="Lines instead of a live screen.")]
+RestartsOption = Annotated[
+    int,
+    typer.Option(
+        "--max-restarts", min=0, help="Times the job starts again by itself when a rank fails."
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def say(text: str) -> None:
+    """A line for people, as it is."""
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def with_data(recipe: str, overrides: Sequence[str] | None, data: Path | None) -> list[str]:
+    """Overrides with ``--data`` applied to the recipe and to the teacher's recipe it may name."""
+    from distill.recipe.reader import names_teacher_recipe
+
+    texts = list(overrides or [])
+    if data is None:
+        return texts
+    if not data.is_dir():
+        raise DataError(f"--data {data}: not a folder", fix="Give a folder with images.")
+    source = f"data.sources=[{{path: {json.dumps(str(data.absolute()))}}}]"
+    is_for_two = names_teacher_recipe(recipe, texts)
+    return [*texts, source, *([f"teacher:{source}"] if is_for_two else [])]
+
+
+def count_ranks(processes: int | str, asked: int | None) -> int:
+    """Local processes: as asked, or as the recipe says."""
+    from distill.launch.local import count_processes
+
+    return count_processes(asked or processes)

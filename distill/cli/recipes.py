@@ -1,0 +1,46 @@
+"""``distill recipes``: what ships, and copies of it to change."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from distill.cli.options import JsonOption, RecipeArgument, print_json, say
+
+recipes_app = typer.Typer(help="List, show and copy the built-in recipes.", no_args_is_help=True)
+
+
+@recipes_app.command("list")
+def list_recipes(as_json: JsonOption = False) -> None:
+    """Names of the built-in recipes and what each is for."""
+    from distill.recipe.reader import builtin_recipes
+
+    titles = {
+        name: path.read_text().splitlines()[0].removeprefix("# ")
+        for name, path in builtin_recipes().items()
+    }
+    if as_json:
+        print_json(titles)
+        return
+    for name, title in titles.items():
+        say(f"{name:22} {title}")
+
+
+@recipes_app.command("show")
+def show_recipe(recipe: RecipeArgument) -> None:
+    """Print a recipe."""
+    from distill.recipe.reader import find_recipe
+
+    sys.stdout.write(find_recipe(recipe).read_text())
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    recipe: RecipeArgument, target: Annotated[Path, typer.Argument(metavar="FILE")]
+) -> None:
+    """Copy a recipe, and the teacher recipe it names, to files of your own."""
+    from distill.recipe.reader import copy_recipe as copy
+
+    for path in copy(recipe, target):
+        say(f"wrote {path}")

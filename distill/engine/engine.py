@@ -1,0 +1,351 @@
+"""DeepSpeed for one trained network on one group: backward, agreed step, EMA, full state in and out.
+
+Several engines live in one process, on groups that nest and overlap. DeepSpeed assumes that its
+engine owns the world, so:
+
+- ``as_world`` makes the engine's group the world while the engine works, for every DeepSpeed
+collective and rank query;
+- stage 0 is never used (its gradient reduction reads a module global that the last engine wins),
+not even for a group of one;
+- stage 3 counts modules and parameters of the whole process and compares the counts between ranks;
+they start from a number of its own for every network;
+- stage 3's replacement of ``F.linear``, process-wide, is switched off: it corrupts other engines;
+- engines of one process are driven in the same order on every rank.
+
+The EMA lives beside the Adam moments of each shard (``distill.engine.layouts``): 1/N of the memory and no
+communication to update.
+
+A step whose gradient norm (reduced over the group, so every rank agrees) is not finite is skipped,
+and the host does not wait to learn it: the norm goes to AdamW as a tensor, and its fused kernel
+clips or leaves everything as it is, as it does for a loss scaler. DeepSpeed's own norm and checks,
+each of which asks the device, are switched off; stage 3 cannot do without them. A loss or a weight
+that is not finite on one rank is made to spoil that rank's gradients, so it is agreed on in the same
+way; a number times one is the same number.
+"""
+
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distill.engine.group_as_world import GroupLayout, as_world
+from distill.engine.layouts import shards_of
+
+Kept = list[dict[str, Tensor]]  # of every parameter group this rank's part of each kind of state
+STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
+BETA1 = 0.9
+CLIP_EPS = 1e-6  # as torch and DeepSpeed have it
+ONE_GROUP = 10**12  # numbers; a parameter group is never split
+MOST_AT_ONCE = 500_000_000  # gradients that are reduced together, DeepSpeed's own limit
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How one network is optimised. ``precision`` is "fp32" or "bf16" (fp32 master weights either way).
+
+    A step's gradient is the sum of ``num_parts`` micro-batches', added up in fp32. In bf16 that takes
+    stage 2 in place of 1, which adds up in bf16, where late micro-batches round away.
+    ``lr_factor``: of a parameter's learning rate, by its name. ``first_id``: where stage 3 counts this
+    network's parameters from, the same on every rank, another for every network.
+    """
+
+    zero_stage: int
+    precision: str
+    gradient_clip: float
+    images_per_rank: int
+    num_parts: int = 1
+    beta2: float = 0.99
+    lr_factor: Callable[[str], float] = lambda _: 1.0
+    first_id: int = 0
+
+
+@dataclass(frozen=True)
+class StepRates:
+    """Learning rate, its value for the prototypes (0 while frozen), weight decay and EMA momentum of one step."""
+
+    lr: float
+    lr_prototypes: float
+    weight_decay: float
+    ema_momentum: float
+
+
+def prepare_deepspeed(device_type: str) -> None:
+    """Imports DeepSpeed for ``device_type`` without compiling anything; call after ``init_process_group``."""
+    os.environ.setdefault("DS_ACCELERATOR", device_type)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel("ERROR")
+    # CPU start-up would build a shared-memory kernel with a compiler (55 s); gloo does not need it.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    deepspeed.init_distributed(
+        dist_backend=dist.get_backend(),
+        auto_mpi_discovery=False,
+        dist_init_required=False,
+        verbose=False,
+    )
+
+
+class Engine:
+    """One trained network, its optimizer and its EMA, sharded over ``group``."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        group: dist.ProcessGroup,
+        self_group: dist.ProcessGroup,
+        settings: EngineSettings,
+    ) -> None:
+        """Wraps ``module``; collective over ``group`` (every rank of it, no other)."""
+        import deepspeed
+
+        self.group, self._num_parts = group, settings.num_parts
+        self._mpu = GroupLayout(group, self_group)
+        self._adamw: Any = torch.optim.AdamW(
+            _parameter_groups(module, settings.lr_factor),
+            lr=0.0,
+            betas=(BETA1, settings.beta2),
+            fused=True,
+        )
+        self._clip, self._judges = settings.gradient_clip, settings.zero_stage != 3
+        with as_world(self._mpu):
+            if settings.zero_stage == 3:
+                _count_from(settings.first_id)
+            self._engine, self._zero, _, _ = deepspeed.initialize(
+                model=module,
+                optimizer=self._adamw,
+                config=_config(settings, sum(p.numel() for p in module.parameters())),
+                mpu=self._mpu,
+                dist_init_required=False,
+            )
+        self._shards = shards_of(self._zero, module, group)
+        self._states = [self._zero.optimizer.state[shard] for shard in self._shards.weights]
+        for shard, state in zip(self._shards.weights, self._states, strict=True):
+            state["step"] = torch.zeros((), device=shard.device)
+            state["exp_avg"] = torch.zeros_like(shard)
+            state["exp_avg_sq"] = torch.zeros_like(shard)
+            state["ema"] = shard.detach().clone()
+        device = self._shards.weights[0].device
+        self.grad_norm = torch.full((), torch.nan, device=device)
+        self.is_applied = torch.zeros((), dtype=torch.bool, device=device)
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped network; its parameters are views of the engine's flat buffers."""
+        module: nn.Module = self._engine.module
+        return module
+
+    def forward(self, *inputs: Any) -> Any:
+        """The module's forward pass."""
+        with as_world(self._mpu):
+            return self._engine(*inputs)
+
+    def backward_and_step(self, loss: Tensor, rates: StepRates) -> None:
+        """One micro-batch's gradients; after the step's last one: averaged over the group, clipped and applied, then the EMA.
+
+        The step is skipped, by all ranks together, if a gradient, a loss or a weight is not finite:
+        ``is_applied``. ``grad_norm`` is the global norm before clipping; not finite when it was skipped.
+        """
+        for param_group in self._zero.optimizer.param_groups:
+            lr = rates.lr_prototypes if param_group["is_prototypes"] else rates.lr
+            param_group["lr"] = lr * param_group["lr_factor"]
+            param_group["weight_decay"] = rates.weight_decay if param_group["is_decayed"] else 0.0
+        skipped_before = self._engine.skipped_steps
+        with as_world(self._mpu):
+            self._engine.backward(
+                self._witnessed(loss) * self._num_parts
+            )  # DeepSpeed divides by it
+            is_last = self._engine.is_gradient_accumulation_boundary()
+            if is_last and self._judges:
+                self._judge()
+            self._engine.step()
+        if not is_last:
+            return
+        if not self._judges:
+            norm = float(self._engine.get_global_grad_norm())
+            self.grad_norm = torch.full_like(self.grad_norm, norm)
+            is_applied = self._engine.skipped_steps == skipped_before
+            self.is_applied = torch.full_like(self.is_applied, is_applied)
+        self._follow(rates.ema_momentum)
+
+    @torch.no_grad()
+    def _judge(self) -> None:
+        """The gradients' global norm, and from it what AdamW will do with them. One all-reduce of one number over the group."""
+        gradients = [g for each in self._zero.averaged_gradients.values() for g in each]
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
+        square = torch.stack(norms).square().sum()
+        if dist.get_world_size(self.group) > 1:
+            dist.all_reduce(square, group=self.group)
+        self.grad_norm = square.sqrt().float()
+        self.is_applied = self.grad_norm.isfinite()
+        self._adamw.grad_scale = ((self.grad_norm + CLIP_EPS) / self._clip).clamp(min=1.0)
+        self._adamw.found_inf = (~self.is_applied).float()
+
+    @torch.no_grad()
+    def _follow(self, momentum: float) -> None:
+        """The EMA goes a step towards the weights if there was one. No communication."""
+        for shard, state in zip(self._shards.weights, self._states, strict=True):
+            ema = state["ema"]
+            torch.where(self.is_applied, ema.lerp(shard, 1.0 - momentum), ema, out=ema)
+
+    def _witnessed(self, loss: Tensor) -> Tensor:
+        """The loss; gradients of NaN where it or a weight of this rank's shards is not finite."""
+        seen = torch.stack(
+            [loss.detach().float(), *(shard.sum() for shard in self._shards.weights)]
+        )
+        return loss * (1.0 + 0.0 * seen.detach().sum())
+
+    def full(self, kind: str, *, keep: bool = True) -> dict[str, Tensor]:
+        """Whole tensors of one of ``STATE_KINDS`` by parameter name, fp32, on the host; nothing without ``keep``.
+
+        Communication: all-gathers over the group, which every rank of it must call.
+        """
+        tensors = {}
+        for name, tensor in self._shards.whole(self._values(kind), torch.float32):
+            if keep:
+                tensors[name] = tensor.to("cpu", copy=True)
+        return tensors
+
+    def _values(self, kind: str) -> list[Tensor]:
+        if kind == "weight":
+            return [shard.detach() for shard in self._shards.weights]
+        return [state[kind] for state in self._states]
+
+    @torch.no_grad()
+    def copy_ema_to(self, target: nn.Module) -> None:
+        """Writes the EMA into the parameters of ``target`` with the same names. Collective over the group.
+
+        Communication: the EMA in the target's dtype, unless both are sharded (stage 3) alike.
+        """
+        self._shards.copy_to(self._values("ema"), dict(target.named_parameters()))
+
+    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Everything needed to go on, independent of the layout: ``kind/name`` and ``step``. Communication as ``full``, four times."""
+        tensors = {
+            f"{kind}/{name}": tensor
+            for kind in STATE_KINDS
+            for name, tensor in self.full(kind, keep=keep).items()
+        }
+        tensors["step"] = self._states[0]["step"].reshape(1).to("cpu", copy=True)
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of ``state``, for any number of ranks and any stage. No communication."""
+        for kind in STATE_KINDS:
+
+            def whole(name: str, kind: str = kind) -> Tensor:
+                return tensors[f"{kind}/{name}"]
+
+            if kind == "weight":
+                self._shards.load(whole)
+                continue
+            for state, part in zip(self._states, self._shards.own(whole), strict=True):
+                state[kind].copy_(part)
+        for state in self._states:
+            state["step"].copy_(tensors["step"][0])
+
+    def is_finite_here(self) -> Tensor:
+        """Weights, moments and EMA of this rank's shards are finite, and so is the network it computes with."""
+        tensors = [shard for each in self._own_shards() for shard in each.values()]
+        tensors += self._shards.computed_with
+        return torch.stack([tensor.sum().isfinite() for tensor in tensors]).all()
+
+    def is_finite(self) -> bool:
+        """The same of all ranks. Waits for the device; one all-reduce over the group."""
+        finite = self.is_finite_here().float()
+        if dist.get_world_size(self.group) > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN, group=self.group)
+        return bool(finite)
+
+    @torch.no_grad()
+    def keep(self, into: Kept | None = None) -> Kept:
+        """A copy of this rank's shards in host memory, 16 bytes per parameter over the group; ``into`` is overwritten. No communication."""
+        own = self._own_shards()
+        if into is None:
+            return [{kind: shard.to("cpu", copy=True) for kind, shard in e.items()} for e in own]
+        for kept, shards in zip(into, own, strict=True):
+            for kind, shard in shards.items():
+                kept[kind].copy_(shard)
+        return into
+
+    @torch.no_grad()
+    def go_back(self, kept: Kept) -> None:
+        """To the state that ``keep`` copied, on every rank of the group together. One all-gather per parameter group."""
+        for shards, before in zip(self._own_shards(), kept, strict=True):
+            for kind, shard in shards.items():
+                shard.copy_(before[kind])
+        self._shards.show_weights()
+
+    def _own_shards(self) -> Kept:
+        return [
+            {"weight": shard.detach(), **state}
+            for shard, state in zip(self._shards.weights, self._states, strict=True)
+        ]
+
+
+def _parameter_groups(module: nn.Module, lr_factor: Callable[[str], float]) -> list[dict[str, Any]]:
+    """Trained parameters in as few groups as differ: matrices, vectors (no weight decay), prototypes (own learning rate while frozen), each by its factor."""
+    kinds: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_prototypes = ".prototypes." in name
+        is_decayed = parameter.ndim > 1 and not name.endswith(("_token", "_tokens"))
+        kind = (is_prototypes, is_decayed, lr_factor(name))
+        kinds.setdefault(kind, []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "is_prototypes": is_prototypes,
+            "is_decayed": is_decayed,
+            "lr_factor": factor,
+        }
+        for (is_prototypes, is_decayed, factor), parameters in kinds.items()
+    ]
+
+
+def _count_from(first_id: int) -> None:
+    """Where stage 3's numbers of parameters and modules go on: they are compared between ranks that hold other engines."""
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    Init.param_id = first_id
+    register = inspect.unwrap(DeepSpeedZeRoOffload._register_deepspeed_module)
+    register.__defaults__[0][0] = first_id
+
+
+def _config(settings: EngineSettings, num_parameters: int) -> dict[str, Any]:
+    adds_halves = settings.precision == "bf16" and settings.num_parts > 1
+    zero: dict[str, Any] = {
+        "stage": settings.zero_stage,
+        "overlap_comm": False,
+        "reduce_bucket_size": min(MOST_AT_ONCE, num_parameters),  # taken whole at every step
+    }
+    if settings.zero_stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": 0,
+            "memory_efficient_linear": False,
+            "sub_group_size": ONE_GROUP,
+        }
+    else:
+        zero |= {"stage": 2 if adds_halves else settings.zero_stage, "compute_grad_norm": False}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": max(1, settings.images_per_rank),
+        "gradient_accumulation_steps": settings.num_parts,
+        "gradient_clipping": settings.gradient_clip if settings.zero_stage == 3 else 0.0,
+        "zero_optimization": zero,
+    }
+    if settings.precision == "bf16":
+        config["bf16"] = {"enabled": True, "check_grad_overflow": False}
+    if adds_halves:
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config

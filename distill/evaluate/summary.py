@@ -1,0 +1,96 @@
+"""After the last step: scores, the picture, ``summary.json``. Run again on a finished run, it writes the same."""
+
+import io
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from distill.data.index import ImageIndex
+from distill.data.locations import Place, Reader
+from distill.data.photographs import photograph_paths
+from distill.evaluate.knn import evaluate_run
+from distill.evaluate.pictures import draw
+from distill.job.prepare import BUILTIN_PHOTOGRAPHS, read_job
+from distill.recipe.keys import FamilyRecipe
+from distill.runfolder.files import is_full
+from distill.runfolder.metrics import StatusFile, read_rows, write_json
+from distill.train.device import has_gpu
+from distill.weights.load import load_backbone
+
+NUM_PHOTOGRAPHS = 4  # rows of the picture
+
+
+def finish(run_folder: Path) -> dict[str, Any]:
+    """Scores teacher and students, draws ``features.png``, writes ``summary.json`` and the final status.
+
+    A disk without room for the picture costs the picture, not the run.
+    """
+    job = read_job(run_folder)
+    status_file = StatusFile(run_folder)
+    status = status_file.read()
+    assert status is not None, "a run that ended has a status"
+
+    def tell(text: str) -> None:
+        now = replace(status, state="evaluating", message=text, updated_unix=time.time())
+        status_file.write(now)
+
+    tell("")
+    timing = json.loads((run_folder / "timing.json").read_text())
+    students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
+    specs = {student.label: student.backbone_spec() for student in students}
+    last = [phase.name for phase in status.phases][-1]
+    summary: dict[str, Any] = {
+        "teacher": {},
+        "students": {name: {"loss": _last_loss(run_folder, name)} for name in specs},
+        "images_per_s": timing[last]["images"] / timing[last]["s"],
+        "phases_s": {name: entry["s"] for name, entry in timing.items()},
+    }
+    write_json(run_folder / "summary.json", summary)
+    device = torch.device("cuda" if has_gpu(job.recipe.engine.device) else "cpu")
+    teacher = job.teacher_paths[0]
+    summary = evaluate_run(run_folder, tell, teacher_folder=teacher, specs=specs, device=device)
+    tell("drawing features.png")
+    networks = {"teacher": load_backbone(teacher)[0].to(device)}
+    for name, spec in specs.items():
+        networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0].to(device)
+    data = job.recipe.data
+    photographs = _photographs(run_folder, data.sources[0].path)
+    message, picture = "", run_folder / "features.png"
+    try:
+        draw(networks, photographs, picture, mean=data.mean, std=data.std)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        message = f"{picture.name} was not written ({error.strerror}): make room and run `distill eval {run_folder}`"
+    ended = replace(status, state="finished", message=message, updated_unix=time.time())
+    status_file.write(replace(ended, work_done=1.0, eta_s=0.0))
+    return summary
+
+
+def _last_loss(run_folder: Path, name: str) -> float | None:
+    """None for a student that was parked before its first line."""
+    rows = read_rows(run_folder, name)
+    return rows[-1].loss if rows else None
+
+
+def _photographs(run_folder: Path, source: str) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """A few photographs to look at: the bundled ones whole, or the first images of the user's own."""
+    if source == BUILTIN_PHOTOGRAPHS:
+        paths = photograph_paths()
+        chosen = [Place.of(paths[n]) for n in ("astronaut", "chelsea", "coffee", "rocket")]
+    else:
+        held_out = run_folder / "data" / "held_out"
+        index = ImageIndex.load(held_out if held_out.is_dir() else run_folder / "data" / "train")
+        step = max(1, len(index) // NUM_PHOTOGRAPHS)
+        chosen = [index.place(image) for image in range(0, len(index), step)][:NUM_PHOTOGRAPHS]
+    images, reader = [], Reader()
+    for place in chosen:
+        with Image.open(io.BytesIO(reader.read(place).data)) as opened:
+            images.append(np.asarray(ImageOps.exif_transpose(opened).convert("RGB")))
+    return images

@@ -1,0 +1,357 @@
+"""Recipe and plan to the objects of a phase: what a rank builds before its loop starts.
+
+A family phase has a frozen teacher and its students. ``distill.job.pretraining`` has the phases in which
+a network, or its heads, teach themselves.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
+from distill.data.index import ImageIndex
+from distill.engine.engine import Engine, EngineSettings, StepRates
+from distill.errors import CheckpointError
+from distill.plan.by_step import Timetable
+from distill.plan.from_recipe import Recipe, TeacherShape, heads_of_student, later_plans
+from distill.plan.plan import Placement, Plan
+from distill.recipe.crop_sizes import crop_schedule
+from distill.recipe.keys import (
+    FAMILY_PHASE,
+    FamilyRecipe,
+    LrSpec,
+    ObjectiveSpec,
+    ScheduleSpec,
+    StageSpec,
+    StudentSpec,
+)
+from distill.recipe.to_data import build_feed, build_loader
+from distill.train import schedule
+from distill.train.balance import Balancer
+from distill.train.exchange import AllGather, Slices
+from distill.train.groups import Groups
+from distill.train.masking import StepMasks
+from distill.train.phase import Phase
+from distill.train.stopwatch import Stopwatch
+from distill.train.student import Assigner, Pupil, TargetMaker
+from distill.weights.heads import load_heads
+from distill.weights.load import load_backbone
+from students.catalog import build_backbone, init_weights_
+from students.objective import FeatureTrainee, Standardiser, build_projectors
+from students.shapes import BackboneSpec, grid_of
+from students.student import build_heads, seeded
+from teacher.frozen import FrozenTeacher
+from teacher.heads import Head
+from teacher.shapes import scaled_size
+from teacher.trainee import Objective, StepScalars, Trainee, TraineeTraits
+from teacher.vit import ViT
+
+IDS_PER_NETWORK = 1_000_000  # more than any has parameters and modules
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a rank works: its device, its run folder, its images."""
+
+    device: torch.device
+    run_folder: Path
+    index: ImageIndex
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the parts of a phase are built from, on one rank.
+
+    ``taught_by`` is the teacher's backbone; ``tell`` takes events that people should read.
+    """
+
+    recipe: Recipe
+    plan: Plan
+    groups: Groups
+    site: Site
+    taught_by: BackboneSpec
+    tell: Callable[[str], None]
+
+    def placement(self, name: str) -> Placement:
+        """Where a network trains."""
+        return next(p for p in self.plan.placements if p.name == name)
+
+    def parts_of(self, name: str) -> tuple[slice, ...]:
+        """The micro-batches of a network's slice on this rank."""
+        micro_batch = self.recipe.engine.micro_batch
+        return self.placement(name).parts_of(self.groups.world_rank, micro_batch)
+
+
+def objective_of(spec: ObjectiveSpec, gram: float = 0.0) -> Objective:
+    """The recipe's weights and the Gram weight of a stage."""
+    return Objective(**spec.model_dump(), gram=gram)
+
+
+def traits_of(
+    recipe: Recipe, *, masks_input: bool, crop_scale: float = 1.0, keep: float = 1.0
+) -> TraineeTraits:
+    """How a network of this recipe is trained."""
+    return TraineeTraits(masks_input, recipe.data.mean, recipe.data.std, crop_scale, keep)
+
+
+def build_trainee(
+    scene: Scene, name: str, network: tuple[nn.Module, Head, Head], traits: TraineeTraits
+) -> Trainee:
+    """A network with heads, on the group of ``name``."""
+    placement = scene.placement(name)
+    return Trainee(
+        *network,
+        traits,
+        scene.groups.by_network[name],
+        len(placement.slices),
+        placement.koleo_is_local,
+    )
+
+
+def build_engine(
+    scene: Scene,
+    name: str,
+    trainee: nn.Module,
+    lr_factor: Callable[[str], float] = lambda _: 1.0,
+) -> Engine:
+    """A trainee on its group, wrapped by its own engine. Collective over the group."""
+    groups, parts = scene.groups, scene.parts_of(name)
+    if scene.recipe.engine.activation_checkpointing:
+        for module in trainee.modules():
+            if isinstance(module, ViT):
+                module.is_checkpointing = True
+    settings = EngineSettings(
+        zero_stage=scene.recipe.engine.zero,
+        precision=scene.recipe.engine.precision,
+        gradient_clip=scene.recipe.schedule.clip,
+        images_per_rank=max(part.stop - part.start for part in parts),
+        num_parts=len(parts),
+        beta2=scene.recipe.schedule.beta2,
+        lr_factor=lr_factor,
+        first_id=IDS_PER_NETWORK * [p.name for p in scene.plan.placements].index(name),
+    )
+    device = scene.site.device
+    return Engine(trainee.to(device), groups.by_network[name], groups.alone, settings)
+
+
+def freeze(
+    recipe: Recipe, device: torch.device, backbone: nn.Module, heads: tuple[Head, Head] | None
+) -> FrozenTeacher:
+    """A teacher in the recipe's precision, on its device."""
+    teacher = FrozenTeacher(
+        backbone,
+        *(heads or (None, None)),
+        mean=recipe.data.mean,
+        std=recipe.data.std,
+        micro_images=recipe.engine.teacher_micro_batch,
+    )
+    return teacher.to(device, compute_dtype(recipe))
+
+
+def build_phase(
+    scene: Scene,
+    name: str,
+    steps: tuple[int, int],
+    teacher: FrozenTeacher,
+    pupils: tuple[Pupil, ...],
+    objective: Objective,
+    after_step: Callable[[int], None],
+    *,
+    stage: StageSpec | None = None,
+    lookahead: int = 0,
+    exchange: type[Slices] | type[AllGather] = Slices,
+    later: Sequence[tuple[int, Plan]] = (),
+) -> Phase:
+    """Loader, masks, exchange and schedules around a teacher and those it teaches.
+
+    ``steps``: where the phase begins in the stream of samples, and its length. ``stage``: of
+    pretraining. ``later``: plans for when networks are finished.
+    """
+    recipe, plan, rank, site = scene.recipe, scene.plan, scene.groups.world_rank, scene.site
+    timetable = Timetable(plan, later)
+    bounds, settings = recipe.schedule.rope_rescale, recipe.schedule
+    crops = crop_schedule(recipe, stage)
+    feed = build_feed(
+        recipe,
+        site.index,
+        crops,
+        site.run_folder / BAD_SAMPLES_FILE,
+        lambda step: timetable.at(step).share(rank, step),
+        sum(steps),
+    )
+    loader = build_loader(recipe, feed, crops, timetable.most_images(rank), site.device)
+
+    def grid_at(step: int) -> tuple[int, int]:
+        return grid_of(scene.taught_by, crops.at(step).global_size)
+
+    return Phase(
+        name=name,
+        num_steps=steps[1],
+        first_step=steps[0],
+        lookahead=lookahead,
+        plan=plan,
+        timetable=timetable,
+        world_rank=rank,
+        grid_at=grid_at,
+        loader=loader,
+        masks=StepMasks(recipe.masks, timetable, rank, grid_at, recipe.seed, site.device),
+        teacher=teacher,
+        teaching=Stopwatch(site.device),
+        exchange=exchange(timetable, rank, scene.groups.exchange, site.device),
+        pupils=pupils,
+        temperature=lambda step: schedule.teacher_temperature(settings, step),
+        scalars=lambda step: StepScalars(
+            objective, *schedule.rope_scales(bounds, recipe.seed, step)
+        ),
+        after_step=after_step,
+    )
+
+
+def step_rates(
+    settings: ScheduleSpec,
+    lr: LrSpec,
+    momentum: Callable[[int], float],
+    lr_steps: tuple[int, int],
+    weight_decay: Callable[[int], float] | None = None,
+) -> Callable[[int], StepRates]:
+    """Learning rates, weight decay and EMA momentum of each step; ``lr_steps``: where the rate's schedule begins, and its length."""
+    first, num_steps = lr_steps
+    decay = weight_decay or (lambda _: settings.weight_decay)
+
+    def rates(step: int) -> StepRates:
+        value = schedule.learning_rate(lr, step - first, num_steps, settings.batch)
+        frozen = step < settings.freeze_prototypes
+        return StepRates(value, 0.0 if frozen else value, decay(step), momentum(step))
+
+    return rates
+
+
+def load_teacher(
+    recipe: FamilyRecipe, folder: Path, heads: Path | None, device: torch.device
+) -> FrozenTeacher:
+    """A teacher from its folder and heads file; without heads where ``heads`` is None.
+
+    The backbone goes to ``device`` in the recipe's precision; heads follow.
+
+    Raises:
+        CheckpointError: files are missing, damaged, or do not fit each other.
+    """
+    backbone, spec = load_backbone(folder, dtype=compute_dtype(recipe), device=device)
+    both = None if heads is None else load_heads(heads, spec.width)
+    return freeze(recipe, device, backbone, both)
+
+
+def shard_teacher(scene: Scene, teacher: FrozenTeacher) -> None:
+    """Leaves each rank its part of a teacher that was loaded to the CPU, where the plan says so. Collective over the world."""
+    if not scene.plan.is_teacher_sharded:
+        return
+    teacher.shard(scene.groups.teacher, scene.site.device)
+    teacher.to(scene.site.device)
+    most = max(scene.plan.largest_shares)
+    teacher.min_forwards = -(-most // scene.recipe.engine.teacher_micro_batch)
+
+
+def compute_dtype(recipe: Recipe) -> torch.dtype:
+    """What networks of the recipe compute in."""
+    return torch.bfloat16 if recipe.engine.precision == "bf16" else torch.float32
+
+
+def family_phase(
+    scene: Scene, teacher: FrozenTeacher, shape: TeacherShape, first_steps: Mapping[str, int]
+) -> Phase:
+    """The distillation phase: one engine per student this rank trains. Collective over the world.
+
+    ``first_steps``: where each student joined; its own schedule begins there and ends with the others'.
+    """
+    recipe = scene.recipe
+    assert isinstance(recipe, FamilyRecipe), "students are a family's"
+    pupils = []
+    for student, placement in zip(recipe.students, scene.plan.placements, strict=True):
+        if scene.groups.world_rank not in placement.world_ranks:
+            continue
+        trainee, targets = _student(scene, student, teacher, shape)
+        lr = recipe.schedule.lr
+        if student.lr is not None:
+            lr = lr.model_copy(update={"peak": student.lr})
+        engine = build_engine(scene, student.label, trainee)
+        end = student.steps or recipe.schedule.steps
+        rates = _student_rates(recipe.schedule, lr, first_steps[student.label], end)
+        parts = scene.parts_of(student.label)
+        pupil = Pupil(
+            student.label, placement, engine, rates, targets, parts=parts, num_steps=student.steps
+        )
+        pupils.append(pupil)
+    objective = objective_of(recipe.objective)
+    steps = (0, recipe.schedule.steps)
+    phase = build_phase(
+        scene,
+        FAMILY_PHASE,
+        steps,
+        teacher,
+        tuple(pupils),
+        objective,
+        lambda _: None,
+        lookahead=recipe.engine.lookahead,
+        exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
+        later=later_plans(recipe, scene.plan),
+    )
+    if not recipe.engine.balance or not scene.plan.is_dithered:
+        return phase
+    balancer = Balancer(
+        phase.timetable,
+        scene.groups.world_rank,
+        scene.groups.control,
+        phase.loader,
+        (phase.teaching, [pupil.training for pupil in pupils]),
+        lookahead=phase.lookahead,
+        every=recipe.engine.balance,
+        tell=scene.tell,
+    )
+    return replace(phase, after_step=balancer.after_step)
+
+
+def _student(
+    scene: Scene, student: StudentSpec, teacher: FrozenTeacher, shape: TeacherShape
+) -> tuple[nn.Module, TargetMaker]:
+    """A student with fresh weights, and what makes its targets: heads if the teacher has them, projectors if not."""
+    recipe, device = scene.recipe, scene.site.device
+    spec, generator = student.backbone_spec(), seeded(recipe.seed, student.label)
+    size = recipe.crops.global_.size
+    grid_hw, taught_hw = (
+        grid_of(spec, scaled_size(size, student.crop_scale)),
+        grid_of(scene.taught_by, size),
+    )
+    if grid_hw[0] > taught_hw[0]:
+        raise CheckpointError(
+            f"students.{student.label}: its {grid_hw} patch grid is finer than the teacher's {taught_hw}",
+            fix="Choose a student whose stride is at least the teacher's patch size.",
+        )
+    backbone = build_backbone(spec)
+    init_weights_(backbone, generator)
+    traits = traits_of(recipe, masks_input=False, crop_scale=student.crop_scale)
+    if shape.heads is None:
+        taught = shape.spec.width
+        projectors = build_projectors(spec.width, taught, generator)
+        num_ranks = len(scene.placement(student.label).slices)
+        trainee = FeatureTrainee(backbone, *projectors, traits, num_ranks)
+        return trainee, Standardiser(taught, device)
+    assert teacher.dino_head is not None and teacher.ibot_head is not None, "shapes without heads"
+    heads = build_heads(*heads_of_student(student, spec, shape.heads), generator)
+    network = build_trainee(scene, student.label, (backbone, *heads), traits)
+    return network, Assigner(teacher.dino_head, teacher.ibot_head)
+
+
+def _student_rates(
+    settings: ScheduleSpec, lr: LrSpec, first_step: int, end: int
+) -> Callable[[int], StepRates]:
+    """Rates by the family's step, for a student that trains from ``first_step`` to ``end``."""
+    num_steps = end - first_step
+
+    def momentum(step: int) -> float:
+        return schedule.cosine(settings.ema, 1.0, step, num_steps)
+
+    rates = step_rates(settings, lr, momentum, (0, num_steps))
+    return lambda step: rates(step - first_step)

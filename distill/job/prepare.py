@@ -1,0 +1,265 @@
+"""Everything that happens once, before any process starts: recipe read, images indexed, run folder written.
+
+What can be wrong with a recipe, a folder of images or a world size is found here, in one process,
+with one clear line each.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import distributions
+from pathlib import Path
+from typing import Any
+
+from distill.checkpoint.manifest import find_latest
+from distill.data.index import ImageIndex, build_index, split
+from distill.data.photographs import photograph_paths, write_tiles
+from distill.data.sources import list_source
+from distill.errors import CheckpointError, DataError
+from distill.job.resume import describe_changes, joining_steps
+from distill.job.teacher_source import TRAINED_HEADS, heads_file
+from distill.plan.job import check_job
+from distill.recipe.keys import (
+    DataSpec,
+    FamilyRecipe,
+    TeacherRecipe,
+    recipe_hash,
+)
+from distill.recipe.reader import TEACHER_PREFIX, find_recipe, load_job, resolved_yaml
+from distill.runfolder.metrics import write_json
+
+BUILTIN_PHOTOGRAPHS = "builtin:photographs"
+CHECKPOINTS = "checkpoints"  # in a run folder
+RESOLVED = "recipe.resolved.yaml"
+FITTED_HEADS = "heads/teacher.safetensors"  # in a run folder
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """What the user asked for, enough to read the recipes again in another process."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    run_folder: str
+    resume_command: str
+    until: str | None = None  # the phase to end after; None for the whole job
+
+
+@dataclass(frozen=True)
+class Job:
+    """A prepared run: recipes, hash, and where the teacher is or will be."""
+
+    request: JobRequest
+    recipe: FamilyRecipe | TeacherRecipe
+    teacher_recipe: TeacherRecipe | None
+    data_fingerprint: str
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.request.run_folder)
+
+    @property
+    def resume_command(self) -> str:
+        return self.request.resume_command
+
+    @property
+    def hash(self) -> str:
+        """Identifies everything that decides a network's result but its own lines: both recipes and the images."""
+        shared: FamilyRecipe | TeacherRecipe = self.recipe
+        if isinstance(shared, FamilyRecipe):
+            shared = shared.model_copy(update={"students": ()})
+        hashes = [recipe_hash(shared), self.data_fingerprint]
+        if isinstance(self.recipe, FamilyRecipe):
+            hashes.append(self.recipe.teacher.heads_mode)  # where the file lies does not matter
+        if self.teacher_recipe is not None:
+            hashes.append(recipe_hash(self.teacher_recipe))
+        return "-".join(hashes)
+
+    @property
+    def networks(self) -> dict[str, str]:
+        """Every student, and a hash of what the recipe says of it."""
+        if not isinstance(self.recipe, FamilyRecipe):
+            return {}
+        return {student.label: recipe_hash(student) for student in self.recipe.students}
+
+    @property
+    def teacher_paths(self) -> tuple[Path, Path | None]:
+        """The teacher's weights, and the file of its heads; None where it teaches without."""
+        trained = self.run_folder / "teacher"
+        if not isinstance(self.recipe, FamilyRecipe):
+            return trained, trained / TRAINED_HEADS
+        source = self.recipe.teacher
+        weights = trained if source.weights is None else Path(source.weights)
+        if source.heads_mode == "none":
+            return weights, None
+        if source.heads_mode == "fit":
+            return weights, self.run_folder / FITTED_HEADS
+        return weights, heads_file(source, weights)
+
+    @property
+    def pretrains(self) -> TeacherRecipe | None:
+        """The recipe of the teacher that this run trains, if it trains one."""
+        return self.recipe if isinstance(self.recipe, TeacherRecipe) else self.teacher_recipe
+
+
+def read_job(run_folder: Path) -> Job:
+    """The job that ``prepare`` wrote; every rank reads it."""
+    stored = json.loads((run_folder / "job.json").read_text())
+    request = JobRequest(
+        **{**stored["request"], "overrides": tuple(stored["request"]["overrides"])}
+    )
+    recipe, teacher_recipe = load_job(request.recipe, request.overrides)
+    return Job(request, recipe, teacher_recipe, stored["data_fingerprint"])
+
+
+def check_data(
+    recipe: FamilyRecipe | TeacherRecipe, teacher_recipe: TeacherRecipe | None
+) -> dict[str, int]:
+    """Number of images of every source that the job reads, by path.
+
+    Raises:
+        DataError: a source is missing or holds no image.
+    """
+    recipes = [recipe] if teacher_recipe is None else [recipe, teacher_recipe]
+    paths = dict.fromkeys(source.path for each in recipes for source in each.data.sources)
+    return {path: _count_images(path) for path in paths}
+
+
+def _count_images(path: str) -> int:
+    return len(photograph_paths()) if path == BUILTIN_PHOTOGRAPHS else len(list_source(Path(path)))
+
+
+def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[str], None]) -> Job:
+    """Writes the run folder of a job that can start.
+
+    ``fresh`` removes what an earlier run of this name left, and nothing outside its folder.
+
+    Raises:
+        RecipeError, PlanError, DataError, CheckpointError: with one clear line; an existing run is
+        not touched.
+    """
+    recipe, teacher_recipe = load_job(request.recipe, request.overrides)
+    plans = check_job(recipe, teacher_recipe, num_ranks)
+    run_folder = Path(request.run_folder)
+    _refuse_foreign_folder(run_folder)
+    tiles = run_folder.parent / ".photographs"
+    train, held_out = _indices(recipe.data, tiles, say)
+    teacher_train = train
+    if teacher_recipe is not None and teacher_recipe.data.sources != recipe.data.sources:
+        teacher_train, _ = _indices(teacher_recipe.data, tiles, say)
+    fingerprint = f"{train.fingerprint}-{teacher_train.fingerprint}"
+    job = Job(request, recipe, teacher_recipe, fingerprint)
+    if fresh:
+        shutil.rmtree(run_folder, ignore_errors=True)
+    resumed = find_latest(run_folder / CHECKPOINTS, job.hash, lambda _: None)  # the run tells
+    joining_steps(job.recipe, job.networks, resumed)
+    for line in describe_changes(job.networks, resumed):
+        say(line)
+    (run_folder / "data").mkdir(parents=True, exist_ok=True)
+    for name, index in (("train", train), ("teacher", teacher_train), ("held_out", held_out)):
+        if index is not None:
+            index.save(run_folder / "data" / name)
+    (run_folder / "failure.json").unlink(missing_ok=True)
+    if resumed is None:  # what an earlier start left before its first checkpoint
+        for name in ("status.json", "timing.json"):
+            (run_folder / name).unlink(missing_ok=True)
+    _write_recipes(job)
+    write_json(run_folder / "plan.json", plans[-1].to_json())
+    write_json(run_folder / "env.json", _environment())
+    stored = {"request": asdict(request), "data_fingerprint": fingerprint}
+    write_json(run_folder / "job.json", stored)
+    return job
+
+
+def _write_recipes(job: Job) -> None:
+    """The recipe as given, and as resolved with the teacher's recipe beside it: together they run."""
+    source = find_recipe(job.request.recipe)
+    folder = job.run_folder
+    own = [text for text in job.request.overrides if not text.startswith(TEACHER_PREFIX)]
+    shutil.copyfile(source, folder / "recipe.yaml")
+    (folder / RESOLVED).write_text(resolved_yaml(str(source), own, job.recipe))
+    if job.teacher_recipe is not None and isinstance(job.recipe, FamilyRecipe):
+        theirs = [
+            text.removeprefix(TEACHER_PREFIX) for text in job.request.overrides if text not in own
+        ]
+        path = source.parent / str(job.recipe.teacher.train)
+        (folder / path.name).write_text(resolved_yaml(str(path), theirs, job.teacher_recipe))
+
+
+def _refuse_foreign_folder(run_folder: Path) -> None:
+    """A folder that holds something else is neither written to nor removed."""
+    is_empty = not run_folder.exists() or not any(run_folder.iterdir())
+    if not is_empty and not (run_folder / "job.json").is_file():
+        raise CheckpointError(
+            f"{run_folder}: holds files but is not a run folder of distill",
+            fix="Choose another --name or --out.",
+        )
+
+
+def _indices(
+    data: DataSpec, tiles: Path, say: Callable[[str], None]
+) -> tuple[ImageIndex, ImageIndex | None]:
+    """Training and held-out images. The bundled photographs come with their split; other folders are split per class."""
+    started = time.monotonic()
+    paths = [source.path for source in data.sources]
+    if BUILTIN_PHOTOGRAPHS in paths and len(paths) > 1:
+        raise DataError(
+            f"data.sources: {BUILTIN_PHOTOGRAPHS} brings its own held-out part and cannot be mixed",
+            fix="Name it alone, or name folders only.",
+        )
+    if paths == [BUILTIN_PHOTOGRAPHS]:
+        train_folder, held_out_folder = write_tiles(tiles)
+        train = build_index([train_folder], max_bad_fraction=0.0)
+        held_out: ImageIndex | None = build_index([held_out_folder], max_bad_fraction=0.0)
+    else:
+        index = _index(data)
+        train, held_out = (index, None) if index.labels is None else split(index, data.held_out)
+    say(
+        f"images: {len(train):,} to train on, {0 if held_out is None else len(held_out):,} held out "
+        f"({time.monotonic() - started:.1f} s)"
+    )
+    return train, held_out
+
+
+def training_index(data: DataSpec, tiles: Path) -> ImageIndex:
+    """The images that a recipe trains on; ``tiles`` is where bundled photographs are cut to."""
+    return _indices(data, tiles, lambda _: None)[0]
+
+
+def _index(data: DataSpec) -> ImageIndex:
+    """The recipe's sources; from ``data.index`` where that was made for them.
+
+    Raises:
+        DataError: ``data.index`` is of other sources.
+    """
+    paths = [Path(source.path).absolute() for source in data.sources]
+    kept = None if data.index is None else Path(data.index)
+    if kept is not None and kept.exists():
+        index = ImageIndex.load(kept)
+        if [name for name, _ in index.sources] != [str(path) for path in paths]:
+            held = ", ".join(name for name, _ in index.sources)
+            raise DataError(
+                f"data.index = {kept}: is of other sources ({held})",
+                fix="Name another folder, or remove this one so that it is made again.",
+            )
+        return index
+    index = build_index(
+        paths, max_bad_fraction=data.max_bad_fraction, max_megapixels=data.max_megapixels
+    )
+    if kept is not None:
+        index.save(kept)
+    return index
+
+
+def _environment() -> dict[str, Any]:
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cores": len(os.sched_getaffinity(0)),
+        "packages": {each.metadata["Name"]: each.version for each in distributions()},
+    }

@@ -1,0 +1,286 @@
+"""Phases in which a network teaches itself: its EMA stands in the teacher's place.
+
+Everything a rank teaches it also learns, so nothing travels. ``Pretraining`` trains a teacher in
+stages that go on with the same engine; ``HeadFitting`` learns heads on a frozen backbone with the
+same losses.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distill.data.depth import draw_kept
+from distill.errors import CheckpointError
+from distill.job.build import (
+    Scene,
+    Site,
+    build_engine,
+    build_phase,
+    build_trainee,
+    freeze,
+    objective_of,
+    step_rates,
+    traits_of,
+)
+from distill.plan.from_recipe import ONLINE, TeacherShape, plan_stage, shape_of_recipe
+from distill.plan.plan import Plan
+from distill.recipe.keys import (
+    HEADS_PHASE,
+    FamilyRecipe,
+    LrSpec,
+    ObjectiveSpec,
+    StageSpec,
+    TeacherRecipe,
+)
+from distill.runfolder.files import rename, write_file
+from distill.runfolder.tensor_file import encode, read_tensors
+from distill.train import schedule
+from distill.train.groups import Groups
+from distill.train.phase import Phase
+from distill.train.student import Assigner, Pupil
+from students.catalog import build_backbone
+from students.shapes import BackboneSpec
+from students.student import build_heads, build_network, seeded
+from teacher.batch import LessonBatch
+from teacher.frozen import FrozenTeacher, shard_blocks
+from teacher.shapes import ViTSpec
+from teacher.trainee import NUM_GLOBAL
+from teacher.vit import ViT
+
+
+def _own_targets(ema: FrozenTeacher) -> Assigner:
+    assert ema.dino_head is not None and ema.ibot_head is not None, (
+        "a network that teaches has heads"
+    )
+    return Assigner(ema.dino_head, ema.ibot_head)
+
+
+def _say_nothing(_: str) -> None:
+    """Nothing is re-planned where every rank teaches itself."""
+
+
+class Pretraining:
+    """The online network, its EMA and its Gram anchor over all stages of a teacher recipe, on one rank.
+
+    With ``engine.zero: 3`` all three are sharded over the ranks: DeepSpeed shards the online network,
+    the other two are gathered block by block for their forward passes.
+    """
+
+    def __init__(self, recipe: TeacherRecipe, groups: Groups, site: Site) -> None:
+        """Builds the networks; collective over the world."""
+        self.recipe, self.shape = recipe, shape_of_recipe(recipe)
+        assert self.shape.heads is not None, "a pretrained teacher has heads"
+        self._groups, self._site = groups, site
+        spec, heads = self.shape.spec, self.shape.heads
+        online = build_network(spec, *heads, seeded(recipe.seed, ONLINE))
+        backbone, *copies = build_network(spec, *heads, seeded(recipe.seed, ONLINE))
+        scene = self._scene(recipe.stages[0])
+        self._keep = 1.0 - recipe.schedule.drop_path
+        traits = traits_of(recipe, masks_input=True, keep=self._keep)
+        self._trainee = build_trainee(scene, ONLINE, online, traits)
+        self.engine = build_engine(scene, ONLINE, self._trainee, lr_factors(recipe, spec))
+        self._is_sharded = recipe.engine.zero == 3 and groups.num_ranks > 1
+        place = torch.device("cpu") if self._is_sharded else site.device
+        self.ema = freeze(recipe, place, backbone, (copies[0], copies[1]))
+        if self._is_sharded:
+            self.ema.shard(groups.teacher, site.device)
+            self.ema.to(site.device)
+
+    def _scene(self, stage: StageSpec) -> Scene:
+        recipe = self.recipe.at_stage(stage)
+        plan = plan_stage(self.recipe, stage, self._groups.num_ranks)
+        return Scene(recipe, plan, self._groups, self._site, self.shape.spec, _say_nothing)
+
+    def phase(self, stage: StageSpec, anchor_weights: dict[str, Tensor] | None = None) -> Phase:
+        """The phase of one stage; ``anchor_weights`` come from a checkpoint when the stage is resumed. Collective over the world."""
+        scene, gram = self._scene(stage), stage.gram
+        recipe, first_step = scene.recipe, self.recipe.first_step(stage)
+        self.ema.anchor = None
+        if gram is not None:
+            if anchor_weights is None:
+                dist.barrier(group=self._groups.control)  # the first rank writes snapshots
+                anchor_weights = self._read_snapshot(gram.teacher)
+            self.ema.anchor = self._anchor(anchor_weights)
+        if self._is_sharded:
+            most = max(scene.plan.largest_shares)
+            self.ema.min_forwards = -(-most // recipe.engine.teacher_micro_batch)
+        whole = (0, sum(s.steps for s in self.recipe.stages))
+        lr_steps = whole if stage.lr is None else (first_step, stage.steps)
+        settings = self.recipe.at_stage(stage).schedule
+        ema_end = None if stage.ema is not None else settings.ema_end
+        placement = scene.placement(ONLINE)
+        self._trainee.koleo_is_local = placement.koleo_is_local
+        pupil = Pupil(
+            ONLINE,
+            placement,
+            self.engine,
+            step_rates(
+                settings,
+                settings.lr,
+                lambda step: schedule.cosine(settings.ema, ema_end, step, whole[1]),
+                lr_steps,
+                lambda step: schedule.cosine(
+                    settings.weight_decay, settings.weight_decay_end, step, whole[1]
+                ),
+            ),
+            _own_targets(self.ema),
+            parts=scene.parts_of(ONLINE),
+            prepare=self._with_depth,
+        )
+        return build_phase(
+            scene,
+            stage.name,
+            (first_step, stage.steps),
+            self.ema,
+            (pupil,),
+            objective_of(stage.objective, 0.0 if gram is None else gram.weight),
+            lambda step: self._after_step(stage, step),
+            stage=stage,
+        )
+
+    def _with_depth(self, lesson: LessonBatch, step: int) -> LessonBatch:
+        """The lesson with the rows that pass through each branch of the online network."""
+        if self._keep == 1.0:
+            return lesson
+        kept = draw_kept(
+            seed=self.recipe.seed,
+            step=step,
+            positions=range(lesson.start, lesson.start + len(lesson.masks)),
+            num_crops=NUM_GLOBAL + self.recipe.crops.local.count,
+            num_blocks=_vit(self.shape.spec).depth,
+            keep=self._keep,
+        )
+        return replace(lesson, kept=kept)
+
+    def _after_step(self, stage: StageSpec, step: int) -> None:
+        """EMA into the teaching network; snapshots that a later stage asks for; the anchor at its refresh steps."""
+        self.engine.copy_ema_to(self.ema)
+        moment = f"{stage.name}@{step}"
+        if moment in {s.gram.teacher for s in self.recipe.stages if s.gram}:
+            self._write_snapshot(moment)
+        gram = stage.gram
+        if gram and step % gram.refresh == 0 and step // gram.refresh <= gram.max_refreshes:
+            self.ema.refresh_anchor()
+
+    def _write_snapshot(self, moment: str) -> None:
+        """Keeps the EMA's backbone for a later stage. Collective over the world."""
+        is_first = self._groups.world_rank == 0
+        weights = self.engine.full("ema", keep=is_first)
+        if not is_first:
+            return
+        path = self._snapshot(moment)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".part")
+        prefix = "backbone."
+        backbone = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
+        write_file(aside, encode(backbone))
+        rename(aside, path)
+
+    def _read_snapshot(self, moment: str) -> dict[str, Tensor]:
+        path = self._snapshot(moment)
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: the network at {moment}, which a Gram stage starts from, is missing",
+                fix="Put it back, or start over with --fresh.",
+            )
+        return read_tensors(path)
+
+    def _snapshot(self, moment: str) -> Path:
+        return self._site.run_folder / "anchors" / f"{moment}.safetensors"
+
+    def _anchor(self, weights: dict[str, Tensor]) -> nn.Module:
+        backbone = build_backbone(self.shape.spec)
+        backbone.load_state_dict(weights)
+        backbone.requires_grad_(False).eval().to(self.ema.dtype)
+        if self._is_sharded:
+            shard_blocks(backbone, self._groups.teacher, self._site.device)
+        return backbone.to(self._site.device)
+
+
+def lr_factors(recipe: TeacherRecipe, spec: BackboneSpec) -> Callable[[str], float]:
+    """A parameter's share of the learning rate by its name: less for every block further from the output, less for the patch embedding.
+
+    Heads and the final norms learn at the full rate, block i of n at decay ** (n - i), the embeddings
+    one step below the first block. Source: BEiT (Bao et al. 2022), appendix; DINOv3 report, section 3.
+    """
+    settings, depth = recipe.schedule, _vit(spec).depth
+
+    def factor(name: str) -> float:
+        if name.startswith("backbone.embeddings."):
+            own = settings.patch_embed_lr if ".patch_embeddings." in name else 1.0
+            return own * settings.layer_decay ** (depth + 1)
+        if name.startswith("backbone.layer."):
+            block = int(name.split(".")[2])
+            return float(settings.layer_decay ** (depth - block))
+        return 1.0
+
+    return factor
+
+
+def _vit(spec: BackboneSpec) -> ViTSpec:
+    assert isinstance(spec, ViTSpec), "a pretrained teacher is a ViT"
+    return spec
+
+
+class HeadFitting:
+    """DINO and iBOT heads learned on a frozen backbone; the EMA of the heads makes the targets.
+
+    The heads in training see masked global crops and local crops, the EMA sees whole global crops,
+    as in pretraining. Both share one copy of the backbone.
+    """
+
+    def __init__(
+        self,
+        recipe: FamilyRecipe,
+        backbone: nn.Module,
+        shape: TeacherShape,
+        plan: Plan,
+        groups: Groups,
+        site: Site,
+    ) -> None:
+        """Builds the heads; collective over the world."""
+        assert shape.heads is not None, "heads to fit have shapes"
+        self.recipe = recipe
+        self.scene = Scene(recipe, plan, groups, site, shape.spec, _say_nothing)
+        backbone.requires_grad_(False).eval()
+        heads, copies = (
+            build_heads(*shape.heads, seeded(recipe.seed, HEADS_PHASE)) for _ in range(2)
+        )
+        trainee = build_trainee(
+            self.scene,
+            HEADS_PHASE,
+            (backbone, *heads),
+            # nothing else has a mask token
+            traits_of(recipe, masks_input=isinstance(backbone, ViT)),
+        )
+        self.engine = build_engine(self.scene, HEADS_PHASE, trainee)
+        self.ema = freeze(recipe, site.device, backbone, copies)
+
+    def phase(self) -> Phase:
+        """The phase that fits the heads."""
+        fit, objective = self.recipe.teacher.fit, self.recipe.objective
+        lr = LrSpec(peak=fit.lr, end=0.0, warmup=fit.warmup, decay="cosine")
+        weights = ObjectiveSpec(
+            dino=objective.dino, ibot=objective.ibot, koleo=0.0, local=objective.local
+        )
+        rates = step_rates(self.recipe.schedule, lr, lambda _: fit.ema, (0, fit.steps))
+        placement, parts = self.scene.placement(HEADS_PHASE), self.scene.parts_of(HEADS_PHASE)
+        targets = _own_targets(self.ema)
+        pupil = Pupil(HEADS_PHASE, placement, self.engine, rates, targets, parts=parts)
+        return build_phase(
+            self.scene,
+            HEADS_PHASE,
+            (0, fit.steps),
+            self.ema,
+            (pupil,),
+            objective_of(weights),
+            lambda _: self.engine.copy_ema_to(self.ema),
+        )
+
+    def heads(self) -> dict[str, torch.Tensor]:
+        """The EMA of both heads by name, fp32. Collective over the world."""
+        return self.engine.full("ema")

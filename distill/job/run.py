@@ -1,0 +1,325 @@
+"""What one rank does from start to end: join the others, run the phases, write the results.
+
+    teacher recipe: its stages, then the teacher folder
+    family recipe:  the teacher's stages where it is to be trained, its heads where they are to be
+    fitted, then the family phase, then the students' folders
+
+The run folder is prepared before (``distill.job.prepare``): indices and the resolved recipe are there.
+A checkpoint says in which phase and at which step to go on; phases before it are not repeated.
+"""
+
+import gc
+import json
+import os
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from distill.checkpoint.manifest import NetworkFacts
+from distill.checkpoint.saver import Keeping, Saver, restore, saved_anchor
+from distill.data.index import ImageIndex
+from distill.engine.engine import Engine, prepare_deepspeed
+from distill.job.build import (
+    Scene,
+    Site,
+    family_phase,
+    load_teacher,
+    shard_teacher,
+)
+from distill.job.prepare import CHECKPOINTS, FITTED_HEADS, RESOLVED, Job
+from distill.job.pretraining import HeadFitting, Pretraining
+from distill.job.resume import agreed_checkpoint, joining_steps
+from distill.job.teacher_source import TRAINED_HEADS, teacher_shape
+from distill.plan.flops import DEFAULT_DEVICE, Device
+from distill.plan.from_recipe import ONLINE, plan_family, plan_fitting, plan_stage
+from distill.recipe.keys import (
+    FAMILY_PHASE,
+    HEADS_PHASE,
+    RESERVED_PHASES,
+    FamilyRecipe,
+    TeacherRecipe,
+    recipe_hash,
+)
+from distill.runfolder.files import replace_text
+from distill.runfolder.heartbeat import Pulse
+from distill.runfolder.metrics import PhaseStatus, write_json
+from distill.runfolder.requests import Asked
+from distill.train.device import take_device
+from distill.train.faults import Isolation
+from distill.train.groups import make_control, make_groups
+from distill.train.loop import run_phase
+from distill.train.phase import Phase
+from distill.train.recorder import Recorder
+from distill.weights.save import ExportFacts, fingerprint, write_backbone, write_heads
+from students.shapes import BackboneSpec
+
+COLLECTIVE_TIMEOUT = timedelta(
+    minutes=10
+)  # longer than any save or first step here; a dead peer fails at once
+
+
+def work(job: Job, asked: Asked, pulse: Pulse) -> None:
+    """Runs one rank of a prepared job; the launcher has set the usual rank variables."""
+    device = take_device(job.recipe.engine.device)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    try:
+        prepare_deepspeed(device.type)
+        _Run(job, device, asked, pulse).run()
+    finally:
+        dist.destroy_process_group()
+
+
+class _Run:
+    """The phases of one job on one rank."""
+
+    def __init__(self, job: Job, device: torch.device, asked: Asked, pulse: Pulse) -> None:
+        self.job, self.device, self.pulse = job, device, pulse
+        self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        recipe, teacher_recipe = job.recipe, job.teacher_recipe
+        self.teacher_recipe = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
+        self.family = recipe if isinstance(recipe, FamilyRecipe) else None
+        self.control, told = make_control(COLLECTIVE_TIMEOUT), list[str]()
+        folder = job.run_folder / CHECKPOINTS
+        self.saved = agreed_checkpoint(folder, job.hash, self.control, told.append)
+        self.first_steps = joining_steps(recipe, job.networks, self.saved)
+        every = recipe.checkpoint
+        self.recorder = Recorder(
+            job.run_folder,
+            self._phases(),
+            self.rank,
+            asked,
+            every.every_s,
+            [steps for steps in (every.every_steps, every.milestones) if steps is not None],
+            job.resume_command,
+            self.control,
+        )
+        self.recorder.show("preparing", message="; ".join(told))
+        last_saved = None if self.saved is None else (self.saved[1].phase, self.saved[1].step)
+        self.saver = Saver(self._keeping(), self.recorder, last_saved)
+
+    def _keeping(self) -> Keeping:
+        job = self.job
+        networks = {
+            name: NetworkFacts(hash=own, first_step=self.first_steps[name])
+            for name, own in job.networks.items()
+        }
+        return Keeping(
+            job.run_folder / CHECKPOINTS,
+            job.hash,
+            networks,
+            (job.run_folder / RESOLVED).read_text(encoding="utf-8"),
+            job.recipe.checkpoint.keep,
+            job.recipe.checkpoint.milestones,
+        )
+
+    def _phases(self) -> list[PhaseStatus]:
+        """All phases with their share of the work in seconds."""
+        phases = []
+        if self.teacher_recipe is not None:
+            for stage in self.teacher_recipe.stages:
+                work = sum(plan_stage(self.teacher_recipe, stage, self.num_ranks).load_s)
+                phases.append(PhaseStatus(stage.name, stage.steps, stage.steps * work, (ONLINE,)))
+        if self.family is not None:
+            shape = teacher_shape(self.family, self.teacher_recipe)
+            if self.family.teacher.heads_mode == "fit":
+                work = sum(plan_fitting(self.family, shape, self.num_ranks).load_s)
+                steps = self.family.teacher.fit.steps
+                phases.append(PhaseStatus(HEADS_PHASE, steps, steps * work, (HEADS_PHASE,)))
+            work = sum(plan_family(self.family, shape, self.num_ranks).load_s)
+            names = tuple(student.label for student in self.family.students)
+            steps = self.family.schedule.steps
+            phases.append(PhaseStatus(FAMILY_PHASE, steps, steps * work, names))
+        return phases
+
+    def run(self) -> None:
+        """Every phase that is not finished yet, then the results; returns early after a stop that was saved."""
+        order = [phase.name for phase in self.recorder.status.phases]
+        left = order[order.index(self.saved[1].phase) if self.saved else 0 :]
+        is_trained = self.teacher_recipe is None or left[0] in RESERVED_PHASES
+        if not is_trained and not self._pretrain(left):
+            return self._stopped()
+        if HEADS_PHASE in left and not self._fit_heads():
+            return self._stopped()
+        if self.job.request.until == HEADS_PHASE:
+            told = f"heads are in {self.job.run_folder / FITTED_HEADS}"
+            return self.recorder.show("stopped", message=told)
+        if self.family is not None and not self._train_family():
+            return self._stopped()
+        self.recorder.show("exporting")
+        return None
+
+    def _stopped(self) -> None:
+        told = "saved" if self.saver.is_saved else self.recorder.status.message
+        self.recorder.show("stopped", message=f"{told}; run the same command to go on")
+
+    def _pretrain(self, names: list[str]) -> bool:
+        recipe = self.teacher_recipe
+        assert recipe is not None, "pretraining without a teacher recipe"
+        plan = plan_stage(recipe, recipe.stages[0], self.num_ranks)
+        groups = make_groups(plan, COLLECTIVE_TIMEOUT)
+        pretraining = Pretraining(recipe, groups, self._site("teacher"))
+        for stage in recipe.stages:
+            if stage.name not in names:
+                continue
+            resumed = self.saved if self.saved and self.saved[1].phase == stage.name else None
+            anchor = saved_anchor(resumed[0]) if resumed and stage.gram else None
+            phase = pretraining.phase(stage, anchor)
+            start_step = self._restore(phase)
+            pretraining.engine.copy_ema_to(pretraining.ema)
+            if not self._run_phase(phase, start_step):
+                return False
+        weights = pretraining.engine.full("ema", keep=self.rank == 0)
+        if self.rank == 0:
+            self._write_teacher(weights, pretraining.shape.spec)
+        dist.barrier()
+        return True
+
+    def _fit_heads(self) -> bool:
+        recipe = self.family
+        assert recipe is not None, "heads are fitted for a family"
+        shape = teacher_shape(recipe, self.teacher_recipe)
+        plan = plan_fitting(recipe, shape, self.num_ranks)
+        groups = make_groups(plan, COLLECTIVE_TIMEOUT)
+        teacher = load_teacher(recipe, self.job.teacher_paths[0], None, self.device)
+        fitting = HeadFitting(recipe, teacher.backbone, shape, plan, groups, self._site("train"))
+        phase = fitting.phase()
+        start_step = self._restore(phase)
+        fitting.engine.copy_ema_to(fitting.ema)
+        if not self._run_phase(phase, start_step):
+            return False
+        weights = fitting.heads()
+        if self.rank == 0:
+            write_heads(self.job.run_folder / FITTED_HEADS, weights)
+        dist.barrier()
+        return True
+
+    def _train_family(self) -> bool:
+        recipe = self.family
+        assert recipe is not None, "a family phase without a family recipe"
+        shape = teacher_shape(recipe, self.teacher_recipe)
+        plan = plan_family(recipe, shape, self.num_ranks, self._planned_device())
+        place = torch.device("cpu") if plan.is_teacher_sharded else self.device
+        teacher = load_teacher(recipe, *self.job.teacher_paths, place)
+        is_first = any(placement.first_rank == self.rank for placement in plan.placements)
+        taught_by = fingerprint(teacher.backbone.state_dict()) if is_first else ""
+        if self.rank == 0:
+            write_json(self.job.run_folder / "plan.json", plan.to_json())
+        groups = make_groups(plan, COLLECTIVE_TIMEOUT)
+        scene = Scene(recipe, plan, groups, self._site("train"), shape.spec, self._tell)
+        shard_teacher(scene, teacher)
+        phase = family_phase(scene, teacher, shape, self.first_steps)
+        finished = self._run_phase(phase, self._restore(phase))
+        if finished:
+            self._write_students(phase, recipe, taught_by)
+        return finished
+
+    def _planned_device(self) -> Device:
+        """What the plan assumes, with the memory of the smallest device of the job. Collective over the world."""
+        if self.device.type != "cuda":
+            return DEFAULT_DEVICE
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        smallest = torch.tensor([float(total)], device=self.device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return replace(DEFAULT_DEVICE, memory_gib=float(smallest) / 2**30)
+
+    def _tell(self, event: str) -> None:
+        self.recorder.show("training", message=event)
+
+    def _site(self, images: str) -> Site:
+        folder = self.job.run_folder
+        return Site(self.device, folder, ImageIndex.load(folder / "data" / images))
+
+    def _restore(self, phase: Phase) -> int:
+        """Loads the phase's networks if the checkpoint is of this phase; the step to go on from."""
+        if self.saved is None or self.saved[1].phase != phase.name:
+            return 0
+        restore(phase, self.saved)
+        return self.saved[1].step
+
+    def _run_phase(self, phase: Phase, start_step: int) -> bool:
+        started = time.monotonic()
+        self.pulse.phase = phase.name
+        self.recorder.start(phase, start_step)
+        isolation = Isolation(phase, self.job.run_folder)
+        isolation.start(start_step, self.control)
+        finished = run_phase(phase, self.recorder, self.saver, isolation, self.pulse, start_step)
+        if finished and start_step < phase.num_steps:
+            self.pulse.at("saving", phase.num_steps)
+            isolation.before_save(phase.num_steps)
+            self.saver.save(phase, phase.num_steps)
+        self.saver.wait()
+        self.pulse.at("between phases", phase.num_steps)
+        self.recorder.finish_phase()
+        phase.loader.close()
+        if self.rank == 0:
+            note_time(
+                self.job.run_folder,
+                phase.name,
+                time.monotonic() - started,
+                self.recorder.take_images(),
+            )
+        gc.collect()
+        return finished
+
+    def _write_teacher(self, weights: dict[str, torch.Tensor], spec: BackboneSpec) -> None:
+        recipe = self.teacher_recipe
+        assert recipe is not None, "a teacher folder without a teacher recipe"
+        steps = sum(stage.steps for stage in recipe.stages)
+        facts = ExportFacts(
+            recipe.crops.input_size,
+            recipe.data.mean,
+            recipe.data.std,
+            self._provenance(recipe, steps),
+        )
+        folder = self.job.run_folder / "teacher"
+        write_heads(folder / TRAINED_HEADS, weights)
+        write_backbone(folder, _backbone_only(weights), spec, facts)
+
+    def _write_students(self, phase: Phase, recipe: FamilyRecipe, taught_by: str) -> None:
+        """Every student's EMA as a folder, by the first rank of its group."""
+        specs = {student.label: student.backbone_spec() for student in recipe.students}
+        provenance = self._provenance(recipe, phase.num_steps)
+        provenance["teacher_fingerprint"] = taught_by
+        sizes = {student.label: recipe.input_size_of(student.label) for student in recipe.students}
+        mean, std = recipe.data.mean, recipe.data.std
+        for pupil in phase.pupils:
+            engine: Engine = pupil.engine
+            is_first = pupil.placement.first_rank == self.rank
+            weights = engine.full("ema", keep=is_first)
+            if is_first:
+                folder = self.job.run_folder / "students" / pupil.name
+                facts = ExportFacts(sizes[pupil.name], mean, std, provenance)
+                write_backbone(folder, _backbone_only(weights), specs[pupil.name], facts)
+        dist.barrier()
+
+    def _provenance(self, recipe: FamilyRecipe | TeacherRecipe, steps: int) -> dict[str, object]:
+        return {
+            "recipe": recipe.name,
+            "recipe_hash": recipe_hash(recipe),
+            "steps": steps,
+            "data": self.job.data_fingerprint,
+        }
+
+
+def _backbone_only(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in weights.items()
+        if name.startswith("backbone.")
+    }
+
+
+def note_time(run_folder: Path, phase: str, seconds: float, num_images: int) -> None:
+    """Adds to the time and images of a phase in ``timing.json``; a run that was resumed adds up."""
+    path = run_folder / "timing.json"
+    timing = json.loads(path.read_text()) if path.is_file() else {}
+    before = timing.get(phase, {"s": 0.0, "images": 0})
+    timing[phase] = {"s": before["s"] + seconds, "images": before["images"] + num_images}
+    replace_text(path, json.dumps(timing, indent=2) + "\n")

@@ -1,0 +1,89 @@
+"""``distill data show``: the images of one step, through the loader and the mask sampler that training uses."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from distill.data.contact_sheet import draw_sheet, rows_of
+from distill.data.mask_counts import mask_counts
+from distill.data.masks import draw_masks
+from distill.errors import RecipeError
+from distill.job.prepare import training_index
+from distill.job.teacher_source import teacher_shape
+from distill.plan.from_recipe import shape_of_recipe
+from distill.recipe.crop_sizes import crop_schedule
+from distill.recipe.keys import FamilyRecipe, StageSpec, TeacherRecipe
+from distill.recipe.to_data import build_feed, build_loader
+from students.shapes import grid_of
+
+
+def draw_step(
+    recipe: FamilyRecipe | TeacherRecipe,
+    teacher_recipe: TeacherRecipe | None,
+    *,
+    step: int,
+    num_images: int,
+    stage: str | None,
+    out: Path,
+) -> Path:
+    """``out``, now holding a contact sheet of the first images of a step, counted from the start of the stage that is named.
+
+    Raises:
+        RecipeError: no stage has that name.
+        DataError: the recipe's images are missing.
+        CheckpointError: the teacher's patch size is not known because its files are missing.
+    """
+    index = training_index(recipe.data, out.absolute().parent / ".photographs")
+    shape = (
+        shape_of_recipe(recipe)
+        if isinstance(recipe, TeacherRecipe)
+        else teacher_shape(recipe, teacher_recipe, has_files=False)
+    )
+    own = None
+    if stage is not None:
+        own = _stage_named(recipe, stage)
+        assert isinstance(recipe, TeacherRecipe), "only they have stages"
+        step += recipe.first_step(own)
+        recipe = recipe.at_stage(own)
+    crops = crop_schedule(recipe, own)
+    grid_hw = grid_of(shape.spec, crops.at(step).global_size)
+    count = min(num_images, recipe.schedule.batch)
+    feeds = [
+        build_feed(recipe, index, crops, None, lambda _: range(count), step + 1) for _ in range(2)
+    ]
+    feeds[0].start(step)
+    prepared = feeds[0].take()
+    assert prepared is not None, "a step with images"
+    images = []
+    for encoded in prepared.encoded:
+        with Image.open(io.BytesIO(encoded.data)) as file:
+            images.append(ImageOps.exif_transpose(file).convert("RGB"))
+    loader = build_loader(recipe, feeds[1], crops, count, torch.device("cpu"))
+    batch = loader.fetch(step)
+    loader.close()
+    feeds[0].close()
+    counts = mask_counts(
+        seed=recipe.seed,
+        step=step,
+        grid_hw=grid_hw,
+        images_global=recipe.schedule.batch,
+        probability=recipe.masks.probability,
+        ratio=recipe.masks.ratio,
+    )
+    positions = np.arange(count)
+    masks = draw_masks(
+        seed=recipe.seed, step=step, counts=counts, positions=positions, grid_hw=grid_hw
+    )
+    return draw_sheet(rows_of(images, prepared.parameters), batch, masks, grid_hw, out)
+
+
+def _stage_named(recipe: FamilyRecipe | TeacherRecipe, name: str) -> StageSpec:
+    stages = recipe.stages if isinstance(recipe, TeacherRecipe) else ()
+    for stage in stages:
+        if stage.name == name:
+            return stage
+    known = ", ".join(stage.name for stage in stages) or "none: it is a family recipe"
+    raise RecipeError(f"--stage {name}: not a stage", fix=f"The recipe's stages: {known}.")

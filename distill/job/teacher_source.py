@@ -1,0 +1,78 @@
+"""What a recipe says of its teacher: its shape, and where its heads are."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from distill.errors import CheckpointError
+from distill.plan.from_recipe import TeacherShape, head_shapes, shape_of_recipe
+from distill.recipe.keys import FamilyRecipe, TeacherRecipe, TeacherSource
+from students.shapes import CATALOG
+
+TRAINED_HEADS = "heads.safetensors"  # beside the weights of a teacher
+
+
+def teacher_shape(
+    recipe: FamilyRecipe, teacher_recipe: TeacherRecipe | None, *, has_files: bool = True
+) -> TeacherShape:
+    """Shapes of the family's teacher as its students will meet it, from recipes and files.
+
+    ``has_files=False``: from ``teacher.arch`` where there are no files.
+
+    Raises:
+        CheckpointError: files are missing or do not fit.
+    """
+    source = recipe.teacher
+    weights = Path(str(source.weights))
+    if teacher_recipe is not None:
+        shape = shape_of_recipe(teacher_recipe)
+    elif not has_files and source.arch is not None and not weights.exists():
+        spec = CATALOG[source.arch]
+        shape = TeacherShape(spec, head_shapes(source.fit.heads, spec.width))
+    else:
+        from distill.weights.heads import head_shapes_of  # who only plans reads no file
+        from distill.weights.load import shape_of
+
+        spec, heads = shape_of(weights), None
+        if source.heads_mode == "file":
+            heads = head_shapes_of(heads_file(source, weights), spec.width)
+        shape = TeacherShape(spec, heads)
+    if source.heads_mode == "none":
+        return replace(shape, heads=None)
+    if source.heads_mode == "fit":
+        return replace(shape, heads=head_shapes(source.fit.heads, shape.spec.width))
+    return shape
+
+
+def heads_file(source: TeacherSource, weights: Path) -> Path:
+    """The file of the heads that the recipe names, or that lies beside the weights.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if source.heads is not None:
+        return Path(source.heads)
+
+    from distill.weights.heads import has_heads  # who only plans reads no file
+
+    if weights.is_file() and has_heads(weights):
+        return weights  # a training file holds both
+    beside = (weights if weights.is_dir() else weights.parent) / TRAINED_HEADS
+    if source.weights is not None and not beside.is_file():
+        raise CheckpointError(
+            f"teacher.weights = {weights}: no {TRAINED_HEADS} beside them (released teachers have none)",
+            fix="Write `heads: fit` to learn heads on this teacher first, `heads: none` to learn from "
+            "its features, or name a file.",
+        )
+    return beside
+
+
+def heads_story(recipe: FamilyRecipe) -> str:
+    """One clause for people: what the students learn from, and why."""
+    source = recipe.teacher
+    if source.heads_mode == "none":
+        return "students learn the teacher's features (heads: none)"
+    if source.heads_mode == "fit":
+        return f"DINO and iBOT heads are learned on the teacher first, {source.fit.steps} steps (heads: fit)"
+    if source.weights is None:
+        return "students learn through the heads that the teacher is trained with"
+    return f"students learn through the heads in {heads_file(source, Path(source.weights))}"

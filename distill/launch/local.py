@@ -1,0 +1,237 @@
+"""Starts the ranks of a job and stays with them: local processes, or one rank of somebody else's launch.
+
+The launching process owns the terminal. It shows the run folder's files, and turns signals into
+wishes of the job (``distill.runfolder.requests``); a second Ctrl-C ends every rank. Under torchrun (or any launcher that
+sets RANK and WORLD_SIZE) each process is a rank; rank 0 prepares the run folder first, then shows
+plain lines.
+"""
+
+import multiprocessing
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from distill.errors import SetupError, UserError
+from distill.runfolder.lock import run_lock
+from distill.runfolder.requests import SAVE, STOP, ask, forget, is_asked
+
+if TYPE_CHECKING:
+    from distill.job.prepare import JobRequest
+    from distill.runfolder.failure import Failure
+
+STOPPED_EXIT_CODE = 130  # the shell's convention for a program ended by Ctrl-C
+SAVE_HINT = "Ctrl-C saves and stops"
+PREPARED_WAIT_S = 1800.0  # indexing a large folder may take minutes
+
+
+@dataclass(frozen=True)
+class Options:
+    """Command-line choices that are about this launch, not about the result."""
+
+    processes: int | None
+    out: Path
+    name: str | None
+    fresh: bool
+    plain: bool
+    until: str | None = None  # the phase to end after; None for the whole job
+    max_restarts: int = 0  # of all local ranks, when one fails
+
+
+def run(recipe: str, overrides: list[str], options: Options) -> int:
+    """Prepares and runs a job; the exit code says how it ended: 0 finished or stopped by SIGTERM, 130 stopped by Ctrl-C.
+
+    Raises:
+        UserError: with the exit code of the failure: 1, or 4 where a rank died or hung.
+    """
+    from distill.job.prepare import JobRequest
+    from distill.recipe.reader import builtin_recipes, load_job
+
+    parsed, _ = load_job(recipe, overrides)
+    run_folder = options.out / (options.name or parsed.name)
+    kept = recipe if recipe in builtin_recipes() else str(Path(recipe).absolute())  # for any folder
+    request = JobRequest(kept, tuple(overrides), str(run_folder), resume_command(), options.until)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _run_as_rank(request, options)
+    wanted = options.processes or parsed.engine.processes
+    return _run_locally(request, options, count_processes(wanted))
+
+
+def resume_command() -> str:
+    """The command line that was used, without --fresh: running it again goes on."""
+    words = [word for word in sys.argv[1:] if word != "--fresh"]
+    return shlex.join(["distill", *words])
+
+
+def count_processes(wanted: int | str) -> int:
+    """Local processes: as asked, or one per GPU, or one on a machine without."""
+    if wanted != "auto":
+        return int(wanted)
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _run_locally(request: "JobRequest", options: Options, num_ranks: int) -> int:
+    from distill.job.prepare import prepare
+    from distill.launch.supervisor import Supervisor
+
+    console = Console()
+    live = console.is_terminal and not options.plain
+    folder = Path(request.run_folder)
+    with run_lock(folder) as lock:
+        lock.alone()
+        job = prepare(request, num_ranks=num_ranks, fresh=options.fresh, say=console.print)
+        forget(folder)
+        lock.share()
+        supervisor = Supervisor(
+            folder,
+            num_ranks,
+            max_restarts=options.max_restarts,
+            hang_limit_s=job.recipe.engine.hang_limit_s,
+        )
+        with _Signals(folder) as signals, _screen(folder, console, live=live, hint=SAVE_HINT):
+            failure = supervisor.run()
+            if signals.num_interrupts > 1:
+                raise _ended_at_once(folder)
+            return _conclude(folder, failure, was_interrupted=signals.num_interrupts > 0)
+
+
+@contextmanager
+def _screen(run_folder: Path, console: Console, *, live: bool, hint: str = "") -> Iterator[None]:
+    """Shows the run's files while inside."""
+    from distill.screen.console import watch
+
+    done = threading.Event()
+    watching = {
+        "live": live,
+        "console": console,
+        "stop": done,
+        "since_unix": time.time(),
+        "hint": hint,
+    }
+    screen = threading.Thread(target=watch, args=(run_folder,), kwargs=watching, daemon=True)
+    screen.start()
+    try:
+        yield
+    finally:
+        done.set()
+        screen.join(timeout=5)
+
+
+def _run_as_rank(request: "JobRequest", options: Options) -> int:
+    """One rank of an outer launch; rank 0 prepares and concludes."""
+    from distill.job.prepare import prepare
+    from distill.launch.rank import entry
+
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    folder = Path(request.run_folder)
+    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
+    launch = "-".join(os.environ.get(name, "0") for name in names)
+    ready = folder / f".ready-{launch}"
+    if rank != 0:
+        _wait_for(ready)
+        entry(request.run_folder, None)
+        return 0
+    console = Console()
+    with run_lock(folder) as lock:
+        lock.alone()
+        prepare(request, num_ranks=num_ranks, fresh=options.fresh, say=console.print)
+        forget(folder)
+        lock.share()
+        ready.touch()
+        try:
+            with _screen(folder, console, live=False):
+                entry(request.run_folder, None)
+                return _conclude(folder, None, was_interrupted=False)
+        finally:
+            ready.unlink(missing_ok=True)
+
+
+def _wait_for(ready: Path) -> None:
+    """Waits until rank 0 has prepared the run folder; it ends the launch if it cannot."""
+    deadline = time.monotonic() + PREPARED_WAIT_S
+    while not ready.exists():
+        if time.monotonic() > deadline:
+            raise SetupError(
+                f"rank 0 did not prepare {ready.parent} within {PREPARED_WAIT_S:.0f} s",
+                fix="Put --out on storage that all nodes share, and look at rank 0's output.",
+            )
+        time.sleep(0.1)
+
+
+def _conclude(run_folder: Path, failure: "Failure | None", *, was_interrupted: bool) -> int:
+    """Scores and pictures of a finished run, or the reason why it is not finished."""
+    from distill.evaluate.summary import finish
+    from distill.runfolder.metrics import StatusFile
+
+    status_file = StatusFile(run_folder)
+    status = status_file.read()
+    was_ended = failure is not None and failure.kind == "died" and is_asked(run_folder, STOP)
+    if failure is not None and not was_ended:
+        if status is not None:
+            now = time.time()
+            status_file.write(
+                replace(status, state="failed", message=failure.message, updated_unix=now)
+            )
+        raise failure.to_error()
+    if status is None or status.state != "exporting":
+        return STOPPED_EXIT_CODE if was_interrupted else 0
+    finish(run_folder)
+    return 0
+
+
+def _ended_at_once(run_folder: Path) -> UserError:
+    error = UserError(
+        f"{run_folder}: ended at once, nothing was saved",
+        fix="The same command resumes from the last checkpoint.",
+    )
+    error.exit_code = STOPPED_EXIT_CODE
+    return error
+
+
+class _Signals:
+    """Signals to the launcher become wishes of the job; a second Ctrl-C ends every rank at once."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self._run_folder = run_folder
+        self.num_interrupts = 0
+
+    def __enter__(self) -> "_Signals":
+        handlers = {
+            signal.SIGINT: self._on_interrupt,
+            signal.SIGTERM: self._on_stop,
+            signal.SIGUSR1: self._on_save,
+        }
+        self._before = {
+            number: signal.signal(number, handler) for number, handler in handlers.items()
+        }
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_stop(self, *_: object) -> None:
+        ask(self._run_folder, STOP)
+
+    def _on_save(self, *_: object) -> None:
+        ask(self._run_folder, SAVE)
+
+    def _on_interrupt(self, *_: object) -> None:
+        self.num_interrupts += 1
+        ask(self._run_folder, STOP)
+        if self.num_interrupts == 1:
+            sys.stderr.write("\nstopping: every rank saves first; Ctrl-C again ends at once\n")
+            return
+        for child in multiprocessing.active_children():
+            child.kill()

@@ -1,0 +1,112 @@
+"""The frame around one rank's work: what it hears, what it says, and how it ends when others are gone.
+
+    signals and wishes -> Asked     heartbeat, stacks -> files     an exception -> the first cause
+
+Under ``distill`` the launcher watches the ranks and ends them. Under another launcher rank 0 and the
+last rank watch, because either may be the one that hangs. Every rank ends by itself when its
+launcher is gone, or when the job has failed and something keeps it from noticing.
+"""
+
+import faulthandler
+import os
+import time
+from pathlib import Path
+
+from distill.job.prepare import read_job
+from distill.job.run import work
+from distill.launch.watchdog import Watchdog, end_ranks
+from distill.runfolder.events import Event, note
+from distill.runfolder.failure import (
+    FILE,
+    LOST_EXIT_CODE,
+    Failure,
+    failure_of,
+    failure_of_dead,
+    find_dead,
+    is_lost_connection,
+    read_failure,
+    write_failure,
+)
+from distill.runfolder.heartbeat import Pulse, read_signs, stacks_on_signal, stacks_path
+from distill.runfolder.lock import run_lock
+from distill.runfolder.requests import Asked
+
+GRACE_S = 5.0  # from the first cause on, for a rank to end in its own way
+
+
+def entry(run_folder: str, launcher_pid: int | None) -> None:
+    """Runs one rank of the prepared job; ``launcher_pid`` is None under another launcher."""
+    folder, rank = Path(run_folder), int(os.environ["RANK"])
+    asked, guard = Asked(folder), _Guard(folder, rank, launcher_pid)
+    pulse = Pulse(folder, rank, on_beat=lambda: guard.look(asked))
+    with asked.listening(), stacks_on_signal(folder, rank), run_lock(folder) as lock:
+        if launcher_pid is not None:
+            lock.share()
+        with pulse:
+            try:
+                job = read_job(folder)
+                pulse.limit_s = guard.limit_s = job.recipe.engine.hang_limit_s
+                work(job, asked, pulse)
+            except BaseException as error:
+                if not is_lost_connection(error):
+                    write_failure(folder, failure_of(error, pulse.sign(), folder))
+                elif launcher_pid is None:
+                    raise guard.cause().to_error() from error
+                raise
+
+
+class _Guard:
+    """Looks around at every beat of one rank."""
+
+    def __init__(self, run_folder: Path, world_rank: int, launcher_pid: int | None) -> None:
+        self._run_folder, self._launcher_pid = run_folder, launcher_pid
+        self._num_ranks, self._world_rank = int(os.environ["WORLD_SIZE"]), world_rank
+        self._watches = launcher_pid is None and world_rank in {0, self._num_ranks - 1}
+        self._watchdog: Watchdog | None = None
+        self._failed_at: float | None = None
+        self.limit_s: float | None = None
+
+    def look(self, asked: Asked) -> None:
+        """Takes up wishes, watches if that is this rank's part, and ends the process when there is nothing left to do."""
+        if self._launcher_pid is not None and os.getppid() != self._launcher_pid:
+            os._exit(LOST_EXIT_CODE)
+        if self._world_rank == 0:
+            asked.look()
+        if self._watches and self.limit_s is not None:
+            self._watch(self.limit_s)
+        self._end_with_the_others()
+
+    def cause(self) -> Failure:
+        """Why this rank lost its connection: the first cause, or who is dead; waits for it to show."""
+        dead = find_dead(self._run_folder, self._num_ranks, self._world_rank)
+        found = read_failure(self._run_folder)
+        if found is None:
+            found = failure_of_dead(dead, {}) if dead else _nobody_knows()
+            write_failure(self._run_folder, found)
+        return found
+
+    def _watch(self, limit_s: float) -> None:
+        if self._watchdog is None:
+            self._watchdog = Watchdog(self._run_folder, self._num_ranks, limit_s)
+        verdict = self._watchdog.look()
+        if verdict is None or read_failure(self._run_folder) is not None:
+            return
+        write_failure(self._run_folder, verdict.to_failure(self._run_folder))
+        note(self._run_folder, Event("hung", verdict.message))
+        signs = read_signs(self._run_folder, self._num_ranks)
+        end_ranks([sign for sign in signs if sign.world_rank in verdict.world_ranks])
+
+    def _end_with_the_others(self) -> None:
+        if self._failed_at is None:
+            self._failed_at = time.monotonic() if (self._run_folder / FILE).exists() else None
+            return
+        if time.monotonic() - self._failed_at < GRACE_S:
+            return
+        with stacks_path(self._run_folder, self._world_rank).open("a") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        os._exit(LOST_EXIT_CODE)
+
+
+def _nobody_knows() -> Failure:
+    fix = "The network between hosts may have failed; the same command resumes."
+    return Failure("died", "every rank lives, but they lost each other", fix, LOST_EXIT_CODE)

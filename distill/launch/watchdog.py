@@ -1,0 +1,132 @@
+"""Who holds a job up: reads every rank's signs and names the ones that others wait for.
+
+A collective of gloo or NCCL that hangs ends after minutes, and the rank that gives up first is the
+one that waited, not the one that was waited for. Here the signs decide, in this order:
+
+    silent    its file no longer changes: stopped, frozen, or its host is gone
+    stuck     it runs and does not move, and is not inside a collective
+    deadlock  every rank waits; those that are furthest behind are named
+
+How long each may take comes with the sign: the limit, more where the activity took long before,
+much more the first times. On the watcher's own host the kernel tells a stopped process from a busy
+one, and then the limit counts, whatever it was doing.
+"""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from distill.runfolder.failure import LOST_EXIT_CODE, Failure
+from distill.runfolder.heartbeat import FIRST_ALLOWED_S, Sign, process_state, read_signs
+
+MARGIN = 0.8  # of the limit: looking, naming and ending take the rest
+STOPPED = "T"
+DUMP_S = 1.0  # for the ranks to write their stacks
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Ranks that hold the job up, and one line that says so."""
+
+    world_ranks: tuple[int, ...]
+    message: str
+
+    def to_failure(self, run_folder: Path) -> Failure:
+        """As the cause of the job's end."""
+        fix = f"The stacks of all ranks are in {run_folder / 'stacks'}; the same command resumes."
+        return Failure("hung", self.message, fix, LOST_EXIT_CODE)
+
+
+class Watchdog:
+    """Compares what the ranks say now with what they said before. Needs no clock of another host."""
+
+    def __init__(
+        self,
+        run_folder: Path,
+        num_ranks: int,
+        limit_s: float,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        state_of: Callable[[Sign], str] = process_state,
+    ) -> None:
+        """``limit_s``: a rank that does not move this long is named before it is over."""
+        self._run_folder, self._num_ranks, self._limit_s = run_folder, num_ranks, limit_s
+        self._clock, self._state_of = clock, state_of
+        self._started = clock()
+        self._last: dict[int, tuple[tuple[int, int], float]] = {}
+
+    def look(self) -> Verdict | None:
+        """Who holds the job up, if somebody does."""
+        now = self._clock()
+        signs = read_signs(self._run_folder, self._num_ranks)
+        missing = set(range(self._num_ranks)) - {sign.world_rank for sign in signs}
+        if missing and now - self._started > FIRST_ALLOWED_S:
+            names = ", ".join(map(str, sorted(missing)))
+            return Verdict(
+                tuple(sorted(missing)), f"no sign of rank {names} after {now - self._started:.0f} s"
+            )
+        running = [sign for sign in signs if not sign.end]
+        quiet_s = {sign.world_rank: self._quiet_s(sign, now) for sign in running}
+        return self._silent(running, quiet_s) or self._still(running, bool(missing))
+
+    def _quiet_s(self, sign: Sign, now: float) -> float:
+        """Since the rank's file last changed, as seen from here."""
+        mark = (sign.pid, sign.beat)
+        before, since = self._last.get(sign.world_rank, (None, now))
+        if before != mark:
+            self._last[sign.world_rank] = (mark, now)
+            return 0.0
+        return now - since
+
+    def _silent(self, running: Sequence[Sign], quiet_s: dict[int, float]) -> Verdict | None:
+        silent = []
+        for sign in running:
+            quiet = quiet_s[sign.world_rank]
+            if quiet < MARGIN * self._limit_s:
+                continue
+            is_stopped = self._state_of(sign) == STOPPED
+            if is_stopped or quiet > MARGIN * sign.allowed_s:
+                told = "its process is stopped" if is_stopped else "no sign of life"
+                silent.append((sign, f"{sign.describe()}; {told} for {quiet:.0f} s"))
+        return _verdict(silent)
+
+    def _still(self, running: Sequence[Sign], is_one_missing: bool) -> Verdict | None:
+        late = [sign for sign in running if sign.still_s > MARGIN * sign.allowed_s]
+        stuck = [sign for sign in late if not sign.is_waiting]
+        if stuck:
+            return _verdict([(sign, _stillness(sign)) for sign in stuck])
+        if is_one_missing or not late or len(late) < len(running):
+            return None
+        first = min(sign.step for sign in late)
+        behind = [sign for sign in late if sign.step == first]
+        told = "every rank waits; furthest behind: "
+        return _verdict([(sign, told + _stillness(sign)) for sign in behind])
+
+
+def _stillness(sign: Sign) -> str:
+    return f"{sign.describe()}; does not move for {sign.still_s:.0f} s, in {sign.place}"
+
+
+def _verdict(told: Sequence[tuple[Sign, str]]) -> Verdict | None:
+    if not told:
+        return None
+    more = f" (and {len(told) - 1} more ranks)" if len(told) > 1 else ""
+    return Verdict(tuple(sign.world_rank for sign, _ in told), told[0][1] + more)
+
+
+def end_ranks(signs: Sequence[Sign]) -> None:
+    """Ends the ranks that run on this host after they have written their stacks; a stopped one is woken for it."""
+    here = [sign.pid for sign in signs if not sign.end and sign.host == socket.gethostname()]
+    for pid in here:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGUSR2)
+            os.kill(pid, signal.SIGCONT)
+    time.sleep(DUMP_S)
+    for pid in here:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

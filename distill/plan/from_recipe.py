@@ -1,0 +1,292 @@
+"""From a recipe and a number of ranks to a plan and what it needs: what each network costs, from shapes alone.
+
+``distill.plan.plan`` divides the work; this file says what the work is.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from distill.data.mask_counts import mean_masked
+from distill.errors import PlanError
+from distill.plan.flops import (
+    DEFAULT_DEVICE,
+    CropShapes,
+    Device,
+    Heads,
+    backbone_tflops,
+    fitting_tflops,
+    regression_tflops,
+    teaching_tflops,
+    training_tflops,
+)
+from distill.plan.memory import (
+    Needs,
+    Student,
+    fitting_needs,
+    head_parameters,
+    needs_of,
+    pretraining_needs,
+)
+from distill.plan.placement import Work
+from distill.plan.plan import Plan, make_plan, without
+from distill.recipe.crop_sizes import crop_schedule
+from distill.recipe.keys import (
+    HEADS_PHASE,
+    FamilyRecipe,
+    HeadsSpec,
+    StageSpec,
+    StudentSpec,
+    TeacherRecipe,
+)
+from students.shapes import BackboneSpec, CustomSpec, grid_of, student_heads
+from teacher.shapes import KOLEO_GROUP, HeadShape, ViTSpec, scaled_size
+
+ONLINE = "teacher"  # the name of the pretrained network in metrics, checkpoints and plans
+Recipe = FamilyRecipe | TeacherRecipe
+
+
+@dataclass(frozen=True)
+class TeacherShape:
+    """A teacher before it is loaded or trained: its backbone, and its heads where it has any."""
+
+    spec: BackboneSpec
+    heads: Heads | None
+
+
+def shape_of_recipe(recipe: TeacherRecipe) -> TeacherShape:
+    """The teacher that a pretraining recipe will make."""
+    spec = recipe.model.backbone_spec()
+    return TeacherShape(spec, head_shapes(recipe.heads, spec.width))
+
+
+def head_shapes(heads: HeadsSpec, width: int) -> Heads:
+    """Shapes of the DINO and iBOT heads on a network of ``width``."""
+    dino, ibot = (
+        HeadShape(width, spec.hidden, spec.bottleneck, spec.prototypes)
+        for spec in (heads.dino, heads.ibot)
+    )
+    return dino, ibot
+
+
+def heads_of_student(student: StudentSpec, spec: BackboneSpec, heads: Heads) -> Heads:
+    """Shapes of a student's heads below a teacher with these."""
+    widths = student.head_widths
+    return student_heads(spec.width, *heads, widths.dino_hidden, widths.ibot_hidden)
+
+
+def crop_shapes(recipe: Recipe, grid_hw: tuple[int, int]) -> CropShapes:
+    """Sizes and counts for the cost model; masked patches at their mean."""
+    masked = mean_masked(grid_hw, probability=recipe.masks.probability, ratio=recipe.masks.ratio)
+    return CropShapes(
+        recipe.crops.global_.size, recipe.crops.local.size, recipe.crops.local.count, masked
+    )
+
+
+def plan_stage(
+    recipe: TeacherRecipe, stage: StageSpec, num_ranks: int, device: Device = DEFAULT_DEVICE
+) -> Plan:
+    """One network on all ranks, which teaches itself; seconds are means over the stage's sizes of crops."""
+    shape = shape_of_recipe(recipe)
+    assert shape.heads is not None, "a pretrained teacher has heads"
+    train_s = teach_s = 0.0
+    for share, shapes, anchor_size in stage_shapes(recipe, stage):
+        keep = 1.0 - recipe.schedule.drop_path
+        again = recipe.engine.activation_checkpointing
+        work = training_tflops(shape.spec, shape.heads, shapes, keep=keep, is_twice=again)
+        train_s += share * device.seconds(work)
+        work = teaching_tflops(shape.spec, shape.heads, shapes)
+        if anchor_size is not None:
+            work += 2 * backbone_tflops(shape.spec, anchor_size)
+        teach_s += share * device.seconds(work)
+    whole = recipe.engine.micro_batch is not None
+    batch = recipe.at_stage(stage).schedule.batch
+    works = [Work(ONLINE, train_s, num_ranks)]
+    plan = make_plan(works, teach_s, batch, num_ranks, has_whole_groups=whole)
+    require_whole_groups(recipe, plan)
+    first = recipe.at_stage(recipe.stages[0]).schedule.batch
+    parts, first_parts = (_num_parts(recipe, images, num_ranks) for images in (batch, first))
+    if parts != first_parts:
+        raise PlanError(
+            f"engine.micro_batch = {recipe.engine.micro_batch}: {parts} micro-batches a step in stage {stage.name}, {first_parts} in {recipe.stages[0].name}",
+            fix="Choose batches or a micro_batch that give as many in all stages, or leave micro_batch out.",
+        )
+    return plan
+
+
+def _num_parts(recipe: TeacherRecipe, images_global: int, num_ranks: int) -> int:
+    micro_batch = recipe.engine.micro_batch
+    return 1 if micro_batch is None else -(-images_global // (num_ranks * micro_batch))
+
+
+def stage_shapes(
+    recipe: TeacherRecipe, stage: StageSpec
+) -> Iterator[tuple[float, CropShapes, int | None]]:
+    """Each kind of batch of a stage: its share, its crops, and the size of its anchor crops."""
+    spec, crops = recipe.model.backbone_spec(), crop_schedule(recipe, stage)
+    quotas = crops.steps.quotas
+    for kind, quota in zip(crops.specs, quotas, strict=True):
+        grid_hw = grid_of(spec, kind.global_size)
+        masked = crop_shapes(recipe, grid_hw).masked_per_image
+        shapes = CropShapes(kind.global_size, kind.local_size, kind.num_local, masked)
+        yield quota / sum(quotas), shapes, kind.anchor_size
+
+
+def stage_needs(recipe: TeacherRecipe, stage: StageSpec, plan: Plan) -> Needs:
+    """Memory of a stage of pretraining, at its largest crops."""
+    shape = shape_of_recipe(recipe)
+    assert shape.heads is not None, "a pretrained teacher has heads"
+    assert isinstance(shape.spec, ViTSpec), "a pretrained teacher is a ViT"
+    kinds = [shapes for _, shapes, _ in stage_shapes(recipe, stage)]
+    return pretraining_needs(
+        plan,
+        shape.spec,
+        shape.heads,
+        kinds,
+        zero_stage=recipe.engine.zero,
+        micro_batch=recipe.engine.micro_batch,
+        keep=1.0 - recipe.schedule.drop_path,
+        is_checkpointing=recipe.engine.activation_checkpointing,
+        has_anchor=stage.gram is not None,
+    )
+
+
+def plan_fitting(
+    recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device = DEFAULT_DEVICE
+) -> Plan:
+    """Fresh heads on a frozen teacher, on all ranks; their EMA teaches them."""
+    assert shape.heads is not None, "heads to fit have shapes"
+    shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
+    work = Work(
+        HEADS_PHASE, device.seconds(fitting_tflops(shape.spec, shape.heads, shapes)), num_ranks
+    )
+    teach_s = device.seconds(teaching_tflops(shape.spec, shape.heads, shapes))
+    return make_plan([work], teach_s, recipe.schedule.batch, num_ranks)
+
+
+def fitting_needs_of(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs:
+    """Memory while heads are fitted."""
+    assert shape.heads is not None, "heads to fit have shapes"
+    return fitting_needs(
+        plan,
+        shape.spec,
+        shape.heads,
+        crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size)),
+        zero_stage=recipe.engine.zero,
+        micro_batch=recipe.engine.micro_batch,
+    )
+
+
+def plan_family(
+    recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device = DEFAULT_DEVICE
+) -> Plan:
+    """Students on ranks, the teacher in the gaps: whole on every rank where the device's memory allows, sharded where not."""
+    sharding = recipe.engine.teacher_sharding
+    plan = _plan_family(recipe, shape, num_ranks, device, is_sharded=sharding == "sharded")
+    if sharding == "auto" and num_ranks > 1:
+        most = family_needs(recipe, shape, plan).fullest.total
+        if most > device.memory_gib:
+            sharded = _plan_family(recipe, shape, num_ranks, device, is_sharded=True)
+            if family_needs(recipe, shape, sharded).fullest.total <= device.memory_gib:
+                return sharded
+    return plan
+
+
+def _plan_family(
+    recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device, *, is_sharded: bool
+) -> Plan:
+    shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
+    works = []
+    for student in recipe.students:
+        spec, seen = student.backbone_spec(), shapes.scaled(student.crop_scale)
+        if isinstance(spec, CustomSpec):
+            _require_whole_patches(recipe, student, spec)
+        if shape.heads is None:
+            cost = regression_tflops(spec, shape.spec.width, seen)
+        else:
+            cost = training_tflops(spec, heads_of_student(student, spec, shape.heads), seen)
+        works.append(Work(student.label, device.seconds(cost), student.asked_ranks))
+    plan = make_plan(
+        works,
+        device.seconds(teaching_tflops(shape.spec, shape.heads, shapes)),
+        recipe.schedule.batch,
+        num_ranks,
+        lookahead=recipe.engine.lookahead,
+        unit=recipe.engine.teacher_micro_batch,
+        has_even_shares=recipe.engine.exchange == "all_gather",
+        is_teacher_sharded=is_sharded,
+        has_whole_groups=recipe.engine.micro_batch is not None,
+    )
+    if recipe.objective.koleo and shape.heads is not None:
+        require_whole_groups(recipe, plan)
+    ends = [f"{s.label} is finished at step {s.steps:,}" for s in recipe.students if s.steps]
+    return replace(plan, notes=(*plan.notes, *ends))
+
+
+def require_whole_groups(recipe: Recipe, plan: Plan) -> None:
+    """Micro-batches must not cut the groups of images that KoLeo compares.
+
+    Raises:
+        PlanError: names the network and batches that work.
+    """
+    micro_batch = recipe.engine.micro_batch
+    for placement in plan.placements:
+        parts = [placement.parts_of(rank, micro_batch) for rank in placement.world_ranks]
+        whole = placement.koleo_is_local and all(
+            part.start % KOLEO_GROUP == 0 for each in parts for part in each
+        )
+        if len(parts[0]) > 1 and not whole:
+            unit = KOLEO_GROUP * len(placement.slices)
+            near = max(unit, round(plan.images_global / unit) * unit)
+            raise PlanError(
+                f"engine.micro_batch = {micro_batch}: the slices of {placement.name} are not whole KoLeo groups of {KOLEO_GROUP} images",
+                fix=f"Write schedule.batch: {near} (a multiple of {unit}), or leave micro_batch out.",
+            )
+
+
+def _require_whole_patches(recipe: FamilyRecipe, student: StudentSpec, spec: CustomSpec) -> None:
+    """The rule that the recipe checks for networks it knows."""
+    sizes = {"global.size": recipe.crops.global_.size, "eval_size": recipe.crops.input_size}
+    if recipe.crops.local.count:
+        sizes["local.size"] = recipe.crops.local.size
+    for key, size in sizes.items():
+        if scaled_size(size, student.crop_scale) % spec.stride:
+            raise PlanError(
+                f"crops.{key} = {size}: not a multiple of {spec.stride}, the stride of {student.label}",
+                fix=f"Use a multiple of {spec.stride}.",
+            )
+
+
+def family_needs(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs:
+    """Memory and traffic of a family's plan."""
+    grid_hw = grid_of(shape.spec, recipe.crops.global_.size)
+    students = []
+    for student in recipe.students:
+        spec = student.backbone_spec()
+        if shape.heads is None:
+            extra = 2 * (spec.width + 1) * shape.spec.width
+        else:
+            extra = head_parameters(heads_of_student(student, spec, shape.heads))
+        parameters = spec.parameters + extra
+        students.append(Student(student.label, spec, parameters, student.crop_scale))
+    return needs_of(
+        plan,
+        students,
+        shape.spec,
+        shape.heads,
+        crop_shapes(recipe, grid_hw),
+        zero_stage=recipe.engine.zero,
+        lookahead=recipe.engine.lookahead,
+        micro_batch=recipe.engine.micro_batch,
+        patches=grid_hw[0] * grid_hw[1],
+        has_colours=recipe.data.has_own_colours,
+    )
+
+
+def later_plans(recipe: FamilyRecipe, plan: Plan) -> tuple[tuple[int, Plan], ...]:
+    """The plans from each step on at which a student is finished."""
+    ends = {student.label: student.steps or recipe.schedule.steps for student in recipe.students}
+    moments = sorted({end for end in ends.values() if end < recipe.schedule.steps})
+    return tuple(
+        (moment, without(plan, {name for name, end in ends.items() if end <= moment}))
+        for moment in moments
+    )

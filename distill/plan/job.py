@@ -1,0 +1,167 @@
+"""The plans of all parts of a job, and whether each fits on its devices; if not, the nearest plan that does."""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from distill.errors import PlanError
+from distill.job.teacher_source import teacher_shape
+from distill.plan.flops import DEFAULT_DEVICE, Device
+from distill.plan.from_recipe import (
+    TeacherShape,
+    family_needs,
+    fitting_needs_of,
+    later_plans,
+    plan_family,
+    plan_fitting,
+    plan_stage,
+    stage_needs,
+)
+from distill.plan.memory import Needs
+from distill.plan.plan import Plan
+from distill.recipe.keys import (
+    FAMILY_PHASE,
+    HEADS_PHASE,
+    RESERVED_PHASES,
+    FamilyRecipe,
+    TeacherRecipe,
+)
+
+MORE_RANKS = (1, 2, 4, 8, 16)  # times the ranks asked for: what is tried when memory is short
+SMALLER_MICRO_BATCHES = (256, 128, 64, 32, 16)
+
+
+@dataclass(frozen=True)
+class JobPlan:
+    """The plan of one part of a job and what it needs; ``later``: plans for when students are finished."""
+
+    name: str
+    plan: Plan
+    num_steps: int
+    needs: Needs
+    later: tuple[tuple[int, Plan], ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """Of all steps together."""
+        starts = [(0, self.plan), *self.later, (self.num_steps, self.plan)]
+        return sum((stop - start) * plan.step_s for (start, plan), (stop, _) in pairwise(starts))
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        days = self.seconds / 86_400
+        own = {"phase": self.name, "steps": self.num_steps, "days": days}
+        return {**self.plan.to_json(), **self.needs.to_json(), **own}
+
+
+def check_job(
+    recipe: FamilyRecipe | TeacherRecipe,
+    teacher_recipe: TeacherRecipe | None,
+    num_ranks: int,
+    device: Device = DEFAULT_DEVICE,
+    *,
+    has_files: bool = True,
+) -> tuple[JobPlan, ...]:
+    """The plans of all parts for ``num_ranks`` ranks, pretraining first.
+
+    ``has_files=False`` plans from ``teacher.arch`` where the teacher's files are not there.
+
+    Raises:
+        PlanError: the recipe cannot run on this many ranks.
+        CheckpointError: a teacher's files are missing or do not fit.
+    """
+    plans = []
+    pretrained = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
+    if pretrained is not None:
+        for stage in pretrained.stages:
+            plan = plan_stage(pretrained, stage, num_ranks, device)
+            plans.append(
+                JobPlan(stage.name, plan, stage.steps, stage_needs(pretrained, stage, plan))
+            )
+    if isinstance(recipe, FamilyRecipe):
+        shape = teacher_shape(recipe, teacher_recipe, has_files=has_files)
+        if recipe.teacher.heads_mode == "fit":
+            fitting, needs = _planned(recipe, shape, HEADS_PHASE, num_ranks, device)
+            plans.append(JobPlan(HEADS_PHASE, fitting, recipe.teacher.fit.steps, needs))
+        family, needs = _planned(recipe, shape, FAMILY_PHASE, num_ranks, device)
+        later = later_plans(recipe, family)
+        plans.append(JobPlan(FAMILY_PHASE, family, recipe.schedule.steps, needs, later))
+    return tuple(plans)
+
+
+def require_fit(
+    job: JobPlan,
+    recipe: FamilyRecipe | TeacherRecipe,
+    teacher_recipe: TeacherRecipe | None,
+    device: Device,
+) -> None:
+    """Refuses a plan that does not fit on its device.
+
+    Raises:
+        PlanError: says which part is largest, and the nearest plan that fits.
+    """
+    if job.needs.fullest.total <= device.memory_gib:
+        return
+    trained = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
+    if isinstance(recipe, FamilyRecipe) and job.name in RESERVED_PHASES:
+        shape = teacher_shape(recipe, teacher_recipe, has_files=False)
+        fix = _nearest_fit(recipe, shape, job, device)
+    else:
+        assert trained is not None, "a stage without a teacher recipe"
+        fix = _nearest_stage_fit(trained, job, device)
+    told = f"{job.name}: rank {job.needs.fullest_rank} needs {job.needs.fullest.describe()}"
+    raise PlanError(f"{told}; {device.name} has {device.memory_gib:.0f} GiB", fix=fix)
+
+
+def _nearest_stage_fit(recipe: TeacherRecipe, job: JobPlan, device: Device) -> str:
+    """The change with which a stage of pretraining fits: shard more, keep less, take more ranks."""
+    stage = next(stage for stage in recipe.stages if stage.name == job.name)
+    changes: tuple[dict[str, object], ...] = ({"zero": 3}, {"activation_checkpointing": True})
+    for factor in MORE_RANKS:
+        for micro_batch in (recipe.engine.micro_batch, *SMALLER_MICRO_BATCHES):
+            for count in range(len(changes) + 1):
+                update: dict[str, object] = {"micro_batch": micro_batch}
+                for change in changes[:count]:
+                    update |= change
+                engine = recipe.engine.model_copy(update=update)
+                changed = recipe.model_copy(update={"engine": engine})
+                with suppress(PlanError):
+                    plan = plan_stage(changed, stage, factor * job.plan.num_ranks, device)
+                    found = stage_needs(changed, stage, plan).fullest.total
+                    if found <= device.memory_gib:
+                        own = recipe.engine.model_dump()
+                        keys = [k for k, value in update.items() if value != own[k]]
+                        words = [f"engine.{key}={str(update[key]).lower()}" for key in keys]
+                        on = [f"{factor * job.plan.num_ranks} ranks"] if factor > 1 else []
+                        return f"{' '.join([*words, *on])} needs {found:.0f} GiB."
+    return (
+        "No number of ranks tried makes room: use a smaller network or a device with more memory."
+    )
+
+
+def _nearest_fit(recipe: FamilyRecipe, shape: TeacherShape, job: JobPlan, device: Device) -> str:
+    """The change with which a family, or its heads, fit: smaller micro-batches if they do, then more ranks too."""
+    num_ranks = job.plan.num_ranks
+    for factor in MORE_RANKS:
+        for micro_batch in (recipe.engine.micro_batch, *SMALLER_MICRO_BATCHES):
+            engine = recipe.engine.model_copy(update={"micro_batch": micro_batch})
+            changed = recipe.model_copy(update={"engine": engine})
+            with suppress(PlanError):
+                _, needs = _planned(changed, shape, job.name, factor * num_ranks, device)
+                found = needs.fullest.total
+                if found <= device.memory_gib:
+                    on = f" on {factor * num_ranks} ranks" if factor > 1 else ""
+                    return f"engine.micro_batch={micro_batch}{on} needs {found:.0f} GiB."
+    return "No number of ranks tried makes room: use smaller networks or a device with more memory."
+
+
+def _planned(
+    recipe: FamilyRecipe, shape: TeacherShape, phase: str, num_ranks: int, device: Device
+) -> tuple[Plan, Needs]:
+    """A phase of a family's job and what it needs."""
+    if phase == HEADS_PHASE:
+        plan = plan_fitting(recipe, shape, num_ranks, device)
+        return plan, fitting_needs_of(recipe, shape, plan)
+    plan = plan_family(recipe, shape, num_ranks, device)
+    return plan, family_needs(recipe, shape, plan)

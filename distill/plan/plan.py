@@ -1,0 +1,391 @@
+"""Recipe and number of ranks in, plan out: who trains where, who teaches how much. Pure: no process group, no device.
+
+Teaching is divisible to one image and is the larger part of the work, so it fills the gaps that
+students leave (water filling): rank r teaches ``n_r`` images so that ``n_r * teacher cost + its
+students' cost`` is the same for all r. Such shares are rarely whole. With look-ahead, ranks need to
+agree on average only, so each step rounds them differently: the borders between shares are shifted
+by a number u in [0, 1) that changes every step, and over the steps every rank teaches its exact
+share. Without look-ahead every step ends together, so one rounding is kept, the one whose largest
+load is smallest.
+
+Shares and slices are contiguous ranges of positions in the global batch, in rank order; together
+they say exactly which image goes where.
+
+A network that finishes before the others leaves the plan from that step on: it needs nothing any
+more, and the time of its ranks goes into teaching.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import groupby, pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distill.errors import PlanError
+from distill.plan.placement import Work, arrange
+from distill.plan.shares import SLACK, fill_exactly, fill_whole
+from teacher.shapes import KOLEO_GROUP
+
+GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples modulo one spread evenly from the start
+LEAST_SHARE = 0.05  # images per step of a rank that has taught before
+SHARDED_NOTE = "the teacher is sharded over all ranks (ZeRO-3), so shares are even"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where one network trains: contiguous ranks, each with its slice of the global batch."""
+
+    name: str
+    first_rank: int
+    slices: tuple[range, ...]
+
+    @property
+    def world_ranks(self) -> range:
+        """The world ranks that train this network."""
+        return range(self.first_rank, self.first_rank + len(self.slices))
+
+    def slice_of(self, world_rank: int) -> range:
+        """The positions that one of its ranks trains on."""
+        return self.slices[world_rank - self.first_rank]
+
+    def parts_of(self, world_rank: int, micro_batch: int | None) -> tuple[slice, ...]:
+        """A rank's slice cut into as many micro-batches as the largest slice needs, by numbers within the slice.
+
+        Whole KoLeo groups where the slice is.
+        """
+        own = self.slice_of(world_rank)
+        count = 1 if micro_batch is None else -(-self.largest_slice // micro_batch)
+        unit = KOLEO_GROUP if own.start % KOLEO_GROUP == 0 == len(own) % KOLEO_GROUP else 1
+        borders = [unit * (len(own) // unit * part // count) for part in range(count + 1)]
+        return tuple(slice(start, stop) for start, stop in pairwise(borders))
+
+    @cached_property
+    def largest_slice(self) -> int:
+        """Images of the rank that trains on most."""
+        return max(map(len, self.slices))
+
+    @property
+    def koleo_is_local(self) -> bool:
+        """No KoLeo group is cut by a slice border."""
+        return all(part.start % KOLEO_GROUP == 0 for part in self.slices)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The division of every step's work over the ranks.
+
+    ``exact_shares`` are images per rank and step before rounding; ``unit`` images are taught at
+    once; ``is_filled``: teaching fills the gaps that students leave. Seconds: ``teach_s`` of the teacher per image, ``image_s`` of each network per image,
+    ``student_s`` of all networks on a rank per step.
+    """
+
+    images_global: int
+    num_ranks: int
+    placements: tuple[Placement, ...]
+    exact_shares: tuple[float, ...]
+    unit: int
+    is_filled: bool
+    is_dithered: bool
+    is_teacher_sharded: bool
+    teach_s: float
+    image_s: tuple[float, ...]
+    student_s: tuple[float, ...]
+    notes: tuple[str, ...]
+
+    def needs(self, world_rank: int) -> tuple[range, ...]:
+        """Positions a rank receives: the union of its students' slices, merged and ascending."""
+        return self._needs[world_rank]
+
+    @cached_property
+    def needed(self) -> NDArray[np.int64]:
+        """(rank, start, stop) of every part of all ranks' needs, [3, parts]: a step's splits are array arithmetic."""
+        listed = [(r, p.start, p.stop) for r, parts in enumerate(self._needs) for p in parts]
+        return np.array(listed, np.int64).reshape(-1, 3).T
+
+    @cached_property
+    def _needs(self) -> tuple[tuple[range, ...], ...]:
+        hosted: list[list[range]] = [[] for _ in range(self.num_ranks)]
+        for placement in self.placements:
+            for rank, part in zip(placement.world_ranks, placement.slices, strict=True):
+                hosted[rank].append(part)
+        return tuple(_merge(parts) for parts in hosted)
+
+    @cached_property
+    def _borders(self) -> NDArray[np.float64]:
+        """Where shares end, in units, before rounding; the last is exact."""
+        ends = np.cumsum(np.asarray(self.exact_shares)) / self.unit
+        ends[-1] = self.images_global / self.unit
+        return np.concatenate([[0.0], ends])
+
+    def shares(self, step: int) -> tuple[range, ...]:
+        """The positions each rank teaches at ``step``; rank by rank they cover the batch once."""
+        borders = self.share_borders(step).tolist()
+        return tuple(range(start, stop) for start, stop in pairwise(borders))
+
+    def share(self, world_rank: int, step: int) -> range:
+        """The positions one rank teaches at ``step``."""
+        start, stop = self.share_borders(step)[world_rank : world_rank + 2].tolist()
+        return range(start, stop)
+
+    def share_borders(self, step: int) -> NDArray[np.int64]:
+        """Starts of all shares at ``step`` and the end of the last, [num_ranks + 1]."""
+        shift = (step * GOLDEN) % 1.0 if self.is_dithered else 0.0
+        # the slack keeps a border that is whole but for rounding from falling below itself
+        return self.unit * np.floor(self._borders + shift + SLACK).astype(np.int64)
+
+    @property
+    def largest_shares(self) -> tuple[int, ...]:
+        """The most images each rank ever teaches in one step."""
+        if not self.is_dithered:
+            return tuple(len(share) for share in self.shares(0))
+        units = [
+            math.ceil(share / self.unit + SLACK) if share else 0 for share in self.exact_shares
+        ]
+        return tuple(min(count * self.unit, self.images_global) for count in units)
+
+    @cached_property
+    def is_local(self) -> bool:
+        """Every rank teaches exactly what it trains on: nothing has to travel."""
+        if self.is_dithered:
+            return False
+        return all(
+            needs == ((share,) if len(share) else ())
+            for needs, share in zip(self._needs, self.shares(0), strict=True)
+        )
+
+    @property
+    def load_s(self) -> tuple[float, ...]:
+        """Seconds of work of each rank and step, on average over steps."""
+        return tuple(
+            own + self.teach_s * share
+            for own, share in zip(self.student_s, self.mean_shares, strict=True)
+        )
+
+    @property
+    def even_load_s(self) -> tuple[float, ...]:
+        """The same with the teaching divided evenly, whole images or not."""
+        each = self.teach_s * self.images_global / self.num_ranks
+        return tuple(own + each for own in self.student_s)
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of a step: the largest load."""
+        return max(self.load_s)
+
+    @property
+    def utilisation(self) -> float:
+        """Mean load over the largest: the bound on how busy the ranks can be."""
+        return sum(self.load_s) / (self.num_ranks * self.step_s)
+
+    @property
+    def utilisation_even_barrier(self) -> float:
+        """The same bound with even shares and a barrier every step, as published."""
+        return sum(self.even_load_s) / (self.num_ranks * max(self.even_load_s))
+
+    @property
+    def gain(self) -> float:
+        """Time of one separate job per student on these ranks, all perfectly filled, over this job's."""
+        separate = sum(self.teach_s + each for each in self.image_s)
+        return separate * self.images_global / self.num_ranks / self.step_s
+
+    @property
+    def gain_bound(self) -> float:
+        """The gain of a job without a gap: (S C_T + sum C_i) / (C_T + sum C_i)."""
+        students = sum(self.image_s)
+        return (len(self.image_s) * self.teach_s + students) / (self.teach_s + students)
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain data, for ``plan.json`` and ``--json``."""
+        return {
+            "images_global": self.images_global,
+            "num_ranks": self.num_ranks,
+            "ranks": {p.name: len(p.slices) for p in self.placements},
+            "placements": {
+                p.name: [p.world_ranks.start, p.world_ranks.stop] for p in self.placements
+            },
+            "slices": {p.name: run_lengths([len(s) for s in p.slices]) for p in self.placements},
+            "shares": run_lengths([round(share, 4) for share in self.mean_shares]),
+            "utilisation": self.utilisation,
+            "utilisation_even_barrier": self.utilisation_even_barrier,
+            "step_s": self.step_s,
+            "images_per_s": self.images_global / self.step_s,
+            "gain": self.gain,
+            "gain_bound": self.gain_bound,
+            "notes": list(self.notes),
+        }
+
+    @property
+    def mean_shares(self) -> tuple[float, ...]:
+        """Images each rank teaches per step, on average over steps."""
+        if self.is_dithered:
+            return self.exact_shares
+        return tuple(float(len(share)) for share in self.shares(0))
+
+
+def run_lengths(values: Sequence[float]) -> list[list[float]]:
+    """Run-length code: [count, value] of each run of equal values."""
+    return [[len(list(run)), value] for value, run in groupby(values)]
+
+
+def make_plan(
+    works: Sequence[Work],
+    teach_s: float,
+    images_global: int,
+    num_ranks: int,
+    *,
+    lookahead: int = 0,
+    unit: int = 1,
+    has_even_shares: bool = False,
+    is_teacher_sharded: bool = False,
+    has_whole_groups: bool = False,
+    ranks_per_node: int = 8,
+) -> Plan:
+    """Places networks on ranks and divides the teaching.
+
+    Args:
+        works: networks to train.
+        teach_s: seconds the teacher takes per image.
+        images_global: images per step.
+        num_ranks: ranks of the job.
+        lookahead: steps that teaching may run ahead; above 0 shares may differ from step to step.
+        unit: images the teacher takes at once; shares are whole units where they divide the batch.
+        has_even_shares: divide the teaching evenly, as published.
+        has_whole_groups: slices are whole KoLeo groups wherever there are enough.
+        is_teacher_sharded: every rank holds a part of the teacher, so shares are even.
+        ranks_per_node: groups are laid out so that few of them cross a node border.
+
+    Raises:
+        PlanError: no ranks, fewer images than ranks of a network, or a network that asks for more
+        ranks than there are.
+    """
+    if num_ranks < 1:
+        raise PlanError(f"{num_ranks} ranks: at least one is needed", fix="Pass --gpus 1 or more.")
+    counts, firsts, notes = arrange(
+        works,
+        teach_s,
+        images_global,
+        num_ranks,
+        ranks_per_node,
+        is_filled=not (has_even_shares or is_teacher_sharded),
+        may_overlap=not has_even_shares,
+    )
+    for work, count in zip(works, counts, strict=True):
+        if count > images_global:
+            raise PlanError(
+                f"{work.name}: {count} ranks for a batch of {images_global} images leaves ranks without an image",
+                fix=f"Use at most {images_global} ranks, or a larger schedule.batch.",
+            )
+    placements = tuple(
+        Placement(work.name, first, split_evenly(images_global, count, in_groups=has_whole_groups))
+        for work, first, count in zip(works, firsts, counts, strict=True)
+    )
+    image_s = tuple(work.image_s for work in works)
+    student_s = _student_seconds(placements, image_s, num_ranks)
+    unit = unit if images_global % unit == 0 else 1
+    is_local = all(len(p.slices) == num_ranks for p in placements)  # nothing to fill or to send
+    has_even_shares |= is_teacher_sharded
+    is_filled = not is_local and not has_even_shares
+    is_dithered = is_filled and lookahead > 0
+    if is_local:
+        exact, unit = [float(len(part)) for part in placements[0].slices], 1
+    elif has_even_shares:
+        exact, unit = [float(len(part)) for part in split_evenly(images_global, num_ranks)], 1
+    else:
+        exact = _fill(student_s, teach_s, images_global, unit, is_dithered=is_dithered)
+    return Plan(
+        images_global=images_global,
+        num_ranks=num_ranks,
+        placements=placements,
+        exact_shares=tuple(exact),
+        unit=unit,
+        is_filled=is_filled,
+        is_dithered=is_dithered,
+        is_teacher_sharded=is_teacher_sharded,
+        teach_s=teach_s,
+        image_s=image_s,
+        student_s=student_s,
+        notes=(*notes, SHARDED_NOTE) if is_teacher_sharded else notes,
+    )
+
+
+def without(plan: Plan, names: Collection[str]) -> Plan:
+    """The plan once some networks are finished; placements of the others stay."""
+    kept = [
+        (placement, image_s)
+        for placement, image_s in zip(plan.placements, plan.image_s, strict=True)
+        if placement.name not in names
+    ]
+    placements, image_s = (tuple(column) for column in zip(*kept, strict=True))
+    student_s = _student_seconds(placements, image_s, plan.num_ranks)
+    changed = replace(plan, placements=placements, image_s=image_s, student_s=student_s)
+    if not plan.is_filled:
+        return changed
+    dithered = plan.is_dithered
+    shares = _fill(student_s, plan.teach_s, plan.images_global, plan.unit, is_dithered=dithered)
+    return replace(changed, exact_shares=tuple(shares))
+
+
+def _student_seconds(
+    placements: Sequence[Placement], image_s: Sequence[float], num_ranks: int
+) -> tuple[float, ...]:
+    """Seconds of all networks on each rank per step."""
+    student_s = [0.0] * num_ranks
+    for placement, each in zip(placements, image_s, strict=True):
+        for rank, part in zip(placement.world_ranks, placement.slices, strict=True):
+            student_s[rank] += each * len(part)
+    return tuple(student_s)
+
+
+def _fill(
+    student_s: Sequence[float], teach_s: float, images_global: int, unit: int, *, is_dithered: bool
+) -> list[float]:
+    """Shares that fill the gaps: exact ones where steps may differ, whole ones where they may not."""
+    if is_dithered:
+        return fill_exactly(student_s, [teach_s] * len(student_s), images_global)
+    return [float(size) for size in fill_whole(student_s, teach_s, images_global, unit)]
+
+
+def _merge(parts: Sequence[range]) -> tuple[range, ...]:
+    merged: list[range] = []
+    for part in sorted((p for p in parts if len(p)), key=lambda p: p.start):
+        if merged and part.start <= merged[-1].stop:
+            merged[-1] = range(merged[-1].start, max(merged[-1].stop, part.stop))
+        else:
+            merged.append(part)
+    return tuple(merged)
+
+
+def split_evenly(
+    images_global: int, num_parts: int, *, in_groups: bool = False
+) -> tuple[range, ...]:
+    """Contiguous ranges whose sizes differ by at most one, or by none in whole KoLeo groups where those divide.
+
+    ``in_groups``: whole KoLeo groups wherever there are enough, so that sizes may differ by one group.
+    """
+    groups, rest = divmod(images_global, KOLEO_GROUP)
+    is_whole = rest == 0 and (groups % num_parts == 0 or (in_groups and groups >= num_parts))
+    unit = KOLEO_GROUP if is_whole else 1
+    units = images_global // unit
+    borders = [unit * (units * part // num_parts) for part in range(num_parts + 1)]
+    return tuple(range(start, stop) for start, stop in pairwise(borders))
+
+
+def rebalanced(plan: Plan, teach_s: Sequence[float], student_s: Sequence[float]) -> Plan:
+    """The plan with shares for measured seconds: per image taught, and per step of the students, of each rank.
+
+    Placements stay. For plans whose shares are dithered; others come back as they are.
+    """
+    if not plan.is_dithered:
+        return plan
+    exact = fill_exactly(student_s, teach_s, plan.images_global)
+    # a rank that teaches goes on to, however little: its decoder waits for a step with an image
+    least = [LEAST_SHARE if before else 0.0 for before in plan.exact_shares]
+    kept = [max(share, floor) for share, floor in zip(exact, least, strict=True)]
+    whole = plan.images_global / sum(kept)
+    return replace(
+        plan, exact_shares=tuple(share * whole for share in kept), student_s=tuple(student_s)
+    )

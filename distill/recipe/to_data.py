@@ -1,0 +1,72 @@
+"""Recipe and images to a loader: which samples, which crops, and where bad ones are named."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from distill.data.bad_samples import BadSamples
+from distill.data.crops import CropSchedule
+from distill.data.feed import Feed
+from distill.data.index import ImageIndex
+from distill.data.loader import Loader
+from distill.data.sampler import BatchSizes, Pool, Sampler
+from distill.recipe.keys import DataSpec, FamilyRecipe, TeacherRecipe
+
+Recipe = FamilyRecipe | TeacherRecipe
+
+
+def pools_of(data: DataSpec, index: ImageIndex) -> list[Pool]:
+    """What the sampler draws from: each source by its weight, or all as one."""
+    if data.sources[0].weight is None:
+        return [Pool(0, len(index))]
+    own = data.has_own_colours
+    return [
+        Pool(
+            images.start,
+            images.stop,
+            source.weight or 0.0,
+            source.batches == "pure",
+            (source.mean or data.mean, source.std or data.std) if own else None,
+        )
+        for source, images in zip(data.sources, index.bounds, strict=True)
+    ]
+
+
+def batch_sizes(recipe: Recipe) -> BatchSizes:
+    """Images per batch, and from which step on."""
+    if isinstance(recipe, FamilyRecipe):
+        return ((0, recipe.schedule.batch),)
+    return tuple(
+        (recipe.first_step(stage), recipe.at_stage(stage).schedule.batch) for stage in recipe.stages
+    )
+
+
+def build_feed(
+    recipe: Recipe,
+    index: ImageIndex,
+    crops: CropSchedule,
+    names: Path | None,
+    positions: Callable[[int], range],
+    stop_step: int,
+) -> Feed:
+    """Prepares the recipe's batches at some positions; ``names`` is the file that bad samples are named in."""
+    data = recipe.data
+    return Feed(
+        index,
+        crops,
+        Sampler(pools_of(data, index), recipe.seed, batch_sizes(recipe)),
+        BadSamples(names, data.max_bad_fraction),
+        seed=recipe.seed,
+        positions=positions,
+        stop_step=stop_step,
+        max_megapixels=data.max_megapixels,
+    )
+
+
+def build_loader(
+    recipe: Recipe, feed: Feed, crops: CropSchedule, max_images: int, device: torch.device
+) -> Loader:
+    """Decodes what a feed prepares."""
+    threads = recipe.data.num_threads
+    return Loader(feed, crops, max_images=max_images, num_threads=threads, device=device)

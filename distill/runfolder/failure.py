@@ -1,0 +1,131 @@
+"""Why a job ended early, in one file, and the exit code that says which kind of end it was.
+
+    failure.json   the first cause: written once per attempt, by the rank that failed, by whoever
+                   found a rank hung, or by the launcher for a rank that died without a word
+
+A rank that only lost its connection writes nothing: it is a consequence. Who then died is read from
+the signs that all ranks leave (``distill.runfolder.heartbeat``).
+"""
+
+import json
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+
+from distill.errors import StudentError, UserError
+from distill.runfolder.heartbeat import Sign, process_state, read_signs
+
+FILE = "failure.json"
+LOST_EXIT_CODE = 4  # a rank died or hung: nothing is wrong with the job, start it again
+CONNECTION_WORDS = ("onnection", "gloo", "NCCL", "ncclSystemError", "Broken pipe", "Socket")
+SETTLE_S = 3.0  # for ranks that are ending to say so
+FAR_S = 3.0  # silence of a rank on another host that is taken for death; six beats
+
+FailureKind = Literal["user", "student", "error", "died", "hung"]
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The first cause. ``kind``: "user" needs a person; "student" is parked already, so the next start is without it; the others may go away when started again."""
+
+    kind: FailureKind
+    message: str
+    fix: str
+    exit_code: int
+    details: str = ""
+
+    def to_error(self) -> UserError:
+        """As the command line reports it."""
+        error = UserError(self.message, fix=self.fix)
+        error.exit_code = self.exit_code
+        return error
+
+
+def write_failure(run_folder: Path, failure: Failure) -> None:
+    """Leaves the cause unless there is one already."""
+    with suppress(FileExistsError), (run_folder / FILE).open("x") as file:
+        json.dump(asdict(failure), file, indent=2)
+
+
+def read_failure(run_folder: Path) -> Failure | None:
+    """The first cause, if one was left whole."""
+    try:
+        return Failure(**json.loads((run_folder / FILE).read_text()))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def failure_of(error: BaseException, sign: Sign, run_folder: Path) -> Failure:
+    """The cause that a rank's own exception is; call while handling it."""
+    if isinstance(error, UserError):
+        return Failure("user", error.message, error.fix, error.exit_code, traceback.format_exc())
+    text = (str(error).strip().splitlines() or ["no message"])[0]
+    return Failure(
+        "student" if isinstance(error, StudentError) else "error",
+        f"{sign.describe()}; {type(error).__name__}: {text}",
+        f"The traceback is in {run_folder / FILE}; the same command resumes.",
+        1,
+        traceback.format_exc(),
+    )
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """The error says that another rank is gone, not that this one did something wrong."""
+    if isinstance(error, dist.DistError):
+        return True
+    is_general = isinstance(error, RuntimeError | OSError)
+    return is_general and any(word in str(error) for word in CONNECTION_WORDS)
+
+
+def failure_of_dead(signs: Sequence[Sign], exit_codes: dict[int, int]) -> Failure:
+    """The cause when ranks died; ``exit_codes`` by rank where a launcher knows them, negative for a signal."""
+    told = [
+        f"{sign.describe()}; {sign.end or _how(exit_codes.get(sign.world_rank, 0))}"
+        for sign in signs
+    ]
+    if not told:
+        host = socket.gethostname()
+        told = [
+            f"rank {rank} on {host}: starting; {_how(code)}" for rank, code in exit_codes.items()
+        ]
+    assert told, "somebody is dead"
+    more = f" (and {len(told) - 1} more ranks)" if len(told) > 1 else ""
+    fix = "The same command resumes from the last checkpoint; --max-restarts N does so by itself."
+    return Failure("died", told[0] + more, fix, LOST_EXIT_CODE)
+
+
+def find_dead(run_folder: Path, num_ranks: int, own_rank: int | None = None) -> list[Sign]:
+    """Ranks that ended without saying so. Waits until every other has said how it ended, or has shown that it lives."""
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        signs = read_signs(run_folder, num_ranks)
+        open_ = [sign for sign in signs if not sign.end and sign.world_rank != own_rank]
+        gone = [sign for sign in open_ if process_state(sign) in {"", "Z"}]
+        if gone or not open_:
+            return gone
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    beats = {sign.world_rank: sign.beat for sign in open_}
+    time.sleep(FAR_S)
+    return [
+        sign
+        for sign in read_signs(run_folder, num_ranks)
+        if not sign.end and beats.get(sign.world_rank) == sign.beat
+    ]
+
+
+def _how(exit_code: int) -> str:
+    if exit_code >= 0:
+        return "ended without a word"
+    with suppress(ValueError):
+        return f"ended by {signal.Signals(-exit_code).name}"
+    return f"ended by signal {-exit_code}"

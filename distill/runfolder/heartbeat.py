@@ -1,0 +1,213 @@
+"""Where a rank is, for whoever watches: one small file per rank, rewritten twice a second by a thread of its own.
+
+The loop only sets a name when it turns to something else (``at``, about a microsecond). The thread
+writes it down with the time since the last change, how long that may take, and where the main
+thread stands. So a file says three things apart from each other: the process runs (the file
+changes), it moves (the activity changes), and whether it waits for others (it stands inside a
+collective) or others wait for it.
+
+Each file is written in place and closed, never renamed: a network file system shows the new bytes
+to whoever opens it next.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+BEAT_S = 0.5
+FIRST_TIMES = 2  # an activity's first occurrences compile, connect, warm caches
+FIRST_ALLOWED_S = 600.0  # as long as a collective may take
+SLOWER = 5.0  # times the longest so far: more is not a slow step but no step
+SELDOM = frozenset({"starting", "between phases", "following", "saving"})  # now and then very long
+WAITING = frozenset({"exchanging", "voting"})  # activities that are nothing but waiting for others
+COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
+ROOT = Path(__file__).parents[2]
+OURS = tuple(f"{ROOT / package}{os.sep}" for package in ("distill", "students", "teacher"))
+RECORD_BYTES = 1024  # each record is padded to this, so that a shorter one leaves no rest
+
+
+@dataclass(frozen=True)
+class Sign:
+    """What a rank says of itself; ``end`` is empty while it runs, then "done" or why it ended."""
+
+    world_rank: int
+    host: str
+    pid: int
+    beat: int
+    phase: str
+    step: int
+    activity: str
+    network: str
+    still_s: float
+    allowed_s: float
+    is_waiting: bool
+    place: str
+    end: str
+
+    def describe(self) -> str:
+        """Who and where, for people: rank, host, phase, step, activity, network."""
+        doing = f"{self.activity} {self.network}".strip()
+        where = f"{self.phase} step {self.step}" if self.phase else "before the first step"
+        return f"rank {self.world_rank} on {self.host}: {doing}, {where}"
+
+
+class Pulse:
+    """One rank's sign of life. ``at`` is called by the loop, everything else happens on a thread."""
+
+    def __init__(
+        self, run_folder: Path, world_rank: int, *, on_beat: Callable[[], None] = lambda: None
+    ) -> None:
+        """``on_beat`` is called on the thread after every beat."""
+        self._path = sign_path(run_folder, world_rank)
+        self._world_rank, self._on_beat = world_rank, on_beat
+        self._host, self._main = socket.gethostname(), threading.main_thread().ident
+        self.limit_s, self.phase = FIRST_ALLOWED_S, ""
+        self._now = ("starting", "", 0, time.monotonic())
+        self._times: dict[tuple[str, str], tuple[int, float]] = {}
+        self._beats, self._end = 0, ""
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+
+    def at(self, activity: str, step: int, network: str = "") -> None:
+        """The rank turns to something else."""
+        before, whose, _, since = self._now
+        now = time.monotonic()
+        count, longest = self._times.get((before, whose), (0, 0.0))
+        if count >= FIRST_TIMES:
+            longest = max(longest, now - since)
+        self._times[before, whose] = (count + 1, longest)
+        self._now = (activity, network, step, now)
+
+    def __enter__(self) -> "Pulse":
+        """Starts the thread."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Writes how the rank ended."""
+        self._over.set()
+        self._thread.join()
+        self._end = "done" if error is None else f"{type(error).__name__}: {error}"[:200]
+        self._write()
+
+    def sign(self) -> Sign:
+        """The record as it would be written now."""
+        activity, network, step, since = self._now
+        count, longest = self._times.get((activity, network), (0, 0.0))
+        is_known = count >= FIRST_TIMES and activity not in SELDOM
+        allowed_s = max(self.limit_s, SLOWER * longest) if is_known else FIRST_ALLOWED_S
+        place, is_collective = _place(sys._current_frames().get(self._main or 0))
+        return Sign(
+            self._world_rank,
+            self._host,
+            os.getpid(),
+            self._beats,
+            self.phase,
+            step,
+            activity,
+            network,
+            time.monotonic() - since,
+            allowed_s,
+            activity in WAITING or is_collective,
+            place,
+            self._end,
+        )
+
+    def _run(self) -> None:
+        while not self._over.wait(BEAT_S):
+            with suppress(OSError):  # a full disk; whoever watches sees a beat less
+                self._write()
+            self._on_beat()
+
+    def _write(self) -> None:
+        self._beats += 1
+        record = json.dumps(asdict(self.sign())).encode()
+        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(descriptor, record.ljust(RECORD_BYTES), 0)
+        finally:
+            os.close(descriptor)
+
+
+def _place(frame: FrameType | None) -> tuple[str, bool]:
+    """File, line and function where a thread stands in our code, and whether that is inside a collective."""
+    is_collective, innermost = False, ""
+    while frame is not None:
+        file = frame.f_code.co_filename
+        is_collective = is_collective or any(part in file for part in COLLECTIVES)
+        is_ours = file.startswith(OURS)
+        name = Path(file).relative_to(ROOT) if is_ours else Path(*Path(file).parts[-2:])
+        where = f"{name.as_posix()}:{frame.f_lineno}"
+        innermost = innermost or where
+        if is_ours:
+            return f"{where} in {frame.f_code.co_name}", is_collective
+        frame = frame.f_back
+    return innermost, is_collective
+
+
+def sign_path(run_folder: Path, world_rank: int) -> Path:
+    """Where a rank writes."""
+    return run_folder / "pulse" / f"rank-{world_rank:05d}.json"
+
+
+def read_sign(run_folder: Path, world_rank: int) -> Sign | None:
+    """What a rank said last; None where it has not said anything, or is just writing."""
+    try:
+        return Sign(**json.loads(sign_path(run_folder, world_rank).read_bytes()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def read_signs(run_folder: Path, num_ranks: int) -> list[Sign]:
+    """What the ranks said last, those that said anything."""
+    signs = (read_sign(run_folder, rank) for rank in range(num_ranks))
+    return [sign for sign in signs if sign is not None]
+
+
+def process_state(sign: Sign) -> str:
+    """The kernel's letter for a rank's process ("T" stopped, "Z" ended); "" where it is gone, "?" on another host."""
+    return state_of(sign.pid) if sign.host == socket.gethostname() else "?"
+
+
+def state_of(pid: int) -> str:
+    """The kernel's letter for a process of this host; "" where it is gone, "?" where there is no /proc."""
+    if not Path("/proc/self/stat").exists():
+        return "?"
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return ""
+    return text.rpartition(")")[2].split()[0]
+
+
+@contextmanager
+def stacks_on_signal(run_folder: Path, world_rank: int) -> Iterator[Path]:
+    """Inside, SIGUSR2 appends the stacks of all threads to the rank's file; a file without any is removed at the end."""
+    path = stacks_path(run_folder, world_rank)
+    path.parent.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        faulthandler.register(signal.SIGUSR2, file=file, all_threads=True)
+        try:
+            yield path
+        finally:
+            faulthandler.unregister(signal.SIGUSR2)
+    if path.stat().st_size == 0:
+        path.unlink()
+        with suppress(OSError):  # other ranks' files
+            path.parent.rmdir()
+
+
+def stacks_path(run_folder: Path, world_rank: int) -> Path:
+    """Where a rank's stacks are written."""
+    return run_folder / "stacks" / f"rank-{world_rank:05d}.txt"

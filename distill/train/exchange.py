@@ -1,0 +1,292 @@
+"""Teacher targets and crops to the ranks that train on them. The only traffic between groups.
+
+Two ways, the same result bit for bit:
+
+- ``Slices``: each rank receives exactly the positions its students need, by one all-to-all with
+  uneven splits per tensor. Every rank computes all splits from the plan and the step's mask counts,
+  so no sizes are sent. On the wire: uint8 crops, and the teacher's rows in its own dtype, class
+  tokens and masked patches only.
+- ``AllGather``: the published procedure, kept as the reference. Every rank receives the whole batch,
+  padded to equal shares: crops in the teacher's dtype, class rows, and the rows of all patches.
+
+Masks are not sent: they are a function of (seed, step, position). ``start`` launches the step's
+collectives and returns; ``wait`` on what it returned gives the delivery. Launches stand in step
+order on every rank, on a communicator of their own. Several steps may be in flight.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distill.plan.by_step import Timetable
+from distill.plan.plan import Placement, Plan
+from distill.plan.traffic import Counts
+from teacher.batch import CropBatch, LessonBatch, PatchMasks, TeacherTargets, onto
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Crops and targets of the positions one rank needs, ascending; ``positions`` says which."""
+
+    crops: CropBatch
+    targets: TeacherTargets
+    masks: PatchMasks
+    positions: tuple[range, ...]
+
+
+@dataclass(frozen=True)
+class Outgoing:
+    """What a rank hands over for one step: its share, and what every rank knows about the batch.
+
+    ``masks_of_needs`` belong to the positions this rank *needs*; ``counts`` are masked patches per
+    crop of the whole batch, [images_global, 2].
+    """
+
+    step: int
+    crops: CropBatch
+    targets: TeacherTargets
+    masks_of_needs: PatchMasks
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step's delivery on its way."""
+
+    works: tuple[dist.Work, ...]
+    finish: Callable[[], Delivery]
+    keep: tuple[Tensor, ...]
+    """What is being sent; it must live until the collectives are done."""
+
+
+@runtime_checkable
+class Exchange(Protocol):
+    """One of the two ways. ``wait_s`` and ``received_bytes`` accumulate.
+
+    ``wants_all_patches``: the teacher's rows are to hold all patches instead of the masked ones.
+    """
+
+    wants_all_patches: bool
+    wait_s: float
+    received_bytes: int
+
+    def start(self, outgoing: Outgoing) -> Pending:
+        """Launches a step's collectives over the world."""
+        ...
+
+    def wait(self, pending: Pending) -> Delivery:
+        """Blocks until a step's delivery is complete."""
+        ...
+
+
+class Slices:
+    """Each rank receives exactly what its students train on."""
+
+    wants_all_patches = False
+
+    def __init__(
+        self, timetable: Timetable, world_rank: int, group: dist.ProcessGroup, device: torch.device
+    ) -> None:
+        self._timetable, self._rank = timetable, world_rank
+        self._group, self._device = group, device
+        self.wait_s = 0.0
+        self.received_bytes = 0
+
+    def start(self, outgoing: Outgoing) -> Pending:
+        """Launches one all-to-all per tensor; none when every rank trains on what it teaches."""
+        crops, targets, counts = outgoing.crops, outgoing.targets, outgoing.counts
+        plan = self._timetable.at(outgoing.step)
+        needs = plan.needs(self._rank)
+        if plan.is_local:
+            told = Delivery(crops, targets, outgoing.masks_of_needs, needs)
+            return Pending((), lambda: told, ())
+        routes = self._routes(plan, outgoing.step, counts.sum(axis=1))
+        moved = [
+            self._launch(tensor, routes.images if by_image else routes.masked)
+            for tensor, by_image in (
+                (crops.global_crops, True),
+                (crops.local_crops, True),
+                (targets.class_rows, True),
+                (targets.patch_rows, False),
+            )
+        ]
+        more = {"anchor": targets.anchor_patches, "colours": crops.colours}
+        extra = {
+            name: self._launch(tensor, routes.images)
+            for name, tensor in more.items()
+            if tensor is not None
+        }
+
+        def finish() -> Delivery:
+            global_crops, local_crops, class_rows, patch_rows = (m[2] for m in moved)
+            anchor, colours = (extra[name][2] if name in extra else None for name in more)
+            kept = CropBatch(global_crops, local_crops, colours=colours)
+            told = TeacherTargets(class_rows, patch_rows, anchor)
+            return Delivery(kept, told, outgoing.masks_of_needs, needs)
+
+        launched = [*moved, *extra.values()]
+        return Pending(tuple(m[0] for m in launched), finish, tuple(m[1] for m in launched))
+
+    def wait(self, pending: Pending) -> Delivery:
+        """Blocks until the step's all-to-alls are done."""
+        started = time.perf_counter()
+        for work in pending.works:
+            work.wait()
+        delivery = pending.finish()
+        self.wait_s += time.perf_counter() - started
+        return delivery
+
+    def _launch(self, rows: Tensor, route: "_Route") -> tuple[dist.Work, Tensor, Tensor]:
+        sent = rows[route.rows_out].contiguous()
+        received = rows.new_empty(sum(route.sizes_in), *rows.shape[1:])
+        work = dist.all_to_all_single(
+            received, sent, route.sizes_in, route.sizes_out, group=self._group, async_op=True
+        )
+        foreign = sum(route.sizes_in) - route.sizes_in[self._rank]
+        self.received_bytes += foreign * received.element_size() * int(np.prod(rows.shape[1:]))
+        return work, sent, received
+
+    def _routes(self, plan: Plan, step: int, per_image: Counts) -> "_Routes":
+        """Rows out in sending order (destination by destination, ascending) and all split sizes of one step."""
+        rank, num_ranks = self._rank, plan.num_ranks
+        borders = plan.share_borders(step)
+        share_start, share_stop = int(borders[rank]), int(borders[rank + 1])
+        to, starts, stops = plan.needed
+        starts, stops = starts.clip(share_start, share_stop), stops.clip(share_start, share_stop)
+        masked_before = np.concatenate([[0], np.cumsum(per_image)])
+        sizes_out = np.zeros(num_ranks, np.int64)
+        masked_out = np.zeros(num_ranks, np.int64)
+        np.add.at(sizes_out, to, stops - starts)
+        np.add.at(masked_out, to, masked_before[stops] - masked_before[starts])
+        sizes_in = np.zeros(num_ranks, np.int64)
+        masked_in = np.zeros(num_ranks, np.int64)
+        for part in plan.needs(rank):
+            inside = borders.clip(part.start, part.stop)
+            sizes_in += np.diff(inside)
+            masked_in += np.diff(masked_before[inside])
+        spans = [(a, b) for a, b in zip(starts.tolist(), stops.tolist(), strict=True) if b > a]
+        images = [np.arange(a, b) - share_start for a, b in spans]
+        origin = masked_before[share_start]
+        masked = [np.arange(masked_before[a], masked_before[b]) - origin for a, b in spans]
+        return _Routes(
+            _Route(self._index(images), sizes_out.tolist(), sizes_in.tolist()),
+            _Route(self._index(masked), masked_out.tolist(), masked_in.tolist()),
+        )
+
+    def _index(self, parts: list[Counts]) -> Tensor:
+        rows = np.concatenate(parts or [np.empty(0, np.int64)])
+        return onto(torch.from_numpy(rows), self._device)
+
+
+@dataclass(frozen=True)
+class _Route:
+    rows_out: Tensor
+    sizes_out: list[int]
+    sizes_in: list[int]
+
+
+@dataclass(frozen=True)
+class _Routes:
+    images: _Route
+    masked: _Route
+
+
+class AllGather:
+    """Every rank receives the whole batch, as published; it keeps the positions it needs."""
+
+    wants_all_patches = True
+
+    def __init__(
+        self, timetable: Timetable, world_rank: int, group: dist.ProcessGroup, device: torch.device
+    ) -> None:
+        self._timetable, self._rank = timetable, world_rank
+        self._group, self._device = group, device
+        self.wait_s = 0.0
+        self.received_bytes = 0
+        self._num_ranks = timetable.at(0).num_ranks
+        self._padded = max(timetable.at(0).largest_shares)  # even shares stay as they are
+
+    def start(self, outgoing: Outgoing) -> Pending:
+        """Launches one all-gather per tensor. ``patch_rows`` hold all patches here, [images * 2 * patches, taught]."""
+        crops, targets = outgoing.crops, outgoing.targets
+        dtype, images = targets.class_rows.dtype, len(targets.class_rows)
+        patches = outgoing.masks_of_needs.flags.shape[2]
+        by_image = [
+            crops.global_crops.to(dtype),  # whole numbers up to 255 are exact in bf16
+            crops.local_crops.to(dtype),
+            targets.class_rows,
+            targets.patch_rows.view(images, 2, patches, -1),
+        ]
+        gathered = [self._launch(tensor) for tensor in by_image]
+        colours = None if crops.colours is None else self._launch(crops.colours)
+
+        def finish() -> Delivery:
+            plan = self._timetable.at(outgoing.step)
+            whole = [self._unpad(tensor, plan, outgoing.step) for _, _, tensor in gathered]
+            global_crops, local_crops, class_rows, patch_rows = whole
+            kept = CropBatch(
+                global_crops.to(torch.uint8),
+                local_crops.to(torch.uint8),
+                colours=None if colours is None else self._unpad(colours[2], plan, outgoing.step),
+            )
+            masked = patch_rows.flatten(0, 2)[outgoing.masks_of_needs.rows()]
+            told = TeacherTargets(class_rows, masked)
+            needs = plan.needs(self._rank)
+            return Delivery(kept, told, outgoing.masks_of_needs, needs)
+
+        launched = [*gathered, *([] if colours is None else [colours])]
+        return Pending(tuple(g[0] for g in launched), finish, tuple(g[1] for g in launched))
+
+    wait = Slices.wait
+
+    def _launch(self, rows: Tensor) -> tuple[dist.Work, Tensor, Tensor]:
+        padding = self._padded - rows.shape[0]
+        sent = torch.cat([rows, rows.new_zeros(padding, *rows.shape[1:])])
+        num_ranks = self._num_ranks
+        received = rows.new_empty(num_ranks * self._padded, *rows.shape[1:])
+        gather = (
+            getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        )  # renamed in torch 2.13
+        work = gather(received, sent, group=self._group, async_op=True)
+        self.received_bytes += (num_ranks - 1) * sent.numel() * sent.element_size()
+        return work, sent, received
+
+    def _unpad(self, whole: Tensor, plan: Plan, step: int) -> Tensor:
+        """The rows of the positions this rank needs."""
+        shares = plan.shares(step)
+        padded = whole.view(len(shares), self._padded, *whole.shape[1:])
+        batch = torch.cat([padded[rank, : len(share)] for rank, share in enumerate(shares)])
+        parts = [batch[part.start : part.stop] for part in plan.needs(self._rank)]
+        return torch.cat(parts) if parts else batch[:0]
+
+
+def lesson_for(
+    delivery: Delivery,
+    placement: Placement,
+    world_rank: int,
+    grid_hw: tuple[int, int],
+    images_global: int,
+) -> LessonBatch:
+    """The part of a delivery that one network trains on; views, no copies."""
+    wanted = placement.slice_of(world_rank)
+    before = 0
+    for part in delivery.positions:
+        if part.start <= wanted.start and wanted.stop <= part.stop:
+            break
+        before += len(part)
+    first = before + wanted.start - part.start
+    whole = LessonBatch(
+        crops=delivery.crops,
+        masks=delivery.masks,
+        targets=delivery.targets,
+        grid_hw=grid_hw,
+        start=wanted.start - first,
+        images_global=images_global,
+    )
+    return whole.part(slice(first, first + len(wanted)))

@@ -1,0 +1,98 @@
+"""The iBOT masks of one step for the two sets of positions a rank deals with: those it teaches and those it trains on."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from distill.data.mask_counts import mask_counts
+from distill.data.masks import draw_masks
+from distill.plan.by_step import Timetable
+from distill.plan.plan import Plan
+from distill.plan.traffic import Counts
+from distill.recipe.keys import MasksSpec
+from teacher.batch import PatchMasks
+
+
+@dataclass(frozen=True)
+class DrawnMasks:
+    """Masks on the teacher's grid, and how many patches are masked in each crop of the whole batch."""
+
+    of_share: PatchMasks
+    of_needs: PatchMasks
+    counts: Counts
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A step that is being drawn for a plan; drawn again if another plan is in force by then."""
+
+    step: int
+    plan: Plan
+    drawn: Future[DrawnMasks]
+
+
+class StepMasks:
+    """Draws masks from (seed, step, position): every rank agrees without a message. One thread draws a step ahead."""
+
+    def __init__(
+        self,
+        spec: MasksSpec,
+        timetable: Timetable,
+        world_rank: int,
+        grid_at: Callable[[int], tuple[int, int]],
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        """``grid_at``: the teacher's patch grid at a step."""
+        self._spec, self._seed, self._grid_at, self._device = spec, seed, grid_at, device
+        self._timetable, self._world_rank = timetable, world_rank
+        self._worker = ThreadPoolExecutor(1, "masks")
+        self._ahead: _Ahead | None = None
+
+    def draw(self, step: int) -> DrawnMasks:
+        """The masks of one step; those of the next are drawn meanwhile."""
+        ahead, self._ahead = self._ahead, None
+        plan = self._timetable.at(step)
+        drawn = None
+        if ahead is not None and ahead.step == step and ahead.plan is plan:
+            drawn = ahead.drawn.result()
+        following = self._timetable.at(step + 1)
+        task = self._worker.submit(self._draw, step + 1, following)
+        self._ahead = _Ahead(step + 1, following, task)
+        drawn = drawn or self._draw(step, plan)
+        of_share = drawn.of_share.to(self._device)
+        is_same = drawn.of_needs is drawn.of_share
+        return DrawnMasks(
+            of_share, of_share if is_same else drawn.of_needs.to(self._device), drawn.counts
+        )
+
+    def _draw(self, step: int, plan: Plan) -> DrawnMasks:
+        """Masks in the host's memory."""
+        spec, grid_hw = self._spec, self._grid_at(step)
+        counts = mask_counts(
+            seed=self._seed,
+            step=step,
+            images_global=plan.images_global,
+            grid_hw=grid_hw,
+            probability=spec.probability,
+            ratio=spec.ratio,
+        )
+        share, *parts = (
+            np.arange(part.start, part.stop)
+            for part in (plan.share(self._world_rank, step), *plan.needs(self._world_rank))
+        )
+        needs = np.concatenate(parts or [np.empty(0, np.int64)])
+        positions = np.union1d(share, needs)
+        masks = draw_masks(
+            seed=self._seed, step=step, counts=counts, positions=positions, grid_hw=grid_hw
+        )
+
+        def of(wanted: Counts) -> PatchMasks:
+            flags = masks[np.searchsorted(positions, wanted)]
+            return PatchMasks(flags, tuple(counts[wanted].sum(axis=1).tolist()))
+
+        of_share = of(share)
+        return DrawnMasks(of_share, of_share if np.array_equal(share, needs) else of(needs), counts)

@@ -1,0 +1,249 @@
+"""Numbers out of the loop at the logging interval, and the answer to "save? stop?" that all ranks share.
+
+Between intervals nothing is read from the device and nothing is sent. At an interval each network's
+group averages its numbers (one all-reduce), and the world votes on one small vector: stop asked
+for, save due, worst loader wait. The votes are counted when the look-ahead has passed, so that
+nobody waits for the rank furthest behind.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
+from distill.data.bad_samples import count_bad
+from distill.errors import UserError
+from distill.runfolder.metrics import (
+    CheckpointStatus,
+    MetricsRow,
+    MetricsWriter,
+    NetworkState,
+    NetworkStatus,
+    PhaseStatus,
+    RunState,
+    Status,
+    StatusFile,
+    drop_after,
+    work_done,
+)
+from distill.runfolder.requests import Asked
+from distill.train.delayed_reduce import Ballot
+from distill.train.phase import Phase
+
+LOG_EVERY = 10  # steps
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the world agreed to do after this step; the end of a phase is saved without a wish."""
+
+    save: bool
+    stop: bool
+
+
+class Recorder:
+    """Writes metrics and status; one per process, the same calls on every rank."""
+
+    def __init__(
+        self,
+        run_folder: Path,
+        phases: Sequence[PhaseStatus],
+        world_rank: int,
+        asked: Asked,
+        save_every_s: float | None,
+        save_every_steps: Sequence[int],
+        resume_command: str,
+        control: dist.ProcessGroup,
+    ) -> None:
+        """``save_every_steps``: a save is due where any of these numbers of steps is passed. ``control`` is a gloo group of the world."""
+        self._run_folder, self._world_rank, self._asked = run_folder, world_rank, asked
+        self._control = control
+        self._save_every_s, self._save_every_steps = save_every_s, save_every_steps
+        self._file = StatusFile(run_folder)
+        previous = None
+        with suppress(UserError):  # a power cut may leave anything; what it said is written anew
+            previous = self._file.read() if world_rank == 0 else None
+        started = previous.started_unix if previous else time.time()
+        self.status = Status(
+            state="preparing",
+            started_unix=started,
+            updated_unix=time.time(),
+            phases=tuple(phases),
+            last_checkpoint=previous.last_checkpoint if previous else None,
+            resume_command=resume_command,
+        )
+        self._writers: dict[str, MetricsWriter] = {}
+        self._last_save = time.monotonic()
+        self._images_seen = 0
+        self._loader_wait = 0.0
+        self._complaint = ""
+
+    def start(self, phase: Phase, start_step: int) -> None:
+        """Begins a phase at ``start_step``; metrics past that point (of a run that died) are dropped."""
+        names = [p.name for p in self.status.phases]
+        for pupil in phase.pupils:
+            if pupil.placement.first_rank == self._world_rank:
+                drop_after(
+                    self._run_folder, pupil.name, phases=names, phase=phase.name, step=start_step
+                )
+                self._writers[pupil.name] = MetricsWriter(self._run_folder, pupil.name)
+        networks = {
+            p.name: NetworkStatus(tuple(p.world_ranks), "training") for p in phase.plan.placements
+        }
+        self.show(
+            "training",
+            phase=phase.name,
+            step=start_step,
+            networks=networks,
+            phase_started_unix=time.time(),
+        )
+        self._phase_start_step = self._interval_step = start_step
+        self._phase_started = self._interval_started = time.monotonic()
+        self._marks = self._read_clocks(phase)
+        self._ballot = Ballot(self._control, phase.lookahead)
+
+    def show(self, state: RunState, **changes: object) -> None:
+        """Changes the status; written by world rank 0."""
+        self.status = replace(self.status, state=state, updated_unix=time.time(), **changes)  # type: ignore[arg-type]
+        if self._world_rank == 0:
+            self._file.write(self.status)
+
+    def saving(self) -> None:
+        """Notes that a save begins; the next one is due from now on."""
+        self._last_save = time.monotonic()
+        self.show("saving")
+
+    def saved(self, phase: str, step: int, path: str) -> None:
+        """Notes a finished checkpoint."""
+        done = CheckpointStatus(phase, step, path, time.time())
+        told = self.status.message
+        message = "" if told == self._complaint else told
+        self.show(self.status.state, last_checkpoint=done, message=message)
+
+    def unsaved(self, message: str) -> None:
+        """Notes a checkpoint that could not be written; the message stays until one is."""
+        self._complaint = message
+        self.show(self.status.state, message=message)
+
+    def record(self, phase: Phase, step: int, faults: Sequence[float]) -> Wishes:
+        """Counts a finished step; at the interval, and at the last step, writes numbers and asks the world what to do.
+
+        The answer comes ``lookahead`` steps later, at the last step at once. ``faults``: of every
+        network of the plan, steps skipped, roll-backs and 1 if parked, as far as this rank knows.
+
+        Raises:
+            UserError: every network is parked, on all ranks alike.
+        """
+        is_last = step == phase.num_steps
+        answers = []
+        if self._ballot.is_due(step) or (is_last and self._ballot.is_open):
+            answers.append(self._ballot.count())
+        saves_now, since = False, self._interval_step
+        if step % LOG_EVERY == 0 or is_last:
+            loader_wait = self._write(phase, step)
+            if not self._ballot.is_open:
+                self._ballot.cast(step, self._votes(loader_wait, faults), dist.ReduceOp.MAX)
+            if is_last or self._ballot.is_due(step):
+                answers.append(self._ballot.count())
+            saves_now = any(step // every > since // every for every in self._save_every_steps)
+        stop = save = False
+        for answer in answers:
+            stop_votes, save_votes, self._loader_wait, *found = answer.tolist()
+            stop, save = stop or bool(stop_votes), save or bool(save_votes)
+            self._take_faults(phase, found)
+        return Wishes(save=(save or saves_now) and not is_last, stop=stop)
+
+    def _write(self, phase: Phase, step: int) -> float:
+        """Metrics and status of the interval that ends at ``step``; this rank's loader wait as a part of its time."""
+        elapsed = max(1e-9, time.monotonic() - self._interval_started)
+        num_steps = step - self._interval_step
+        clocks = self._read_clocks(phase)
+        loader_s, exchange_s = (
+            now - before for now, before in zip(clocks, self._marks, strict=True)
+        )
+        images_per_s = num_steps * phase.plan.images_global / elapsed
+        for pupil in phase.pupils:
+            values = pupil.read_metrics(wait=exchange_s / elapsed)
+            if values is not None and pupil.name in self._writers:
+                row = MetricsRow(
+                    phase=phase.name,
+                    step=step,
+                    time_unix=time.time(),
+                    loss=values.pop("loss"),
+                    grad_norm=values.pop("grad_norm"),
+                    lr=pupil.rates(phase.first_step + step - 1).lr,
+                    wait=values.pop("wait"),
+                    images_per_s=images_per_s,
+                    skipped=int(values.pop("skipped")),
+                    terms=values,
+                )
+                self._writers[pupil.name].write(row)
+        self._images_seen += num_steps * phase.plan.images_global
+        done = work_done(self.status.phases, phase.name, step)
+        before = work_done(self.status.phases, phase.name, self._phase_start_step)
+        phase_s = time.monotonic() - self._phase_started
+        left = {p.name for p in phase.timetable.at(phase.first_step + step).placements}
+        self.show(
+            "training",
+            step=step,
+            networks={
+                name: network
+                if name in left or network.state == "parked"
+                else replace(network, state="done")
+                for name, network in self.status.networks.items()
+            },
+            step_s=elapsed / num_steps,
+            work_done=done,
+            eta_s=(1.0 - done) * phase_s / max(1e-9, done - before),
+            loader_wait=self._loader_wait,
+            images_per_s=images_per_s,
+            bad_samples=count_bad(self._run_folder / BAD_SAMPLES_FILE),
+        )
+        self._interval_started, self._interval_step, self._marks = time.monotonic(), step, clocks
+        return loader_s / elapsed
+
+    def finish_phase(self) -> None:
+        """Closes the phase's metric files."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
+
+    def take_images(self) -> int:
+        """Images trained on since the last call."""
+        taken, self._images_seen = self._images_seen, 0
+        return taken
+
+    def _read_clocks(self, phase: Phase) -> tuple[float, float]:
+        return phase.loader.wait_s, phase.exchange.wait_s
+
+    def _take_faults(self, phase: Phase, found: Sequence[float]) -> None:
+        """How every network of the world fares, into the status."""
+        networks = dict(self.status.networks)
+        for index, placement in enumerate(phase.plan.placements):
+            skipped, rolled_back, is_parked = map(int, found[3 * index : 3 * index + 3])
+            network = networks[placement.name]
+            state: NetworkState = "parked" if is_parked else network.state
+            networks[placement.name] = replace(
+                network, state=state, skipped=skipped, rolled_back=rolled_back
+            )
+        self.show(self.status.state, networks=networks)
+        if all(network.state == "parked" for network in networks.values()):
+            raise UserError(
+                f"{phase.name}: every network is parked, nothing is left to train ({', '.join(networks)})",
+                fix=f"See {self._run_folder / 'events.jsonl'}; a network is tried again from its last "
+                f"checkpoint when its file in {self._run_folder / 'parked'} is deleted.",
+            )
+
+    def _votes(self, loader_wait: float, faults: Sequence[float]) -> torch.Tensor:
+        """Stop asked for on this rank, save asked for or due by the clock of rank 0, loader wait, faults."""
+        due = (
+            self._save_every_s is not None
+            and time.monotonic() - self._last_save >= self._save_every_s
+        )
+        saves = self._asked.take_save() or (due and self._world_rank == 0)
+        return torch.tensor([self._asked.to_stop(), saves, loader_wait, *faults])

@@ -1,0 +1,183 @@
+"""One network in training on this rank: its targets, its step, its numbers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distill.engine.engine import Engine, StepRates
+from distill.plan.plan import Placement
+from distill.train.stopwatch import Stopwatch
+from teacher.batch import LessonBatch
+from teacher.heads import Head
+from teacher.sinkhorn import sinkhorn
+from teacher.trainee import Assignments, Losses, StepScalars
+
+TARGETS_PREFIX = "targets/"  # of a target maker's tensors in a network's state
+
+
+@runtime_checkable
+class Targets(Protocol):
+    """What the loss of a slice compares with."""
+
+    def part(self, images: slice, masked: slice) -> "Targets":
+        """Of some images of the slice and their masked patches."""
+        ...
+
+
+@runtime_checkable
+class TargetMaker(Protocol):
+    """Turns what the teacher said of a slice into what the network's loss compares with."""
+
+    def make(
+        self, lesson: LessonBatch, temperature: float, group: dist.ProcessGroup | None
+    ) -> Targets:
+        """The targets; collective over ``group`` where there is one."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """What has to be saved to go on, the same on every rank of the group."""
+        ...
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of ``state``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Assigner:
+    """Targets for heads: Sinkhorn assignments to the prototypes of the teacher's heads. No state."""
+
+    dino_head: Head
+    ibot_head: Head
+
+    def make(
+        self, lesson: LessonBatch, temperature: float, group: dist.ProcessGroup | None
+    ) -> Assignments:
+        """Assignments of the slice; the balance is over the whole group."""
+        class_rows = lesson.targets.class_rows.transpose(0, 1).flatten(0, 1)
+        dino, ibot = self.dino_head.prototypes.weight, self.ibot_head.prototypes.weight
+        return Assignments(
+            sinkhorn(class_rows, dino, temperature, group),
+            sinkhorn(lesson.targets.patch_rows, ibot, temperature, group),
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """Nothing to load."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One step of a network: whether it was applied, on the device and the same on every rank of the group, and its loss and terms here."""
+
+    is_applied: Tensor
+    terms: dict[str, Tensor]
+
+
+class Pupil:
+    """A trained network on one of its ranks. Numbers stay on the device until ``read_metrics``."""
+
+    def __init__(
+        self,
+        name: str,
+        placement: Placement,
+        engine: Engine,
+        rates: Callable[[int], StepRates],
+        targets: TargetMaker,
+        *,
+        parts: Sequence[slice] = (slice(None),),
+        num_steps: int | None = None,
+        prepare: Callable[[LessonBatch, int], LessonBatch] = lambda lesson, _: lesson,
+    ) -> None:
+        """What one network needs on one rank.
+
+        ``parts``: micro-batches of this rank's slice; ``num_steps``: where the network is finished, None
+        for the phase's end; ``prepare``: adds to the lesson of a step what only this network needs.
+        """
+        self._prepare = prepare
+        self._parts, self._stop_step = parts, num_steps
+        self.name, self.placement, self.engine, self.rates = name, placement, engine, rates
+        self.targets = targets
+        self.training = Stopwatch(next(engine.module.parameters()).device)
+        self._sums: dict[str, Tensor] = {}
+        self._num_steps = 0
+
+    def learn(
+        self, lesson: LessonBatch, temperature: float, scalars: StepScalars, step: int
+    ) -> Attempt:
+        """One step of this network; a skipped one changes nothing. Collective over its group: targets, KoLeo where cut, gradients."""
+        terms, before = dict[str, Tensor](), self.targets.state()
+        group = self.engine.group if dist.get_world_size(self.engine.group) > 1 else None
+        lesson = self._prepare(lesson, step)
+        with self.training.running():
+            targets = self.targets.make(lesson, temperature, group)
+            for images in self._parts:
+                part, its_targets = lesson, targets
+                if len(self._parts) > 1:
+                    part = lesson.part(images)
+                    its_targets = targets.part(images, lesson.masks.masked(images))
+                losses: Losses = self.engine.forward(part, its_targets, scalars)
+                self.engine.backward_and_step(losses.total, self.rates(step))
+                _add(terms, {"loss": losses.total.detach(), **losses.parts})
+            is_applied, after = self.engine.is_applied, self.targets.state()
+            self.targets.load_state(
+                {k: torch.where(is_applied, after[k], before[k]) for k in after}
+            )
+            counted = {k: torch.where(is_applied, value, 0.0) for k, value in terms.items()}
+            _add(self._sums, {"applied": is_applied, **counted})
+        self._num_steps += 1
+        return Attempt(is_applied, terms)
+
+    def is_finished(self, step: int) -> bool:
+        """The network has trained all its steps when a step begins."""
+        return self._stop_step is not None and step >= self._stop_step
+
+    def read_metrics(self, wait: float) -> dict[str, float] | None:
+        """Means over the group and the steps that were applied since the last call: loss, its terms, ``wait``; and gradient norm, steps skipped. One sync, one all-reduce.
+
+        None when there was no step; a loss of NaN when none was applied. Collective over the network's group.
+        """
+        if not self._num_steps:
+            return None
+        applied = self._sums.pop("applied")
+        sums = torch.stack([*self._sums.values(), torch.full_like(applied, wait)])
+        if dist.get_world_size(self.engine.group) > 1:
+            dist.all_reduce(sums, group=self.engine.group)
+            sums /= dist.get_world_size(self.engine.group)
+        told = torch.cat(
+            [sums[:-1] / applied, sums[-1:], torch.stack([self.engine.grad_norm, applied])]
+        )
+        names = [*self._sums, "wait", "grad_norm", "skipped"]
+        values = dict(zip(names, told.tolist(), strict=True))
+        values["skipped"] = self._num_steps - values["skipped"]
+        self._sums, self._num_steps = {}, 0
+        return values
+
+    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Everything needed to go on, independent of the layout; parts of it without ``keep``. Communication as ``Engine.state``."""
+        state = self.targets.state()
+        own = {TARGETS_PREFIX + name: tensor.clone() for name, tensor in state.items()}
+        return {**self.engine.state(keep=keep), **own}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of ``state``, for any number of ranks. No communication."""
+        self.engine.load_state(tensors)
+        self.targets.load_state(
+            {
+                name.removeprefix(TARGETS_PREFIX): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(TARGETS_PREFIX)
+            }
+        )
+
+
+def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for name, value in values.items():
+        sums[name] = sums[name] + value if name in sums else value.float()

@@ -1,0 +1,197 @@
+"""One network written in the format of another library, proven, and only then given its name.
+
+    .NAME.part   written here: weights in the wanted layout and dtype
+    proof        the other library reads them; its features are compared with ours (distill.weights.verify)
+    NAME         after the proof, with README.md and distill.json; NAME.rejected when it fails
+
+A folder with its final name has therefore been checked, or says in README.md and distill.json why
+it was not. What each format holds:
+
+    hf    config.json, model.safetensors, preprocessor_config.json
+    timm  the same two names in timm's own layout
+    meta  NAME-<8 hex digits of its sha256>.pth, as the published files are named
+    onnx  model.onnx with free batch, height and width
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from distill.errors import CheckpointError, UserError
+from distill.weights.card import Background, WrittenFile, licence_text, model_card
+from distill.weights.containers import read_object
+from distill.weights.load import convert, load_backbone
+from distill.weights.onnx import write_onnx
+from distill.weights.verify import TOLERANCE, Format, Parity, prove
+from students.catalog import preprocessor_config
+
+Dtype = Literal["fp32", "bf16"]
+DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+RECORD = "distill.json"  # its "export" part marks a folder as one that may be replaced
+CARD = "README.md"
+PREPARATION = "preprocessor_config.json"
+READ_BYTES = 2**24  # of a file at once, for its checksum
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Side in pixels and normalisation, for a network whose own folder does not state them."""
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished folder."""
+
+    name: str
+    folder: Path
+    parity: Parity
+    files: tuple[WrittenFile, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(file.num_bytes for file in self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "name": self.name,
+            "folder": str(self.folder),
+            "bytes": self.num_bytes,
+            **self.parity.to_json(),
+        }
+
+
+def export_network(
+    name: str,
+    source: Path,
+    folder: Path,
+    form: Format,
+    dtype: Dtype,
+    background: Background,
+    inputs: Inputs,
+) -> Exported:
+    """Writes the network in ``source`` to ``folder`` as ``form`` and proves that it gives the same features.
+
+    An earlier export under that name is replaced once the new one has passed.
+
+    Raises:
+        UserError: the features differ; what was written is then named ``folder``.rejected.
+        CheckpointError: ``folder`` holds something else, or ``source`` cannot be read.
+        SetupError: a library is missing to write this format.
+    """
+    _refuse_foreign(folder, source)
+    aside, rejected = (
+        folder.with_name(f".{folder.name}.part"),
+        folder.with_name(f"{folder.name}.rejected"),
+    )
+    for stale in (aside, rejected):
+        shutil.rmtree(stale, ignore_errors=True)
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(name, source, aside, form, DTYPES[dtype])
+        _write_preparation(source, aside, inputs)
+        parity = prove(form, aside, source, DTYPES[dtype])
+        if parity.is_refuted:
+            aside.rename(rejected)
+            raise _refuted(name, form, parity, rejected)
+        files = tuple(
+            _measure(path) for path in sorted(aside.iterdir()) if path.name not in (CARD, RECORD)
+        )
+        _describe(name, source, aside, form, dtype, background, parity, files)
+        shutil.rmtree(folder, ignore_errors=True)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return Exported(name, folder, parity, files)
+
+
+def _write(name: str, source: Path, aside: Path, form: Format, dtype: torch.dtype) -> None:
+    if form == "onnx":
+        aside.mkdir()
+        backbone, spec = load_backbone(source)
+        write_onnx(backbone, spec, aside / "model.onnx", dtype=dtype)
+    elif form == "meta":
+        aside.mkdir()
+        file = aside / f"{name}.pth"
+        convert(source, file, layout="meta", dtype=dtype)
+        file.rename(aside / f"{name}-{_measure(file).sha256[:8]}.pth")
+    else:
+        convert(source, aside, layout=form, dtype=dtype)
+
+
+def _write_preparation(source: Path, aside: Path, inputs: Inputs) -> None:
+    """``preprocessor_config.json`` for every format: the network's own, or that of its run."""
+    own = source / PREPARATION
+    config = (
+        read_object(own)
+        if own.is_file()
+        else preprocessor_config(inputs.size, inputs.mean, inputs.std)
+    )
+    _write_json(aside / PREPARATION, config)
+
+
+def _describe(
+    name: str,
+    source: Path,
+    aside: Path,
+    form: Format,
+    dtype: Dtype,
+    background: Background,
+    parity: Parity,
+    files: tuple[WrittenFile, ...],
+) -> None:
+    """The card and the record; what the source's record holds is kept in it."""
+    spec = load_backbone(source)[1]
+    (aside / CARD).write_text(
+        model_card(name, spec, form, dtype, background, parity, files), encoding="utf-8"
+    )
+    record = {
+        **background.provenance,
+        "licence": licence_text(background.licence),
+        "export": {"format": form, "dtype": dtype, **parity.to_json()},
+        "files": {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files},
+    }
+    _write_json(aside / RECORD, record)
+
+
+def _refuted(name: str, form: Format, parity: Parity, rejected: Path) -> UserError:
+    return UserError(
+        f"{name} as {form}: {parity.describe()}; at most {TOLERANCE:g} is allowed",
+        fix=f"Do not use {rejected}; try another format, and report this line with both versions.",
+    )
+
+
+def _refuse_foreign(folder: Path, source: Path) -> None:
+    """Only what an earlier export wrote is replaced, and never the network itself."""
+    if folder.resolve() == source.resolve():
+        raise CheckpointError(
+            f"{folder}: is the network to export itself", fix="Give another --out."
+        )
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    record = folder / RECORD
+    if not record.is_file() or "export" not in read_object(record):
+        raise CheckpointError(
+            f"{folder}: exists and is no export of distill", fix="Give another --out."
+        )
+
+
+def _measure(path: Path) -> WrittenFile:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+    return WrittenFile(path.name, path.stat().st_size, digest.hexdigest())
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

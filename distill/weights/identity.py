@@ -1,0 +1,245 @@
+"""What a set of tensors is: layout, shape and catalogue name, from names and shapes alone."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from distill.weights.layouts import Layout, renamed_vit, shapes
+from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec, CustomSpec
+from teacher.shapes import ViTSpec
+
+Shapes = Mapping[str, tuple[int, ...]]
+WRAPPERS = ("_orig_mod.", "module.", "model.", "teacher.", "backbone.")  # around a backbone's keys
+HEAD_PREFIXES = ("dino_head.", "ibot_head.", "head.")
+EXTRA_PREFIXES = ("local_cls_norm.", "projectors.", "norms.", "rope_embed.")
+LARGEST_SIDE = 65_536  # of a tensor that can be part of a backbone here
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a file's tensors are. ``prefix`` stands before every key of the backbone in the file."""
+
+    layout: Layout
+    spec: BackboneSpec
+    arch: str | None
+    prefix: str
+    ignored: tuple[str, ...]
+    has_heads: bool
+
+
+def identify(found: Shapes, spec: BackboneSpec | None = None) -> Identity:
+    """Layout, shape and catalogue name of the backbone among some tensors, from names and shapes alone.
+
+    Args:
+        found: shapes by name, as in the file.
+        spec: what a config beside the file says, if there is one.
+
+    Raises:
+        ValueError: there is no backbone among them, its number of attention heads cannot be told, or
+            tensors are missing, unexpected or of another shape.
+    """
+    if isinstance(spec, CustomSpec):
+        return _custom(found, spec)
+    prefix = _prefix(found)
+    inner = {name[len(prefix) :]: shape for name, shape in found.items() if name.startswith(prefix)}
+    outside = [name for name in found if not name.startswith(prefix)]
+    layout = _layout(inner)
+    guessed = spec or _guess(inner, layout)
+    wanted = shapes(guessed, layout)
+    extra = [name for name in inner if name not in wanted]
+    ignored = [name for name in extra if _is_extra(name)]
+    # a student's or an optimizer's tensors may stand beside the teacher's in a training file
+    unexpected = [name for name in extra if not _is_extra(name)]
+    unexpected += [name for name in outside if prefix == "" and not _is_extra(name)]
+    missing = [name for name in wanted if name not in inner and not _is_optional(name)]
+    misshapen = [name for name in wanted if name in inner and inner[name] != wanted[name]]
+    if missing or unexpected or misshapen:
+        raise ValueError(
+            _difference(guessed, layout, inner, wanted, missing, unexpected, misshapen)
+        )
+    has_heads = all(
+        any(
+            (f"{head}." in name and "prototypes" in name) or f"{head}.last_layer" in name
+            for name in found
+        )
+        for head in ("dino_head", "ibot_head")
+    )
+    arch = catalogue_name(guessed)
+    return Identity(layout, guessed, arch, prefix, tuple(ignored), has_heads)
+
+
+def _custom(found: Shapes, spec: CustomSpec) -> Identity:
+    """Tensors of a network from outside: they fit its code, or not."""
+    wanted = shapes(spec, "hf")
+    wrong = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors do not fit {spec.factory}, first {wrong[0]}")
+    return Identity("hf", spec, None, "", (), has_heads=False)
+
+
+def _is_extra(name: str) -> bool:
+    return name.endswith(".bias_mask") or name.startswith((*EXTRA_PREFIXES, *HEAD_PREFIXES))
+
+
+def _is_optional(name: str) -> bool:
+    """Computed, or held twice: a file may leave it out."""
+    return name == "rope_embed.periods" or name.endswith(".bias_mask") or name.startswith("norms.")
+
+
+def _prefix(found: Shapes) -> str:
+    """What stands before the backbone's keys: the wrappers around the key that every layout has."""
+    for name in found:
+        for last in (
+            "cls_token",
+            "stages.0.0.gamma",
+            "stages.0.layers.0.gamma",
+            "stages.0.blocks.0.gamma",
+        ):
+            stem = name.removesuffix(last)
+            if stem == name or "student" in stem:
+                continue
+            own = stem.removesuffix("embeddings.")
+            left = own
+            while left:
+                wrapper = next((w for w in WRAPPERS if left.startswith(w)), None)
+                if wrapper is None:
+                    break
+                left = left.removeprefix(wrapper)
+            if not left:
+                return own
+    raise ValueError("no backbone in it: neither a class token nor the blocks of a ConvNeXt")
+
+
+def _layout(inner: Shapes) -> Layout:
+    if "embeddings.cls_token" in inner or "stages.0.layers.0.gamma" in inner:
+        return "hf"
+    if "reg_token" in inner or "stages.0.blocks.0.gamma" in inner:
+        return "timm"
+    return "meta"
+
+
+def _guess(inner: Shapes, layout: Layout) -> BackboneSpec:
+    """The shape that the tensors have, read from a few of them.
+
+    Raises:
+        ValueError: one that is needed is missing, or sizes are absurd.
+    """
+    if any(max(shape, default=1) > LARGEST_SIDE for shape in inner.values()):
+        raise ValueError(f"a tensor with a side above {LARGEST_SIDE}: this is not a backbone")
+    try:
+        return (
+            _guess_vit(inner, layout)
+            if any(name.endswith("cls_token") for name in inner)
+            else _guess_convnext(inner, layout)
+        )
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"incomplete: {error} is not in it") from error
+
+
+def _guess_vit(inner: Shapes, layout: Layout) -> ViTSpec:
+    block = "layer." if layout == "hf" else "blocks."
+    depth = 1 + max((int(n.split(".")[1]) for n in inner if n.startswith(block)), default=-1)
+    if depth < 1:
+        raise ValueError("a class token but no transformer blocks")
+    gates = {"hf": "layer.0.mlp.gate_proj", "meta": "blocks.0.mlp.w1", "timm": "blocks.0.mlp.fc1_g"}
+    is_gated = f"{gates[layout]}.weight" in inner
+    ffn: Literal["mlp", "swiglu"] = "swiglu" if is_gated else "mlp"
+    renamed = {} if layout == "hf" else dict(renamed_vit(ViTSpec(64, 1, 1, 64, ffn=ffn), layout))
+
+    def key(name: str) -> str:
+        return name if layout == "hf" else renamed[name]
+
+    width, channels, patch = inner[key("embeddings.patch_embeddings.weight")][:3]
+    ffn_width = inner[key("layer.0.mlp.up_proj.weight")][0]
+    bias = {"hf": "layer.0.attention.q_proj.bias", "meta": "blocks.0.attn.qkv.bias"}
+    has_bias = bias.get(layout, "blocks.0.attn.q_bias") in inner
+    spec = ViTSpec(
+        width=width,
+        depth=depth,
+        heads=1 if width % 4 == 0 else width,
+        ffn_width=ffn_width,
+        patch=patch,
+        ffn=ffn,
+        qv_bias=has_bias,
+        registers=inner[key("embeddings.register_tokens")][1],
+        in_channels=channels,
+    )
+    return replace(spec, heads=_num_heads(spec, inner))
+
+
+def _num_heads(spec: ViTSpec, inner: Shapes) -> int:
+    """Attention heads: no weight's shape shows them; Meta's RoPE periods and the catalogue do."""
+    if "rope_embed.periods" in inner:
+        return spec.width // (4 * inner["rope_embed.periods"][0])
+    for known in CATALOG.values():
+        if isinstance(known, ViTSpec) and known.width == spec.width:
+            return known.heads
+    raise ValueError(
+        f"a ViT of width {spec.width}: the number of attention heads cannot be read from its tensors; "
+        "put the config.json of its Hugging Face folder beside the file"
+    )
+
+
+def _guess_convnext(inner: Shapes, layout: Layout) -> ConvNeXtSpec:
+    infix = {"hf": "layers.", "meta": "", "timm": "blocks."}[layout]
+    depths: list[int] = []
+    widths: list[int] = []
+    while f"stages.{len(depths)}.{infix}0.gamma" in inner:
+        stage, depth = len(depths), 0
+        while f"stages.{stage}.{infix}{depth}.gamma" in inner:
+            depth += 1
+        depths.append(depth)
+        widths.append(inner[f"stages.{stage}.{infix}0.gamma"][0])
+    stem = {
+        "hf": "stages.0.downsample_layers.0.weight",
+        "meta": "downsample_layers.0.0.weight",
+        "timm": "stem.0.weight",
+    }[layout]
+    return ConvNeXtSpec(tuple(depths), tuple(widths), in_channels=inner[stem][1])
+
+
+def catalogue_name(spec: BackboneSpec) -> str | None:
+    """The name of a published shape; LayerScale's start does not count."""
+    for name, known in CATALOG.items():
+        if (isinstance(known, ViTSpec) and isinstance(spec, ViTSpec)) or (
+            isinstance(known, ConvNeXtSpec) and isinstance(spec, ConvNeXtSpec)
+        ):
+            is_same = known == replace(spec, layerscale_init=known.layerscale_init)
+        else:
+            is_same = False
+        if is_same:
+            return name
+    return None
+
+
+def _difference(
+    spec: BackboneSpec,
+    layout: Layout,
+    inner: Shapes,
+    wanted: Shapes,
+    missing: list[str],
+    unexpected: list[str],
+    misshapen: list[str],
+) -> str:
+    """One line: how many tensors do not fit, the first of each kind, and what the network looks like."""
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} missing ({missing[0]})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} unexpected ({unexpected[0]})")
+    if misshapen:
+        first = misshapen[0]
+        shape, needed = list(inner[first]), list(wanted[first])
+        parts.append(f"{len(misshapen)} of another shape ({first}: {shape}, expected {needed})")
+    arch = catalogue_name(spec)
+    close = [
+        name
+        for name, known in CATALOG.items()
+        if type(known) is type(spec) and _last(known) == _last(spec)
+    ]
+    like = arch or (f"like {' or '.join(close)}" if close else "of no catalogue size")
+    return f"looks like a {layout} file of a network {like}, but tensors do not fit: {', '.join(parts)}"
+
+
+def _last(spec: BackboneSpec) -> int:
+    return spec.width

@@ -1,0 +1,235 @@
+"""The proof of an export: the same images through our network and through the library the files are for.
+
+    ours    = features of our network, fp32, with the weights rounded to the dtype of the files
+    theirs  = features that the other library computes from the files just written
+    passes when no number of any class or patch feature differs by more than 1e-4
+
+Images of two sizes are used, one of them not square, because a position embedding that mixes up
+rows and columns is right on squares. The images are noise with a fixed seed: whatever goes in must
+come out the same. Networks whose blocks still add next to nothing (LayerScale at its initial value)
+prove little about what is inside the blocks.
+
+Only a library that is installed can check; nothing here is needed to write the files.
+"""
+
+import importlib
+import importlib.util
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distill.weights.load import load_backbone
+
+Format = Literal["hf", "timm", "meta", "onnx"]
+LIBRARIES: dict[Format, str] = {"hf": "transformers", "timm": "timm", "onnx": "onnxruntime"}
+TOLERANCE = 1e-4  # fp32 in another order of additions: 1e-5 at most; a wrong tensor: 1e-2 and more
+GRIDS = ((7, 7), (5, 9))  # patches down and across
+IMAGES_PER_GRID = 2
+SEED = 0
+
+ClassTokens = Float[Tensor, "images width"]
+PatchTokens = Float[Tensor, "images _ width"]  # as many patches as the grid has
+Pixels = Float[Tensor, "images channels _ _"]
+Features = list[tuple[ClassTokens, PatchTokens]]  # of each grid
+Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the proof found: the largest differences, or why nothing could be compared."""
+
+    checked_with: str | None
+    reason: str = ""
+    class_token: float | None = None
+    patch_tokens: float | None = None
+
+    @property
+    def is_refuted(self) -> bool:
+        """The library was there and the features differ, or it could not read the files."""
+        if self.checked_with is None:
+            return False
+        differences = (self.class_token, self.patch_tokens)
+        return any(each is None or not each <= TOLERANCE for each in differences)
+
+    def describe(self) -> str:
+        """One clause for people."""
+        if self.checked_with is None:
+            return f"not checked: {self.reason}"
+        if self.class_token is None or self.patch_tokens is None:
+            return f"{self.checked_with} cannot use the files: {self.reason}"
+        return (
+            f"class features differ by at most {self.class_token:.1e} and patch features by at most "
+            f"{self.patch_tokens:.1e} in {self.checked_with}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything needed to judge the figure; infinite and NaN differences as text."""
+        found = {"class_token": self.class_token, "patch_tokens": self.patch_tokens}
+        return {
+            "checked_with": self.checked_with,
+            "reason": self.reason or None,
+            "largest_difference": {
+                name: value if value is None or math.isfinite(value) else str(value)
+                for name, value in found.items()
+            },
+            "tolerance": TOLERANCE,
+            "images": f"{IMAGES_PER_GRID} each of " + " and ".join(f"{h} x {w}" for h, w in GRIDS),
+            "images_unit": "patches",
+        }
+
+
+def probes(stride: int, channels: int) -> list[Pixels]:
+    """The images of the proof: noise with mean 0 and spread 1, as normalised pixels have."""
+    generator = torch.Generator().manual_seed(SEED)
+    return [
+        torch.randn(IMAGES_PER_GRID, channels, rows * stride, columns * stride, generator=generator)
+        for rows, columns in GRIDS
+    ]
+
+
+@torch.inference_mode()
+def our_features(source: Path, dtype: torch.dtype) -> Features:
+    """What files with weights in ``dtype`` must reproduce: our network with rounded weights, fp32."""
+    backbone, spec = load_backbone(source)
+    for tensor in backbone.state_dict().values():
+        tensor.copy_(tensor.to(dtype))
+    backbone.eval()
+    found = [backbone(pixels) for pixels in probes(spec.stride, spec.in_channels)]
+    return [(each.class_token, each.patch_tokens) for each in found]
+
+
+def prove(form: Format, written: Path, source: Path, dtype: torch.dtype) -> Parity:
+    """Reads ``written`` with the library of its format and compares features with our own network."""
+    if form == "meta":
+        name = "distill's own reader (Meta's code is no package to install)"
+    else:
+        library = LIBRARIES[form]
+        if importlib.util.find_spec(library) is None:
+            return Parity(None, f"{library} is not installed")
+        try:
+            name = f"{library} {importlib.import_module(library).__version__}"
+            _import_readers(form)
+        except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
+            return Parity(None, f"{library} does not import here ({_first_line(error)})")
+    expected = our_features(source, dtype)
+    try:
+        found = largest_differences(expected, _their_features(form, written, source))
+    except Exception as error:  # whatever another library raises, the files are of no use to it
+        return Parity(name, f"{type(error).__name__}: {_first_line(error)}")
+    return Parity(name, "", *found)
+
+
+def largest_differences(
+    ours: Features, theirs: Sequence[tuple[Tensor, Tensor]]
+) -> tuple[float, float]:
+    """Largest absolute difference of class features and of patch features; NaN if one is NaN.
+
+    What comes from elsewhere may have any shape, so it is compared here and not in the signature.
+
+    Raises:
+        ValueError: shapes differ.
+    """
+    largest = [0.0, 0.0]
+    for mine, other in zip(ours, theirs, strict=True):
+        for which, (left, right) in enumerate(zip(mine, other, strict=True)):
+            if left.shape != right.shape:
+                raise ValueError(f"features of shape {list(right.shape)}, ours {list(left.shape)}")
+            difference = float((left - right.float()).abs().max())
+            largest[which] = math.nan if math.isnan(difference) else max(largest[which], difference)
+    return largest[0], largest[1]
+
+
+@torch.inference_mode()
+def _their_features(form: Format, written: Path, source: Path) -> Features:
+    spec = load_backbone(source)[1]
+    open_: dict[Format, Callable[[Path, int], Forward]] = {
+        "hf": _open_transformers,
+        "timm": _open_timm,
+        "onnx": _open_onnx,
+        "meta": _open_own,
+    }
+    forward = open_[form](written, spec.stride)
+    return [forward(pixels) for pixels in probes(spec.stride, spec.in_channels)]
+
+
+def _import_readers(form: Format) -> None:
+    """The parts of a library that the proof uses; some are imported only when first touched."""
+    if form == "hf":
+        _ = importlib.import_module("transformers").AutoModel
+    if form == "timm":
+        _ = importlib.import_module("timm").create_model
+
+
+def _open_transformers(folder: Path, stride: int) -> Forward:
+    """``AutoModel`` on the folder; patches are its last tokens."""
+    bars = importlib.import_module("transformers.utils.logging")
+    had_bars = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
+    try:
+        backbone, loading = importlib.import_module("transformers").AutoModel.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    finally:
+        if had_bars:
+            bars.enable_progress_bar()
+    wrong = {problem: sorted(map(str, keys)) for problem, keys in loading.items() if keys}
+    if wrong:
+        raise ValueError(f"not every tensor was taken: {wrong}")
+    backbone.eval()
+
+    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        found = backbone(pixels)
+        num_patches = (pixels.shape[2] // stride) * (pixels.shape[3] // stride)
+        return found.pooler_output, found.last_hidden_state[:, -num_patches:]
+
+    return forward
+
+
+def _open_timm(folder: Path, stride: int) -> Forward:
+    """``create_model`` on the folder; a ConvNeXt of timm norms its map only behind the pooling."""
+    backbone = importlib.import_module("timm").create_model(f"local-dir:{folder}", pretrained=True)
+    backbone.eval()
+
+    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        found = backbone.forward_features(pixels)
+        if found.ndim == 4:  # [images, width, rows, columns]
+            return backbone(pixels), backbone.head.norm(found).flatten(2).transpose(1, 2)
+        num_patches = (pixels.shape[2] // stride) * (pixels.shape[3] // stride)
+        return backbone(pixels), found[:, -num_patches:]
+
+    return forward
+
+
+def _open_onnx(folder: Path, stride: int) -> Forward:  # noqa: ARG001  # the graph names its outputs
+    """``model.onnx`` in onnxruntime on the CPU."""
+    session = importlib.import_module("onnxruntime").InferenceSession(
+        folder / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+
+    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        found = session.run(["class_token", "patch_tokens"], {"pixel_values": pixels.numpy()})
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+    return forward
+
+
+def _open_own(folder: Path, stride: int) -> Forward:  # noqa: ARG001  # our features are named
+    """The ``.pth`` file read back by us: finds a damaged file, not a key that both ways get wrong."""
+    (file,) = folder.glob("*.pth")
+    backbone = load_backbone(file)[0].eval()
+
+    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        found = backbone(pixels)
+        return found.class_token, found.patch_tokens
+
+    return forward
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]

@@ -1,0 +1,170 @@
+"""``distill export`` as a person meets it: lines, JSON, exit codes, what is left on disk."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from safetensors.torch import load_file, save_file
+
+from distill.cli import app as cli
+from distill.weights import export as formats
+from tests.distill.weights.test_export import CONVNEXT, GATED, VIT, names, write_network
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """The run folder of a finished quickstart, as far as the export reads it."""
+    run = started(tmp_path / "run")
+    for name, spec in {"small": VIT, "gated": GATED, "convnext": CONVNEXT}.items():
+        write_network(run / "students" / name, spec)
+    write_network(run / "teacher", VIT, seed=1)
+    scores: dict[str, Any] = {"teacher": {"knn": 0.9}, "students": {"small": {"knn": 0.75}}}
+    scores["baselines"] = {"pixels": 0.3, "colour": 0.6, "untrained": {"small": 0.5}}
+    (run / "summary.json").write_text(json.dumps(scores))
+    return run
+
+
+def started(run: Path, recipe: str = "quickstart") -> Path:
+    run.mkdir()
+    shutil.copy(RECIPES / f"{recipe}.yaml", run / "recipe.resolved.yaml")
+    shutil.copy(RECIPES / "quickstart_teacher.yaml", run)
+    request = {"resume_command": "distill train quickstart"}
+    (run / "job.json").write_text(json.dumps({"request": request}))
+    return run
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """Runs ``distill export`` through the real entry point; gives exit code, output, errors."""
+
+    def call(*words: Any) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["export", *map(str, words)])
+        captured = capsys.readouterr()
+        return int(ended.value.code or 0), captured.out, captured.err
+
+    return call
+
+
+def test_export__every_student_by_default(run: Any, finished: Path) -> None:
+    code, out, _ = run(finished, "--to", "hf")
+    assert code == 0
+    lines = out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["convnext", "gated", "small"]
+    assert all("patch features by at most" in line for line in lines)
+    assert all(f"in transformers {transformers.__version__}" in line for line in lines)
+    assert names(finished / "export" / "hf") == {"convnext", "gated", "small"}
+    card = (finished / "export" / "hf" / "small" / "README.md").read_text()
+    assert "| this network | 0.750 |" in card and "| raw pixels | 0.300 |" in card
+    assert "data: builtin:photographs" in card and str(finished) not in card
+
+
+def test_export__json_holds_the_figures_and_nothing_else_is_printed(
+    run: Any, finished: Path, tmp_path: Path
+) -> None:
+    words = (finished, "--to", "hf", "--dtype", "bf16", "--student", "teacher")
+    code, out, _ = run(*words, "--student", "small", "--out", tmp_path / "out", "--json")
+    said = json.loads(out)
+    assert code == 0 and (said["to"], said["dtype"]) == ("hf", "bf16")
+    assert [each["name"] for each in said["exported"]] == ["teacher", "small"]
+    for each in said["exported"]:
+        assert 0 <= each["largest_difference"]["patch_tokens"] < each["tolerance"] == 1e-4
+        assert Path(each["folder"]).parent == tmp_path / "out"
+    assert "this network is a teacher" in (tmp_path / "out" / "teacher" / "README.md").read_text()
+
+
+def test_export__licence_of_the_teacher_goes_along(run: Any, finished: Path) -> None:
+    card = finished / "teacher" / "README.md"
+    card.write_text("---\nlicense: other\nlicense_name: dinov3-license\n---\n# teacher\n")
+    assert run(finished, "--to", "hf", "--student", "small")[0] == 0
+    written = (finished / "export" / "hf" / "small" / "README.md").read_text()
+    assert 'license: "other"\nlicense_name: "dinov3-license"' in written
+
+
+def test_export__a_teacher_that_is_gone_does_not_keep_students_back(
+    run: Any, finished: Path
+) -> None:
+    shutil.rmtree(finished / "teacher")
+    assert run(finished, "--to", "hf", "--student", "small")[0] == 0
+    code, _, err = run(finished, "--to", "hf", "--student", "teacher")
+    assert code == 1 and f"--student teacher: {finished / 'teacher'} is missing" in err
+
+
+def test_export__a_wrong_translation_is_exit_code_1(
+    run: Any, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = formats.convert
+
+    def swapped(source: Path, target: Path, **how: Any) -> None:
+        right(source, target, **how)
+        weights = load_file(target / "model.safetensors")
+        query, key = (f"layer.0.attention.{each}_proj.weight" for each in "qk")
+        weights[query], weights[key] = weights[key], weights[query]
+        save_file(weights, target / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(formats, "convert", swapped)
+    code, out, err = run(finished, "--to", "hf", "--student", "small", "--json")
+    assert code == 1 and not out
+    assert "small as hf: class features differ by at most" in err and "0.0001 is allowed" in err
+    assert "Traceback" not in err and err.splitlines()[-1].startswith("Fix: ")
+    assert names(finished / "export" / "hf") == {"small.rejected"}
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message", "fix"),
+    [
+        (("--student", "smal"), 1, "--student smal: not in ", "did you mean 'small'?"),
+        (("--student", "x"), 1, "--student x: not in ", "one of: convnext, gated, small, teacher"),
+        (
+            ("--to", "onnx"),
+            3,
+            "--to onnx: onnx and onnxscript not installed",
+            "distill-family[onnx]",
+        ),
+        (("--to", "tflite"), 2, "tflite", "hf"),
+        (("--dtype", "fp8"), 2, "fp8", "bf16"),
+    ],
+)
+def test_export__one_clear_line(
+    words: tuple[str, ...],
+    code: int,
+    message: str,
+    fix: str,
+    run: Any,
+    finished: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if words == ("--to", "onnx"):
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    got, out, err = run(finished, "--to", "hf", *words)
+    assert got == code and not out
+    assert message in err and fix in err and "Traceback" not in err
+    assert not (finished / "export").exists()
+
+
+def test_export__before_there_is_anything_to_export(run: Any, tmp_path: Path) -> None:
+    code, _, err = run(tmp_path, "--to", "hf")
+    assert code == 1 and f"{tmp_path}: not a run folder" in err
+    begun = started(tmp_path / "begun")
+    for words in ((), ("--student", "small")):
+        code, _, err = run(begun, "--to", "hf", *words)
+        assert code == 1 and "has no finished students yet" in err
+        assert err.splitlines()[-1] == "Fix: Let the run finish: distill train quickstart"
+    pretrained = started(tmp_path / "pretrained", "quickstart_teacher")
+    write_network(pretrained / "teacher", VIT)
+    code, _, err = run(pretrained, "--to", "hf")
+    assert code == 1 and "trained a teacher and no students" in err
+    assert err.splitlines()[-1] == "Fix: Add --student teacher."
+    assert run(pretrained, "--to", "hf", "--student", "teacher")[0] == 0
+
+
+def test_export__imports_nothing_heavy() -> None:
+    code = "import sys, distill.cli.export; assert not {'torch', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -1,0 +1,290 @@
+import json
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor, nn
+
+from distill.data.index import ImageIndex, build_index
+from distill.data.locations import Place, Reader
+from distill.errors import UserError
+from distill.evaluate.knn import (
+    Preparation,
+    Scored,
+    balanced_accuracy,
+    colour_score,
+    colour_statistics,
+    decode,
+    evaluate_run,
+    extract,
+    knn,
+    network_folders,
+    pixels_score,
+)
+from distill.weights.save import ExportFacts, write_backbone
+from students.catalog import build_backbone, init_weights_
+from students.shapes import BackboneSpec, ConvNeXtSpec
+from teacher.batch import Features
+from teacher.shapes import ViTSpec
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CPU = torch.device("cpu")
+TINY_VIT = ViTSpec(width=16, depth=1, heads=2, ffn_width=32, patch=8)
+TINY_CONVNEXT = ConvNeXtSpec(depths=(1, 1), widths=(8, 16))
+
+
+def oracle_knn(train: Tensor, train_y: Tensor, test: Tensor, test_y: Tensor, k: int) -> float:
+    """The definition, one pair at a time."""
+    right: Counter[int] = Counter()
+    total: Counter[int] = Counter()
+    for asked, label in zip(test.tolist(), test_y.tolist(), strict=True):
+        similarity = []
+        for known, known_label in zip(train.tolist(), train_y.tolist(), strict=True):
+            dot = sum(a * b for a, b in zip(asked, known, strict=True))
+            norms = math.hypot(*asked) * math.hypot(*known)
+            similarity.append((dot / norms, known_label))
+        nearest = sorted(similarity, key=lambda pair: -pair[0])[:k]
+        votes = Counter(known_label for _, known_label in nearest)
+        winner = max(
+            votes,
+            key=lambda candidate: (
+                votes[candidate],
+                sum(value for value, voter in nearest if voter == candidate),
+            ),
+        )
+        total[label] += 1
+        right[label] += winner == label
+    return sum(right[label] / total[label] for label in total) / len(total)
+
+
+@given(
+    seed=st.integers(0, 10_000),
+    k=st.integers(1, 6),
+    num_classes=st.integers(1, 4),
+    num_train=st.integers(6, 20),
+    num_test=st.integers(1, 12),
+)
+@settings(max_examples=40, deadline=None)
+def test_knn__equals_the_definition(
+    seed: int, k: int, num_classes: int, num_train: int, num_test: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    train = torch.randn(num_train, 3, generator=generator, dtype=torch.float64)
+    test = torch.randn(num_test, 3, generator=generator, dtype=torch.float64)
+    train_y = torch.randint(num_classes, (num_train,), generator=generator)
+    test_y = torch.randint(num_classes, (num_test,), generator=generator)
+    expected = oracle_knn(train, train_y, test, test_y, k)
+    assert knn(train, train_y, test, test_y, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_knn__a_tie_goes_to_the_more_similar_class() -> None:
+    train = torch.tensor([[1.0, 0.1], [1.0, 0.2], [1.0, 0.3], [1.0, 0.4]])
+    labels = torch.tensor([0, 0, 1, 1])
+    assert knn(train, labels, torch.tensor([[1.0, 1.0]]), torch.tensor([1]), 4) == 1.0
+    assert knn(train, labels, torch.tensor([[1.0, 0.0]]), torch.tensor([0]), 4) == 1.0
+
+
+def test_knn__sees_differences_that_fp32_cosines_lose() -> None:
+    offsets = torch.tensor([[1e-5, 0.0], [0.0, 1e-5], [1.1e-5, 0.0], [0.0, 1.1e-5]])
+    features = torch.cat([torch.ones(4, 1), offsets], dim=1)
+    labels = torch.tensor([0, 1, 0, 1])
+    assert knn(features[:2], labels[:2], features[2:], labels[2:], 1) == 1.0
+
+
+def test_knn__euclidean_differs_from_cosine() -> None:
+    train = torch.tensor([[1.0, 0.0], [0.0, 10.0]])
+    test, labels = torch.tensor([[0.0, 1.0]]), torch.tensor([0, 1])
+    assert knn(train, labels, test, labels[1:], 1) == 1.0
+    assert knn(train, labels, test, labels[:1], 1, measure="euclidean") == 1.0
+
+
+def test_knn__too_few_images() -> None:
+    features, labels = torch.ones(3, 2), torch.zeros(3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="k = 5: must be at most the number of training images, 3"):
+        knn(features, labels, features, labels)
+    with pytest.raises(ValueError, match="no held-out image"):
+        knn(features, labels, features[:0], labels[:0], 1)
+
+
+def test_balanced_accuracy__classes_count_the_same() -> None:
+    labels = torch.tensor([0] * 98 + [1] * 2)
+    assert balanced_accuracy(torch.zeros_like(labels), labels) == 0.5
+    assert balanced_accuracy(labels + 3, labels) == 0.0
+
+
+def test_colour_statistics__mean_and_spread() -> None:
+    images = torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8)
+    statistics = colour_statistics(images)
+    expected = np.concatenate(
+        [images.numpy().mean((2, 3)), images.numpy().reshape(2, 3, -1).std(2)], axis=1
+    )
+    # fp32 means of 35 values up to 255
+    np.testing.assert_allclose(statistics.numpy(), expected, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def splits(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageIndex, ImageIndex]:
+    """Three classes of 16 px noise that differ in colour only, 8 training and 4 held-out images."""
+    folder = tmp_path_factory.mktemp("tiles")
+    random = np.random.default_rng(0)
+    for split, count in (("train", 8), ("held_out", 4)):
+        for channel, name in enumerate(("blue", "green", "red")):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                tile = random.integers(0, 120, (16, 16, 3), dtype=np.uint8)
+                tile[..., 2 - channel] += 120
+                Image.fromarray(tile).save(folder / split / name / f"{number}.png")
+    return (
+        build_index([folder / "train"], max_bad_fraction=0.0),
+        build_index([folder / "held_out"], max_bad_fraction=0.0),
+    )
+
+
+def export(folder: Path, spec: BackboneSpec, size: int) -> None:
+    backbone = build_backbone(spec)
+    init_weights_(backbone, torch.Generator().manual_seed(1))
+    write_backbone(folder, backbone.state_dict(), spec, ExportFacts(size, MEAN, STD, {}))
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path, splits: tuple[ImageIndex, ImageIndex]) -> Path:
+    """A run as the launcher leaves it, with networks that learned nothing."""
+    (tmp_path / "data").mkdir()
+    splits[0].save(tmp_path / "data" / "train")
+    splits[1].save(tmp_path / "data" / "held_out")
+    export(tmp_path / "teacher", TINY_VIT, 16)
+    export(tmp_path / "students" / "vit", TINY_VIT, 16)
+    export(tmp_path / "students" / "conv", TINY_CONVNEXT, 32)
+    return tmp_path
+
+
+def scored(index: ImageIndex) -> Scored:
+    assert index.labels is not None
+    labels = torch.from_numpy(np.asarray(index.labels).astype(np.int64))
+    return Scored([index.place(image) for image in range(len(index))], labels)
+
+
+def test_colour_score__sees_colour(splits: tuple[ImageIndex, ImageIndex]) -> None:
+    assert colour_score(scored(splits[0]), scored(splits[1])) == 1.0
+
+
+def test_pixels_score__is_a_fraction(splits: tuple[ImageIndex, ImageIndex]) -> None:
+    assert 0.0 <= pixels_score(scored(splits[0]), scored(splits[1])) <= 1.0
+
+
+class MeanColour(nn.Module):
+    """Its class token is the mean of each normalised colour."""
+
+    width = 3
+    stride = 1
+
+    def forward(
+        self,
+        pixels: Tensor,
+        masks: Tensor | None = None,  # the protocol's
+        *,
+        rope_scale: float = 1.0,
+        is_local: bool = False,
+    ) -> Features:
+        height, width = pixels.shape[-2:]
+        patches = pixels.flatten(2).transpose(1, 2)
+        return Features(pixels.mean((2, 3)), patches, (height, width))
+
+
+@pytest.mark.parametrize("batch", [1, 5, 100])
+def test_extract__keeps_the_order_whatever_the_batch(
+    splits: tuple[ImageIndex, ImageIndex], batch: int
+) -> None:
+    places = [splits[0].place(image) for image in range(len(splits[0]))]
+    features = extract(MeanColour(), places, Preparation(16, MEAN, STD), device=CPU, batch=batch)
+    images = np.stack([np.asarray(Image.open(str(place))) for place in places]) / 255.0
+    expected = (images.mean((1, 2)) - np.array(MEAN)) / np.array(STD)
+    # fp32 means of 256 normalised pixels
+    np.testing.assert_allclose(features.numpy(), expected, atol=1e-5)
+
+
+def test_decode__resizes_only_when_the_size_differs(tmp_path: Path) -> None:
+    tile = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    Image.fromarray(tile).save(tmp_path / "a.png")
+    Image.fromarray(tile[..., 0]).save(tmp_path / "grey.png")
+    assert torch.equal(
+        decode(Reader(), Place.of(tmp_path / "a.png"), 16), torch.from_numpy(tile).permute(2, 0, 1)
+    )
+    assert decode(Reader(), Place.of(tmp_path / "grey.png"), 8).shape == (3, 8, 8)
+
+
+def test_decode__broken_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"broken\.png: cannot be decoded"):
+        decode(Reader(), Place.of(tmp_path / "broken.png"), 16)
+
+
+def test_evaluate_run__scores_everything_and_keeps_the_rest(run_folder: Path) -> None:
+    (run_folder / "summary.json").write_text(
+        json.dumps(
+            {
+                "students": {"vit": {"loss": 2.5}},
+                "images_per_s": 150.0,
+                "phases_s": {"base": 12.0},
+                "knn_reason": "of an earlier evaluation",
+            }
+        )
+    )
+    told: list[str] = []
+    summary = evaluate_run(run_folder, told.append)
+    assert json.loads((run_folder / "summary.json").read_text()) == summary
+    assert summary.keys() == {"teacher", "students", "baselines", "images_per_s", "phases_s"}
+    assert summary["students"].keys() == {"vit", "conv"}
+    assert summary["students"]["vit"]["loss"] == 2.5
+    assert summary["students"]["conv"]["loss"] is None
+    assert summary["baselines"].keys() == {"pixels", "colour", "untrained"}
+    assert summary["baselines"]["untrained"].keys() == {"teacher", "vit", "conv"}
+    assert summary["baselines"]["colour"] == 1.0
+    # the exported networks learned nothing either, but their seed is another one
+    assert 0.0 <= summary["teacher"]["knn"] <= 1.0
+    assert summary["teacher"]["knn"] == summary["students"]["vit"]["knn"]
+    assert len(told) == 4 and "teacher" in told[0]
+    assert evaluate_run(run_folder) == summary
+
+
+def test_evaluate_run__images_without_classes(run_folder: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    Image.new("RGB", (16, 16)).save(flat / "a.png")
+    build_index([flat], max_bad_fraction=0.0).save(run_folder / "data" / "train")
+    shutil.rmtree(run_folder / "data" / "held_out")
+    summary = evaluate_run(run_folder)
+    assert "no class folders" in summary["knn_reason"]
+    assert summary["teacher"]["knn"] is None
+    assert summary["baselines"]["untrained"] == {"teacher": None, "vit": None, "conv": None}
+
+
+def test_evaluate_run__too_few_images(run_folder: Path) -> None:
+    summary = evaluate_run(run_folder, k=25)
+    assert summary["knn_reason"] == (
+        "24 training and 12 held-out images are too few for k-NN with k = 25"
+    )
+
+
+def test_evaluate_run__index_missing(run_folder: Path) -> None:
+    shutil.rmtree(run_folder / "data" / "held_out")
+    with pytest.raises(UserError, match="held_out: missing"):
+        evaluate_run(run_folder)
+
+
+def test_network_folders__nothing_exported(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no exported network in teacher/ or students/"):
+        network_folders(tmp_path, tmp_path / "teacher")
+
+
+def test_network_folders__teacher_from_elsewhere_comes_first(run_folder: Path) -> None:
+    folders = network_folders(run_folder, run_folder / "students" / "vit")
+    assert list(folders) == ["teacher", "conv", "vit"]
+    assert folders["teacher"] == folders["vit"]

@@ -1,0 +1,62 @@
+"""The launcher starts a job again by itself."""
+
+from pathlib import Path
+
+import pytest
+
+from distill.runfolder.events import read_events
+from distill.train.faults import parked_reason
+from tests.chaos import job
+
+SHAKY = """\
+import os
+from pathlib import Path
+from torch import nn
+
+
+class Shaky(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.width, self.stride, self.calls = 16, 8, 0
+        self.layer = nn.Conv2d(3, 16, 8, 8)
+
+    def forward(self, image):
+        if self.training and os.environ.get("RANK") == "1":
+            self.calls += 1
+            if self.calls > 40 and Path(r"MARK").exists():
+                raise ValueError("no more of this")
+        patches = self.layer(image)
+        return patches.mean(dim=(2, 3)), patches
+"""
+
+
+def write_shaky(folder: Path) -> Path:
+    """A family of two students on both ranks; one of them raises on rank 1 after some steps while ``mark`` exists."""
+    recipe = job.write_recipes(folder, stage_steps=10, steps=30, save_every=10)
+    (folder / "shaky.py").write_text(SHAKY.replace("MARK", str(folder / "mark")))
+    lines = recipe.read_text().splitlines()
+    kept = [line for line in lines if "name: gated" not in line and "name: conv" not in line]
+    kept = [line.replace("{name: plain,", "{name: plain, ranks: 2,") for line in kept]
+    widths = "head_widths: {dino_hidden: 16, ibot_hidden: 16}"
+    shaky = f'  - {{name: shaky, arch: "shaky:Shaky", ranks: 2, {widths}}}'
+    place = kept.index("students:") + 1
+    recipe.write_text("\n".join([*kept[:place], shaky, *kept[place:]]) + "\n")
+    return recipe
+
+
+def test_run__goes_on_without_a_student_that_failed_on_one_of_its_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_shaky(tmp_path)
+    monkeypatch.setitem(job.ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    for name in ("calm", "shaken"):
+        process = job.start(recipe, tmp_path / name)
+        said, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+        (tmp_path / "mark").touch()
+    calm, shaken = tmp_path / "calm" / job.RUN, tmp_path / "shaken" / job.RUN
+    assert parked_reason(shaken, "shaky") == "ValueError: no more of this"
+    kinds = [event.kind for event in read_events(shaken)]
+    assert kinds == ["failed", "restarted"]
+    different = job.differing(calm, shaken)
+    assert different and all(name.startswith("shaky/") for name in different)

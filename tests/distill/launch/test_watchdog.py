@@ -1,0 +1,123 @@
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from distill.launch.watchdog import Verdict, Watchdog
+from distill.runfolder.failure import LOST_EXIT_CODE
+from distill.runfolder.heartbeat import FIRST_ALLOWED_S, Sign, sign_path
+
+LIMIT_S = 30.0
+SIGN = Sign(
+    world_rank=0,
+    host="node1",
+    pid=100,
+    beat=1,
+    phase="family",
+    step=40,
+    activity="learning",
+    network="small",
+    still_s=0.0,
+    allowed_s=LIMIT_S,
+    is_waiting=False,
+    place="distill/train/student.py:90 in learn",
+    end="",
+)
+
+
+class Job:
+    """Signs of two ranks on a clock of its own; ranks beat unless they are said not to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.now, self.states = folder, 0.0, dict[int, str]()
+        self.signs = {rank: replace(SIGN, world_rank=rank) for rank in range(2)}
+        self.watchdog = Watchdog(
+            folder,
+            2,
+            LIMIT_S,
+            clock=lambda: self.now,
+            state_of=lambda s: self.states.get(s.pid, "S"),
+        )
+
+    def look(self, after_s: float = 0.0, beating: tuple[int, ...] = (0, 1)) -> Verdict | None:
+        self.now += after_s
+        for rank, sign in self.signs.items():
+            self.signs[rank] = replace(sign, beat=sign.beat + (rank in beating))
+            path = sign_path(self.folder, rank)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(asdict(self.signs[rank])))
+        return self.watchdog.look()
+
+    def change(self, rank: int, **values: object) -> None:
+        self.signs[rank] = replace(self.signs[rank], **values)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    made = Job(tmp_path)
+    assert made.look() is None
+    return made
+
+
+def test_look__a_moving_job_is_left_alone(job: Job) -> None:
+    assert [job.look(10.0) for _ in range(9)] == [None] * 9
+
+
+def test_look__a_rank_without_a_sign_of_life_is_named_within_the_limit(job: Job) -> None:
+    job.change(0, activity="exchanging", is_waiting=True, still_s=26.0)
+    assert job.look(20.0, beating=(0,)) is None
+    verdict = job.look(5.0, beating=(0,))
+    assert verdict is not None and verdict.world_ranks == (1,)
+    said = "rank 1 on node1: learning small, family step 40; no sign of life for 25 s"
+    assert verdict.message == said
+    failure = verdict.to_failure(job.folder)
+    assert failure.exit_code == LOST_EXIT_CODE and "stacks" in failure.fix
+
+
+def test_look__a_stopped_process_is_named_even_in_a_long_activity(job: Job) -> None:
+    job.change(1, activity="saving", allowed_s=FIRST_ALLOWED_S)
+    assert job.look(25.0, beating=(0,)) is None
+    job.states[100] = "T"
+    verdict = job.look(1.0, beating=(0,))
+    assert verdict is not None and "its process is stopped for 26 s" in verdict.message
+
+
+def test_look__who_is_waited_for_is_named_and_not_who_waits(job: Job) -> None:
+    job.change(0, still_s=300.0, is_waiting=True)
+    job.change(1, still_s=20.0)
+    assert job.look(1.0) is None
+    job.change(1, still_s=25.0)
+    verdict = job.look(1.0)
+    assert verdict is not None and verdict.world_ranks == (1,)
+    assert "does not move for 25 s, in distill/train/student.py:90 in learn" in verdict.message
+
+
+def test_look__those_who_wait_for_a_long_save_are_not_hung(job: Job) -> None:
+    job.change(0, still_s=300.0, is_waiting=True)
+    job.change(1, activity="saving", still_s=300.0, allowed_s=FIRST_ALLOWED_S)
+    assert job.look(1.0) is None
+
+
+def test_look__when_all_wait_the_ones_furthest_behind_are_named(job: Job) -> None:
+    job.change(0, still_s=30.0, is_waiting=True)
+    job.change(1, still_s=30.0, is_waiting=True, step=39)
+    verdict = job.look(1.0)
+    assert verdict is not None and verdict.world_ranks == (1,)
+    assert verdict.message.startswith("every rank waits; furthest behind: rank 1")
+
+
+def test_look__a_rank_that_ended_is_not_waited_for(job: Job) -> None:
+    job.change(1, end="done")
+    assert [job.look(100.0, beating=(0,)) for _ in range(3)] == [None] * 3
+
+
+def test_look__a_rank_that_never_came_is_named(tmp_path: Path) -> None:
+    now = [0.0]
+    clock: Callable[[], float] = lambda: now[0]  # noqa: E731
+    watchdog = Watchdog(tmp_path, 2, LIMIT_S, clock=clock)
+    assert watchdog.look() is None
+    now[0] = FIRST_ALLOWED_S + 1.0
+    verdict = watchdog.look()
+    assert verdict is not None and "no sign of rank 0, 1 after 601 s" in verdict.message

@@ -1,0 +1,87 @@
+"""Who trains where: as well as trying everything, within nodes, or as the recipe says."""
+
+import math
+import re
+from itertools import accumulate, product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from distill.errors import PlanError
+from distill.plan.placement import Work
+from distill.plan.plan import make_plan
+
+
+@settings(max_examples=60, deadline=None)
+@given(costs=st.lists(st.floats(0.1, 10.0), min_size=1, max_size=4), num_ranks=st.integers(1, 7))
+def test_make_plan__places_as_well_as_trying_everything(costs: list[float], num_ranks: int) -> None:
+    """The step is as short as with the best of all contiguous placements, overlapping ones included."""
+    images, teaching = 840, 0.3  # divisible by every number of ranks tried
+    works = [Work(f"s{i}", cost) for i, cost in enumerate(costs)]
+    plan = make_plan(works, teaching, images, num_ranks, lookahead=1)
+    spans = [(n, first) for n in range(1, num_ranks + 1) for first in range(num_ranks - n + 1)]
+    ideal = images * (sum(costs) + teaching) / num_ranks
+    best = math.inf
+    for chosen in product(spans, repeat=len(costs)):
+        load = np.zeros(num_ranks)
+        for (count, first), cost in zip(chosen, costs, strict=True):
+            load[first : first + count] += cost * images / count
+        best = min(best, max(load.max(), ideal))
+    assert best * (1 - 1e-9) <= plan.step_s <= best * 1.016  # NEARLY, and rounded to hundredths
+
+
+def test_make_plan__a_network_too_heavy_for_its_ranks_shares_those_of_others() -> None:
+    works = [Work("heavy", 9.0), *(Work(f"s{i}", 0.2) for i in range(5))]
+    plan = make_plan(works, 1.0, 960, 6, lookahead=2)
+    assert plan.utilisation > 0.98
+    assert len(plan.placements[0].slices) > 4
+    published = make_plan(works, 1.0, 960, 6, has_even_shares=True)
+    assert [len(p.slices) for p in published.placements] == [1] * 6
+
+
+@settings(max_examples=100, deadline=None)
+@given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=9))
+def test_make_plan__groups_that_fill_nodes_do_not_cross_them(counts: list[int]) -> None:
+    works = [Work(f"s{i}", 1.0, count) for i, count in enumerate(counts)]
+    plan = make_plan(works, 1.0, 1000, sum(counts), ranks_per_node=8)
+    assert sorted(r for p in plan.placements for r in p.world_ranks) == list(range(sum(counts)))
+
+    def borders(first: int, count: int) -> int:
+        return (first + count - 1) // 8 - first // 8
+
+    in_order = list(accumulate([0, *counts]))
+    crossed = sum(borders(p.first_rank, len(p.slices)) for p in plan.placements)
+    assert crossed <= sum(borders(first, n) for first, n in zip(in_order, counts, strict=False))
+
+
+def test_make_plan__fewer_ranks_than_students_share_ranks() -> None:
+    plan = make_plan([Work("a", 3.0), Work("b", 2.0), Work("c", 1.0)], 1.0, 64, 2)
+    assert {p.name: list(p.world_ranks) for p in plan.placements} == {"a": [0], "b": [1], "c": [1]}
+    assert plan.notes == ("3 networks on 2 ranks: some ranks hold several",)
+
+
+def test_make_plan__ranks_as_the_recipe_says_them() -> None:
+    """Groups may share ranks, and ranks may be left over; what is not trained on is taught on."""
+    works = [Work("a", 3.0, range(3)), Work("b", 1.0, range(2, 4))]
+    plan = make_plan(works, 1.0, 96, 6, lookahead=2)
+    assert {p.name: p.world_ranks for p in plan.placements} == {"a": range(3), "b": range(2, 4)}
+    assert plan.notes == ("2 ranks only teach", "1 ranks hold several students")
+    assert plan.mean_shares[2] == 0 < min(plan.mean_shares[4:])
+    assert sum(plan.mean_shares) == pytest.approx(96)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fix"),
+    [
+        (range(2, 6), r"Write 0-3 or `ranks: auto`, or start 6"),
+        (range(9, 12), r"Write 1-3 or .* 12 "),
+    ],
+)
+def test_make_plan__ranks_that_this_job_has_not(ranks: range, fix: str) -> None:
+    works = [Work("a", 1.0, range(2)), Work("b", 1.0, ranks)]
+    told = rf"students\.b\.ranks = {ranks.start}-{ranks.stop - 1}: this job has ranks 0-3"
+    with pytest.raises(PlanError, match=told) as caught:
+        make_plan(works, 1.0, 96, 4)
+    assert re.match(fix, caught.value.fix)

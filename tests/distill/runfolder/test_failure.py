@@ -1,0 +1,105 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distill.errors import SetupError, UserError
+from distill.runfolder.events import Event, note, read_events
+from distill.runfolder.failure import (
+    LOST_EXIT_CODE,
+    Failure,
+    failure_of,
+    failure_of_dead,
+    find_dead,
+    is_lost_connection,
+    read_failure,
+    write_failure,
+)
+from distill.runfolder.heartbeat import Pulse
+from distill.runfolder.lock import run_lock
+from tests.distill.launch.test_watchdog import SIGN
+
+
+def test_write_failure__the_first_cause_stays(tmp_path: Path) -> None:
+    assert read_failure(tmp_path) is None
+    first = Failure("error", "first", "do this", 1)
+    write_failure(tmp_path, first)
+    write_failure(tmp_path, Failure("died", "second", "", LOST_EXIT_CODE))
+    assert read_failure(tmp_path) == first
+    error = first.to_error()
+    assert (error.message, error.fix, error.exit_code) == ("first", "do this", 1)
+
+
+def test_failure_of__what_needs_a_person_keeps_its_words(tmp_path: Path) -> None:
+    told = failure_of(SetupError("no device", fix="Buy one."), SIGN, tmp_path)
+    assert (told.kind, told.message, told.fix, told.exit_code) == (
+        "user",
+        "no device",
+        "Buy one.",
+        3,
+    )
+    told = failure_of(KeyError("x"), SIGN, tmp_path)
+    assert told.kind == "error" and told.exit_code == 1
+    assert told.message == "rank 0 on node1: learning small, family step 40; KeyError: 'x'"
+
+
+def test_failure_of_dead__names_rank_host_student_step_and_signal() -> None:
+    told = failure_of_dead([SIGN], {0: -9})
+    said = "rank 0 on node1: learning small, family step 40; ended by SIGKILL"
+    assert (told.kind, told.message, told.exit_code) == ("died", said, LOST_EXIT_CODE)
+    two = failure_of_dead([SIGN, replace(SIGN, world_rank=1)], {0: -9})
+    assert two.message.endswith("(and 1 more ranks)")
+    assert "rank 1 on" in failure_of_dead([], {1: -9}).message
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
+        (ConnectionResetError("Connection reset by peer"), True),
+        (RuntimeError("shape mismatch"), False),
+        (ValueError("gloo"), False),
+    ],
+)
+def test_is_lost_connection(error: Exception, is_lost: bool) -> None:
+    assert is_lost_connection(error) == is_lost
+
+
+def test_find_dead__who_ended_without_a_word(tmp_path: Path) -> None:
+    for rank in range(2):
+        with Pulse(tmp_path, rank):
+            pass
+    assert find_dead(tmp_path, 2) == []
+    gone = Pulse(tmp_path, 1)
+    gone._write()
+    record = (tmp_path / "pulse/rank-00001.json").read_text()
+    pid = f'"pid": {gone.sign().pid}'
+    assert pid in record
+    (tmp_path / "pulse/rank-00001.json").write_text(record.replace(pid, f'"pid": {2**22 + 1}'))
+    assert [sign.world_rank for sign in find_dead(tmp_path, 2)] == [1]
+
+
+def test_run_lock__one_job_per_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    with run_lock(folder) as mine, run_lock(folder) as theirs:
+        mine.alone()
+        with pytest.raises(UserError, match="another job is at work"):
+            theirs.alone(wait_s=0.2)
+        with pytest.raises(UserError, match="another job took it over"):
+            theirs.share()
+        mine.share()
+        theirs.share()
+    with run_lock(folder) as later:
+        later.alone(wait_s=0.2)
+
+
+def test_events__are_read_back_in_order_and_from_a_time_on(tmp_path: Path) -> None:
+    assert read_events(tmp_path) == []
+    note(tmp_path, Event("skipped", "small: step 3 skipped", "small", 3))
+    note(tmp_path, Event("died", "rank 1"))
+    first, second = read_events(tmp_path)
+    assert (first.kind, first.network, first.step, second.text) == ("skipped", "small", 3, "rank 1")
+    assert read_events(tmp_path, since_unix=second.time_unix + 1.0) == []
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('damaged\n{"kind": "di')
+    assert len(read_events(tmp_path)) == 2

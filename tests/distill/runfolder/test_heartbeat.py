@@ -1,0 +1,70 @@
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from distill.runfolder.heartbeat import (
+    FIRST_ALLOWED_S,
+    Pulse,
+    process_state,
+    read_sign,
+    read_signs,
+    stacks_on_signal,
+    state_of,
+)
+
+
+def test_pulse__says_where_the_rank_is(tmp_path: Path) -> None:
+    pulse = Pulse(tmp_path, 3)
+    pulse.phase = "family"
+    pulse.at("learning", 7, "small")
+    sign = pulse.sign()
+    assert sign.describe() == f"rank 3 on {sign.host}: learning small, family step 7"
+    assert sign.pid == os.getpid() and not sign.is_waiting and not sign.end
+    pulse.at("exchanging", 8)
+    assert pulse.sign().is_waiting
+
+
+def test_pulse__a_known_activity_may_take_the_limit_and_a_new_one_long(tmp_path: Path) -> None:
+    pulse = Pulse(tmp_path, 0)
+    pulse.limit_s = 5.0
+    for step in range(3):
+        pulse.at("learning", step)
+        assert pulse.sign().allowed_s == (FIRST_ALLOWED_S if step < 2 else 5.0)
+        pulse.at("saving", step)
+        assert pulse.sign().allowed_s == FIRST_ALLOWED_S
+
+
+def test_pulse__writes_until_the_end_and_says_how_it_ended(tmp_path: Path) -> None:
+    beaten = threading.Event()
+    with pytest.raises(RuntimeError, match="over"), Pulse(tmp_path, 0, on_beat=beaten.set):
+        assert beaten.wait(10.0)
+        sign = read_sign(tmp_path, 0)
+        assert sign is not None and not sign.end
+        raise RuntimeError("over")
+    ended = read_sign(tmp_path, 0)
+    assert ended is not None and ended.end == "RuntimeError: over" and ended.beat > sign.beat
+    assert read_signs(tmp_path, 2) == [ended]
+
+
+def test_read_sign__half_a_record_is_none(tmp_path: Path) -> None:
+    (tmp_path / "pulse").mkdir()
+    (tmp_path / "pulse/rank-00000.json").write_text('{"world_rank": 0, "ho')
+    assert read_sign(tmp_path, 0) is None
+
+
+def test_process_state__knows_this_host_only(tmp_path: Path) -> None:
+    sign = Pulse(tmp_path, 0).sign()
+    assert process_state(sign) == state_of(os.getpid()) == "R"
+    assert state_of(2**22 + 1) == ""  # above the largest process id
+
+
+def test_stacks_on_signal__are_written_and_an_empty_file_is_not_left(tmp_path: Path) -> None:
+    with stacks_on_signal(tmp_path, 0) as path:
+        pass
+    assert not path.exists()
+    with stacks_on_signal(tmp_path, 0) as path:
+        os.kill(os.getpid(), signal.SIGUSR2)
+    assert "test_stacks_on_signal" in path.read_text()

@@ -1,0 +1,93 @@
+"""Shares that follow measured speeds, on real gloo groups with clocks that are set by hand."""
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from distill.plan.by_step import Timetable
+from distill.plan.placement import Work
+from distill.plan.plan import make_plan
+from distill.train.balance import Balancer
+from distill.train.groups import make_groups
+from distill.train.stopwatch import Stopwatch
+from tests.ranks import on_ranks
+
+WORKS = [
+    Work(name, 1 / 3) for name in "abc"
+]  # 100 s of training per rank and step, 300 of teaching
+
+
+class Clock(Stopwatch):
+    """Says what the test wants."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.seconds = 0.0
+
+    def read_s(self) -> float:
+        return self.seconds
+
+
+class Room:
+    max_images = 0
+
+    def make_room(self, max_images: int) -> None:
+        self.max_images = max_images
+
+
+def shares_with_a_slow_rank(slow: int, factor: float) -> dict[str, Any]:
+    rank, lookahead = dist.get_rank(), 2
+    plan = make_plan(WORKS, 1.0, 300, dist.get_world_size(), lookahead=lookahead)
+    groups = make_groups(plan, timedelta(seconds=60))
+    timetable, teaching, training, room = Timetable(plan), Clock(), Clock(), Room()
+    told: list[str] = []
+    balancer = Balancer(
+        timetable,
+        rank,
+        groups.control,
+        room,
+        (teaching, [training]),
+        lookahead=lookahead,
+        every=10,
+        tell=told.append,
+    )
+    pace = factor if rank == slow else 1.0
+    for step in range(1, 42):
+        images = len(timetable.at(step).share(rank, step))
+        teaching.units += images
+        teaching.seconds += pace * images
+        training.seconds += pace * plan.student_s[rank]
+        balancer.after_step(step)
+    return {
+        "early": [len(share) for share in timetable.at(12).shares(12)],
+        "late": timetable.at(41).exact_shares,
+        "told": told,
+        "room": room.max_images,
+    }
+
+
+def test_balancer__a_slow_rank_teaches_less_and_is_named_once() -> None:
+    results = on_ranks(3, shares_with_a_slow_rank, 1, 1.5)
+    late = results[0]["late"]
+    assert all(result["late"] == late for result in results)  # the same plan on every rank
+    assert late[1] < 100 < min(late[0], late[2])
+    loads = [100 + late[0], 1.5 * (100 + late[1]), 100 + late[2]]
+    assert max(loads) - min(loads) < 0.01 * max(loads)
+    assert results[0]["room"] >= late[0]
+    for result in results:
+        (line,) = result["told"]
+        assert line == "step 11: rank 1 takes 1.50x the usual time per image; it will teach less"
+
+
+def test_balancer__of_two_ranks_the_slow_one_is_named() -> None:
+    for result in on_ranks(2, shares_with_a_slow_rank, 1, 1.3):
+        (line,) = result["told"]
+        assert line == "step 11: rank 1 takes 1.30x the usual time per image; it will teach less"
+
+
+def test_balancer__leaves_equal_ranks_alone() -> None:
+    results = on_ranks(3, shares_with_a_slow_rank, 1, 1.0)
+    assert all(result["late"] == (100.0, 100.0, 100.0) for result in results)
+    assert all(not result["told"] and not result["room"] for result in results)

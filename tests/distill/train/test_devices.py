@@ -1,0 +1,195 @@
+"""Every tensor is where its operators are: whole jobs, the benchmark, a fault and pretraining on a GPU that is only pretended."""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distill.bench.measure import Bench, Request, family_of
+from distill.bench.report import OURS
+from distill.engine.engine import prepare_deepspeed
+from distill.errors import SetupError
+from distill.evaluate.summary import finish
+from distill.job.prepare import JobRequest, prepare, read_job
+from distill.job.run import _Run
+from distill.runfolder.heartbeat import Pulse
+from distill.runfolder.requests import Asked
+from distill.train.device import take_device
+from distill.train.faults import IN_A_ROW
+from distill.train.groups import make_control
+from tests.chaos.job import write_recipes
+from tests.distill.bench.test_measure import HEADS, TINY
+from tests.distill.job.test_pretraining import GENTLE, images, pretrain  # noqa: F401  # images: a fixture
+from tests.pretend_gpu import GPU, WrongDeviceError, pretending
+from tests.ranks import on_ranks
+from tests.test_journeys import without_heads
+
+STEPS = 4
+TIMEOUT_S = 400  # every operator passes through Python
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.replace("HEADS", HEADS))
+    return path
+
+
+def bench_of(recipe: Path, overrides: tuple[str, ...], against: tuple[str, ...]) -> Bench:
+    ranks = dist.get_world_size()
+    overrides = (f"engine.processes={ranks}", "engine.teacher_micro_batch=4", *overrides)
+    request = Request(str(recipe), overrides, against, ranks, 10, STEPS, None, None, 1.0)
+    return Bench(request, *family_of(request), GPU)
+
+
+def test_pretending__finds_what_a_gpu_would_not_do() -> None:
+    assert on_ranks(1, mixed) == [
+        (
+            "aten::add",
+            "aten::stack",
+            "numpy",
+            "c10d::allreduce_",
+            "c10d::allreduce_",
+            {"unknown": 2},
+        )
+    ]
+
+
+def mixed() -> tuple[str, ...]:
+    prepare_deepspeed("cpu")
+    with pretending() as gpu:
+        there, here = torch.ones(2, device="cuda"), torch.ones(2)
+        assert there.is_cuda and (there * 2 + torch.ones(())).device == GPU and not here.is_cuda
+        assert there.to(here).device == here.to(GPU).cpu().device == torch.device("cpu")
+        control, found = make_control(timedelta(seconds=60)), []
+        for wrong in (
+            lambda: there + here,
+            lambda: torch.stack([there.sum(), here.sum()]),
+            lambda: there.numpy(),
+            lambda: dist.all_reduce(here),
+            lambda: dist.all_reduce(there, group=control),
+        ):
+            with pytest.raises(WrongDeviceError) as caught:
+                wrong()
+            found.append(str(caught.value).split(" ")[0].removesuffix(":"))
+        gpu.asked.clear()
+        assert bool(here.sum() > 0) and bool(there.sum() > 0) and there.sum().item() == 2
+    return (*found, dict(gpu.asked))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bench__every_mode_and_a_save(precision: str, recipe: Path) -> None:
+    overrides = (f"engine.precision={precision}",)
+    on_ranks(2, run_bench, recipe, overrides, ("published", "saving"), timeout_s=TIMEOUT_S)
+
+
+def run_bench(recipe: Path, overrides: tuple[str, ...], against: tuple[str, ...]) -> None:
+    prepare_deepspeed("cpu")
+    os.chdir(recipe.parent)  # a save is written to where the benchmark runs
+    with pretending():
+        bench = bench_of(recipe, overrides, against)
+        bench.run()
+        bench.trace()
+
+
+def test_job__teacher_and_students_then_more_from_its_files(tmp_path: Path) -> None:
+    recipe = write_recipes(tmp_path, stage_steps=12, steps=4, save_every=4)
+    text = recipe.read_text()
+    recipe.write_text(text.replace("device: cpu", "device: auto"))
+    finished = work_through(recipe, tmp_path / "run")
+    for mode in ("fit", "none"):
+        words = (*without_heads(finished, mode), "teacher.fit.steps=4", "schedule.steps=4")
+        folder = work_through(recipe, tmp_path / mode, *words)
+        assert len(list(folder.glob("students/*/model.safetensors"))) == 3
+
+
+def work_through(recipe: Path, folder: Path, *overrides: str) -> Path:
+    request = JobRequest(str(recipe), overrides, str(folder), "")
+    prepare(request, num_ranks=2, fresh=True, say=lambda _: None)
+    on_ranks(2, work_pretended, folder, timeout_s=TIMEOUT_S)
+    return folder
+
+
+def work_pretended(folder: Path) -> None:
+    prepare_deepspeed("cpu")
+    with pretending():
+        _Run(read_job(folder), GPU, Asked(folder), Pulse(folder, dist.get_rank())).run()
+        dist.barrier()
+        if dist.get_rank() == 0:  # as the launcher does when the ranks are gone
+            with mock.patch.object(torch.cuda, "is_available", lambda: True):
+                finish(folder)
+
+
+def test_isolation__rolls_back_and_a_state_comes_back(recipe: Path, tmp_path: Path) -> None:
+    told, losses = on_ranks(1, spoil, recipe, tmp_path)[0]
+    assert told == (IN_A_ROW, 1, False)
+    assert losses[0] == losses[1]
+
+
+def spoil(recipe: Path, folder: Path) -> Any:
+    prepare_deepspeed("cpu")
+    with pretending():
+        bench = bench_of(recipe, ("schedule.steps=100",), ())
+        phase, isolation = bench.phases[OURS], bench.isolations[OURS]
+        isolation._run_folder = folder
+        isolation.start(0, make_control(timedelta(seconds=60)))
+        bench.warm_up(OURS)
+        isolation.before_save(STEPS)
+        pupil = phase.pupils[0]
+        state = pupil.state()
+        assert all(tensor.device.type == "cpu" for tensor in state.values())
+        losses = []
+        for _ in range(2):
+            pupil.load_state(state)
+            pupil.read_metrics(0.0)
+            bench.steps_done[OURS] = STEPS
+            bench.warm_up(OURS)
+            values = pupil.read_metrics(0.0)
+            assert values is not None and values["skipped"] == 0
+            losses.append(values["loss"])
+        with torch.no_grad():
+            pupil.engine._shards.weights[0][0] = torch.nan
+        bench.warm_up(OURS)
+        isolation.before_save(4 * STEPS)
+        record = isolation._records[pupil.name]
+    return (record.num_skipped, record.num_rolled_back, record.is_parked), losses
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_pretraining__gives_the_bits_of_a_cpu(
+    zero: int,
+    images: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    words = (f"engine.zero={zero}", *GENTLE)
+    (here,) = on_ranks(1, pretrain, images, tmp_path, *words)
+    (there,) = on_ranks(1, pretrain_pretended, images, tmp_path, *words, timeout_s=TIMEOUT_S)
+    assert here["losses"] == there["losses"]
+
+
+def pretrain_pretended(images: Path, folder: Path, *overrides: str) -> dict[str, Any]:  # noqa: F811
+    prepare_deepspeed("cpu")
+    with pretending():
+        return pretrain(images, folder, *overrides, device=GPU)
+
+
+def test_take_device__names_what_the_machine_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert take_device("auto") == take_device("cpu") == torch.device("cpu")
+    with pytest.raises(SetupError, match="no CUDA device"):
+        take_device("cuda")
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert take_device("auto") == torch.device("cuda", 1) == taken[0]
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SetupError, match="rank 2 of this machine has no GPU of its own"):
+        take_device("cuda")
+    assert take_device("cpu") == torch.device("cpu")

@@ -1,0 +1,66 @@
+"""What becomes of a student whose fault lasts, and of one that raises; single faults are in ``tests.chaos.nan``."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill.train.faults import IN_A_ROW, ROLL_BACKS, parked_reason
+from tests.chaos.nan import NUM_STEPS, Fault, Outcome, train_all
+from tests.ranks import on_ranks
+
+NAN = float("nan")
+LASTING = Fault("loss", "b", 0, 1, NAN, until=NUM_STEPS)
+MEMORY = Fault("memory", "b", 0, 6, NAN, has_heads=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("isolation")
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder: Path) -> list[Outcome]:
+    """Without a fault, with heads and without; then a loss that stays bad, then out of memory."""
+    return on_ranks(1, train_all, [LASTING, MEMORY], str(folder))[0]  # type: ignore[no-any-return]
+
+
+def assert_others_equal(one: Outcome, other: Outcome) -> None:
+    for name in "ac":
+        assert one.skipped[name] == 0 and not one.parked[name]
+        for key, tensor in other.states[name].items():
+            assert torch.equal(one.states[name][key], tensor), (name, key)
+
+
+def test_learn__a_lasting_fault_is_skipped_rolled_back_and_parked(
+    outcomes: list[Outcome], folder: Path
+) -> None:
+    calm, _, lasting, _ = outcomes
+    assert lasting.skipped["b"] == IN_A_ROW * ROLL_BACKS
+    assert lasting.rolled_back["b"] == ROLL_BACKS and lasting.parked["b"]
+    kinds = [text.split(" ")[1] for text in lasting.told]
+    each = ["step"] * IN_A_ROW + ["rolled"]
+    assert kinds == each * ROLL_BACKS + ["parked"]
+    assert lasting.told[3] == "b: rolled back to step 0: 3 skipped steps in a row"
+    assert parked_reason(folder / "2", "b") == "rolled back 3 times to the same state"
+    assert parked_reason(folder / "2", "a") is None
+    assert_others_equal(lasting, calm)
+
+
+def test_learn__out_of_memory_parks_that_student_alone(
+    outcomes: list[Outcome], folder: Path
+) -> None:
+    _, calm, _, memory = outcomes
+    assert memory.parked["b"] and memory.skipped["b"] == 0
+    (told,) = memory.told
+    assert told.startswith("b: parked with its state of step 4: OutOfMemoryError: out of memory")
+    assert all(tensor.isfinite().all() for tensor in memory.states["b"].values())
+    assert_others_equal(memory, calm)
+
+
+def test_learn__in_a_larger_group_the_attempt_ends_and_the_student_is_parked(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(AssertionError, match="StudentError: a is parked from now on"):
+        on_ranks(3, train_all, [Fault("memory", "a", 0, 2, NAN)], str(tmp_path))
+    assert "out of memory" in str(parked_reason(tmp_path / "2", "a"))

@@ -1,0 +1,426 @@
+"""Claims about several processes, on real gloo groups and real engines with tiny networks."""
+
+from collections import deque
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from distill.engine.engine import Engine, EngineSettings, StepRates, prepare_deepspeed
+from distill.plan.by_step import Timetable
+from distill.plan.placement import Work
+from distill.plan.plan import Plan, make_plan, without
+from distill.plan.traffic import WireShape, gathered_bytes, slice_bytes
+from distill.train.exchange import AllGather, Outgoing, Pending, Slices, lesson_for
+from distill.train.groups import make_groups
+from distill.train.student import Assigner, Pupil, TargetMaker
+from students.objective import FeatureTrainee, Standardiser, build_projectors
+from teacher.batch import CropBatch, PatchMasks
+from teacher.frozen import FrozenTeacher
+from teacher.losses import koleo_sum
+from teacher.sinkhorn import sinkhorn
+from teacher.trainee import Objective, StepScalars, Trainee, TraineeTraits
+from tests.ranks import on_ranks
+from tests.teacher.test_trainee import MEAN, STD, network, teacher
+
+IMAGES = 32
+SCALARS = StepScalars(Objective(1.0, 1.0, 0.1, 1.0, cosine=1.0, smooth_l1=1.0), 1.0, 1.0)
+# 2 global crops of 16 px and 2 local ones of 8 px; bottlenecks of 6 numbers in fp32; 4 patches
+WIRE = WireShape(2 * 3 * 16 * 16, 2 * 3 * 8 * 8, 2 * 6, 6, 4, 4, colour_values=6)
+RATES = StepRates(lr=1e-3, lr_prototypes=1e-3, weight_decay=0.04, ema_momentum=0.9)
+
+
+def some(crops: CropBatch, images: slice) -> CropBatch:
+    """Some of the images."""
+    assert crops.colours is not None
+    return CropBatch(
+        crops.global_crops[images], crops.local_crops[images], colours=crops.colours[images]
+    )
+
+
+def batch_of(step: int) -> tuple[CropBatch, Tensor]:
+    """The whole global batch of a step, the same on every rank."""
+    generator = torch.Generator().manual_seed(100 + step)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+    colours = 0.3 + 0.4 * torch.rand(IMAGES, 2, 3, generator=generator)  # as if from many sources
+    crops = CropBatch(draw(IMAGES, 2, 3, 16, 16), draw(IMAGES, 2, 3, 8, 8), colours=colours)
+    return crops, torch.rand(IMAGES, 2, 4, generator=generator) < 0.3
+
+
+def take(tensor: Tensor, parts: tuple[range, ...]) -> Tensor:
+    return torch.cat([tensor[p.start : p.stop] for p in parts]) if parts else tensor[:0]
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How a family is trained, apart from what it learns; ``ends``: students that finish early."""
+
+    has_heads: bool = True
+    lookahead: int = 0
+    is_published: bool = False
+    is_sharded: bool = False
+    micro_batch: int | None = None
+    ends: tuple[tuple[str, int], ...] = ()
+
+
+def train_family(
+    works: list[Work],
+    num_steps: int,
+    zero: int,
+    precision: str,
+    bad: tuple[str, int] | None = None,
+    ways: Ways = Ways(),
+) -> dict[str, Any]:
+    """Losses and EMA of every student this rank trains, through exchange, engines and pupils as in the loop."""
+    prepare_deepspeed("cpu")
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    lookahead, is_published = ways.lookahead, ways.is_published
+    plan = make_plan(
+        works,
+        1.0,
+        IMAGES,
+        num_ranks,
+        lookahead=lookahead,
+        has_even_shares=is_published,
+        is_teacher_sharded=ways.is_sharded,
+    )
+    timetable = Timetable(plan, [(end, without(plan, {name})) for name, end in ways.ends])
+    groups = make_groups(plan, timedelta(seconds=60))
+    taught = teacher(4, has_heads=ways.has_heads)
+    whole = sum(p.numel() for p in taught.backbone.parameters())
+    if ways.is_sharded:
+        taught.shard(groups.teacher, torch.device("cpu"))
+        taught.min_forwards = -(-max(plan.largest_shares) // 4)
+        parts = [p.to_local().numel() for p in taught.backbone.parameters()]  # type: ignore[attr-defined]
+        assert sum(parts) < whole / num_ranks * 1.3  # rows do not divide evenly
+    way = AllGather if is_published else Slices
+    exchange = way(timetable, rank, groups.exchange, torch.device("cpu"))
+    pupils = [
+        make_pupil(plan, groups, p.name, zero, precision, ways)
+        for p in plan.placements
+        if rank in p.world_ranks
+    ]
+    losses: dict[str, list[float]] = {pupil.name: [] for pupil in pupils}
+    skipped = {pupil.name: 0 for pupil in pupils}
+    on_the_way: deque[Pending] = deque()
+    predicted_bytes = 0
+    for step in range(num_steps):
+        for ahead in range(step + len(on_the_way), min(step + lookahead + 1, num_steps)):
+            crops, masks = batch_of(ahead)
+            now = timetable.at(ahead)
+            share = now.share(rank, ahead)
+            part = slice(share.start, share.stop)
+            mine = some(crops, part)
+            asked = PatchMasks.of(torch.ones_like(masks[part]) if is_published else masks[part])
+            counts = masks.sum(dim=2).numpy()
+            needed = PatchMasks.of(take(masks, now.needs(rank)))
+            on_the_way.append(
+                exchange.start(Outgoing(ahead, mine, taught.teach(mine, asked), needed, counts))
+            )
+            predicted_bytes += (
+                gathered_bytes(plan, WIRE)
+                if is_published
+                else slice_bytes(now, ahead, WIRE, counts.sum(axis=1))[rank]
+            )
+        delivery = exchange.wait(on_the_way.popleft())
+        for pupil in pupils:
+            if pupil.is_finished(step):
+                continue
+            lesson = lesson_for(delivery, pupil.placement, rank, (2, 2), IMAGES)
+            if bad == (pupil.name, step):
+                with torch.no_grad():
+                    next(iter(pupil.engine.module.dino_head.parameters()))[0, 0] = float("nan")
+            pupil.learn(lesson, 0.07, SCALARS, step)
+            values = metrics_of(pupil)
+            losses[pupil.name].append(values["loss"])
+            skipped[pupil.name] += int(values["skipped"])
+    return {
+        "losses": losses,
+        "targets": {pupil.name: pupil.targets.state() for pupil in pupils},
+        "ema": {pupil.name: pupil.engine.full("ema") for pupil in pupils},
+        "skipped": skipped,
+        "received_bytes": exchange.received_bytes,
+        "predicted_bytes": predicted_bytes,
+    }
+
+
+def make_pupil(
+    plan: Plan, groups: Any, name: str, zero: int, precision: str, ways: Ways = Ways()
+) -> Pupil:
+    placement = next(p for p in plan.placements if p.name == name)
+    group, group_ranks = groups.by_network[name], len(placement.slices)
+    traits = TraineeTraits(masks_input=False, mean=MEAN, std=STD)
+    backbone, *heads = network(sum(map(ord, name)))
+    trainee: nn.Module
+    targets: TargetMaker
+    if ways.has_heads:
+        taught = teacher()
+        assert taught.dino_head is not None and taught.ibot_head is not None
+        trainee = Trainee(backbone, *heads, traits, group, group_ranks, placement.koleo_is_local)
+        targets = Assigner(taught.dino_head, taught.ibot_head)
+    else:
+        projectors = build_projectors(16, 16, torch.Generator().manual_seed(7))
+        trainee = FeatureTrainee(backbone, *projectors, traits, group_ranks)
+        targets = Standardiser(16, torch.device("cpu"))
+    parts = placement.parts_of(groups.world_rank, ways.micro_batch)
+    settings = EngineSettings(zero, precision, 3.0, parts[0].stop, len(parts))
+    engine = Engine(trainee, group, groups.alone, settings)
+    end = dict(ways.ends).get(name)
+    return Pupil(name, placement, engine, lambda step: RATES, targets, parts=parts, num_steps=end)
+
+
+def metrics_of(pupil: Pupil) -> dict[str, float]:
+    values = pupil.read_metrics(wait=0.0)
+    assert values is not None
+    return values
+
+
+def merged(results: list[dict[str, Any]], key: str, name: str) -> Any:
+    return next(result[key][name] for result in results if name in result[key])
+
+
+FAMILY = [Work("a", 3.0), Work("b", 2.0), Work("c", 1.0)]
+APART = [replace(work, ranks=1) for work in FAMILY]  # without, groups overlap on three ranks
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """Three students in one process."""
+    return on_ranks(1, train_family, FAMILY, 4, 1, "fp32")[0]
+
+
+@pytest.mark.parametrize(("num_ranks", "zero"), [(2, 1), (3, 2), (5, 1)])
+def test_family__many_processes_equal_one(num_ranks: int, zero: int, alone: dict[str, Any]) -> None:
+    results = on_ranks(num_ranks, train_family, FAMILY, 4, zero, "fp32")
+    for name in "abc":
+        # fp32 sums in another order; measured 1e-7, four steps of AdamW included
+        assert merged(results, "losses", name) == pytest.approx(alone["losses"][name], rel=2e-6)
+        for key, tensor in merged(results, "ema", name).items():
+            torch.testing.assert_close(tensor, alone["ema"][name][key], rtol=0, atol=2e-5)
+
+
+def test_family__a_student_with_siblings_equals_the_student_alone(alone: dict[str, Any]) -> None:
+    single = on_ranks(1, train_family, [Work("b", 2.0)], 4, 1, "fp32")[0]
+    assert single["losses"]["b"] == alone["losses"]["b"]
+    assert all(
+        torch.equal(single["ema"]["b"][key], tensor) for key, tensor in alone["ema"]["b"].items()
+    )
+
+
+def test_family__a_fault_of_one_student_leaves_the_others_bit_equal(alone: dict[str, Any]) -> None:
+    hurt = on_ranks(1, train_family, FAMILY, 4, 1, "fp32", ("b", 2))[0]
+    assert hurt["skipped"] == {"a": 0, "b": 1, "c": 0}  # which restores what it computes with
+    assert all(tensor.isfinite().all() for tensor in hurt["ema"]["b"].values())
+    for name in "ac":
+        assert hurt["losses"][name] == alone["losses"][name]
+        assert all(
+            torch.equal(hurt["ema"][name][key], tensor)
+            for key, tensor in alone["ema"][name].items()
+        )
+
+
+def test_family__bf16_follows_fp32(alone: dict[str, Any]) -> None:
+    half = on_ranks(2, train_family, FAMILY, 4, 1, "bf16")
+    for name in "abc":
+        assert merged(half, "losses", name) == pytest.approx(
+            alone["losses"][name], rel=2e-2
+        )  # 8 bits of mantissa
+
+
+WAYS = [(0, False), (1, False), (3, False), (0, True), (2, True)]  # look-ahead, published
+
+
+@pytest.fixture(scope="module")
+def filled() -> list[dict[str, Any]]:
+    """Three students on three ranks, shares filled, no look-ahead."""
+    return on_ranks(3, train_family, APART, 6, 1, "fp32")
+
+
+@pytest.mark.parametrize(("lookahead", "is_published"), WAYS)
+def test_exchange__every_way_gives_the_same_bits_and_the_predicted_bytes(
+    lookahead: int, is_published: bool, filled: list[dict[str, Any]]
+) -> None:
+    results = on_ranks(
+        3, train_family, APART, 6, 1, "fp32", None, Ways(True, lookahead, is_published)
+    )
+    for rank, result in enumerate(results):
+        assert result["losses"] == filled[rank]["losses"]
+        for name, weights in result["ema"].items():
+            for key, tensor in weights.items():
+                assert torch.equal(tensor, filled[rank]["ema"][name][key]), (name, key)
+        assert result["received_bytes"] == result["predicted_bytes"]
+
+
+def test_family__a_sharded_teacher_gives_the_same_bits(filled: list[dict[str, Any]]) -> None:
+    ways = Ways(lookahead=2, is_sharded=True)
+    results = on_ranks(3, train_family, APART, 6, 1, "fp32", None, ways)  # 11, 10 and 11 images
+    for rank, result in enumerate(results):
+        assert result["losses"] == filled[rank]["losses"]
+        assert result["received_bytes"] == result["predicted_bytes"]
+
+
+def test_exchange__lookahead_gives_the_same_bits_where_groups_overlap() -> None:
+    runs = [
+        on_ranks(3, train_family, FAMILY, 4, 1, "fp32", None, Ways(lookahead=lookahead))
+        for lookahead in (0, 2)
+    ]
+    assert sum(len(result["losses"]) for result in runs[0]) > len(FAMILY)
+    for at_once, ahead in zip(*runs, strict=True):
+        assert at_once["losses"] == ahead["losses"]
+        assert ahead["received_bytes"] == ahead["predicted_bytes"]
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_exchange__counts_what_arrives_from_other_ranks(num_ranks: int) -> None:
+    results = on_ranks(num_ranks, train_family, FAMILY, 3, 1, "fp32", None, Ways(lookahead=2))
+    plan = make_plan(FAMILY, 1.0, IMAGES, num_ranks, lookahead=2)
+    for rank, result in enumerate(results):
+        expected = 0
+        for step in range(3):
+            per_image = batch_of(step)[1].sum(dim=(1, 2))
+            share = plan.share(rank, step)
+            foreign = [i for part in plan.needs(rank) for i in part if i not in share]
+            pixels = 2 * 3 * 16 * 16 + 2 * 3 * 8 * 8
+            expected += len(foreign) * (pixels + 2 * 6 * 4 + 2 * 3 * 4)
+            expected += sum(int(per_image[i]) for i in foreign) * 6 * 4
+        assert result["received_bytes"] == expected
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "zero", "has_heads"), [(1, 1, True), (1, 2, False), (2, 2, True)]
+)
+def test_family__micro_batches_add_up_to_the_whole_slice(
+    num_ranks: int, zero: int, has_heads: bool, alone: dict[str, Any]
+) -> None:
+    whole = alone
+    if not has_heads:
+        whole = on_ranks(1, train_family, FAMILY, 4, 1, "fp32", None, Ways(has_heads=False))[0]
+    ways = Ways(has_heads, micro_batch=16)
+    results = on_ranks(num_ranks, train_family, FAMILY, 4, zero, "fp32", None, ways)
+    for name in "abc":
+        assert merged(results, "losses", name) == pytest.approx(whole["losses"][name], rel=2e-6)
+        for key, tensor in merged(results, "ema", name).items():
+            torch.testing.assert_close(tensor, whole["ema"][name][key], rtol=0, atol=2e-5)
+
+
+def test_family__micro_batches_in_bf16_add_up_in_fp32(alone: dict[str, Any]) -> None:
+    results = on_ranks(2, train_family, FAMILY, 4, 1, "bf16", None, Ways(micro_batch=16))
+    for name in "abc":
+        losses = merged(results, "losses", name)
+        assert losses == pytest.approx(alone["losses"][name], rel=2e-2)  # 8 bits of mantissa
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+def test_family__a_student_that_finishes_early_leaves_the_others_as_they_were(
+    lookahead: int, filled: list[dict[str, Any]]
+) -> None:
+    ways = Ways(lookahead=lookahead, ends=(("a", 3),))
+    results = on_ranks(3, train_family, APART, 6, 1, "fp32", None, ways)
+    for rank, result in enumerate(results):
+        assert result["received_bytes"] == result["predicted_bytes"]
+        for name, losses in result["losses"].items():
+            assert losses == filled[rank]["losses"][name][: 3 if name == "a" else 6]
+            for key, tensor in result["ema"][name].items():
+                same = torch.equal(tensor, filled[rank]["ema"][name][key])
+                assert same or name == "a", (name, key)
+    (rank,) = (rank for rank, result in enumerate(results) if "a" in result["losses"])
+    assert results[rank]["received_bytes"] < filled[rank]["received_bytes"]  # nothing for nobody
+
+
+def sinkhorn_and_koleo(num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's columns, KoLeo sum and KoLeo gradient for an uneven split of some rows."""
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(num_rows, 6, dtype=torch.float64, generator=generator)
+    prototypes = torch.randn(9, 6, dtype=torch.float64, generator=generator)
+    borders = [num_rows * part // num_ranks for part in range(num_ranks + 1)]
+    start, stop = borders[rank], borders[rank + 1]
+    group = dist.group.WORLD if num_ranks > 1 else None
+    assignment = sinkhorn(rows[start:stop], prototypes, 0.07, group)
+    own = rows[start:stop].clone().requires_grad_()
+    loss = koleo_sum(own, 4, start, num_rows, group)
+    (grad,) = torch.autograd.grad(loss, own)
+    return assignment.columns(0, 9), loss.detach(), grad
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_losses__over_ranks_equal_one_process(num_ranks: int) -> None:
+    (columns, loss, grad), *_ = on_ranks(1, sinkhorn_and_koleo, 11)
+    parts = on_ranks(num_ranks, sinkhorn_and_koleo, 11)
+    torch.testing.assert_close(torch.cat([p[0] for p in parts]), columns, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(sum(p[1] for p in parts), loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([p[2] for p in parts]), grad, rtol=1e-12, atol=1e-15)
+
+
+def test_family__without_heads_many_processes_equal_one() -> None:
+    alone = on_ranks(1, train_family, FAMILY, 4, 1, "fp32", None, Ways(has_heads=False))[0]
+    results = on_ranks(3, train_family, FAMILY, 4, 2, "fp32", None, Ways(has_heads=False))
+    for name in "abc":
+        losses = merged(results, "losses", name)
+        # fp32 sums in another order; the statistics are float64 sums
+        assert losses == pytest.approx(alone["losses"][name], rel=2e-6)
+        for key, tensor in merged(results, "targets", name).items():
+            torch.testing.assert_close(tensor, alone["targets"][name][key], rtol=1e-6, atol=1e-9)
+
+
+def state_on(num_ranks_before: int) -> dict[str, Tensor]:
+    """The full state of one engine over all ranks after two steps."""
+    prepare_deepspeed("cpu")
+    plan = make_plan([Work("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size())
+    groups = make_groups(plan, timedelta(seconds=60))
+    pupil = make_pupil(plan, groups, "a", 1, "fp32")
+    assert dist.get_world_size() == num_ranks_before
+    train_one(pupil, plan, range(2))
+    return pupil.state()
+
+
+def train_one(pupil: Pupil, plan: Plan, steps: range) -> list[float]:
+    taught = FrozenTeacher(*network(2), mean=MEAN, std=STD, micro_images=4)
+    losses, rank = [], dist.get_rank()
+    exchange = Slices(Timetable(plan), rank, dist.group.WORLD, torch.device("cpu"))  # type: ignore[arg-type]
+    assert plan.is_local
+    for step in steps:
+        crops, masks = batch_of(step)
+        part = slice(plan.share(rank, step).start, plan.share(rank, step).stop)
+        mine = some(crops, part)
+        own = PatchMasks.of(masks[part])
+        outgoing = Outgoing(step, mine, taught.teach(mine, own), own, masks.sum(dim=2).numpy())
+        delivery = exchange.wait(exchange.start(outgoing))
+        lesson = lesson_for(delivery, pupil.placement, rank, (2, 2), IMAGES)
+        pupil.learn(lesson, 0.07, SCALARS, step)
+        losses.append(metrics_of(pupil)["loss"])
+    return losses
+
+
+def go_on_from(state: dict[str, Tensor]) -> tuple[list[float], dict[str, Tensor]]:
+    prepare_deepspeed("cpu")
+    plan = make_plan([Work("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size())
+    pupil = make_pupil(plan, make_groups(plan, timedelta(seconds=60)), "a", 1, "fp32")
+    pupil.load_state(state)
+    restored = pupil.state()
+    assert all(torch.equal(restored[key], tensor) for key, tensor in state.items())
+    return train_one(pupil, plan, range(2, 4)), pupil.state()
+
+
+def train_through() -> tuple[list[float], dict[str, Tensor]]:
+    prepare_deepspeed("cpu")
+    plan = make_plan([Work("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size())
+    pupil = make_pupil(plan, make_groups(plan, timedelta(seconds=60)), "a", 1, "fp32")
+    return train_one(pupil, plan, range(4)), pupil.state()
+
+
+def test_state__two_ranks_go_on_as_two_bitwise_and_as_three_closely() -> None:
+    losses, final = on_ranks(2, train_through)[0]
+    state = on_ranks(2, state_on, 2)[0]
+    same_losses, same_final = on_ranks(2, go_on_from, state)[0]
+    assert same_losses == losses[2:]
+    assert all(torch.equal(same_final[key], tensor) for key, tensor in final.items())
+    other_losses, _ = on_ranks(3, go_on_from, state)[0]
+    assert other_losses == pytest.approx(losses[2:], rel=2e-6)

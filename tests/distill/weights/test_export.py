@@ -1,0 +1,451 @@
+"""Networks of a family in other libraries' formats: outputs agree, or nothing with a final name is left."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors import safe_open
+from torch import Tensor
+
+from distill.errors import CheckpointError, SetupError, UserError
+from distill.weights import export as formats
+from distill.weights.card import Background, teacher_licence
+from distill.weights.export import DTYPES, Dtype, Exported, Inputs, export_network
+from distill.weights.load import load_backbone
+from distill.weights.onnx import require_exporter, write_onnx
+from distill.weights.save import ExportFacts, fingerprint, write_backbone
+from distill.weights.verify import (
+    TOLERANCE,
+    Format,
+    Parity,
+    largest_differences,
+    our_features,
+    probes,
+    prove,
+)
+from students.catalog import build_backbone
+from students.shapes import BackboneSpec, ConvNeXtSpec
+from teacher.shapes import ViTSpec
+
+VIT = ViTSpec(width=32, depth=2, heads=2, ffn_width=64, patch=8, layerscale_init=0.5)
+GATED = ViTSpec(
+    width=24, depth=2, heads=2, ffn_width=48, patch=8, ffn="swiglu", layerscale_init=0.5
+)
+CONVNEXT = ConvNeXtSpec((1, 1, 2, 1), (8, 12, 16, 20), layerscale_init=0.5)
+SPECS = {"vit": VIT, "gated": GATED, "convnext": CONVNEXT}
+INPUTS = Inputs(64, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+BACKGROUND = Background(
+    teacher="big (fingerprint 12ab)",
+    data="766 images of photographs (fingerprint 34cd)",
+    licence={},
+    provenance={"recipe": "family", "recipe_hash": "feed", "steps": 7},
+    scores={
+        "teacher": {"knn": 0.9},
+        "students": {"small": {"knn": 0.8}},
+        "baselines": {"pixels": 0.3, "colour": 0.6, "untrained": {"small": 0.5}},
+    },
+)
+
+
+def write_network(folder: Path, spec: BackboneSpec, seed: int = 0) -> Path:
+    """A student's folder in which no tensor is special: biases, norms and scales are random as well."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = build_backbone(spec).state_dict()
+    for name, tensor in weights.items():
+        is_factor = tensor.ndim == 1 and name.endswith(("weight", "lambda1", "gamma"))
+        is_matrix = tensor.ndim > 1 and name.endswith("weight")
+        spread = tensor[0].numel() ** -0.5 if is_matrix else 0.2
+        noise = spread * torch.randn(tensor.shape, generator=generator)
+        weights[name] = 1.0 + noise if is_factor else noise
+    facts = ExportFacts(64, INPUTS.mean, INPUTS.std, dict(BACKGROUND.provenance))
+    write_backbone(folder, weights, spec, facts)
+    return folder
+
+
+def export(
+    source: Path, folder: Path, form: Format, dtype: Dtype = "fp32", **background: Any
+) -> Exported:
+    told = Background(**{**vars(BACKGROUND), **background})
+    return export_network("small", source, folder, form, dtype, told, INPUTS)
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.fixture
+def _unchecked_shapes() -> Iterator[None]:
+    """The exporter traces with symbolic sizes, which the shape checks of the suite refuse."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", SPECS)
+def test_export_network__transformers_gives_the_same(
+    kind: str, dtype: Dtype, tmp_path: Path
+) -> None:
+    source = write_network(tmp_path / "small", SPECS[kind])
+    done = export(source, tmp_path / "out" / "small", "hf", dtype)
+    assert done.parity.checked_with == f"transformers {transformers.__version__}"
+    assert done.parity.class_token is not None and done.parity.class_token < 1e-5  # fp32 rounding
+    assert done.parity.patch_tokens is not None and done.parity.patch_tokens < 1e-5
+    assert names(tmp_path / "out") == {"small"}
+    with safe_open(done.folder / "model.safetensors", "pt") as file:
+        stored = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    assert stored == {DTYPES[dtype]}
+
+
+@pytest.mark.usefixtures("_unchecked_shapes")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", SPECS)
+def test_export_network__onnxruntime_gives_the_same(
+    kind: str, dtype: Dtype, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    spec = SPECS[kind]
+    source = write_network(tmp_path / "small", spec)
+    done = export(source, tmp_path / "out" / "small", "onnx", dtype)
+    assert done.parity.checked_with == f"onnxruntime {runtime.__version__}"
+    assert done.parity.class_token is not None and done.parity.class_token < 1e-5  # fp32 rounding
+    assert done.parity.patch_tokens is not None and done.parity.patch_tokens < 1e-5
+    assert names(done.folder) == {
+        "model.onnx",
+        "preprocessor_config.json",
+        "README.md",
+        "distill.json",
+    }
+    graph = (done.folder / "model.onnx").read_bytes()
+    assert b".py" not in graph, "stack traces would show this machine's paths"
+    session = runtime.InferenceSession(graph)
+    ours = load_backbone(source)[0]
+    for rows, (high, wide) in ((1, (1, 1)), (3, (2, 12)), (1, (14, 3))):  # none was seen before
+        pixels = torch.randn(rows, 3, high * spec.stride, wide * spec.stride)
+        (patches,) = session.run(["patch_tokens"], {"pixel_values": pixels.numpy()})
+        assert patches.shape == (rows, high * wide, spec.width)
+        if dtype == "fp32":
+            with torch.no_grad():
+                expected = ours(pixels).patch_tokens
+            torch.testing.assert_close(torch.from_numpy(patches), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.usefixtures("_unchecked_shapes")
+def test_write_onnx__bf16_is_half_the_size(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    spec = ViTSpec(width=128, depth=1, heads=2, ffn_width=512)
+    source = write_network(tmp_path / "small", spec)
+    for dtype in (torch.float32, torch.bfloat16):
+        write_onnx(load_backbone(source)[0], spec, tmp_path / f"{dtype}.onnx", dtype=dtype)
+    full, half = ((tmp_path / f"{each}.onnx").stat().st_size for each in DTYPES.values())
+    assert 0.5 < half / full < 0.6  # the graph itself does not shrink
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", SPECS)
+def test_export_network__metas_keys_give_the_same(kind: str, dtype: Dtype, tmp_path: Path) -> None:
+    """Meta's code is no package, so its published key names are run by a plain second implementation."""
+    spec = SPECS[kind]
+    source = write_network(tmp_path / "small", spec)
+    done = export(source, tmp_path / "out" / "small", "meta", dtype)
+    (file,) = done.folder.glob("*.pth")
+    assert file.name == f"small-{hashlib.sha256(file.read_bytes()).hexdigest()[:8]}.pth"
+    weights = torch.load(file, weights_only=True)
+    expected = our_features(source, DTYPES[dtype])
+    run = meta_vit if isinstance(spec, ViTSpec) else meta_convnext
+    theirs = [run(weights, spec, pixels) for pixels in probes(spec.stride, spec.in_channels)]
+    assert max(largest_differences(expected, theirs)) < 1e-5  # fp32 rounding
+
+
+def test_export_network__timm_folder_has_names_and_pooling(tmp_path: Path) -> None:
+    spec = ViTSpec(width=384, depth=12, heads=6, ffn_width=1536)
+    source = write_network(tmp_path / "small", spec)
+    done = export(source, tmp_path / "out" / "small", "timm")
+    config = json.loads((done.folder / "config.json").read_text())
+    assert config["architecture"] == "vit_small_patch16_dinov3_qkvb"
+    assert config["num_classes"] == 0 and config["model_args"]["global_pool"] == "token"
+    assert config["pretrained_cfg"]["mean"] == list(INPUTS.mean)
+    with safe_open(done.folder / "model.safetensors", "pt") as file:
+        keys = set(file.keys())
+    assert {"cls_token", "reg_token", "blocks.0.attn.q_bias", "blocks.11.gamma_2"} <= keys
+    assert "mask_token" not in keys
+
+
+@pytest.mark.parametrize("form", ["hf", "onnx"])
+def test_export_network__swapped_queries_and_keys_are_rejected(
+    form: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+        request.getfixturevalue("_unchecked_shapes")
+    source = write_network(tmp_path / "small", VIT)
+    broken = write_network(tmp_path / "broken", VIT)
+    swap_queries_and_keys(broken)
+    right_convert, right_load = formats.convert, formats.load_backbone
+    monkeypatch.setattr(
+        formats, "convert", lambda _, *rest, **more: right_convert(broken, *rest, **more)
+    )
+    monkeypatch.setattr(formats, "load_backbone", lambda _: right_load(broken))
+    with pytest.raises(
+        UserError, match=r"small as .*features differ.*at most 0.0001 is allowed"
+    ) as failed:
+        export(source, tmp_path / "out" / "small", form)
+    assert failed.value.exit_code == 1
+    assert names(tmp_path / "out") == {"small.rejected"}
+    assert not names(tmp_path / "out" / "small.rejected") & {"README.md", "distill.json"}
+
+
+def swap_queries_and_keys(folder: Path) -> None:
+    backbone, spec = load_backbone(folder)
+    weights = dict(backbone.state_dict())
+    for block in range(VIT.depth):
+        query, key = (f"layer.{block}.attention.{each}_proj.weight" for each in "qk")
+        weights[query], weights[key] = weights[key], weights[query]
+    write_backbone(folder, weights, spec, ExportFacts(64, INPUTS.mean, INPUTS.std, {}))
+
+
+def test_export_network__unreadable_files_are_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_network(tmp_path / "small", VIT)
+    right_convert = formats.convert
+
+    def forgetful(source: Path, target: Path, **how: Any) -> None:
+        right_convert(source, target, **how)
+        config = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+
+    monkeypatch.setattr(formats, "convert", forgetful)
+    with pytest.raises(UserError, match=r"cannot use the files: .*not every tensor was taken"):
+        export(source, tmp_path / "out" / "small", "hf")
+    assert names(tmp_path / "out") == {"small.rejected"}
+
+
+def test_export_network__a_library_that_is_missing_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    done = export(write_network(tmp_path / "a", VIT), tmp_path / "out" / "small", "hf")
+    assert done.parity == Parity(None, "transformers is not installed")
+    assert "not checked: transformers is not installed" in (done.folder / "README.md").read_text()
+    with pytest.raises(SetupError, match="onnx and onnxscript not installed") as failed:
+        require_exporter()
+    assert failed.value.fix == 'pip install "distill-family[onnx]"'
+
+
+def test_prove__a_library_that_does_not_import_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> Any:
+        raise RuntimeError("operator torchvision::nms does not exist\nmore")
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    monkeypatch.setattr("importlib.import_module", fail)
+    found = prove("timm", tmp_path, tmp_path, torch.float32)
+    assert found.describe() == (
+        "not checked: timm does not import here (operator torchvision::nms does not exist)"
+    )
+    assert not found.is_refuted
+
+
+def test_export_network__replaces_its_own_and_nothing_else(tmp_path: Path) -> None:
+    source = write_network(tmp_path / "small", VIT)
+    target = tmp_path / "out" / "small"
+    export(source, target, "hf", "bf16")
+    (target / "old").touch()
+    export(source, target, "hf")
+    assert "old" not in names(target)
+    with pytest.raises(CheckpointError, match="is the network to export itself"):
+        export(source, source, "hf")
+    other = write_network(tmp_path / "other", VIT, seed=1)
+    before = fingerprint(load_backbone(other)[0].state_dict())
+    with pytest.raises(CheckpointError, match="exists and is no export of distill"):
+        export(source, other, "hf")
+    assert fingerprint(load_backbone(other)[0].state_dict()) == before
+
+
+def test_export_network__a_failure_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Parity:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(formats, "prove", full)
+    with pytest.raises(OSError, match="no space left"):
+        export(write_network(tmp_path / "small", VIT), tmp_path / "out" / "small", "hf")
+    assert names(tmp_path / "out") == set()
+
+
+def test_export_network__card_and_record_say_where_it_comes_from(tmp_path: Path) -> None:
+    source = write_network(tmp_path / "small", VIT)
+    done = export(source, tmp_path / "out" / "small", "hf", licence={"license": "cc0-1.0"})
+    card = (done.folder / "README.md").read_text()
+    weights = done.folder / "model.safetensors"
+    checksum = hashlib.sha256(weights.read_bytes()).hexdigest()
+    for said in (
+        "library_name: transformers",
+        'license: "cc0-1.0"',
+        "recipe: family (hash feed, 7 steps)",
+        "teacher: big (fingerprint 12ab)",
+        "766 images of photographs",
+        "| this network | 0.800 |",
+        "| the same network untrained | 0.500 |",
+        "| its teacher | 0.900 |",
+        "| colour mean and spread | 0.600 |",
+        'AutoModel.from_pretrained("small")',
+        f"| model.safetensors | {weights.stat().st_size:,} | {checksum} |",
+    ):
+        assert said in card
+    record = json.loads((done.folder / "distill.json").read_text())
+    assert record["steps"] == 7 and record["licence"] == "cc0-1.0"
+    assert record["export"]["checked_with"] == f"transformers {transformers.__version__}"
+    assert record["export"]["largest_difference"]["class_token"] < TOLERANCE
+    assert record["files"]["model.safetensors"]["sha256"] == checksum
+
+
+def test_export_network__card_of_a_run_without_scores_or_licence(tmp_path: Path) -> None:
+    source = write_network(tmp_path / "small", VIT)
+    done = export(source, tmp_path / "out" / "small", "hf", scores={"knn_reason": "no classes"})
+    card = (done.folder / "README.md").read_text()
+    assert "No k-NN scores: no classes." in card
+    assert "unknown: check the teacher's licence" in card
+    assert "license:" not in card
+
+
+@pytest.mark.parametrize(
+    ("record", "card", "expected"),
+    [
+        (None, None, {}),
+        ({"licence": "mit"}, None, {"license": "mit"}),
+        ({"licence": "unknown: check the teacher's licence"}, None, {}),
+        ({}, "---\nlicense: other\nlicense_name: dinov3-license\ntags: [a]\n---\n# x", None),
+        ({}, "# a card without a head\n---\nlicense: mit\n---\n", {}),
+        ({}, "---\n: [not yaml\n---\n", {}),
+    ],
+)
+def test_teacher_licence__only_what_is_stated(
+    record: dict[str, str] | None, card: str | None, expected: dict[str, str] | None, tmp_path: Path
+) -> None:
+    if record is not None:
+        (tmp_path / "distill.json").write_text(json.dumps(record))
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    stated = {"license": "other", "license_name": "dinov3-license"}
+    assert teacher_licence(tmp_path) == (stated if expected is None else expected)
+
+
+def test_largest_differences__nan_and_shapes_are_not_agreement() -> None:
+    ours = [(torch.zeros(1, 2), torch.zeros(1, 3, 2))] * 2
+    bad = [(torch.zeros(1, 2), torch.full((1, 3, 2), math.nan)), ours[0]]
+    found = Parity("x 1", "", *largest_differences(ours, bad))
+    assert math.isnan(found.patch_tokens or 0.0) and found.is_refuted
+    assert found.to_json()["largest_difference"] == {"class_token": 0.0, "patch_tokens": "nan"}
+    with pytest.raises(ValueError, match=r"features of shape \[1, 4\], ours \[1, 2\]"):
+        largest_differences(ours, [(torch.zeros(1, 4), torch.zeros(1, 3, 2))] * 2)
+
+
+# A second implementation, from the published key names alone ------------------------------------
+
+
+def layer_norm(weights: Mapping[str, Tensor], name: str, tokens: Tensor, eps: float) -> Tensor:
+    scale, shift = weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float()
+    return F.layer_norm(tokens, scale.shape, scale, shift, eps)
+
+
+def linear(weights: Mapping[str, Tensor], name: str, tokens: Tensor) -> Tensor:
+    return tokens @ weights[f"{name}.weight"].float().T + weights[f"{name}.bias"].float()
+
+
+def conv(
+    weights: Mapping[str, Tensor], name: str, image: Tensor, stride: int, groups: int = 1
+) -> Tensor:
+    kernel, bias = weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float()
+    padding = kernel.shape[-1] // 2 if stride == 1 else 0
+    return F.conv2d(image, kernel, bias, stride, padding, groups=groups)
+
+
+def meta_vit(weights: Mapping[str, Tensor], spec: ViTSpec, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    patches = conv(weights, "patch_embed.proj", pixels, spec.patch)
+    high, wide = patches.shape[2:]
+    prefix = [weights[name].float() for name in ("cls_token", "storage_tokens")]
+    tokens = torch.cat(
+        [*(each.expand(len(pixels), -1, -1) for each in prefix), patches.flatten(2).mT], dim=1
+    )
+    periods = weights["rope_embed.periods"].float()
+    angles = torch.tensor(
+        [
+            [
+                2 * math.pi * (2 * (at + 0.5) / count - 1)
+                for at, count in ((row, high), (column, wide))
+            ]
+            for row in range(high)
+            for column in range(wide)
+        ]
+    )
+    angles = (angles[:, :, None] / periods).flatten(1).tile(2)  # [patches, head_dim]
+
+    def turn(heads: Tensor) -> Tensor:
+        kept, moved = heads.split([heads.shape[2] - high * wide, high * wide], dim=2)
+        half = moved.shape[-1] // 2
+        turned = torch.cat([-moved[..., half:], moved[..., :half]], dim=-1)
+        return torch.cat([kept, moved * angles.cos() + turned * angles.sin()], dim=2)
+
+    for block in range(spec.depth):
+        own = {
+            name.removeprefix(f"blocks.{block}."): tensor.float()
+            for name, tensor in weights.items()
+            if name.startswith(f"blocks.{block}.")
+        }
+        bias = own["attn.qkv.bias"] * own["attn.qkv.bias_mask"]
+        mixed = layer_norm(own, "norm1", tokens, 1e-5) @ own["attn.qkv.weight"].T + bias
+        query, key, value = mixed.unflatten(2, (3, spec.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = (turn(query) @ turn(key).mT / query.shape[-1] ** 0.5).softmax(-1)
+        attended = (scores @ value).transpose(1, 2).flatten(2)
+        tokens = tokens + own["ls1.gamma"] * linear(own, "attn.proj", attended)
+        normed = layer_norm(own, "norm2", tokens, 1e-5)
+        if spec.ffn == "swiglu":
+            hidden = F.silu(linear(own, "mlp.w1", normed)) * linear(own, "mlp.w2", normed)
+            tokens = tokens + own["ls2.gamma"] * linear(own, "mlp.w3", hidden)
+        else:
+            hidden = F.gelu(linear(own, "mlp.fc1", normed))
+            tokens = tokens + own["ls2.gamma"] * linear(own, "mlp.fc2", hidden)
+    tokens = layer_norm(weights, "norm", tokens, 1e-5)
+    return tokens[:, 0], tokens[:, 1 + spec.registers :]
+
+
+def meta_convnext(
+    weights: Mapping[str, Tensor], spec: ConvNeXtSpec, pixels: Tensor
+) -> tuple[Tensor, Tensor]:
+    def norm_channels(name: str, image: Tensor) -> Tensor:
+        return layer_norm(weights, name, image.movedim(1, -1), 1e-6).movedim(-1, 1)
+
+    image = pixels
+    for stage, depth in enumerate(spec.depths):
+        step = f"downsample_layers.{stage}"
+        if stage == 0:
+            image = norm_channels(f"{step}.1", conv(weights, f"{step}.0", image, 4))
+        else:
+            image = conv(weights, f"{step}.1", norm_channels(f"{step}.0", image), 2)
+        for block in range(depth):
+            at = f"stages.{stage}.{block}"
+            mixed = conv(weights, f"{at}.dwconv", image, 1, groups=image.shape[1])
+            inner = layer_norm(weights, f"{at}.norm", mixed.movedim(1, -1), 1e-6)
+            inner = linear(
+                weights, f"{at}.pwconv2", F.gelu(linear(weights, f"{at}.pwconv1", inner))
+            )
+            image = image + (weights[f"{at}.gamma"].float() * inner).movedim(-1, 1)
+    assert torch.equal(weights["norm.weight"], weights["norms.3.weight"])
+    patches = image.flatten(2).mT
+    tokens = torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
+    tokens = layer_norm(weights, "norm", tokens, 1e-6)
+    return tokens[:, 0], tokens[:, 1:]
