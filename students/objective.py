@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from teacher.batch import Features, LessonBatch
+from teacher.batch import Features, StudentBatch
 from teacher.init import init_matrix_
-from teacher.trainee import (
+from teacher.task import (
     NUM_GLOBAL,
     Losses,
     StepScalars,
-    TraineeTraits,
+    TaskOptions,
     masked_rows,
     see_crops,
     weigh,
@@ -34,12 +34,12 @@ VARIANCE_EPS = 1e-6  # a channel that never changes becomes zero instead of infi
 class StandardFeatures:
     """Teacher features of one slice with zero mean and unit variance per channel, fp32."""
 
-    class_rows: Float[Tensor, "images 2 taught"]
-    patch_rows: Float[Tensor, "masked patch_taught"]
+    class_features: Float[Tensor, "images 2 taught"]
+    patch_features: Float[Tensor, "masked patch_taught"]
 
     def part(self, images: slice, masked: slice) -> "StandardFeatures":
         """Of some images and their masked patches; views."""
-        return StandardFeatures(self.class_rows[images], self.patch_rows[masked])
+        return StandardFeatures(self.class_features[images], self.patch_features[masked])
 
 
 class ChannelStatistics:
@@ -77,7 +77,7 @@ class ChannelStatistics:
         return standard.float().view(rows.shape)
 
 
-class Standardiser:
+class FeatureNormalizer:
     """Makes the targets of the feature objective; its statistics belong to one student's group."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
@@ -86,16 +86,16 @@ class Standardiser:
             "patch": ChannelStatistics(channels, device),
         }
 
-    def make(
+    def build_targets(
         self,
-        lesson: LessonBatch,
+        batch: StudentBatch,
         temperature: float,  # noqa: ARG002  # belongs to prototypes
         group: dist.ProcessGroup | None,
     ) -> StandardFeatures:
         """Standardised targets of a slice. Collective over ``group``."""
         return StandardFeatures(
-            self._kinds["class"].standardise(lesson.targets.class_rows, group),
-            self._kinds["patch"].standardise(lesson.targets.patch_rows, group),
+            self._kinds["class"].standardise(batch.targets.class_features, group),
+            self._kinds["patch"].standardise(batch.targets.patch_features, group),
         )
 
     def state(self) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ class Standardiser:
                 tensor.copy_(tensors[f"{kind}.{name}"].view(tensor.shape))
 
 
-class FeatureTrainee(nn.Module):
+class FeatureTask(nn.Module):
     """Backbone, two linear projectors to the teacher's width, and the feature objective."""
 
     def __init__(
@@ -121,28 +121,30 @@ class FeatureTrainee(nn.Module):
         backbone: nn.Module,
         class_projector: nn.Linear,
         patch_projector: nn.Linear,
-        traits: TraineeTraits,
+        options: TaskOptions,
         group_ranks: int,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.class_projector = class_projector
         self.patch_projector = patch_projector
-        self.traits = traits
+        self.options = options
         self._group_ranks = group_ranks
 
     def forward(
-        self, batch: LessonBatch, targets: StandardFeatures, scalars: StepScalars
+        self, batch: StudentBatch, targets: StandardFeatures, scalars: StepScalars
     ) -> Losses:
         """Cosine and smooth L1, each the mean of its class part and its patch part. No communication.
 
         Class features: each global crop with its own target, each local crop with both.
         """
-        globals_, locals_ = see_crops(self.backbone, batch, self.traits, scalars)
+        globals_, locals_ = see_crops(self.backbone, batch, self.options, scalars)
         masked, patch_weights = masked_rows(globals_, batch)
-        patch_parts = feature_sums(self.patch_projector(masked), targets.patch_rows, patch_weights)
+        patch_parts = feature_sums(
+            self.patch_projector(masked), targets.patch_features, patch_weights
+        )
         predicted, wanted, pair_weights = self._pairs(
-            globals_, locals_, targets.class_rows, scalars.objective.local, batch.images_global
+            globals_, locals_, targets.class_features, scalars.objective.local, batch.images_global
         )
         class_parts = feature_sums(predicted, wanted, pair_weights)
         parts = {

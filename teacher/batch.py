@@ -100,18 +100,18 @@ class Features:
 class TeacherTargets:
     """What the teacher says about some images, small enough to send.
 
-    Bottlenecks of its heads; the backbone's features where it has no heads. ``patch_rows`` holds
+    Bottlenecks of its heads; the backbone's features where it has no heads. ``patch_features`` holds
     masked patches only, ordered like ``masks.nonzero()``.
     ``anchor_patches`` (Gram stage only) is already on the student's grid.
     """
 
-    class_rows: Float[Tensor, "images 2 taught"]
-    patch_rows: Float[Tensor, "masked patch_taught"]
+    class_features: Float[Tensor, "images 2 taught"]
+    patch_features: Float[Tensor, "masked patch_taught"]
     anchor_patches: Float[Tensor, "images 2 patches anchor_width"] | None = None
 
 
 @dataclass(frozen=True)
-class LessonBatch:
+class StudentBatch:
     """Everything one student rank needs for its slice of one step.
 
     ``masks`` lie on the teacher's grid ``grid_hw``; ``start`` is the slice's first position in the
@@ -127,11 +127,11 @@ class LessonBatch:
     images_global: int
     kept: Bool[Tensor, "images crops blocks 2"] | None = None
 
-    def part(self, images: slice) -> "LessonBatch":
+    def part(self, images: slice) -> "StudentBatch":
         """The lesson of some of its images, by their numbers in the slice; views."""
         crops, targets = self.crops, self.targets
         anchor = targets.anchor_patches
-        return LessonBatch(
+        return StudentBatch(
             crops=CropBatch(
                 crops.global_crops[images],
                 crops.local_crops[images],
@@ -139,8 +139,8 @@ class LessonBatch:
             ),
             masks=self.masks.part(images),
             targets=TeacherTargets(
-                targets.class_rows[images],
-                targets.patch_rows[self.masks.masked(images)],
+                targets.class_features[images],
+                targets.patch_features[self.masks.masked(images)],
                 None if anchor is None else anchor[images],
             ),
             grid_hw=self.grid_hw,

@@ -86,25 +86,25 @@ class FrozenTeacher(nn.Module):
         No communication, unless the backbone is sharded.
         """
         num_images = crops.global_crops.shape[0]
-        class_rows, patch_rows = [], []
+        class_features, patch_features = [], []
         for start in range(0, num_images, self.micro_images):
             stop = min(start + self.micro_images, num_images)
             features = self._forward(
                 self.backbone, crops.global_crops[start:stop], _part(crops.colours, start, stop)
             )
             tokens = features.class_token
-            spoken = tokens if self.dino_head is None else self.dino_head(tokens)
-            class_rows.append(spoken[: 2 * (stop - start)])
+            class_bottleneck = tokens if self.dino_head is None else self.dino_head(tokens)
+            class_features.append(class_bottleneck[: 2 * (stop - start)])
             wanted = masks.part(slice(start, stop)).rows()
-            patch_rows.append(features.patch_tokens.flatten(0, 1).index_select(0, wanted))
-        for _ in range(len(class_rows), self.min_forwards):
+            patch_features.append(features.patch_tokens.flatten(0, 1).index_select(0, wanted))
+        for _ in range(len(class_features), self.min_forwards):
             self._forward(self.backbone, crops.global_crops[:0], None)
         anchor_patches = self._anchor_patches(crops)
-        if not class_rows:
+        if not class_features:
             return self._nothing(crops.global_crops.device, anchor_patches)
         return TeacherTargets(
-            class_rows=torch.cat(class_rows).unflatten(0, (num_images, 2)),
-            patch_rows=self._patch_rows(torch.cat(patch_rows)),
+            class_features=torch.cat(class_features).unflatten(0, (num_images, 2)),
+            patch_features=self._patch_features(torch.cat(patch_features)),
             anchor_patches=anchor_patches,
         )
 
@@ -118,10 +118,12 @@ class FrozenTeacher(nn.Module):
         pixels = normalise(crops, self.mean, self.std, self.dtype, colours).flatten(0, 1)
         if missing:
             pixels = torch.cat([pixels, pixels.new_zeros(2 * missing, *pixels.shape[1:])])
-        seer: Backbone = backbone  # type: ignore[assignment]  # nn.Module that satisfies the protocol
-        return seer(pixels)
+        network: Backbone = backbone  # type: ignore[assignment]  # nn.Module that satisfies the protocol
+        return network(pixels)
 
-    def _patch_rows(self, masked: Float[Tensor, "masked width"]) -> Float[Tensor, "masked taught"]:
+    def _patch_features(
+        self, masked: Float[Tensor, "masked width"]
+    ) -> Float[Tensor, "masked taught"]:
         if self.ibot_head is None:
             return masked
         padding = -masked.shape[0] % HEAD_ROWS
@@ -170,19 +172,21 @@ class FrozenTeacher(nn.Module):
 
     def _grid_hw(self, crops: Tensor) -> tuple[int, int]:
         """The backbone's patch grid on crops of this size."""
-        seer: Backbone = self.backbone  # type: ignore[assignment]
-        return crops.shape[-2] // seer.stride, crops.shape[-1] // seer.stride
+        network: Backbone = self.backbone  # type: ignore[assignment]
+        return crops.shape[-2] // network.stride, crops.shape[-1] // network.stride
 
     def _no_patches(self, crops: Tensor) -> Tensor:
-        seer: Backbone = self.backbone  # type: ignore[assignment]
+        network: Backbone = self.backbone  # type: ignore[assignment]
         height, width = self._grid_hw(crops)
-        return torch.zeros(0, 2, height * width, seer.width, dtype=self.dtype, device=crops.device)
+        return torch.zeros(
+            0, 2, height * width, network.width, dtype=self.dtype, device=crops.device
+        )
 
     def _nothing(self, device: torch.device, anchor_patches: Tensor | None) -> TeacherTargets:
         nothing = torch.zeros(0, dtype=self.dtype, device=device)
-        seer: Backbone = self.backbone  # type: ignore[assignment]
+        network: Backbone = self.backbone  # type: ignore[assignment]
         class_width, patch_width = (
-            seer.width if head is None else head.shape.bottleneck
+            network.width if head is None else head.shape.bottleneck
             for head in (self.dino_head, self.ibot_head)
         )
         return TeacherTargets(

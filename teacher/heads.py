@@ -1,7 +1,7 @@
 """The DINO and iBOT heads: an MLP to an L2-normalised bottleneck, then prototypes.
 
 A head is two modules because two different things are done with it: everybody computes the
-bottleneck, which is small and travels between ranks; only a trainee compares it with its
+bottleneck, which is small and travels between ranks; only a task compares it with its
 prototypes, inside the loss.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from teacher.init import init_matrix_
 from teacher.losses import cross_entropy
 from teacher.shapes import HeadShape
-from teacher.sinkhorn import Assignment
+from teacher.sinkhorn import SoftAssignment
 
 NORM_EPS = 1e-6  # fp32 and bf16; an all-zero projection stays finite
 
@@ -31,7 +31,7 @@ class Prototypes(nn.Module):
     def forward(
         self,
         student: Float[Tensor, "crops rows bottleneck"],
-        assignment: Assignment,
+        assignment: SoftAssignment,
         mixture: Float[Tensor, "crops targets"],
         weights: Float[Tensor, " rows"],
     ) -> Float[Tensor, ""]:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from teacher.shapes import PROTOTYPES_AT_ONCE
-from teacher.sinkhorn import Assignment
+from teacher.sinkhorn import SoftAssignment
 
 STUDENT_TEMPERATURE = 0.1
 KOLEO_EPS = 1e-8  # fp32; keeps the logarithm finite for duplicate images
@@ -32,7 +32,7 @@ class PrototypeCrossEntropy(torch.autograd.Function):
         ctx: Any,
         student: Float[Tensor, "crops rows bottleneck"],
         prototypes: Float[Tensor, "prototypes bottleneck"],
-        assignment: Assignment,
+        assignment: SoftAssignment,
         mixture: Float[Tensor, "crops targets"],
         weights: Float[Tensor, " rows"],
     ) -> Float[Tensor, ""]:
@@ -75,7 +75,7 @@ class PrototypeCrossEntropy(torch.autograd.Function):
 def _chunk(
     student: Float[Tensor, "crops rows bottleneck"],
     prototypes: Float[Tensor, "prototypes bottleneck"],
-    assignment: Assignment,
+    assignment: SoftAssignment,
     mixture: Float[Tensor, "crops targets"],
     start: int,
 ) -> tuple[Tensor, Tensor]:
@@ -93,7 +93,7 @@ def _chunk(
 def cross_entropy(
     student: Float[Tensor, "crops rows bottleneck"],
     prototypes: Float[Tensor, "prototypes bottleneck"],
-    assignment: Assignment,
+    assignment: SoftAssignment,
     mixture: Float[Tensor, "crops targets"],
     weights: Float[Tensor, " rows"],
 ) -> Float[Tensor, ""]:

@@ -18,7 +18,7 @@ ROWS_AT_ONCE = 256  # a chunk of logits is [256, prototypes]: 256 MiB in fp32 fo
 
 
 @dataclass(frozen=True)
-class Assignment:
+class SoftAssignment:
     """Soft targets ``p[n, k]`` in factored form; every row of ``p`` sums to one."""
 
     bottleneck: Float[Tensor, "rows bottleneck"]
@@ -27,7 +27,7 @@ class Assignment:
     log_columns: Float[Tensor, " prototypes"]
     temperature: float
 
-    def part(self, rows: slice, blocks: int = 1) -> "Assignment":
+    def part(self, rows: slice, blocks: int = 1) -> "SoftAssignment":
         """The assignment of some rows, the same of each of ``blocks`` equal blocks; the balance stays that of all."""
         bottleneck, log_rows = (
             tensor.unflatten(0, (blocks, -1 if len(tensor) else 0))[:, rows].flatten(0, 1)
@@ -48,8 +48,8 @@ def sinkhorn(
     prototypes: Float[Tensor, "prototypes bottleneck"],
     temperature: float,
     group: dist.ProcessGroup | None = None,
-) -> Assignment:
-    """Assignment of all rows of the group to the prototypes, each prototype used equally often.
+) -> SoftAssignment:
+    """SoftAssignment of all rows of the group to the prototypes, each prototype used equally often.
 
     for each of 3 iterations:
         columns: every prototype gets the same total weight over all rows of the group
@@ -81,7 +81,7 @@ def sinkhorn(
         chunk = slice(start, start + ROWS_AT_ONCE)
         logits = (bottleneck[chunk] @ prototypes.T).to(dtype).mul_(1.0 / temperature)
         log_rows[chunk] = -torch.logsumexp(logits + log_columns, dim=1)
-    return Assignment(bottleneck, prototypes, log_rows, log_columns, temperature)
+    return SoftAssignment(bottleneck, prototypes, log_rows, log_columns, temperature)
 
 
 def _log_total_over_group(

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distill.data.loader import Batch, Loader
-from distill.recipe import to_data as supply
+from distill.recipe import to_data as build_loader
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ASKING = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"}
@@ -252,7 +252,7 @@ def pretending() -> Iterator[PretendedGpu]:
         mock.patch.object(dist, "new_group", noted),
         mock.patch.object(torch.cuda, "Event", _Event),
         mock.patch.object(torch.cuda, "current_stream", lambda *_: _Stream()),
-        mock.patch.object(supply, "Loader", _GpuLoader),
+        mock.patch.object(build_loader, "Loader", _GpuLoader),
         mock.patch.object(
             torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30)
         ),

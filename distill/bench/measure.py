@@ -42,8 +42,8 @@ from distill.data.sources import Found
 from distill.engine.engine import prepare_deepspeed
 from distill.errors import PlanError
 from distill.job.build import (
-    Scene,
-    Site,
+    PhaseContext,
+    RankContext,
     build_phase,
     family_phase,
     freeze,
@@ -53,18 +53,18 @@ from distill.plan.flops import DEFAULT_DEVICE
 from distill.plan.from_recipe import TeacherShape, plan_family
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job
-from distill.runfolder.heartbeat import Pulse
+from distill.runfolder.heartbeat import Heartbeat
 from distill.train.balance import Balancer
 from distill.train.device import take_device
 from distill.train.exchange import AllGather, Slices
-from distill.train.faults import Isolation
+from distill.train.faults import FaultHandler
 from distill.train.groups import Groups, make_groups
 from distill.train.loop import run_phase
 from distill.train.phase import Phase
 from students.catalog import build_backbone, init_weights_
 from students.student import build_heads, seeded
 from teacher.frozen import FrozenTeacher
-from teacher.trainee import Objective
+from teacher.task import Objective
 
 BLOCK = 10  # measured steps of one mode before the next has its turn
 TIMEOUT = timedelta(minutes=10)
@@ -215,14 +215,14 @@ class Bench:
     ) -> None:
         self.request, self.shape, self.device = request, shape, device
         self.rank = dist.get_rank()
-        self.pulse = Pulse(Path(), self.rank)  # nobody watches
+        self.heartbeat = Heartbeat(Path(), self.rank)  # nobody watches
         self.modes = modes_of(family, request.against, request.num_ranks)
         self.teacher = None if request.sleep_s is not None else self._teacher(family)
         plan = plan_family(family, shape, request.num_ranks)
         self.scale = None if request.sleep_s is None else request.sleep_s / plan.step_s
         self.phases = {name: self._phase(recipe) for name, recipe in self.modes.items()}
         self.steps_done = dict.fromkeys(self.phases, 0)
-        self.isolations = {name: Isolation(phase, Path()) for name, phase in self.phases.items()}
+        self.isolations = {name: FaultHandler(phase, Path()) for name, phase in self.phases.items()}
 
     def _teacher(self, family: FamilyRecipe) -> FrozenTeacher:
         generator = seeded(family.seed, "teacher")
@@ -236,8 +236,8 @@ class Bench:
         groups = make_groups(plan, TIMEOUT)
         folder = self.request.index
         index = _no_images() if folder is None else ImageIndex.load(Path(folder))
-        site = Site(self.device, Path(folder or ""), index)
-        scene = Scene(recipe, plan, groups, site, self.shape.spec, self._tell)
+        site = RankContext(self.device, Path(folder or ""), index)
+        scene = PhaseContext(recipe, plan, groups, site, self.shape.spec, self._tell)
         if self.scale is None:
             assert self.teacher is not None, "only sleeps need no teacher"
             starts = dict.fromkeys((student.label for student in recipe.students), 0)
@@ -251,11 +251,11 @@ class Bench:
         if self.scale is None or not recipe.engine.balance or not plan.is_dithered:
             return phase
         balancer = Balancer(
-            phase.timetable,
+            phase.plan_schedule,
             self.rank,
             groups.control,
             phase.loader,
-            (phase.teaching, [pupil.training for pupil in phase.pupils]),
+            (phase.teaching, [trainer.training for trainer in phase.trainers]),
             lookahead=phase.lookahead,
             every=recipe.engine.balance,
             tell=self._tell,
@@ -266,7 +266,7 @@ class Bench:
         if self.rank == 0:
             sys.stderr.write(event + "\n")
 
-    def _sleeping_phase(self, scene: Scene, recipe: FamilyRecipe, groups: Groups) -> Phase:
+    def _sleeping_phase(self, scene: PhaseContext, recipe: FamilyRecipe, groups: Groups) -> Phase:
         assert self.scale is not None, "sleeps have a scale"
         plan = scene.plan
         factor = self.request.slow_factor if self.rank == self.request.slow_rank else 1.0
@@ -283,12 +283,12 @@ class Bench:
             lookahead=recipe.engine.lookahead,
             exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
         )
-        pupils = tuple(
+        trainers = tuple(
             SleepingPupil(placement, groups.by_network[placement.name], image_s * pace, self.rank)
             for placement, image_s in zip(plan.placements, plan.image_s, strict=True)
             if self.rank in placement.world_ranks
         )
-        return replace(phase, pupils=pupils)  # type: ignore[arg-type]  # the same calls
+        return replace(phase, trainers=trainers)  # type: ignore[arg-type]  # the same calls
 
     def run(self) -> Turns:
         """Blocks of steps, the modes in turn."""
@@ -332,14 +332,14 @@ class Bench:
         length: int,
         witness: Witness,
         saver: TimedSaver | Unsaved,
-        pulse: Pulse | Trace,
+        heartbeat: Heartbeat | Trace,
     ) -> None:
         run_phase(
             replace(self.phases[mode], num_steps=start + length),
             witness,  # type: ignore[arg-type]  # what the loop asks of a recorder
             saver,  # type: ignore[arg-type]  # what the loop asks of a saver
             self.isolations[mode],
-            pulse,  # type: ignore[arg-type]  # what the loop asks of a pulse
+            heartbeat,  # type: ignore[arg-type]  # what the loop asks of a heartbeat
             start,
         )
         self.steps_done[mode] += length
@@ -350,7 +350,7 @@ class Bench:
         witness = Witness(save_after=1 if is_saving else None)
         saver = self._saver(is_saving=is_saving)
         start, length = self.steps_done[mode], self.request.warmup_steps
-        self._run_phase(mode, start, length, witness, saver, self.pulse)
+        self._run_phase(mode, start, length, witness, saver, self.heartbeat)
         saver.wait()
 
     def turn(self, name: str) -> Turn:
@@ -361,7 +361,7 @@ class Bench:
         saver = self._saver(is_saving=is_saving)
         dist.barrier()
         began = time.monotonic()
-        self._run_phase(mode, start, block_steps(first - 1), witness, saver, self.pulse)
+        self._run_phase(mode, start, block_steps(first - 1), witness, saver, self.heartbeat)
         saver.wait()
         wall_s = time.monotonic() - began
         stall_s = 0.0

@@ -1,4 +1,4 @@
-"""What a benchmark puts in the place of images, networks, the recorder, the saver and the pulse."""
+"""What a benchmark puts in the place of images, networks, the recorder, the saver and the heartbeat."""
 
 import time
 from collections.abc import Collection, Sequence
@@ -9,17 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.checkpoint.saver import Keeping, Saver
+from distill.checkpoint.saver import CheckpointPolicy, Saver
 from distill.data.crops import NUM_GLOBAL
 from distill.errors import CheckpointError
 from distill.plan.plan import Placement
 from distill.recipe.keys import FamilyRecipe
 from distill.runfolder.metrics import RunState
 from distill.train.phase import Phase
-from distill.train.recorder import Wishes
+from distill.train.recorder import Decision
 from distill.train.stopwatch import Stopwatch
 from distill.train.student import Attempt
-from teacher.batch import CropBatch, LessonBatch, PatchMasks, TeacherTargets
+from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets
 
 POOL = 64  # different synthetic images; a loader that only copies is not what is measured
 
@@ -62,12 +62,12 @@ class Witness:
         phase: Phase,
         step: int,  # noqa: ARG002  # the recorder's signature
         faults: Sequence[float],  # noqa: ARG002
-    ) -> Wishes:
+    ) -> Decision:
         """One step is over."""
         num_steps = len(self.ends_s) + 1
         if num_steps in self._read_after:
             teaching_s = phase.teaching.read_s()
-            training_s = sum(pupil.training.read_s() for pupil in phase.pupils)
+            training_s = sum(trainer.training.read_s() for trainer in phase.trainers)
             exchange, loader = phase.exchange, phase.loader
             self.marks.append(
                 Mark(
@@ -80,7 +80,7 @@ class Witness:
                 )
             )
         self.ends_s.append(time.monotonic())
-        return Wishes(save=num_steps == self._save_after, stop=False)
+        return Decision(save=num_steps == self._save_after, stop=False)
 
 
 class Span(NamedTuple):
@@ -93,13 +93,13 @@ class Span(NamedTuple):
 
 
 class Trace:
-    """Stands in for the pulse and writes down what the loop says. Waits for the device at every turn, so that work counts where it is asked for."""
+    """Stands in for the heartbeat and writes down what the loop says. Waits for the device at every turn, so that work counts where it is asked for."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._turns: list[tuple[float, str, str]] = []
 
-    def at(self, activity: str, step: int, network: str = "") -> None:  # noqa: ARG002  # a pulse's signature
+    def enter(self, activity: str, step: int, network: str = "") -> None:  # noqa: ARG002  # a heartbeat's signature
         """The rank turns to something else."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -130,7 +130,9 @@ class TimedSaver(Saver):
     """The real saver, which notes when it let go of the loop; a save that fails ends the benchmark."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(Keeping(folder / "checkpoints", "", {}, "", 2, None), _Strict(), None)
+        super().__init__(
+            CheckpointPolicy(folder / "checkpoints", "", {}, "", 2, None), _Strict(), None
+        )
         self.returned_s = 0.0
 
     def save(self, phase: Phase, step: int) -> None:
@@ -169,7 +171,7 @@ class SyntheticLoader:
         is_tiny: bool,
     ) -> None:
         self.wait_s = 0.0
-        self._timetable, self._rank = phase.timetable, world_rank
+        self._plan_schedule, self._rank = phase.plan_schedule, world_rank
         generator = torch.Generator().manual_seed(0)
 
         def pixels(count: int, size: int) -> Tensor:
@@ -184,7 +186,7 @@ class SyntheticLoader:
 
     def fetch(self, step: int) -> CropBatch:
         """The crops of this rank's share."""
-        share = self._timetable.at(step).share(self._rank, step)
+        share = self._plan_schedule.at(step).share(self._rank, step)
         ids = torch.arange(share.start, share.stop, device=self._pool.global_crops.device) % POOL
         return CropBatch(self._pool.global_crops[ids], self._pool.local_crops[ids])
 
@@ -221,11 +223,11 @@ class SleepingPupil:
         self._group, self._image_s = group, image_s
         self._seconds = len(placement.slice_of(world_rank)) * image_s
 
-    def is_finished(self, step: int) -> bool:  # noqa: ARG002  # a pupil's signature
+    def is_finished(self, step: int) -> bool:  # noqa: ARG002  # a trainer's signature
         """Never: a bench trains everyone."""
         return False
 
-    def learn(self, lesson: LessonBatch, *_: object) -> Attempt:  # noqa: ARG002  # a pupil's signature
+    def train_step(self, batch: StudentBatch, *_: object) -> Attempt:  # noqa: ARG002  # a trainer's signature
         """Sleeps, then one all-reduce over the group."""
         with self.training.running():
             time.sleep(self._seconds)

@@ -56,7 +56,7 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True)
-class Keeping:
+class CheckpointPolicy:
     """Where checkpoints lie, which run they belong to, and which of them stay.
 
     ``networks``: what the manifest says of each student. ``milestones``: of every so many steps of a
@@ -72,7 +72,7 @@ class Keeping:
 
 
 @dataclass(frozen=True)
-class _Order:
+class SaveJob:
     """One save of one rank: the files it writes, and, for the committer, who writes which."""
 
     staging: Path
@@ -85,13 +85,13 @@ class Saver:
     """Writes checkpoints of one run; one per process, the same calls on every rank."""
 
     def __init__(
-        self, keeping: Keeping, recorder: Listener, last_saved: tuple[str, int] | None
+        self, keeping: CheckpointPolicy, recorder: Listener, last_saved: tuple[str, int] | None
     ) -> None:
         """``last_saved``: phase and step of the checkpoint that the run goes on from."""
-        self._keeping, self._recorder = keeping, recorder
+        self._checkpoint_policy, self._recorder = keeping, recorder
         self._last_saved = last_saved
         self._thread: Thread | None = None
-        self._order: _Order | None = None
+        self._order: SaveJob | None = None
         self._committed: Path | None = None
         self._error: BaseException | None = None
         self.is_saved = (
@@ -106,11 +106,11 @@ class Saver:
         self.wait()
         self._recorder.saving()
         files: dict[str, Mapping[str, Tensor]] = {}
-        for pupil in phase.pupils:
-            is_first = pupil.placement.first_rank == phase.world_rank
-            state = pupil.state(keep=is_first)
+        for trainer in phase.trainers:
+            is_first = trainer.placement.first_rank == phase.world_rank
+            state = trainer.state(keep=is_first)
             if is_first:
-                files[pupil.name + SUFFIX] = {name: each.cpu() for name, each in state.items()}
+                files[trainer.name + SUFFIX] = {name: each.cpu() for name, each in state.items()}
         anchor = phase.teacher.anchor_state()
         if phase.world_rank == 0 and anchor:
             files[ANCHOR_FILE + SUFFIX] = {
@@ -136,7 +136,7 @@ class Saver:
             raise error
         elif self._committed is not None and order.manifest is not None:
             self._last_saved = order.manifest.phase, order.manifest.step
-            path = self._committed.relative_to(self._keeping.folder.parent)
+            path = self._committed.relative_to(self._checkpoint_policy.folder.parent)
             self._recorder.saved(*self._last_saved, str(path))
 
     def wait(self) -> None:
@@ -147,11 +147,11 @@ class Saver:
 
     def _order_of(
         self, phase: "Phase", step: int, files: Mapping[str, Mapping[str, Tensor]]
-    ) -> _Order:
-        keeping = self._keeping
+    ) -> SaveJob:
+        keeping = self._checkpoint_policy
         staging = checkpoint.staging_folder(keeping.folder, phase.name, step)
         if phase.world_rank != 0:
-            return _Order(staging, files, None, {})
+            return SaveJob(staging, files, None, {})
         expected = {p.name + SUFFIX: p.first_rank for p in phase.plan.placements}
         expected |= dict.fromkeys([*files, RECIPE_FILE], 0)
         before = self._last_saved
@@ -172,15 +172,15 @@ class Saver:
             },
             files={},
         )
-        return _Order(staging, files, manifest, expected)
+        return SaveJob(staging, files, manifest, expected)
 
-    def _begin(self, order: _Order) -> None:
+    def _begin(self, order: SaveJob) -> None:
         self._order, self._committed, self._error = order, None, None
         # a daemon: a rank that fails ends at once, and what it was writing never counts
         self._thread = Thread(target=self._write, args=(order,), daemon=True, name="saver")
         self._thread.start()
 
-    def _write(self, order: _Order) -> None:
+    def _write(self, order: SaveJob) -> None:
         try:
             for name, tensors in order.files.items():
                 _write_part(order.staging / name, encode(tensors), num_bytes(tensors))
@@ -189,15 +189,15 @@ class Saver:
         except BaseException as error:  # told by the thread that trains
             self._error = error
 
-    def _commit(self, order: _Order, manifest: Manifest) -> Path:
-        folder = self._keeping.folder
-        recipe = self._keeping.recipe.encode()
+    def _commit(self, order: SaveJob, manifest: Manifest) -> Path:
+        folder = self._checkpoint_policy.folder
+        recipe = self._checkpoint_policy.recipe.encode()
         try:
             _write_part(order.staging / RECIPE_FILE, [recipe], len(recipe))
             files = checkpoint.collect(order.staging, order.expected, RECORDS_TIMEOUT_S)
             number = checkpoint.next_number(folder)
             manifest = manifest.model_copy(update={"number": number, "files": files})
-            return checkpoint.commit(folder, order.staging, manifest, self._keeping.keep)
+            return checkpoint.commit(folder, order.staging, manifest, self._checkpoint_policy.keep)
         except (CheckpointError, OSError):
             shutil.rmtree(order.staging, ignore_errors=True)
             raise
@@ -215,9 +215,9 @@ def _write_part(path: Path, parts: Iterable[bytes | memoryview], size: int) -> N
 def restore(phase: "Phase", found: tuple[Path, Manifest]) -> None:
     """Loads every network of the phase that the checkpoint holds; others keep their fresh weights. No communication: each rank reads what it needs."""
     path, manifest = found
-    for pupil in phase.pupils:
-        if pupil.name + SUFFIX in manifest.files:
-            pupil.load_state(read_tensors(path / (pupil.name + SUFFIX)))
+    for trainer in phase.trainers:
+        if trainer.name + SUFFIX in manifest.files:
+            trainer.load_state(read_tensors(path / (trainer.name + SUFFIX)))
 
 
 def saved_anchor(saved: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from rich.table import Table
 from distill.cli.options import DebugOption, JsonOption
 
 if TYPE_CHECKING:
-    from distill.data.census import Census
+    from distill.data.census import DatasetReport
 
 data_app = typer.Typer(help="Check, pack and look at images.", no_args_is_help=True)
 SHOWN_BROKEN = 10  # of a source, on the screen; --json has all
@@ -54,10 +54,10 @@ def check(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Decode every image once: counts, sizes, formats, duplicates, and each broken file. Exit code 1 when any is broken."""
-    from distill.data.census import take_census
+    from distill.data.census import take_report
 
     with _Bar("checking") as bar:
-        found = take_census(sources, max_megapixels=max_megapixels, progress=bar)
+        found = take_report(sources, max_megapixels=max_megapixels, progress=bar)
     if as_json:
         sys.stdout.write(json.dumps([each.to_json() for each in found], indent=2) + "\n")
     else:
@@ -67,7 +67,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _census_table(census: "Census") -> Table:
+def _census_table(census: "DatasetReport") -> Table:
     table = Table(title=census.source, title_justify="left", show_header=False, box=None)
     size = f"{census.bytes / 1e9:.2f} GB" if census.bytes >= 1e8 else f"{census.bytes / 1e6:.1f} MB"
     formats = ", ".join(f"{name} {count:,}" for name, count in census.formats.items())

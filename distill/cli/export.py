@@ -72,7 +72,7 @@ def export(
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
-    """Write a student for Hugging Face, timm, Meta or ONNX, and prove the outputs agree."""
+    """Write a student for Hugging Face, timm, Meta or ONNX, and verify the outputs agree."""
     folders = _chosen(run, student or [])
     if to is Target.ONNX:
         from distill.weights.onnx import require_exporter

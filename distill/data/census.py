@@ -29,7 +29,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Census:
+class DatasetReport:
     """One source. Sizes are quantiles in pixels; ``duplicates`` counts images whose bytes were seen before, in any source."""
 
     source: str
@@ -55,12 +55,12 @@ class _Image:
     digest: bytes
 
 
-def take_census(
+def take_report(
     sources: Sequence[Path],
     *,
     max_megapixels: float,
     progress: Callable[[int, int], None],
-) -> list[Census]:
+) -> list[DatasetReport]:
     """A census per source; ``progress`` is told images done and images in all.
 
     Raises:
@@ -94,14 +94,14 @@ def _look(reader: Reader, max_megapixels: float, found: Found) -> _Image:
 
 def _count(
     source: str, found: Sequence[Found], images: Sequence[_Image], seen: set[bytes]
-) -> Census:
+) -> DatasetReport:
     duplicates = 0
     for image in images:
         duplicates += image.digest in seen
         if image.digest:
             seen.add(image.digest)
     sizes = np.array([image.hw for image in images if not isinstance(image.hw, str)]).reshape(-1, 2)
-    return Census(
+    return DatasetReport(
         source=source,
         images=len(images),
         bytes=sum(image.length for image in images),

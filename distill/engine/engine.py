@@ -161,11 +161,11 @@ class Engine:
         skipped_before = self._engine.skipped_steps
         with as_world(self._mpu):
             self._engine.backward(
-                self._witnessed(loss) * self._num_parts
+                self.poison_if_nonfinite(loss) * self._num_parts
             )  # DeepSpeed divides by it
             is_last = self._engine.is_gradient_accumulation_boundary()
             if is_last and self._judges:
-                self._judge()
+                self.reduce_grad_norm()
             self._engine.step()
         if not is_last:
             return
@@ -177,7 +177,7 @@ class Engine:
         self._follow(rates.ema_momentum)
 
     @torch.no_grad()
-    def _judge(self) -> None:
+    def reduce_grad_norm(self) -> None:
         """The gradients' global norm, and from it what AdamW will do with them. One all-reduce of one number over the group."""
         gradients = [g for each in self._zero.averaged_gradients.values() for g in each]
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
@@ -196,7 +196,7 @@ class Engine:
             ema = state["ema"]
             torch.where(self.is_applied, ema.lerp(shard, 1.0 - momentum), ema, out=ema)
 
-    def _witnessed(self, loss: Tensor) -> Tensor:
+    def poison_if_nonfinite(self, loss: Tensor) -> Tensor:
         """The loss; gradients of NaN where it or a weight of this rank's shards is not finite."""
         seen = torch.stack(
             [loss.detach().float(), *(shard.sum() for shard in self._shards.weights)]
@@ -267,7 +267,7 @@ class Engine:
         return bool(finite)
 
     @torch.no_grad()
-    def keep(self, into: Kept | None = None) -> Kept:
+    def snapshot(self, into: Kept | None = None) -> Kept:
         """A copy of this rank's shards in host memory, 16 bytes per parameter over the group; ``into`` is overwritten. No communication."""
         own = self._own_shards()
         if into is None:
@@ -278,8 +278,8 @@ class Engine:
         return into
 
     @torch.no_grad()
-    def go_back(self, kept: Kept) -> None:
-        """To the state that ``keep`` copied, on every rank of the group together. One all-gather per parameter group."""
+    def restore_snapshot(self, kept: Kept) -> None:
+        """To the state that ``snapshot`` copied, on every rank of the group together. One all-gather per parameter group."""
         for shards, before in zip(self._own_shards(), kept, strict=True):
             for kind, shard in shards.items():
                 shard.copy_(before[kind])

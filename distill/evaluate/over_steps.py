@@ -31,7 +31,7 @@ PREFIX = "ema/backbone."
 
 
 @dataclass(frozen=True)
-class Moment:
+class StepScores:
     """Scores after ``step`` steps of the whole run."""
 
     stage: str
@@ -41,7 +41,7 @@ class Moment:
     drift: float
 
 
-def score_steps(run_folder: Path, say: Callable[[str], None]) -> list[Moment]:
+def score_steps(run_folder: Path, say: Callable[[str], None]) -> list[StepScores]:
     """Scores of the teacher in each kept checkpoint of a pretraining run, also written to ``progress.json``.
 
     Raises:
@@ -62,7 +62,7 @@ def score_steps(run_folder: Path, say: Callable[[str], None]) -> list[Moment]:
     preparation = Preparation(recipe.crops.input_size, recipe.data.mean, recipe.data.std)
     probe = DenseProbe((train, test), preparation.size, spec.stride)
     backbone, cpu = build_backbone(spec).eval(), torch.device("cpu")
-    moments: list[Moment] = []
+    moments: list[StepScores] = []
     first: Tensor | None = None
     for stage, step, path in found:
         backbone.load_state_dict(read_ema(path))
@@ -71,7 +71,7 @@ def score_steps(run_folder: Path, say: Callable[[str], None]) -> list[Moment]:
         )
         dense, patches = probe.score(backbone, preparation)
         first = patches if first is None else first
-        moment = Moment(
+        moment = StepScores(
             stage,
             step,
             knn(known, train.labels, asked, test.labels),
@@ -107,7 +107,7 @@ def read_ema(path: Path) -> dict[str, Tensor]:
         }
 
 
-def draw_progress(runs: Mapping[str, Sequence[Moment]], out: Path) -> Path:
+def draw_progress(runs: Mapping[str, Sequence[StepScores]], out: Path) -> Path:
     """``out``, now holding the three scores over the steps, a line per run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

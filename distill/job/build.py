@@ -15,7 +15,7 @@ from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.index import ImageIndex
 from distill.engine.engine import Engine, EngineSettings, StepRates
 from distill.errors import CheckpointError
-from distill.plan.by_step import Timetable
+from distill.plan.by_step import PlanSchedule
 from distill.plan.from_recipe import Recipe, TeacherShape, heads_of_student, later_plans
 from distill.plan.plan import Placement, Plan
 from distill.recipe.crop_sizes import crop_schedule
@@ -36,24 +36,24 @@ from distill.train.groups import Groups
 from distill.train.masking import StepMasks
 from distill.train.phase import Phase
 from distill.train.stopwatch import Stopwatch
-from distill.train.student import Assigner, Pupil, TargetMaker
+from distill.train.student import SinkhornTargets, StudentTrainer, TargetBuilder
 from distill.weights.heads import load_heads
 from distill.weights.load import load_backbone
 from students.catalog import build_backbone, init_weights_
-from students.objective import FeatureTrainee, Standardiser, build_projectors
+from students.objective import FeatureNormalizer, FeatureTask, build_projectors
 from students.shapes import BackboneSpec, grid_of
 from students.student import build_heads, seeded
 from teacher.frozen import FrozenTeacher
 from teacher.heads import Head
 from teacher.shapes import scaled_size
-from teacher.trainee import Objective, StepScalars, Trainee, TraineeTraits
+from teacher.task import DistillationTask, Objective, StepScalars, TaskOptions
 from teacher.vit import ViT
 
 IDS_PER_NETWORK = 1_000_000  # more than any has parameters and modules
 
 
 @dataclass(frozen=True)
-class Site:
+class RankContext:
     """Where a rank works: its device, its run folder, its images."""
 
     device: torch.device
@@ -62,7 +62,7 @@ class Site:
 
 
 @dataclass(frozen=True)
-class Scene:
+class PhaseContext:
     """What the parts of a phase are built from, on one rank.
 
     ``taught_by`` is the teacher's backbone; ``tell`` takes events that people should read.
@@ -71,7 +71,7 @@ class Scene:
     recipe: Recipe
     plan: Plan
     groups: Groups
-    site: Site
+    site: RankContext
     taught_by: BackboneSpec
     tell: Callable[[str], None]
 
@@ -90,21 +90,21 @@ def objective_of(spec: ObjectiveSpec, gram: float = 0.0) -> Objective:
     return Objective(**spec.model_dump(), gram=gram)
 
 
-def traits_of(
+def task_options(
     recipe: Recipe, *, masks_input: bool, crop_scale: float = 1.0, keep: float = 1.0
-) -> TraineeTraits:
+) -> TaskOptions:
     """How a network of this recipe is trained."""
-    return TraineeTraits(masks_input, recipe.data.mean, recipe.data.std, crop_scale, keep)
+    return TaskOptions(masks_input, recipe.data.mean, recipe.data.std, crop_scale, keep)
 
 
-def build_trainee(
-    scene: Scene, name: str, network: tuple[nn.Module, Head, Head], traits: TraineeTraits
-) -> Trainee:
+def build_task(
+    scene: PhaseContext, name: str, network: tuple[nn.Module, Head, Head], options: TaskOptions
+) -> DistillationTask:
     """A network with heads, on the group of ``name``."""
     placement = scene.placement(name)
-    return Trainee(
+    return DistillationTask(
         *network,
-        traits,
+        options,
         scene.groups.by_network[name],
         len(placement.slices),
         placement.koleo_is_local,
@@ -112,15 +112,15 @@ def build_trainee(
 
 
 def build_engine(
-    scene: Scene,
+    scene: PhaseContext,
     name: str,
-    trainee: nn.Module,
+    task: nn.Module,
     lr_factor: Callable[[str], float] = lambda _: 1.0,
 ) -> Engine:
-    """A trainee on its group, wrapped by its own engine. Collective over the group."""
+    """A task on its group, wrapped by its own engine. Collective over the group."""
     groups, parts = scene.groups, scene.parts_of(name)
     if scene.recipe.engine.activation_checkpointing:
-        for module in trainee.modules():
+        for module in task.modules():
             if isinstance(module, ViT):
                 module.is_checkpointing = True
     settings = EngineSettings(
@@ -134,7 +134,7 @@ def build_engine(
         first_id=IDS_PER_NETWORK * [p.name for p in scene.plan.placements].index(name),
     )
     device = scene.site.device
-    return Engine(trainee.to(device), groups.by_network[name], groups.alone, settings)
+    return Engine(task.to(device), groups.by_network[name], groups.alone, settings)
 
 
 def freeze(
@@ -152,11 +152,11 @@ def freeze(
 
 
 def build_phase(
-    scene: Scene,
+    scene: PhaseContext,
     name: str,
     steps: tuple[int, int],
     teacher: FrozenTeacher,
-    pupils: tuple[Pupil, ...],
+    trainers: tuple[StudentTrainer, ...],
     objective: Objective,
     after_step: Callable[[int], None],
     *,
@@ -171,7 +171,7 @@ def build_phase(
     pretraining. ``later``: plans for when networks are finished.
     """
     recipe, plan, rank, site = scene.recipe, scene.plan, scene.groups.world_rank, scene.site
-    timetable = Timetable(plan, later)
+    plan_schedule = PlanSchedule(plan, later)
     bounds, settings = recipe.schedule.rope_rescale, recipe.schedule
     crops = crop_schedule(recipe, stage)
     feed = build_feed(
@@ -179,10 +179,10 @@ def build_phase(
         site.index,
         crops,
         site.run_folder / BAD_SAMPLES_FILE,
-        lambda step: timetable.at(step).share(rank, step),
+        lambda step: plan_schedule.at(step).share(rank, step),
         sum(steps),
     )
-    loader = build_loader(recipe, feed, crops, timetable.most_images(rank), site.device)
+    loader = build_loader(recipe, feed, crops, plan_schedule.most_images(rank), site.device)
 
     def grid_at(step: int) -> tuple[int, int]:
         return grid_of(scene.taught_by, crops.at(step).global_size)
@@ -193,15 +193,15 @@ def build_phase(
         first_step=steps[0],
         lookahead=lookahead,
         plan=plan,
-        timetable=timetable,
+        plan_schedule=plan_schedule,
         world_rank=rank,
         grid_at=grid_at,
         loader=loader,
-        masks=StepMasks(recipe.masks, timetable, rank, grid_at, recipe.seed, site.device),
+        masks=StepMasks(recipe.masks, plan_schedule, rank, grid_at, recipe.seed, site.device),
         teacher=teacher,
         teaching=Stopwatch(site.device),
-        exchange=exchange(timetable, rank, scene.groups.exchange, site.device),
-        pupils=pupils,
+        exchange=exchange(plan_schedule, rank, scene.groups.exchange, site.device),
+        trainers=trainers,
         temperature=lambda step: schedule.teacher_temperature(settings, step),
         scalars=lambda step: StepScalars(
             objective, *schedule.rope_scales(bounds, recipe.seed, step)
@@ -244,7 +244,7 @@ def load_teacher(
     return freeze(recipe, device, backbone, both)
 
 
-def shard_teacher(scene: Scene, teacher: FrozenTeacher) -> None:
+def shard_teacher(scene: PhaseContext, teacher: FrozenTeacher) -> None:
     """Leaves each rank its part of a teacher that was loaded to the CPU, where the plan says so. Collective over the world."""
     if not scene.plan.is_teacher_sharded:
         return
@@ -260,7 +260,7 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def family_phase(
-    scene: Scene, teacher: FrozenTeacher, shape: TeacherShape, first_steps: Mapping[str, int]
+    scene: PhaseContext, teacher: FrozenTeacher, shape: TeacherShape, first_steps: Mapping[str, int]
 ) -> Phase:
     """The distillation phase: one engine per student this rank trains. Collective over the world.
 
@@ -268,22 +268,22 @@ def family_phase(
     """
     recipe = scene.recipe
     assert isinstance(recipe, FamilyRecipe), "students are a family's"
-    pupils = []
+    trainers = []
     for student, placement in zip(recipe.students, scene.plan.placements, strict=True):
         if scene.groups.world_rank not in placement.world_ranks:
             continue
-        trainee, targets = _student(scene, student, teacher, shape)
+        task, targets = _student(scene, student, teacher, shape)
         lr = recipe.schedule.lr
         if student.lr is not None:
             lr = lr.model_copy(update={"peak": student.lr})
-        engine = build_engine(scene, student.label, trainee)
+        engine = build_engine(scene, student.label, task)
         end = student.steps or recipe.schedule.steps
         rates = _student_rates(recipe.schedule, lr, first_steps[student.label], end)
         parts = scene.parts_of(student.label)
-        pupil = Pupil(
+        trainer = StudentTrainer(
             student.label, placement, engine, rates, targets, parts=parts, num_steps=student.steps
         )
-        pupils.append(pupil)
+        trainers.append(trainer)
     objective = objective_of(recipe.objective)
     steps = (0, recipe.schedule.steps)
     phase = build_phase(
@@ -291,7 +291,7 @@ def family_phase(
         FAMILY_PHASE,
         steps,
         teacher,
-        tuple(pupils),
+        tuple(trainers),
         objective,
         lambda _: None,
         lookahead=recipe.engine.lookahead,
@@ -301,11 +301,11 @@ def family_phase(
     if not recipe.engine.balance or not scene.plan.is_dithered:
         return phase
     balancer = Balancer(
-        phase.timetable,
+        phase.plan_schedule,
         scene.groups.world_rank,
         scene.groups.control,
         phase.loader,
-        (phase.teaching, [pupil.training for pupil in pupils]),
+        (phase.teaching, [trainer.training for trainer in trainers]),
         lookahead=phase.lookahead,
         every=recipe.engine.balance,
         tell=scene.tell,
@@ -314,8 +314,8 @@ def family_phase(
 
 
 def _student(
-    scene: Scene, student: StudentSpec, teacher: FrozenTeacher, shape: TeacherShape
-) -> tuple[nn.Module, TargetMaker]:
+    scene: PhaseContext, student: StudentSpec, teacher: FrozenTeacher, shape: TeacherShape
+) -> tuple[nn.Module, TargetBuilder]:
     """A student with fresh weights, and what makes its targets: heads if the teacher has them, projectors if not."""
     recipe, device = scene.recipe, scene.site.device
     spec, generator = student.backbone_spec(), seeded(recipe.seed, student.label)
@@ -331,17 +331,17 @@ def _student(
         )
     backbone = build_backbone(spec)
     init_weights_(backbone, generator)
-    traits = traits_of(recipe, masks_input=False, crop_scale=student.crop_scale)
+    options = task_options(recipe, masks_input=False, crop_scale=student.crop_scale)
     if shape.heads is None:
         taught = shape.spec.width
         projectors = build_projectors(spec.width, taught, generator)
         num_ranks = len(scene.placement(student.label).slices)
-        trainee = FeatureTrainee(backbone, *projectors, traits, num_ranks)
-        return trainee, Standardiser(taught, device)
+        task = FeatureTask(backbone, *projectors, options, num_ranks)
+        return task, FeatureNormalizer(taught, device)
     assert teacher.dino_head is not None and teacher.ibot_head is not None, "shapes without heads"
     heads = build_heads(*heads_of_student(student, spec, shape.heads), generator)
-    network = build_trainee(scene, student.label, (backbone, *heads), traits)
-    return network, Assigner(teacher.dino_head, teacher.ibot_head)
+    network = build_task(scene, student.label, (backbone, *heads), options)
+    return network, SinkhornTargets(teacher.dino_head, teacher.ibot_head)
 
 
 def _student_rates(

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from distill.data.depth import draw_kept
 from distill.errors import CheckpointError
 from distill.job.build import (
-    Scene,
-    Site,
+    PhaseContext,
+    RankContext,
     build_engine,
     build_phase,
-    build_trainee,
+    build_task,
     freeze,
     objective_of,
     step_rates,
-    traits_of,
+    task_options,
 )
 from distill.plan.from_recipe import ONLINE, TeacherShape, plan_stage, shape_of_recipe
 from distill.plan.plan import Plan
@@ -41,22 +41,22 @@ from distill.runfolder.tensor_file import encode, read_tensors
 from distill.train import schedule
 from distill.train.groups import Groups
 from distill.train.phase import Phase
-from distill.train.student import Assigner, Pupil
+from distill.train.student import SinkhornTargets, StudentTrainer
 from students.catalog import build_backbone
 from students.shapes import BackboneSpec
 from students.student import build_heads, build_network, seeded
-from teacher.batch import LessonBatch
+from teacher.batch import StudentBatch
 from teacher.frozen import FrozenTeacher, shard_blocks
 from teacher.shapes import ViTSpec
-from teacher.trainee import NUM_GLOBAL
+from teacher.task import NUM_GLOBAL
 from teacher.vit import ViT
 
 
-def _own_targets(ema: FrozenTeacher) -> Assigner:
+def _own_targets(ema: FrozenTeacher) -> SinkhornTargets:
     assert ema.dino_head is not None and ema.ibot_head is not None, (
         "a network that teaches has heads"
     )
-    return Assigner(ema.dino_head, ema.ibot_head)
+    return SinkhornTargets(ema.dino_head, ema.ibot_head)
 
 
 def _say_nothing(_: str) -> None:
@@ -70,7 +70,7 @@ class Pretraining:
     the other two are gathered block by block for their forward passes.
     """
 
-    def __init__(self, recipe: TeacherRecipe, groups: Groups, site: Site) -> None:
+    def __init__(self, recipe: TeacherRecipe, groups: Groups, site: RankContext) -> None:
         """Builds the networks; collective over the world."""
         self.recipe, self.shape = recipe, shape_of_recipe(recipe)
         assert self.shape.heads is not None, "a pretrained teacher has heads"
@@ -80,8 +80,8 @@ class Pretraining:
         backbone, *copies = build_network(spec, *heads, seeded(recipe.seed, ONLINE))
         scene = self._scene(recipe.stages[0])
         self._keep = 1.0 - recipe.schedule.drop_path
-        traits = traits_of(recipe, masks_input=True, keep=self._keep)
-        self._trainee = build_trainee(scene, ONLINE, online, traits)
+        options = task_options(recipe, masks_input=True, keep=self._keep)
+        self._trainee = build_task(scene, ONLINE, online, options)
         self.engine = build_engine(scene, ONLINE, self._trainee, lr_factors(recipe, spec))
         self._is_sharded = recipe.engine.zero == 3 and groups.num_ranks > 1
         place = torch.device("cpu") if self._is_sharded else site.device
@@ -90,10 +90,10 @@ class Pretraining:
             self.ema.shard(groups.teacher, site.device)
             self.ema.to(site.device)
 
-    def _scene(self, stage: StageSpec) -> Scene:
+    def _scene(self, stage: StageSpec) -> PhaseContext:
         recipe = self.recipe.at_stage(stage)
         plan = plan_stage(self.recipe, stage, self._groups.num_ranks)
-        return Scene(recipe, plan, self._groups, self._site, self.shape.spec, _say_nothing)
+        return PhaseContext(recipe, plan, self._groups, self._site, self.shape.spec, _say_nothing)
 
     def phase(self, stage: StageSpec, anchor_weights: dict[str, Tensor] | None = None) -> Phase:
         """The phase of one stage; ``anchor_weights`` come from a checkpoint when the stage is resumed. Collective over the world."""
@@ -114,7 +114,7 @@ class Pretraining:
         ema_end = None if stage.ema is not None else settings.ema_end
         placement = scene.placement(ONLINE)
         self._trainee.koleo_is_local = placement.koleo_is_local
-        pupil = Pupil(
+        trainer = StudentTrainer(
             ONLINE,
             placement,
             self.engine,
@@ -136,25 +136,25 @@ class Pretraining:
             stage.name,
             (first_step, stage.steps),
             self.ema,
-            (pupil,),
+            (trainer,),
             objective_of(stage.objective, 0.0 if gram is None else gram.weight),
             lambda step: self._after_step(stage, step),
             stage=stage,
         )
 
-    def _with_depth(self, lesson: LessonBatch, step: int) -> LessonBatch:
-        """The lesson with the rows that pass through each branch of the online network."""
+    def _with_depth(self, batch: StudentBatch, step: int) -> StudentBatch:
+        """The batch with the rows that pass through each branch of the online network."""
         if self._keep == 1.0:
-            return lesson
+            return batch
         kept = draw_kept(
             seed=self.recipe.seed,
             step=step,
-            positions=range(lesson.start, lesson.start + len(lesson.masks)),
+            positions=range(batch.start, batch.start + len(batch.masks)),
             num_crops=NUM_GLOBAL + self.recipe.crops.local.count,
             num_blocks=_vit(self.shape.spec).depth,
             keep=self._keep,
         )
-        return replace(lesson, kept=kept)
+        return replace(batch, kept=kept)
 
     def _after_step(self, stage: StageSpec, step: int) -> None:
         """EMA into the teaching network; snapshots that a later stage asks for; the anchor at its refresh steps."""
@@ -240,24 +240,24 @@ class HeadFitting:
         shape: TeacherShape,
         plan: Plan,
         groups: Groups,
-        site: Site,
+        site: RankContext,
     ) -> None:
         """Builds the heads; collective over the world."""
         assert shape.heads is not None, "heads to fit have shapes"
         self.recipe = recipe
-        self.scene = Scene(recipe, plan, groups, site, shape.spec, _say_nothing)
+        self.scene = PhaseContext(recipe, plan, groups, site, shape.spec, _say_nothing)
         backbone.requires_grad_(False).eval()
         heads, copies = (
             build_heads(*shape.heads, seeded(recipe.seed, HEADS_PHASE)) for _ in range(2)
         )
-        trainee = build_trainee(
+        task = build_task(
             self.scene,
             HEADS_PHASE,
             (backbone, *heads),
             # nothing else has a mask token
-            traits_of(recipe, masks_input=isinstance(backbone, ViT)),
+            task_options(recipe, masks_input=isinstance(backbone, ViT)),
         )
-        self.engine = build_engine(self.scene, HEADS_PHASE, trainee)
+        self.engine = build_engine(self.scene, HEADS_PHASE, task)
         self.ema = freeze(recipe, site.device, backbone, copies)
 
     def phase(self) -> Phase:
@@ -270,13 +270,13 @@ class HeadFitting:
         rates = step_rates(self.recipe.schedule, lr, lambda _: fit.ema, (0, fit.steps))
         placement, parts = self.scene.placement(HEADS_PHASE), self.scene.parts_of(HEADS_PHASE)
         targets = _own_targets(self.ema)
-        pupil = Pupil(HEADS_PHASE, placement, self.engine, rates, targets, parts=parts)
+        trainer = StudentTrainer(HEADS_PHASE, placement, self.engine, rates, targets, parts=parts)
         return build_phase(
             self.scene,
             HEADS_PHASE,
             (0, fit.steps),
             self.ema,
-            (pupil,),
+            (trainer,),
             objective_of(weights),
             lambda _: self.engine.copy_ema_to(self.ema),
         )

@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 
 from distill.checkpoint.manifest import NetworkFacts
-from distill.checkpoint.saver import Keeping, Saver, restore, saved_anchor
+from distill.checkpoint.saver import CheckpointPolicy, Saver, restore, saved_anchor
 from distill.data.index import ImageIndex
 from distill.engine.engine import Engine, prepare_deepspeed
 from distill.job.build import (
-    Scene,
-    Site,
+    PhaseContext,
+    RankContext,
     family_phase,
     load_teacher,
     shard_teacher,
@@ -45,11 +45,11 @@ from distill.recipe.keys import (
     recipe_hash,
 )
 from distill.runfolder.files import replace_text
-from distill.runfolder.heartbeat import Pulse
+from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.metrics import PhaseStatus, write_json
-from distill.runfolder.requests import Asked
+from distill.runfolder.requests import StopSaveRequests
 from distill.train.device import take_device
-from distill.train.faults import Isolation
+from distill.train.faults import FaultHandler
 from distill.train.groups import make_control, make_groups
 from distill.train.loop import run_phase
 from distill.train.phase import Phase
@@ -62,7 +62,7 @@ COLLECTIVE_TIMEOUT = timedelta(
 )  # longer than any save or first step here; a dead peer fails at once
 
 
-def work(job: Job, asked: Asked, pulse: Pulse) -> None:
+def work(job: Job, asked: StopSaveRequests, heartbeat: Heartbeat) -> None:
     """Runs one rank of a prepared job; the launcher has set the usual rank variables."""
     device = take_device(job.recipe.engine.device)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -71,7 +71,7 @@ def work(job: Job, asked: Asked, pulse: Pulse) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
         prepare_deepspeed(device.type)
-        _Run(job, device, asked, pulse).run()
+        _Run(job, device, asked, heartbeat).run()
     finally:
         dist.destroy_process_group()
 
@@ -79,8 +79,10 @@ def work(job: Job, asked: Asked, pulse: Pulse) -> None:
 class _Run:
     """The phases of one job on one rank."""
 
-    def __init__(self, job: Job, device: torch.device, asked: Asked, pulse: Pulse) -> None:
-        self.job, self.device, self.pulse = job, device, pulse
+    def __init__(
+        self, job: Job, device: torch.device, asked: StopSaveRequests, heartbeat: Heartbeat
+    ) -> None:
+        self.job, self.device, self.heartbeat = job, device, heartbeat
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         recipe, teacher_recipe = job.recipe, job.teacher_recipe
         self.teacher_recipe = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
@@ -102,15 +104,15 @@ class _Run:
         )
         self.recorder.show("preparing", message="; ".join(told))
         last_saved = None if self.saved is None else (self.saved[1].phase, self.saved[1].step)
-        self.saver = Saver(self._keeping(), self.recorder, last_saved)
+        self.saver = Saver(self._checkpoint_policy(), self.recorder, last_saved)
 
-    def _keeping(self) -> Keeping:
+    def _checkpoint_policy(self) -> CheckpointPolicy:
         job = self.job
         networks = {
             name: NetworkFacts(hash=own, first_step=self.first_steps[name])
             for name, own in job.networks.items()
         }
-        return Keeping(
+        return CheckpointPolicy(
             job.run_folder / CHECKPOINTS,
             job.hash,
             networks,
@@ -212,7 +214,7 @@ class _Run:
         if self.rank == 0:
             write_json(self.job.run_folder / "plan.json", plan.to_json())
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
-        scene = Scene(recipe, plan, groups, self._site("train"), shape.spec, self._tell)
+        scene = PhaseContext(recipe, plan, groups, self._site("train"), shape.spec, self._tell)
         shard_teacher(scene, teacher)
         phase = family_phase(scene, teacher, shape, self.first_steps)
         finished = self._run_phase(phase, self._restore(phase))
@@ -232,9 +234,9 @@ class _Run:
     def _tell(self, event: str) -> None:
         self.recorder.show("training", message=event)
 
-    def _site(self, images: str) -> Site:
+    def _site(self, images: str) -> RankContext:
         folder = self.job.run_folder
-        return Site(self.device, folder, ImageIndex.load(folder / "data" / images))
+        return RankContext(self.device, folder, ImageIndex.load(folder / "data" / images))
 
     def _restore(self, phase: Phase) -> int:
         """Loads the phase's networks if the checkpoint is of this phase; the step to go on from."""
@@ -245,17 +247,19 @@ class _Run:
 
     def _run_phase(self, phase: Phase, start_step: int) -> bool:
         started = time.monotonic()
-        self.pulse.phase = phase.name
+        self.heartbeat.phase = phase.name
         self.recorder.start(phase, start_step)
-        isolation = Isolation(phase, self.job.run_folder)
-        isolation.start(start_step, self.control)
-        finished = run_phase(phase, self.recorder, self.saver, isolation, self.pulse, start_step)
+        fault_handler = FaultHandler(phase, self.job.run_folder)
+        fault_handler.start(start_step, self.control)
+        finished = run_phase(
+            phase, self.recorder, self.saver, fault_handler, self.heartbeat, start_step
+        )
         if finished and start_step < phase.num_steps:
-            self.pulse.at("saving", phase.num_steps)
-            isolation.before_save(phase.num_steps)
+            self.heartbeat.enter("saving", phase.num_steps)
+            fault_handler.before_save(phase.num_steps)
             self.saver.save(phase, phase.num_steps)
         self.saver.wait()
-        self.pulse.at("between phases", phase.num_steps)
+        self.heartbeat.enter("between phases", phase.num_steps)
         self.recorder.finish_phase()
         phase.loader.close()
         if self.rank == 0:
@@ -289,14 +293,14 @@ class _Run:
         provenance["teacher_fingerprint"] = taught_by
         sizes = {student.label: recipe.input_size_of(student.label) for student in recipe.students}
         mean, std = recipe.data.mean, recipe.data.std
-        for pupil in phase.pupils:
-            engine: Engine = pupil.engine
-            is_first = pupil.placement.first_rank == self.rank
+        for trainer in phase.trainers:
+            engine: Engine = trainer.engine
+            is_first = trainer.placement.first_rank == self.rank
             weights = engine.full("ema", keep=is_first)
             if is_first:
-                folder = self.job.run_folder / "students" / pupil.name
-                facts = ExportFacts(sizes[pupil.name], mean, std, provenance)
-                write_backbone(folder, _backbone_only(weights), specs[pupil.name], facts)
+                folder = self.job.run_folder / "students" / trainer.name
+                facts = ExportFacts(sizes[trainer.name], mean, std, provenance)
+                write_backbone(folder, _backbone_only(weights), specs[trainer.name], facts)
         dist.barrier()
 
     def _provenance(self, recipe: FamilyRecipe | TeacherRecipe, steps: int) -> dict[str, object]:

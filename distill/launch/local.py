@@ -103,7 +103,7 @@ def _run_locally(request: "JobRequest", options: Options, num_ranks: int) -> int
             failure = supervisor.run()
             if signals.num_interrupts > 1:
                 raise _ended_at_once(folder)
-            return _conclude(folder, failure, was_interrupted=signals.num_interrupts > 0)
+            return _finalize(folder, failure, was_interrupted=signals.num_interrupts > 0)
 
 
 @contextmanager
@@ -152,7 +152,7 @@ def _run_as_rank(request: "JobRequest", options: Options) -> int:
         try:
             with _screen(folder, console, live=False):
                 entry(request.run_folder, None)
-                return _conclude(folder, None, was_interrupted=False)
+                return _finalize(folder, None, was_interrupted=False)
         finally:
             ready.unlink(missing_ok=True)
 
@@ -169,7 +169,7 @@ def _wait_for(ready: Path) -> None:
         time.sleep(0.1)
 
 
-def _conclude(run_folder: Path, failure: "Failure | None", *, was_interrupted: bool) -> int:
+def _finalize(run_folder: Path, failure: "Failure | None", *, was_interrupted: bool) -> int:
     """Scores and pictures of a finished run, or the reason why it is not finished."""
     from distill.evaluate.summary import finish
     from distill.runfolder.metrics import StatusFile

@@ -1,6 +1,6 @@
 """The frame around one rank's work: what it hears, what it says, and how it ends when others are gone.
 
-    signals and wishes -> Asked     heartbeat, stacks -> files     an exception -> the first cause
+    signals and wishes -> StopSaveRequests     heartbeat, stacks -> files     an exception -> the first cause
 
 Under ``distill`` the launcher watches the ranks and ends them. Under another launcher rank 0 and the
 last rank watch, because either may be the one that hangs. Every rank ends by itself when its
@@ -27,9 +27,9 @@ from distill.runfolder.failure import (
     read_failure,
     write_failure,
 )
-from distill.runfolder.heartbeat import Pulse, read_signs, stacks_on_signal, stacks_path
+from distill.runfolder.heartbeat import Heartbeat, read_records, stacks_on_signal, stacks_path
 from distill.runfolder.lock import run_lock
-from distill.runfolder.requests import Asked
+from distill.runfolder.requests import StopSaveRequests
 
 GRACE_S = 5.0  # from the first cause on, for a rank to end in its own way
 
@@ -37,25 +37,25 @@ GRACE_S = 5.0  # from the first cause on, for a rank to end in its own way
 def entry(run_folder: str, launcher_pid: int | None) -> None:
     """Runs one rank of the prepared job; ``launcher_pid`` is None under another launcher."""
     folder, rank = Path(run_folder), int(os.environ["RANK"])
-    asked, guard = Asked(folder), _Guard(folder, rank, launcher_pid)
-    pulse = Pulse(folder, rank, on_beat=lambda: guard.look(asked))
+    asked, guard = StopSaveRequests(folder), RankMonitor(folder, rank, launcher_pid)
+    heartbeat = Heartbeat(folder, rank, on_beat=lambda: guard.look(asked))
     with asked.listening(), stacks_on_signal(folder, rank), run_lock(folder) as lock:
         if launcher_pid is not None:
             lock.share()
-        with pulse:
+        with heartbeat:
             try:
                 job = read_job(folder)
-                pulse.limit_s = guard.limit_s = job.recipe.engine.hang_limit_s
-                work(job, asked, pulse)
+                heartbeat.limit_s = guard.limit_s = job.recipe.engine.hang_limit_s
+                work(job, asked, heartbeat)
             except BaseException as error:
                 if not is_lost_connection(error):
-                    write_failure(folder, failure_of(error, pulse.sign(), folder))
+                    write_failure(folder, failure_of(error, heartbeat.record(), folder))
                 elif launcher_pid is None:
                     raise guard.cause().to_error() from error
                 raise
 
 
-class _Guard:
+class RankMonitor:
     """Looks around at every beat of one rank."""
 
     def __init__(self, run_folder: Path, world_rank: int, launcher_pid: int | None) -> None:
@@ -66,7 +66,7 @@ class _Guard:
         self._failed_at: float | None = None
         self.limit_s: float | None = None
 
-    def look(self, asked: Asked) -> None:
+    def look(self, asked: StopSaveRequests) -> None:
         """Takes up wishes, watches if that is this rank's part, and ends the process when there is nothing left to do."""
         if self._launcher_pid is not None and os.getppid() != self._launcher_pid:
             os._exit(LOST_EXIT_CODE)
@@ -93,8 +93,8 @@ class _Guard:
             return
         write_failure(self._run_folder, verdict.to_failure(self._run_folder))
         note(self._run_folder, Event("hung", verdict.message))
-        signs = read_signs(self._run_folder, self._num_ranks)
-        end_ranks([sign for sign in signs if sign.world_rank in verdict.world_ranks])
+        records = read_records(self._run_folder, self._num_ranks)
+        end_ranks([record for record in records if record.world_rank in verdict.world_ranks])
 
     def _end_with_the_others(self) -> None:
         if self._failed_at is None:

@@ -30,7 +30,7 @@ from distill.runfolder.failure import (
     read_failure,
     write_failure,
 )
-from distill.runfolder.heartbeat import read_signs, sign_path, state_of
+from distill.runfolder.heartbeat import read_records, record_path, state_of
 from distill.runfolder.requests import STOP, is_asked
 
 LOOK_S = 0.25
@@ -43,7 +43,7 @@ KINDS: dict[FailureKind, EventKind] = {
 }
 
 
-class _Rest:
+class StragglerReaper:
     """Ends the other ranks some seconds after one has died: elastic waits half a minute for those that are stuck."""
 
     def __init__(self, run_folder: Path, num_ranks: int) -> None:
@@ -59,7 +59,7 @@ class _Rest:
         gone = [pid for pid in self._pids if state_of(pid) in {"", "Z"}]
         if not gone:
             return
-        done = {s.pid for s in read_signs(self._run_folder, self._num_ranks) if s.end == "done"}
+        done = {s.pid for s in read_records(self._run_folder, self._num_ranks) if s.end == "done"}
         if self._dead_since is None and not done.issuperset(gone):
             self._dead_since = time.monotonic()
         if self._dead_since is not None and time.monotonic() - self._dead_since > GRACE_S:
@@ -98,10 +98,10 @@ class Supervisor:
 
     def _attempt(self) -> Failure | None:
         (self._run_folder / FILE).unlink(missing_ok=True)
-        shutil.rmtree(sign_path(self._run_folder, 0).parent, ignore_errors=True)
+        shutil.rmtree(record_path(self._run_folder, 0).parent, ignore_errors=True)
         self._exit_codes, self._has_failed, self._start_error = {}, False, ""
         watchdog: Watchdog | None = Watchdog(self._run_folder, self._num_ranks, self._hang_limit_s)
-        rest = _Rest(self._run_folder, self._num_ranks)
+        rest = StragglerReaper(self._run_folder, self._num_ranks)
         ranks = threading.Thread(target=self._run_ranks, daemon=True)
         ranks.start()
         while ranks.is_alive():
@@ -110,11 +110,11 @@ class Supervisor:
             verdict = None if watchdog is None else watchdog.look()
             if verdict is not None:
                 write_failure(self._run_folder, verdict.to_failure(self._run_folder))
-                end_ranks(read_signs(self._run_folder, self._num_ranks))
+                end_ranks(read_records(self._run_folder, self._num_ranks))
                 watchdog = None
-        return self._judge()
+        return self.reduce_grad_norm()
 
-    def _judge(self) -> Failure | None:
+    def reduce_grad_norm(self) -> Failure | None:
         """Why the attempt failed: what a rank or the watchdog wrote, or else who died without a word."""
         if not self._has_failed:
             return None
@@ -123,12 +123,12 @@ class Supervisor:
             fix = f"Look at the logs in {self._run_folder / 'logs'}; the same command resumes."
             found = Failure("error", self._start_error, fix, 1)
         if found is None:
-            signs = read_signs(self._run_folder, self._num_ranks)
+            records = read_records(self._run_folder, self._num_ranks)
             killed = {rank for rank, code in self._exit_codes.items() if code < 0}
-            dead = [sign for sign in signs if not sign.end]
-            first = [sign for sign in dead if sign.world_rank in killed]
-            ended = [sign for sign in signs if sign.world_rank in self._exit_codes]
-            is_unseen = bool(killed - {sign.world_rank for sign in signs})
+            dead = [record for record in records if not record.end]
+            first = [record for record in dead if record.world_rank in killed]
+            ended = [record for record in records if record.world_rank in self._exit_codes]
+            is_unseen = bool(killed - {record.world_rank for record in records})
             found = failure_of_dead(first or ([] if is_unseen else dead or ended), self._exit_codes)
         write_failure(self._run_folder, found)
         return found

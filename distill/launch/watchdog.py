@@ -1,13 +1,13 @@
-"""Who holds a job up: reads every rank's signs and names the ones that others wait for.
+"""Who holds a job up: reads every rank's records and names the ones that others wait for.
 
 A collective of gloo or NCCL that hangs ends after minutes, and the rank that gives up first is the
-one that waited, not the one that was waited for. Here the signs decide, in this order:
+one that waited, not the one that was waited for. Here the records decide, in this order:
 
     silent    its file no longer changes: stopped, frozen, or its host is gone
     stuck     it runs and does not move, and is not inside a collective
     deadlock  every rank waits; those that are furthest behind are named
 
-How long each may take comes with the sign: the limit, more where the activity took long before,
+How long each may take comes with the record: the limit, more where the activity took long before,
 much more the first times. On the watcher's own host the kernel tells a stopped process from a busy
 one, and then the limit counts, whatever it was doing.
 """
@@ -22,7 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.runfolder.failure import LOST_EXIT_CODE, Failure
-from distill.runfolder.heartbeat import FIRST_ALLOWED_S, Sign, process_state, read_signs
+from distill.runfolder.heartbeat import (
+    FIRST_ALLOWED_S,
+    HeartbeatRecord,
+    process_state,
+    read_records,
+)
 
 MARGIN = 0.8  # of the limit: looking, naming and ending take the rest
 STOPPED = "T"
@@ -52,7 +57,7 @@ class Watchdog:
         limit_s: float,
         *,
         clock: Callable[[], float] = time.monotonic,
-        state_of: Callable[[Sign], str] = process_state,
+        state_of: Callable[[HeartbeatRecord], str] = process_state,
     ) -> None:
         """``limit_s``: a rank that does not move this long is named before it is over."""
         self._run_folder, self._num_ranks, self._limit_s = run_folder, num_ranks, limit_s
@@ -63,65 +68,70 @@ class Watchdog:
     def look(self) -> Verdict | None:
         """Who holds the job up, if somebody does."""
         now = self._clock()
-        signs = read_signs(self._run_folder, self._num_ranks)
-        missing = set(range(self._num_ranks)) - {sign.world_rank for sign in signs}
+        records = read_records(self._run_folder, self._num_ranks)
+        missing = set(range(self._num_ranks)) - {record.world_rank for record in records}
         if missing and now - self._started > FIRST_ALLOWED_S:
             names = ", ".join(map(str, sorted(missing)))
             return Verdict(
-                tuple(sorted(missing)), f"no sign of rank {names} after {now - self._started:.0f} s"
+                tuple(sorted(missing)),
+                f"no record of rank {names} after {now - self._started:.0f} s",
             )
-        running = [sign for sign in signs if not sign.end]
-        quiet_s = {sign.world_rank: self._quiet_s(sign, now) for sign in running}
+        running = [record for record in records if not record.end]
+        quiet_s = {record.world_rank: self._quiet_s(record, now) for record in running}
         return self._silent(running, quiet_s) or self._still(running, bool(missing))
 
-    def _quiet_s(self, sign: Sign, now: float) -> float:
+    def _quiet_s(self, record: HeartbeatRecord, now: float) -> float:
         """Since the rank's file last changed, as seen from here."""
-        mark = (sign.pid, sign.beat)
-        before, since = self._last.get(sign.world_rank, (None, now))
+        mark = (record.pid, record.beat)
+        before, since = self._last.get(record.world_rank, (None, now))
         if before != mark:
-            self._last[sign.world_rank] = (mark, now)
+            self._last[record.world_rank] = (mark, now)
             return 0.0
         return now - since
 
-    def _silent(self, running: Sequence[Sign], quiet_s: dict[int, float]) -> Verdict | None:
+    def _silent(
+        self, running: Sequence[HeartbeatRecord], quiet_s: dict[int, float]
+    ) -> Verdict | None:
         silent = []
-        for sign in running:
-            quiet = quiet_s[sign.world_rank]
+        for record in running:
+            quiet = quiet_s[record.world_rank]
             if quiet < MARGIN * self._limit_s:
                 continue
-            is_stopped = self._state_of(sign) == STOPPED
-            if is_stopped or quiet > MARGIN * sign.allowed_s:
-                told = "its process is stopped" if is_stopped else "no sign of life"
-                silent.append((sign, f"{sign.describe()}; {told} for {quiet:.0f} s"))
+            is_stopped = self._state_of(record) == STOPPED
+            if is_stopped or quiet > MARGIN * record.allowed_s:
+                told = "its process is stopped" if is_stopped else "no record of life"
+                silent.append((record, f"{record.describe()}; {told} for {quiet:.0f} s"))
         return _verdict(silent)
 
-    def _still(self, running: Sequence[Sign], is_one_missing: bool) -> Verdict | None:
-        late = [sign for sign in running if sign.still_s > MARGIN * sign.allowed_s]
-        stuck = [sign for sign in late if not sign.is_waiting]
+    def _still(self, running: Sequence[HeartbeatRecord], is_one_missing: bool) -> Verdict | None:
+        late = [record for record in running if record.idle_s > MARGIN * record.allowed_s]
+        stuck = [record for record in late if not record.is_waiting]
         if stuck:
-            return _verdict([(sign, _stillness(sign)) for sign in stuck])
+            return _verdict([(record, _stillness(record)) for record in stuck])
         if is_one_missing or not late or len(late) < len(running):
             return None
-        first = min(sign.step for sign in late)
-        behind = [sign for sign in late if sign.step == first]
+        first = min(record.step for record in late)
+        behind = [record for record in late if record.step == first]
         told = "every rank waits; furthest behind: "
-        return _verdict([(sign, told + _stillness(sign)) for sign in behind])
+        return _verdict([(record, told + _stillness(record)) for record in behind])
 
 
-def _stillness(sign: Sign) -> str:
-    return f"{sign.describe()}; does not move for {sign.still_s:.0f} s, in {sign.place}"
+def _stillness(record: HeartbeatRecord) -> str:
+    return f"{record.describe()}; does not move for {record.idle_s:.0f} s, in {record.place}"
 
 
-def _verdict(told: Sequence[tuple[Sign, str]]) -> Verdict | None:
+def _verdict(told: Sequence[tuple[HeartbeatRecord, str]]) -> Verdict | None:
     if not told:
         return None
     more = f" (and {len(told) - 1} more ranks)" if len(told) > 1 else ""
-    return Verdict(tuple(sign.world_rank for sign, _ in told), told[0][1] + more)
+    return Verdict(tuple(record.world_rank for record, _ in told), told[0][1] + more)
 
 
-def end_ranks(signs: Sequence[Sign]) -> None:
+def end_ranks(records: Sequence[HeartbeatRecord]) -> None:
     """Ends the ranks that run on this host after they have written their stacks; a stopped one is woken for it."""
-    here = [sign.pid for sign in signs if not sign.end and sign.host == socket.gethostname()]
+    here = [
+        record.pid for record in records if not record.end and record.host == socket.gethostname()
+    ]
     for pid in here:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGUSR2)

@@ -7,7 +7,7 @@ from distill.plan.plan import Plan
 KEPT_PLANS = 3  # that steps in preparation may still refer to
 
 
-class Timetable:
+class PlanSchedule:
     """The plan in force at each step. It changes only at steps that all ranks agree on, and only ahead of them.
 
     ``later`` are changes known from the start, ascending: networks that finish early.

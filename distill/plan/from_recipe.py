@@ -27,7 +27,7 @@ from distill.plan.memory import (
     needs_of,
     pretraining_needs,
 )
-from distill.plan.placement import Work
+from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, make_plan, without
 from distill.recipe.crop_sizes import crop_schedule
 from distill.recipe.keys import (
@@ -100,7 +100,7 @@ def plan_stage(
         teach_s += share * device.seconds(work)
     whole = recipe.engine.micro_batch is not None
     batch = recipe.at_stage(stage).schedule.batch
-    works = [Work(ONLINE, train_s, num_ranks)]
+    works = [NetworkCost(ONLINE, train_s, num_ranks)]
     plan = make_plan(works, teach_s, batch, num_ranks, has_whole_groups=whole)
     require_whole_groups(recipe, plan)
     first = recipe.at_stage(recipe.stages[0]).schedule.batch
@@ -156,7 +156,7 @@ def plan_fitting(
     """Fresh heads on a frozen teacher, on all ranks; their EMA teaches them."""
     assert shape.heads is not None, "heads to fit have shapes"
     shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
-    work = Work(
+    work = NetworkCost(
         HEADS_PHASE, device.seconds(fitting_tflops(shape.spec, shape.heads, shapes)), num_ranks
     )
     teach_s = device.seconds(teaching_tflops(shape.spec, shape.heads, shapes))
@@ -204,7 +204,7 @@ def _plan_family(
             cost = regression_tflops(spec, shape.spec.width, seen)
         else:
             cost = training_tflops(spec, heads_of_student(student, spec, shape.heads), seen)
-        works.append(Work(student.label, device.seconds(cost), student.asked_ranks))
+        works.append(NetworkCost(student.label, device.seconds(cost), student.asked_ranks))
     plan = make_plan(
         works,
         device.seconds(teaching_tflops(shape.spec, shape.heads, shapes)),

@@ -21,7 +21,7 @@ GROWTH = 1.2
 
 
 @dataclass(frozen=True)
-class Work:
+class NetworkCost:
     """One trained network before it is placed: seconds per image, and how many ranks it asks for, or which (None: any)."""
 
     name: str
@@ -29,8 +29,8 @@ class Work:
     ranks: int | range | None = None
 
 
-def arrange(
-    works: Sequence[Work],
+def place_networks(
+    works: Sequence[NetworkCost],
     teach_s: float,
     images_global: int,
     num_ranks: int,
@@ -74,7 +74,7 @@ def arrange(
 
 
 def _as_given(
-    works: Sequence[Work], given: Sequence[range], num_ranks: int
+    works: Sequence[NetworkCost], given: Sequence[range], num_ranks: int
 ) -> tuple[Sequence[int], Sequence[int], tuple[str, ...]]:
     for work, ranks in zip(works, given, strict=True):
         if ranks.stop > num_ranks:
@@ -93,7 +93,7 @@ def _as_given(
 
 
 def _overlapping(
-    works: Sequence[Work], num_ranks: int, images_global: int
+    works: Sequence[NetworkCost], num_ranks: int, images_global: int
 ) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
     """Counts and first ranks of groups that may overlap: all there are, or the heaviest spread step by step."""
     most = min(num_ranks, images_global)
@@ -116,7 +116,7 @@ def _overlapping(
         counts[heaviest] = min(grown, allowed[heaviest][-1])
 
 
-def _count_ranks(works: Sequence[Work], num_ranks: int) -> tuple[list[int], tuple[str, ...]]:
+def _count_ranks(works: Sequence[NetworkCost], num_ranks: int) -> tuple[list[int], tuple[str, ...]]:
     """Ranks of each network: as asked, the others by giving each next rank to whoever has most work per rank.
 
     That order makes the heaviest rank as light as any division of the ranks can (each rank goes where
@@ -141,13 +141,13 @@ def _count_ranks(works: Sequence[Work], num_ranks: int) -> tuple[list[int], tupl
     return counts, ((f"{idle} ranks only teach",) if idle else ())
 
 
-def _asked(works: Sequence[Work]) -> list[int | None]:
+def _asked(works: Sequence[NetworkCost]) -> list[int | None]:
     """The number of ranks that each network asks for."""
     return [work.ranks if isinstance(work.ranks, int) else None for work in works]
 
 
 def _first_ranks(
-    works: Sequence[Work], counts: Sequence[int], num_ranks: int, ranks_per_node: int
+    works: Sequence[NetworkCost], counts: Sequence[int], num_ranks: int, ranks_per_node: int
 ) -> list[int]:
     """Side by side where they fit, otherwise stacked so that the fullest rank is as light as can be."""
     if sum(counts) <= num_ranks:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.errors import PlanError
-from distill.plan.placement import Work, arrange
+from distill.plan.placement import NetworkCost, place_networks
 from distill.plan.shares import SLACK, fill_exactly, fill_whole
 from teacher.shapes import KOLEO_GROUP
 
@@ -232,7 +232,7 @@ def run_lengths(values: Sequence[float]) -> list[list[float]]:
 
 
 def make_plan(
-    works: Sequence[Work],
+    works: Sequence[NetworkCost],
     teach_s: float,
     images_global: int,
     num_ranks: int,
@@ -264,7 +264,7 @@ def make_plan(
     """
     if num_ranks < 1:
         raise PlanError(f"{num_ranks} ranks: at least one is needed", fix="Pass --gpus 1 or more.")
-    counts, firsts, notes = arrange(
+    counts, firsts, notes = place_networks(
         works,
         teach_s,
         images_global,

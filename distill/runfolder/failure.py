@@ -4,7 +4,7 @@
                    found a rank hung, or by the launcher for a rank that died without a word
 
 A rank that only lost its connection writes nothing: it is a consequence. Who then died is read from
-the signs that all ranks leave (``distill.runfolder.heartbeat``).
+the records that all ranks leave (``distill.runfolder.heartbeat``).
 """
 
 import json
@@ -21,7 +21,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from distill.errors import StudentError, UserError
-from distill.runfolder.heartbeat import Sign, process_state, read_signs
+from distill.runfolder.heartbeat import HeartbeatRecord, process_state, read_records
 
 FILE = "failure.json"
 LOST_EXIT_CODE = 4  # a rank died or hung: nothing is wrong with the job, start it again
@@ -63,14 +63,14 @@ def read_failure(run_folder: Path) -> Failure | None:
         return None
 
 
-def failure_of(error: BaseException, sign: Sign, run_folder: Path) -> Failure:
+def failure_of(error: BaseException, record: HeartbeatRecord, run_folder: Path) -> Failure:
     """The cause that a rank's own exception is; call while handling it."""
     if isinstance(error, UserError):
         return Failure("user", error.message, error.fix, error.exit_code, traceback.format_exc())
     text = (str(error).strip().splitlines() or ["no message"])[0]
     return Failure(
         "student" if isinstance(error, StudentError) else "error",
-        f"{sign.describe()}; {type(error).__name__}: {text}",
+        f"{record.describe()}; {type(error).__name__}: {text}",
         f"The traceback is in {run_folder / FILE}; the same command resumes.",
         1,
         traceback.format_exc(),
@@ -85,11 +85,11 @@ def is_lost_connection(error: BaseException) -> bool:
     return is_general and any(word in str(error) for word in CONNECTION_WORDS)
 
 
-def failure_of_dead(signs: Sequence[Sign], exit_codes: dict[int, int]) -> Failure:
+def failure_of_dead(records: Sequence[HeartbeatRecord], exit_codes: dict[int, int]) -> Failure:
     """The cause when ranks died; ``exit_codes`` by rank where a launcher knows them, negative for a signal."""
     told = [
-        f"{sign.describe()}; {sign.end or _how(exit_codes.get(sign.world_rank, 0))}"
-        for sign in signs
+        f"{record.describe()}; {record.end or _how(exit_codes.get(record.world_rank, 0))}"
+        for record in records
     ]
     if not told:
         host = socket.gethostname()
@@ -102,24 +102,26 @@ def failure_of_dead(signs: Sequence[Sign], exit_codes: dict[int, int]) -> Failur
     return Failure("died", told[0] + more, fix, LOST_EXIT_CODE)
 
 
-def find_dead(run_folder: Path, num_ranks: int, own_rank: int | None = None) -> list[Sign]:
+def find_dead(
+    run_folder: Path, num_ranks: int, own_rank: int | None = None
+) -> list[HeartbeatRecord]:
     """Ranks that ended without saying so. Waits until every other has said how it ended, or has shown that it lives."""
     deadline = time.monotonic() + SETTLE_S
     while True:
-        signs = read_signs(run_folder, num_ranks)
-        open_ = [sign for sign in signs if not sign.end and sign.world_rank != own_rank]
-        gone = [sign for sign in open_ if process_state(sign) in {"", "Z"}]
+        records = read_records(run_folder, num_ranks)
+        open_ = [record for record in records if not record.end and record.world_rank != own_rank]
+        gone = [record for record in open_ if process_state(record) in {"", "Z"}]
         if gone or not open_:
             return gone
         if time.monotonic() > deadline:
             break
         time.sleep(0.1)
-    beats = {sign.world_rank: sign.beat for sign in open_}
+    beats = {record.world_rank: record.beat for record in open_}
     time.sleep(FAR_S)
     return [
-        sign
-        for sign in read_signs(run_folder, num_ranks)
-        if not sign.end and beats.get(sign.world_rank) == sign.beat
+        record
+        for record in read_records(run_folder, num_ranks)
+        if not record.end and beats.get(record.world_rank) == record.beat
     ]
 
 

@@ -1,6 +1,6 @@
 """Where a rank is, for whoever watches: one small file per rank, rewritten twice a second by a thread of its own.
 
-The loop only sets a name when it turns to something else (``at``, about a microsecond). The thread
+The loop only sets a name when it turns to something else (``enter``, about a microsecond). The thread
 writes it down with the time since the last change, how long that may take, and where the main
 thread stands. So a file says three things apart from each other: the process runs (the file
 changes), it moves (the activity changes), and whether it waits for others (it stands inside a
@@ -28,8 +28,8 @@ BEAT_S = 0.5
 FIRST_TIMES = 2  # an activity's first occurrences compile, connect, warm caches
 FIRST_ALLOWED_S = 600.0  # as long as a collective may take
 SLOWER = 5.0  # times the longest so far: more is not a slow step but no step
-SELDOM = frozenset({"starting", "between phases", "following", "saving"})  # now and then very long
-WAITING = frozenset({"exchanging", "voting"})  # activities that are nothing but waiting for others
+SELDOM = frozenset({"starting", "between phases", "post-step", "saving"})  # now and then very long
+WAITING = frozenset({"exchange", "agreeing"})  # activities that are nothing but waiting for others
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 ROOT = Path(__file__).parents[2]
 OURS = tuple(f"{ROOT / package}{os.sep}" for package in ("distill", "students", "teacher"))
@@ -37,7 +37,7 @@ RECORD_BYTES = 1024  # each record is padded to this, so that a shorter one leav
 
 
 @dataclass(frozen=True)
-class Sign:
+class HeartbeatRecord:
     """What a rank says of itself; ``end`` is empty while it runs, then "done" or why it ended."""
 
     world_rank: int
@@ -48,7 +48,7 @@ class Sign:
     step: int
     activity: str
     network: str
-    still_s: float
+    idle_s: float
     allowed_s: float
     is_waiting: bool
     place: str
@@ -61,14 +61,14 @@ class Sign:
         return f"rank {self.world_rank} on {self.host}: {doing}, {where}"
 
 
-class Pulse:
-    """One rank's sign of life. ``at`` is called by the loop, everything else happens on a thread."""
+class Heartbeat:
+    """One rank's record of life. ``at`` is called by the loop, everything else happens on a thread."""
 
     def __init__(
         self, run_folder: Path, world_rank: int, *, on_beat: Callable[[], None] = lambda: None
     ) -> None:
         """``on_beat`` is called on the thread after every beat."""
-        self._path = sign_path(run_folder, world_rank)
+        self._path = record_path(run_folder, world_rank)
         self._world_rank, self._on_beat = world_rank, on_beat
         self._host, self._main = socket.gethostname(), threading.main_thread().ident
         self.limit_s, self.phase = FIRST_ALLOWED_S, ""
@@ -76,9 +76,9 @@ class Pulse:
         self._times: dict[tuple[str, str], tuple[int, float]] = {}
         self._beats, self._end = 0, ""
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
-    def at(self, activity: str, step: int, network: str = "") -> None:
+    def enter(self, activity: str, step: int, network: str = "") -> None:
         """The rank turns to something else."""
         before, whose, _, since = self._now
         now = time.monotonic()
@@ -88,7 +88,7 @@ class Pulse:
         self._times[before, whose] = (count + 1, longest)
         self._now = (activity, network, step, now)
 
-    def __enter__(self) -> "Pulse":
+    def __enter__(self) -> "Heartbeat":
         """Starts the thread."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._thread.start()
@@ -101,14 +101,14 @@ class Pulse:
         self._end = "done" if error is None else f"{type(error).__name__}: {error}"[:200]
         self._write()
 
-    def sign(self) -> Sign:
+    def record(self) -> HeartbeatRecord:
         """The record as it would be written now."""
         activity, network, step, since = self._now
         count, longest = self._times.get((activity, network), (0, 0.0))
         is_known = count >= FIRST_TIMES and activity not in SELDOM
         allowed_s = max(self.limit_s, SLOWER * longest) if is_known else FIRST_ALLOWED_S
         place, is_collective = _place(sys._current_frames().get(self._main or 0))
-        return Sign(
+        return HeartbeatRecord(
             self._world_rank,
             self._host,
             os.getpid(),
@@ -132,7 +132,7 @@ class Pulse:
 
     def _write(self) -> None:
         self._beats += 1
-        record = json.dumps(asdict(self.sign())).encode()
+        record = json.dumps(asdict(self.record())).encode()
         descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:
             os.pwrite(descriptor, record.ljust(RECORD_BYTES), 0)
@@ -156,28 +156,28 @@ def _place(frame: FrameType | None) -> tuple[str, bool]:
     return innermost, is_collective
 
 
-def sign_path(run_folder: Path, world_rank: int) -> Path:
+def record_path(run_folder: Path, world_rank: int) -> Path:
     """Where a rank writes."""
-    return run_folder / "pulse" / f"rank-{world_rank:05d}.json"
+    return run_folder / "heartbeat" / f"rank-{world_rank:05d}.json"
 
 
-def read_sign(run_folder: Path, world_rank: int) -> Sign | None:
+def read_record(run_folder: Path, world_rank: int) -> HeartbeatRecord | None:
     """What a rank said last; None where it has not said anything, or is just writing."""
     try:
-        return Sign(**json.loads(sign_path(run_folder, world_rank).read_bytes()))
+        return HeartbeatRecord(**json.loads(record_path(run_folder, world_rank).read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
 
 
-def read_signs(run_folder: Path, num_ranks: int) -> list[Sign]:
+def read_records(run_folder: Path, num_ranks: int) -> list[HeartbeatRecord]:
     """What the ranks said last, those that said anything."""
-    signs = (read_sign(run_folder, rank) for rank in range(num_ranks))
-    return [sign for sign in signs if sign is not None]
+    records = (read_record(run_folder, rank) for rank in range(num_ranks))
+    return [record for record in records if record is not None]
 
 
-def process_state(sign: Sign) -> str:
+def process_state(record: HeartbeatRecord) -> str:
     """The kernel's letter for a rank's process ("T" stopped, "Z" ended); "" where it is gone, "?" on another host."""
-    return state_of(sign.pid) if sign.host == socket.gethostname() else "?"
+    return state_of(record.pid) if record.host == socket.gethostname() else "?"
 
 
 def state_of(pid: int) -> str:

@@ -33,7 +33,7 @@ def is_asked(run_folder: Path, wish: str) -> bool:
     return (run_folder / "control" / wish).exists()
 
 
-class Asked:
+class StopSaveRequests:
     """What this rank was asked; set by signals and files, read by the loop at its logging interval."""
 
     def __init__(self, run_folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Teacher shares that follow the measured speed of every rank.
 
 Every ``every`` steps all ranks tell each other how long they took to teach an image and to train a
-step (a ballot: two numbers each, nobody waits). Each computes the same new shares from the same
+step (a delayed_reduce: two numbers each, nobody waits). Each computes the same new shares from the same
 numbers, and they come into force at a later step that nobody has begun to prepare. A slow rank teaches less; the
 others teach more. What is taught does not depend on who teaches it, so results stay the same bit for
 bit.
@@ -14,9 +14,9 @@ from typing import Protocol, runtime_checkable
 import torch.distributed as dist
 
 from distill.data.loader import STEPS_AHEAD
-from distill.plan.by_step import Timetable
+from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import rebalanced
-from distill.train.delayed_reduce import Ballot, gather_rows
+from distill.train.delayed_reduce import DelayedAllReduce, gather_rows
 from distill.train.stopwatch import Stopwatch
 
 SLOW = 1.15  # times the median time per image: a rank is called slow
@@ -35,7 +35,7 @@ class Balancer:
 
     def __init__(
         self,
-        timetable: Timetable,
+        plan_schedule: PlanSchedule,
         world_rank: int,
         group: dist.ProcessGroup,
         loader: _Room,
@@ -46,9 +46,9 @@ class Balancer:
         tell: Callable[[str], None],
     ) -> None:
         """``clocks``: of teaching, and of each student on this rank. ``tell`` gets one line per event, on rank 0."""
-        self._timetable, self._rank = timetable, world_rank
+        self._plan_schedule, self._rank = plan_schedule, world_rank
         self._num_ranks = dist.get_world_size(group)
-        self._ballot = Ballot(group, lookahead)
+        self._delayed_reduce = DelayedAllReduce(group, lookahead)
         self._loader, self._teaching, self._training = loader, *clocks
         self._every = every
         self._delay = lookahead + STEPS_AHEAD + MARGIN
@@ -61,13 +61,13 @@ class Balancer:
     def after_step(self, step: int) -> None:
         """Counts a finished step of the phase; at the interval, measures, and re-plans once all have said theirs.
 
-        Communication: one ballot over the world per interval.
+        Communication: one delayed_reduce over the world per interval.
         """
         if self._last_step < 0:  # the first step loads libraries and finds algorithms: not counted
             self._last_step, self._last = step, self._read()
-        if self._ballot.is_due(step):
-            self._replan(step, self._ballot.count().tolist())
-        if step - self._last_step < self._every or self._ballot.is_open:
+        if self._delayed_reduce.is_due(step):
+            self._replan(step, self._delayed_reduce.result().tolist())
+        if step - self._last_step < self._every or self._delayed_reduce.is_open:
             return
         now = self._read()
         taught, teach_s, train_s = (
@@ -75,9 +75,11 @@ class Balancer:
         )
         own = (teach_s / taught if taught else 0.0, train_s / (step - self._last_step))
         self._last_step, self._last = step, now
-        self._ballot.cast(step, gather_rows(own, self._rank, self._num_ranks), dist.ReduceOp.SUM)
-        if self._ballot.is_due(step):
-            self._replan(step, self._ballot.count().tolist())
+        self._delayed_reduce.start(
+            step, gather_rows(own, self._rank, self._num_ranks), dist.ReduceOp.SUM
+        )
+        if self._delayed_reduce.is_due(step):
+            self._replan(step, self._delayed_reduce.result().tolist())
 
     def _read(self) -> tuple[float, float, float]:
         """Images taught, seconds of teaching, seconds of training, all so far."""
@@ -86,17 +88,20 @@ class Balancer:
 
     def _replan(self, step: int, everyone: Sequence[tuple[float, float]]) -> None:
         """New shares from every rank's seconds per image taught, and of its students per step."""
-        from_step, first_measured = step + self._delay, self._ballot.cast_at - self._every
-        if not self._timetable.has_same_networks(first_measured, from_step):
+        from_step, first_measured = (
+            step + self._delay,
+            self._delayed_reduce.started_at - self._every,
+        )
+        if not self._plan_schedule.has_same_networks(first_measured, from_step):
             return  # a network finishes: what was measured says nothing about what comes
-        plan = self._timetable.at(step)
+        plan = self._plan_schedule.at(step)
         measured, student_s = zip(*everyone, strict=True)
         # of two ranks the faster is the usual one: between them, neither would stand out
         typical = median_low(seconds for seconds in measured if seconds > 0)
         # a rank that taught nothing this time is as fast as it was
         each = [now or self._known_s.get(r, typical) for r, now in enumerate(measured)]
         self._known_s = dict(enumerate(each))
-        self._report(self._ballot.cast_at, each, typical)
+        self._report(self._delayed_reduce.started_at, each, typical)
         changed = rebalanced(plan, each, student_s)
         before, after = (
             max(
@@ -109,7 +114,7 @@ class Balancer:
         )
         if after > before * (1.0 - WORTH):
             return
-        self._timetable.change(from_step, changed)
+        self._plan_schedule.change(from_step, changed)
         self._loader.make_room(changed.largest_shares[self._rank])
 
     def _report(self, step: int, each: Sequence[float], typical: float) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 
-class Ballot:
+class DelayedAllReduce:
     """One vote at a time over a group of CPU tensors (gloo): cast at a step, counted ``delay`` steps later.
 
     Every rank casts at the same steps, as many numbers, with the same operation.
@@ -20,7 +20,7 @@ class Ballot:
 
     def __init__(self, group: dist.ProcessGroup, delay: int) -> None:
         self._group, self._delay = group, delay
-        self._cast_at = 0
+        self._started_at = 0
         self._votes: torch.Tensor | None = None
         self._work: dist.Work | None = None
 
@@ -30,21 +30,21 @@ class Ballot:
         return self._work is not None
 
     @property
-    def cast_at(self) -> int:
+    def started_at(self) -> int:
         """The step at which the last vote was cast."""
-        return self._cast_at
+        return self._started_at
 
-    def cast(self, step: int, votes: torch.Tensor, op: dist.ReduceOp.RedOpType) -> None:
+    def start(self, step: int, votes: torch.Tensor, op: dist.ReduceOp.RedOpType) -> None:
         """Hands in this rank's numbers, any CPU tensor. Communication: one all-reduce, not waited for."""
         assert not self.is_open, "one vote at a time"
-        self._cast_at, self._votes = step, votes
+        self._started_at, self._votes = step, votes
         self._work = dist.all_reduce(votes, op=op, group=self._group, async_op=True)
 
     def is_due(self, step: int) -> bool:
         """An open vote is to be counted at this step."""
-        return self.is_open and step >= self._cast_at + self._delay
+        return self.is_open and step >= self._started_at + self._delay
 
-    def count(self) -> torch.Tensor:
+    def result(self) -> torch.Tensor:
         """The reduced numbers of the open vote; waits for ranks that have not cast theirs."""
         assert self._work is not None and self._votes is not None, "nothing was cast"
         self._work.wait()

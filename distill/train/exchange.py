@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.plan.by_step import Timetable
+from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Placement, Plan
 from distill.plan.traffic import Counts
-from teacher.batch import CropBatch, LessonBatch, PatchMasks, TeacherTargets, onto
+from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets, onto
 
 
 @dataclass(frozen=True)
@@ -91,9 +91,13 @@ class Slices:
     wants_all_patches = False
 
     def __init__(
-        self, timetable: Timetable, world_rank: int, group: dist.ProcessGroup, device: torch.device
+        self,
+        plan_schedule: PlanSchedule,
+        world_rank: int,
+        group: dist.ProcessGroup,
+        device: torch.device,
     ) -> None:
-        self._timetable, self._rank = timetable, world_rank
+        self._plan_schedule, self._rank = plan_schedule, world_rank
         self._group, self._device = group, device
         self.wait_s = 0.0
         self.received_bytes = 0
@@ -101,7 +105,7 @@ class Slices:
     def start(self, outgoing: Outgoing) -> Pending:
         """Launches one all-to-all per tensor; none when every rank trains on what it teaches."""
         crops, targets, counts = outgoing.crops, outgoing.targets, outgoing.counts
-        plan = self._timetable.at(outgoing.step)
+        plan = self._plan_schedule.at(outgoing.step)
         needs = plan.needs(self._rank)
         if plan.is_local:
             told = Delivery(crops, targets, outgoing.masks_of_needs, needs)
@@ -112,8 +116,8 @@ class Slices:
             for tensor, by_image in (
                 (crops.global_crops, True),
                 (crops.local_crops, True),
-                (targets.class_rows, True),
-                (targets.patch_rows, False),
+                (targets.class_features, True),
+                (targets.patch_features, False),
             )
         ]
         more = {"anchor": targets.anchor_patches, "colours": crops.colours}
@@ -124,10 +128,10 @@ class Slices:
         }
 
         def finish() -> Delivery:
-            global_crops, local_crops, class_rows, patch_rows = (m[2] for m in moved)
+            global_crops, local_crops, class_features, patch_features = (m[2] for m in moved)
             anchor, colours = (extra[name][2] if name in extra else None for name in more)
             kept = CropBatch(global_crops, local_crops, colours=colours)
-            told = TeacherTargets(class_rows, patch_rows, anchor)
+            told = TeacherTargets(class_features, patch_features, anchor)
             return Delivery(kept, told, outgoing.masks_of_needs, needs)
 
         launched = [*moved, *extra.values()]
@@ -203,40 +207,44 @@ class AllGather:
     wants_all_patches = True
 
     def __init__(
-        self, timetable: Timetable, world_rank: int, group: dist.ProcessGroup, device: torch.device
+        self,
+        plan_schedule: PlanSchedule,
+        world_rank: int,
+        group: dist.ProcessGroup,
+        device: torch.device,
     ) -> None:
-        self._timetable, self._rank = timetable, world_rank
+        self._plan_schedule, self._rank = plan_schedule, world_rank
         self._group, self._device = group, device
         self.wait_s = 0.0
         self.received_bytes = 0
-        self._num_ranks = timetable.at(0).num_ranks
-        self._padded = max(timetable.at(0).largest_shares)  # even shares stay as they are
+        self._num_ranks = plan_schedule.at(0).num_ranks
+        self._padded = max(plan_schedule.at(0).largest_shares)  # even shares stay as they are
 
     def start(self, outgoing: Outgoing) -> Pending:
-        """Launches one all-gather per tensor. ``patch_rows`` hold all patches here, [images * 2 * patches, taught]."""
+        """Launches one all-gather per tensor. ``patch_features`` hold all patches here, [images * 2 * patches, taught]."""
         crops, targets = outgoing.crops, outgoing.targets
-        dtype, images = targets.class_rows.dtype, len(targets.class_rows)
+        dtype, images = targets.class_features.dtype, len(targets.class_features)
         patches = outgoing.masks_of_needs.flags.shape[2]
         by_image = [
             crops.global_crops.to(dtype),  # whole numbers up to 255 are exact in bf16
             crops.local_crops.to(dtype),
-            targets.class_rows,
-            targets.patch_rows.view(images, 2, patches, -1),
+            targets.class_features,
+            targets.patch_features.view(images, 2, patches, -1),
         ]
         gathered = [self._launch(tensor) for tensor in by_image]
         colours = None if crops.colours is None else self._launch(crops.colours)
 
         def finish() -> Delivery:
-            plan = self._timetable.at(outgoing.step)
+            plan = self._plan_schedule.at(outgoing.step)
             whole = [self._unpad(tensor, plan, outgoing.step) for _, _, tensor in gathered]
-            global_crops, local_crops, class_rows, patch_rows = whole
+            global_crops, local_crops, class_features, patch_features = whole
             kept = CropBatch(
                 global_crops.to(torch.uint8),
                 local_crops.to(torch.uint8),
                 colours=None if colours is None else self._unpad(colours[2], plan, outgoing.step),
             )
-            masked = patch_rows.flatten(0, 2)[outgoing.masks_of_needs.rows()]
-            told = TeacherTargets(class_rows, masked)
+            masked = patch_features.flatten(0, 2)[outgoing.masks_of_needs.rows()]
+            told = TeacherTargets(class_features, masked)
             needs = plan.needs(self._rank)
             return Delivery(kept, told, outgoing.masks_of_needs, needs)
 
@@ -266,13 +274,13 @@ class AllGather:
         return torch.cat(parts) if parts else batch[:0]
 
 
-def lesson_for(
+def student_batch(
     delivery: Delivery,
     placement: Placement,
     world_rank: int,
     grid_hw: tuple[int, int],
     images_global: int,
-) -> LessonBatch:
+) -> StudentBatch:
     """The part of a delivery that one network trains on; views, no copies."""
     wanted = placement.slice_of(world_rank)
     before = 0
@@ -281,7 +289,7 @@ def lesson_for(
             break
         before += len(part)
     first = before + wanted.start - part.start
-    whole = LessonBatch(
+    whole = StudentBatch(
         crops=delivery.crops,
         masks=delivery.masks,
         targets=delivery.targets,

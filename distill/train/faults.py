@@ -1,4 +1,4 @@
-"""A fault of one network stays its own: skip the step, roll back, park. The others never hear of it.
+"""A fault of one network stays its own: skip the step, roll back, park. The others never resolve_pending of it.
 
     not finite: loss, gradient, weight, target    the group skips the step; nothing changes
     IN_A_ROW skipped steps                        back to the last good state, which is kept in host memory
@@ -35,15 +35,15 @@ from distill.runfolder.events import Event, EventKind, note
 from distill.runfolder.failure import is_lost_connection
 from distill.runfolder.metrics import write_json
 from distill.train.phase import Phase
-from distill.train.student import Attempt, Pupil
-from teacher.batch import LessonBatch, TeacherTargets
-from teacher.trainee import StepScalars
+from distill.train.student import Attempt, StudentTrainer
+from teacher.batch import StudentBatch, TeacherTargets
+from teacher.task import StepScalars
 
 IN_A_ROW = 3
 ROLL_BACKS = 3
 
 
-class _Verdict:
+class AppliedFlag:
     """Whether a step was applied, on its way to the host: whoever asks waits for that step, not for what was started after it."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class _Verdict:
 
 
 @dataclass(frozen=True)
-class _Unheard:
+class PendingStep:
     """A step whose verdict is on its way, and what to look for a cause in: not its crops, whose memory the loader waits for."""
 
     attempt: Attempt
@@ -81,8 +81,8 @@ class _Unheard:
 class _Record:
     """How one network fares on this rank; the same on every rank of its group."""
 
-    verdict: _Verdict = field(default_factory=_Verdict)
-    unheard: _Unheard | None = None
+    verdict: AppliedFlag = field(default_factory=AppliedFlag)
+    unheard: PendingStep | None = None
     kept: Kept | None = None
     kept_targets: dict[str, Tensor] = field(default_factory=dict)
     kept_step: int = 0
@@ -94,57 +94,57 @@ class _Record:
     is_parked: bool = False
 
 
-class Isolation:
+class FaultHandler:
     """The networks that this rank trains in one phase."""
 
     def __init__(self, phase: Phase, run_folder: Path) -> None:
         self._phase, self._run_folder = phase, run_folder
-        self._records = {pupil.name: _Record() for pupil in phase.pupils}
+        self._records = {trainer.name: _Record() for trainer in phase.trainers}
 
     def start(self, step: int, control: dist.ProcessGroup) -> None:
         """Keeps the states to go back to, and learns who was parked before. One all-reduce over the world."""
         names = [placement.name for placement in self._phase.plan.placements]
         flags = torch.tensor([float(_parked_file(self._run_folder, n).exists()) for n in names])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=control)
-        for pupil in self._phase.pupils:
-            record = self._records[pupil.name]
-            record.is_parked = bool(flags[names.index(pupil.name)])
-            self._keep(pupil, step)
+        for trainer in self._phase.trainers:
+            record = self._records[trainer.name]
+            record.is_parked = bool(flags[names.index(trainer.name)])
+            self._keep(trainer, step)
 
-    def is_over(self, pupil: Pupil, step: int) -> bool:
+    def is_done(self, trainer: StudentTrainer, step: int) -> bool:
         """The network is finished, or parked."""
-        return pupil.is_finished(step) or self._records[pupil.name].is_parked
+        return trainer.is_finished(step) or self._records[trainer.name].is_parked
 
-    def learn(
+    def train_step(
         self,
-        pupil: Pupil,
-        lesson: LessonBatch,
+        trainer: StudentTrainer,
+        batch: StudentBatch,
         temperature: float,
         scalars: StepScalars,
         stream_step: int,
     ) -> None:
         """One step of a network, after what its last one calls for. Collective over its group."""
-        self.hear(pupil)
-        record = self._records[pupil.name]
+        self.resolve_pending(trainer)
+        record = self._records[trainer.name]
         if record.is_parked:
             return
         try:
-            attempt = pupil.learn(lesson, temperature, scalars, stream_step)
+            attempt = trainer.train_step(batch, temperature, scalars, stream_step)
         except Exception as error:
-            self._fail(pupil, error, stream_step - self._phase.first_step)
+            self._fail(trainer, error, stream_step - self._phase.first_step)
             return
         record.verdict.send(attempt.is_applied)
-        record.unheard = _Unheard(
+        record.unheard = PendingStep(
             attempt,
-            lesson.targets,
-            lesson.masks.counts,
-            lesson.start,
+            batch.targets,
+            batch.masks.counts,
+            batch.start,
             stream_step,
         )
 
-    def hear(self, pupil: Pupil) -> None:
+    def resolve_pending(self, trainer: StudentTrainer) -> None:
         """Takes in how the network's last step went, if that is not known yet. Waits for that step; collective over the group where it was skipped."""
-        record = self._records[pupil.name]
+        record = self._records[trainer.name]
         last, record.unheard = record.unheard, None
         if last is None:
             return
@@ -154,23 +154,25 @@ class Isolation:
         record.num_skipped += 1
         record.in_a_row += 1
         step = last.stream_step - self._phase.first_step
-        self._tell(pupil, "skipped", f"step {step} skipped, {self._cause(pupil, last)}", step)
+        self._tell(
+            trainer, "skipped", f"step {step} skipped, {self._diagnose(trainer, last)}", step
+        )
         if record.in_a_row == IN_A_ROW:
-            self._roll_back(pupil, step, f"{IN_A_ROW} skipped steps in a row")
+            self._roll_back(trainer, step, f"{IN_A_ROW} skipped steps in a row")
 
     def before_save(self, step: int) -> None:
         """Makes every network's state one that can be gone on from, and keeps it. Collective over each network's group."""
-        for pupil in self._phase.pupils:
-            self.hear(pupil)
-            record = self._records[pupil.name]
+        for trainer in self._phase.trainers:
+            self.resolve_pending(trainer)
+            record = self._records[trainer.name]
             if record.is_parked:
                 continue
-            if not pupil.engine.is_finite():
-                self._roll_back(pupil, step, "its state is not finite")
+            if not trainer.engine.is_finite():
+                self._roll_back(trainer, step, "its state is not finite")
             elif not record.in_a_row:
                 if record.has_moved:
                     record.back_to_kept = 0
-                self._keep(pupil, step)
+                self._keep(trainer, step)
 
     def counts(self) -> list[float]:
         """Of every network of the phase: steps skipped, times rolled back, parked (1). Zero for those of other ranks."""
@@ -179,70 +181,70 @@ class Isolation:
         each = ((r.num_skipped, r.num_rolled_back, r.is_parked) for r in records)
         return [float(value) for values in each for value in values]
 
-    def _keep(self, pupil: Pupil, step: int) -> None:
-        record = self._records[pupil.name]
-        record.kept, record.kept_step = pupil.engine.keep(record.kept), step
-        record.kept_targets = {k: v.clone() for k, v in pupil.targets.state().items()}
+    def _keep(self, trainer: StudentTrainer, step: int) -> None:
+        record = self._records[trainer.name]
+        record.kept, record.kept_step = trainer.engine.snapshot(record.kept), step
+        record.kept_targets = {k: v.clone() for k, v in trainer.targets.state().items()}
         record.has_moved = False
 
-    def _roll_back(self, pupil: Pupil, step: int, reason: str) -> None:
-        record = self._records[pupil.name]
+    def _roll_back(self, trainer: StudentTrainer, step: int, reason: str) -> None:
+        record = self._records[trainer.name]
         assert record.kept is not None, "a phase starts by keeping its states"
-        pupil.engine.go_back(record.kept)
-        pupil.targets.load_state(record.kept_targets)
+        trainer.engine.restore_snapshot(record.kept)
+        trainer.targets.load_state(record.kept_targets)
         record.in_a_row, record.has_moved = 0, False
         record.num_rolled_back += 1
         record.back_to_kept += 1
         told = f"rolled back to step {record.kept_step}: {reason}"
-        self._tell(pupil, "rolled back", told, step)
+        self._tell(trainer, "rolled back", told, step)
         if record.back_to_kept == ROLL_BACKS:
-            self._park(pupil, step, f"rolled back {ROLL_BACKS} times to the same state")
+            self._park(trainer, step, f"rolled back {ROLL_BACKS} times to the same state")
 
-    def _park(self, pupil: Pupil, step: int, reason: str) -> None:
-        record = self._records[pupil.name]
+    def _park(self, trainer: StudentTrainer, step: int, reason: str) -> None:
+        record = self._records[trainer.name]
         record.is_parked = True
-        if pupil.placement.first_rank == self._phase.world_rank:
-            self._write_parked(pupil, step, reason)
+        if trainer.placement.first_rank == self._phase.world_rank:
+            self._write_parked(trainer, step, reason)
         told = f"parked with its state of step {record.kept_step}: {reason}"
-        self._tell(pupil, "parked", told, step)
+        self._tell(trainer, "parked", told, step)
 
-    def _write_parked(self, pupil: Pupil, step: int, reason: str) -> None:
-        path = _parked_file(self._run_folder, pupil.name)
+    def _write_parked(self, trainer: StudentTrainer, step: int, reason: str) -> None:
+        path = _parked_file(self._run_folder, trainer.name)
         path.parent.mkdir(exist_ok=True)
         write_json(path, {"step": step, "reason": reason})
 
-    def _fail(self, pupil: Pupil, error: Exception, step: int) -> None:
+    def _fail(self, trainer: StudentTrainer, error: Exception, step: int) -> None:
         """Parks a network whose step raised; errors that are not its own go on."""
-        record = self._records[pupil.name]
+        record = self._records[trainer.name]
         if is_lost_connection(error) or isinstance(error, torch.AcceleratorError):
             raise error
         if record.kept is None:  # a benchmark, which has nothing to go back to
             raise error
         lines = str(error).strip().splitlines() or ["no message"]
         reason = f"{type(error).__name__}: {lines[0]}"
-        if dist.get_world_size(pupil.engine.group) > 1:
-            self._write_parked(pupil, step, reason)
-            raise StudentError(f"{pupil.name} is parked from now on: {reason}") from error
-        pupil.engine.go_back(record.kept)
-        pupil.targets.load_state(record.kept_targets)
-        self._park(pupil, step, reason)
+        if dist.get_world_size(trainer.engine.group) > 1:
+            self._write_parked(trainer, step, reason)
+            raise StudentError(f"{trainer.name} is parked from now on: {reason}") from error
+        trainer.engine.restore_snapshot(record.kept)
+        trainer.targets.load_state(record.kept_targets)
+        self._park(trainer, step, reason)
 
-    def _cause(self, pupil: Pupil, last: _Unheard) -> str:
+    def _diagnose(self, trainer: StudentTrainer, last: PendingStep) -> str:
         """What was not finite, found by any rank of the group. One all-reduce over it."""
-        borders = self._phase.timetable.at(last.stream_step).share_borders(last.stream_step)
+        borders = self._phase.plan_schedule.at(last.stream_step).share_borders(last.stream_step)
         terms = last.attempt.terms
         names = sorted(terms)
         bad_terms = [not bool(terms[name].isfinite().all()) for name in names]
         found = torch.tensor(
             [
                 _sender(last, borders) + 1,
-                int(not pupil.engine.is_finite_here()),
+                int(not trainer.engine.is_finite_here()),
                 1 + bad_terms.index(True) if any(bad_terms) else 0,
             ],
-            device=next(pupil.engine.module.parameters()).device,
+            device=next(trainer.engine.module.parameters()).device,
         )
-        if dist.get_world_size(pupil.engine.group) > 1:
-            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=pupil.engine.group)
+        if dist.get_world_size(trainer.engine.group) > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=trainer.engine.group)
         sender, has_bad_weights, term = found.tolist()
         if sender:
             return f"what rank {sender - 1} taught is not finite"
@@ -250,22 +252,22 @@ class Isolation:
             return "its weights are not finite"
         return f"its {names[term - 1]} loss is not finite" if term else "a gradient is not finite"
 
-    def _tell(self, pupil: Pupil, kind: EventKind, text: str, step: int) -> None:
-        if pupil.placement.first_rank == self._phase.world_rank:
-            note(self._run_folder, Event(kind, f"{pupil.name}: {text}", pupil.name, step))
+    def _tell(self, trainer: StudentTrainer, kind: EventKind, text: str, step: int) -> None:
+        if trainer.placement.first_rank == self._phase.world_rank:
+            note(self._run_folder, Event(kind, f"{trainer.name}: {text}", trainer.name, step))
 
 
-def _sender(last: _Unheard, borders: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> int:
+def _sender(last: PendingStep, borders: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> int:
     """The rank that taught the first image whose targets are not finite; -1 where all are."""
     targets = last.targets
-    bad = ~targets.class_rows.flatten(1).isfinite().all(dim=1)
+    bad = ~targets.class_features.flatten(1).isfinite().all(dim=1)
     if targets.anchor_patches is not None:
         bad |= ~targets.anchor_patches.flatten(1).isfinite().all(dim=1)
     images = torch.repeat_interleave(
         torch.arange(len(bad), device=bad.device),
         torch.tensor(last.mask_counts, device=bad.device),
     )
-    bad[images[~targets.patch_rows.isfinite().all(dim=1)]] = True
+    bad[images[~targets.patch_features.isfinite().all(dim=1)]] = True
     places = torch.nonzero(bad).flatten().tolist()
     if not places:
         return -1

@@ -5,15 +5,15 @@ step. It looks at no tensor shape. A frozen teacher works up to ``lookahead`` st
 students: its answers for later steps are the same now, so ranks whose students are quick fill the
 time by teaching, and nobody waits for the slowest until the buffer of steps is empty. Everything
 else stays inside a network's group, its faults too (``distill.train.faults``); stopping and saving are
-agreed at the logging interval. The pulse says where the rank is, for the watchdog.
+agreed at the logging interval. The heartbeat says where the rank is, for the watchdog.
 """
 
 from collections import deque
 
 from distill.checkpoint.saver import Saver
-from distill.runfolder.heartbeat import Pulse
-from distill.train.exchange import Outgoing, Pending, lesson_for
-from distill.train.faults import Isolation
+from distill.runfolder.heartbeat import Heartbeat
+from distill.train.exchange import Outgoing, Pending, student_batch
+from distill.train.faults import FaultHandler
 from distill.train.phase import Phase
 from distill.train.recorder import Recorder
 from teacher.batch import PatchMasks
@@ -23,8 +23,8 @@ def run_phase(
     phase: Phase,
     recorder: Recorder,
     saver: Saver,
-    isolation: Isolation,
-    pulse: Pulse,
+    fault_handler: FaultHandler,
+    heartbeat: Heartbeat,
     start_step: int,
 ) -> bool:
     """Runs the steps from ``start_step`` on; True when the phase is complete, False when a stop was asked for and saved."""
@@ -32,47 +32,47 @@ def run_phase(
     for step in range(start_step, phase.num_steps):
         stop = min(step + phase.lookahead + 1, phase.num_steps)
         for ahead in range(step + len(on_the_way), stop):
-            on_the_way.append(_teach(phase, phase.first_step + ahead, pulse))
-        pulse.at("exchanging", step)
+            on_the_way.append(_teach(phase, phase.first_step + ahead, heartbeat))
+        heartbeat.enter("exchange", step)
         delivery = phase.exchange.wait(on_the_way.popleft())
 
         stream_step = phase.first_step + step
-        for pupil in phase.pupils:
-            if isolation.is_over(pupil, step):
+        for trainer in phase.trainers:
+            if fault_handler.is_done(trainer, step):
                 continue
             grid_hw = phase.grid_at(stream_step)
-            lesson = lesson_for(
-                delivery, pupil.placement, phase.world_rank, grid_hw, phase.plan.images_global
+            batch = student_batch(
+                delivery, trainer.placement, phase.world_rank, grid_hw, phase.plan.images_global
             )
-            pulse.at("learning", step, pupil.name)
+            heartbeat.enter("learning", step, trainer.name)
             temperature, scalars = phase.temperature(stream_step), phase.scalars(stream_step)
-            isolation.learn(pupil, lesson, temperature, scalars, stream_step)
-        pulse.at("following", step)
+            fault_handler.train_step(trainer, batch, temperature, scalars, stream_step)
+        heartbeat.enter("post-step", step)
         phase.after_step(step + 1)
 
-        pulse.at("voting", step)
-        wishes = recorder.record(phase, step + 1, isolation.counts())
+        heartbeat.enter("agreeing", step)
+        wishes = recorder.record(phase, step + 1, fault_handler.counts())
 
         saver.report()
         if wishes.save or wishes.stop:
-            pulse.at("saving", step)
-            isolation.before_save(step + 1)
+            heartbeat.enter("saving", step)
+            fault_handler.before_save(step + 1)
             saver.save(phase, step + 1)
         if wishes.stop:
             return False
     return True
 
 
-def _teach(phase: Phase, stream_step: int, pulse: Pulse) -> Pending:
+def _teach(phase: Phase, stream_step: int, heartbeat: Heartbeat) -> Pending:
     """Fetches this rank's share of a step, asks the teacher, and sends the answers on their way."""
-    pulse.at("loading", stream_step)
+    heartbeat.enter("loading", stream_step)
     crops = phase.loader.fetch(stream_step)
     masks = phase.masks.draw(stream_step)
     asked = masks.of_share
     if phase.exchange.wants_all_patches:
         asked = PatchMasks.all_of(asked)
-    share = phase.timetable.at(stream_step).share(phase.world_rank, stream_step)
-    pulse.at("teaching", stream_step)
+    share = phase.plan_schedule.at(stream_step).share(phase.world_rank, stream_step)
+    heartbeat.enter("teaching", stream_step)
     with phase.teaching.running(len(share)):
         targets = phase.teacher.teach(crops, asked)
     outgoing = Outgoing(stream_step, crops, targets, masks.of_needs, masks.counts)

@@ -9,7 +9,7 @@ import torch
 
 from distill.data.mask_counts import mask_counts
 from distill.data.masks import draw_masks
-from distill.plan.by_step import Timetable
+from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Plan
 from distill.plan.traffic import Counts
 from distill.recipe.keys import MasksSpec
@@ -40,7 +40,7 @@ class StepMasks:
     def __init__(
         self,
         spec: MasksSpec,
-        timetable: Timetable,
+        plan_schedule: PlanSchedule,
         world_rank: int,
         grid_at: Callable[[int], tuple[int, int]],
         seed: int,
@@ -48,18 +48,18 @@ class StepMasks:
     ) -> None:
         """``grid_at``: the teacher's patch grid at a step."""
         self._spec, self._seed, self._grid_at, self._device = spec, seed, grid_at, device
-        self._timetable, self._world_rank = timetable, world_rank
+        self._plan_schedule, self._world_rank = plan_schedule, world_rank
         self._worker = ThreadPoolExecutor(1, "masks")
         self._ahead: _Ahead | None = None
 
     def draw(self, step: int) -> DrawnMasks:
         """The masks of one step; those of the next are drawn meanwhile."""
         ahead, self._ahead = self._ahead, None
-        plan = self._timetable.at(step)
+        plan = self._plan_schedule.at(step)
         drawn = None
         if ahead is not None and ahead.step == step and ahead.plan is plan:
             drawn = ahead.drawn.result()
-        following = self._timetable.at(step + 1)
+        following = self._plan_schedule.at(step + 1)
         task = self._worker.submit(self._draw, step + 1, following)
         self._ahead = _Ahead(step + 1, following, task)
         drawn = drawn or self._draw(step, plan)

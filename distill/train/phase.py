@@ -4,14 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from distill.data.loader import Loader
-from distill.plan.by_step import Timetable
+from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Plan
 from distill.train.exchange import Exchange
 from distill.train.masking import StepMasks
 from distill.train.stopwatch import Stopwatch
-from distill.train.student import Pupil
+from distill.train.student import StudentTrainer
 from teacher.frozen import FrozenTeacher
-from teacher.trainee import StepScalars
+from teacher.task import StepScalars
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Phase:
     first_step: int
     lookahead: int
     plan: Plan
-    timetable: Timetable
+    plan_schedule: PlanSchedule
     world_rank: int
     grid_at: Callable[[int], tuple[int, int]]
     loader: Loader
@@ -38,7 +38,7 @@ class Phase:
     teacher: FrozenTeacher
     teaching: Stopwatch
     exchange: Exchange
-    pupils: tuple[Pupil, ...]
+    trainers: tuple[StudentTrainer, ...]
     temperature: Callable[[int], float]
     scalars: Callable[[int], StepScalars]
     after_step: Callable[[int], None]

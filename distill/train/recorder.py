@@ -31,15 +31,15 @@ from distill.runfolder.metrics import (
     drop_after,
     work_done,
 )
-from distill.runfolder.requests import Asked
-from distill.train.delayed_reduce import Ballot
+from distill.runfolder.requests import StopSaveRequests
+from distill.train.delayed_reduce import DelayedAllReduce
 from distill.train.phase import Phase
 
 LOG_EVERY = 10  # steps
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Decision:
     """What the world agreed to do after this step; the end of a phase is saved without a wish."""
 
     save: bool
@@ -54,7 +54,7 @@ class Recorder:
         run_folder: Path,
         phases: Sequence[PhaseStatus],
         world_rank: int,
-        asked: Asked,
+        asked: StopSaveRequests,
         save_every_s: float | None,
         save_every_steps: Sequence[int],
         resume_command: str,
@@ -86,12 +86,12 @@ class Recorder:
     def start(self, phase: Phase, start_step: int) -> None:
         """Begins a phase at ``start_step``; metrics past that point (of a run that died) are dropped."""
         names = [p.name for p in self.status.phases]
-        for pupil in phase.pupils:
-            if pupil.placement.first_rank == self._world_rank:
+        for trainer in phase.trainers:
+            if trainer.placement.first_rank == self._world_rank:
                 drop_after(
-                    self._run_folder, pupil.name, phases=names, phase=phase.name, step=start_step
+                    self._run_folder, trainer.name, phases=names, phase=phase.name, step=start_step
                 )
-                self._writers[pupil.name] = MetricsWriter(self._run_folder, pupil.name)
+                self._writers[trainer.name] = MetricsWriter(self._run_folder, trainer.name)
         networks = {
             p.name: NetworkStatus(tuple(p.world_ranks), "training") for p in phase.plan.placements
         }
@@ -105,7 +105,7 @@ class Recorder:
         self._phase_start_step = self._interval_step = start_step
         self._phase_started = self._interval_started = time.monotonic()
         self._marks = self._read_clocks(phase)
-        self._ballot = Ballot(self._control, phase.lookahead)
+        self._delayed_reduce = DelayedAllReduce(self._control, phase.lookahead)
 
     def show(self, state: RunState, **changes: object) -> None:
         """Changes the status; written by world rank 0."""
@@ -130,7 +130,7 @@ class Recorder:
         self._complaint = message
         self.show(self.status.state, message=message)
 
-    def record(self, phase: Phase, step: int, faults: Sequence[float]) -> Wishes:
+    def record(self, phase: Phase, step: int, faults: Sequence[float]) -> Decision:
         """Counts a finished step; at the interval, and at the last step, writes numbers and asks the world what to do.
 
         The answer comes ``lookahead`` steps later, at the last step at once. ``faults``: of every
@@ -141,22 +141,24 @@ class Recorder:
         """
         is_last = step == phase.num_steps
         answers = []
-        if self._ballot.is_due(step) or (is_last and self._ballot.is_open):
-            answers.append(self._ballot.count())
+        if self._delayed_reduce.is_due(step) or (is_last and self._delayed_reduce.is_open):
+            answers.append(self._delayed_reduce.result())
         saves_now, since = False, self._interval_step
         if step % LOG_EVERY == 0 or is_last:
             loader_wait = self._write(phase, step)
-            if not self._ballot.is_open:
-                self._ballot.cast(step, self._votes(loader_wait, faults), dist.ReduceOp.MAX)
-            if is_last or self._ballot.is_due(step):
-                answers.append(self._ballot.count())
+            if not self._delayed_reduce.is_open:
+                self._delayed_reduce.start(
+                    step, self._votes(loader_wait, faults), dist.ReduceOp.MAX
+                )
+            if is_last or self._delayed_reduce.is_due(step):
+                answers.append(self._delayed_reduce.result())
             saves_now = any(step // every > since // every for every in self._save_every_steps)
         stop = save = False
         for answer in answers:
             stop_votes, save_votes, self._loader_wait, *found = answer.tolist()
             stop, save = stop or bool(stop_votes), save or bool(save_votes)
             self._take_faults(phase, found)
-        return Wishes(save=(save or saves_now) and not is_last, stop=stop)
+        return Decision(save=(save or saves_now) and not is_last, stop=stop)
 
     def _write(self, phase: Phase, step: int) -> float:
         """Metrics and status of the interval that ends at ``step``; this rank's loader wait as a part of its time."""
@@ -167,27 +169,27 @@ class Recorder:
             now - before for now, before in zip(clocks, self._marks, strict=True)
         )
         images_per_s = num_steps * phase.plan.images_global / elapsed
-        for pupil in phase.pupils:
-            values = pupil.read_metrics(wait=exchange_s / elapsed)
-            if values is not None and pupil.name in self._writers:
+        for trainer in phase.trainers:
+            values = trainer.read_metrics(wait=exchange_s / elapsed)
+            if values is not None and trainer.name in self._writers:
                 row = MetricsRow(
                     phase=phase.name,
                     step=step,
                     time_unix=time.time(),
                     loss=values.pop("loss"),
                     grad_norm=values.pop("grad_norm"),
-                    lr=pupil.rates(phase.first_step + step - 1).lr,
+                    lr=trainer.rates(phase.first_step + step - 1).lr,
                     wait=values.pop("wait"),
                     images_per_s=images_per_s,
                     skipped=int(values.pop("skipped")),
                     terms=values,
                 )
-                self._writers[pupil.name].write(row)
+                self._writers[trainer.name].write(row)
         self._images_seen += num_steps * phase.plan.images_global
         done = work_done(self.status.phases, phase.name, step)
         before = work_done(self.status.phases, phase.name, self._phase_start_step)
         phase_s = time.monotonic() - self._phase_started
-        left = {p.name for p in phase.timetable.at(phase.first_step + step).placements}
+        left = {p.name for p in phase.plan_schedule.at(phase.first_step + step).placements}
         self.show(
             "training",
             step=step,

@@ -11,10 +11,10 @@ from torch import Tensor
 from distill.engine.engine import Engine, StepRates
 from distill.plan.plan import Placement
 from distill.train.stopwatch import Stopwatch
-from teacher.batch import LessonBatch
+from teacher.batch import StudentBatch
 from teacher.heads import Head
 from teacher.sinkhorn import sinkhorn
-from teacher.trainee import Assignments, Losses, StepScalars
+from teacher.task import Assignments, Losses, StepScalars
 
 TARGETS_PREFIX = "targets/"  # of a target maker's tensors in a network's state
 
@@ -29,11 +29,11 @@ class Targets(Protocol):
 
 
 @runtime_checkable
-class TargetMaker(Protocol):
+class TargetBuilder(Protocol):
     """Turns what the teacher said of a slice into what the network's loss compares with."""
 
-    def make(
-        self, lesson: LessonBatch, temperature: float, group: dist.ProcessGroup | None
+    def build_targets(
+        self, batch: StudentBatch, temperature: float, group: dist.ProcessGroup | None
     ) -> Targets:
         """The targets; collective over ``group`` where there is one."""
         ...
@@ -48,21 +48,21 @@ class TargetMaker(Protocol):
 
 
 @dataclass(frozen=True)
-class Assigner:
+class SinkhornTargets:
     """Targets for heads: Sinkhorn assignments to the prototypes of the teacher's heads. No state."""
 
     dino_head: Head
     ibot_head: Head
 
-    def make(
-        self, lesson: LessonBatch, temperature: float, group: dist.ProcessGroup | None
+    def build_targets(
+        self, batch: StudentBatch, temperature: float, group: dist.ProcessGroup | None
     ) -> Assignments:
         """Assignments of the slice; the balance is over the whole group."""
-        class_rows = lesson.targets.class_rows.transpose(0, 1).flatten(0, 1)
+        class_features = batch.targets.class_features.transpose(0, 1).flatten(0, 1)
         dino, ibot = self.dino_head.prototypes.weight, self.ibot_head.prototypes.weight
         return Assignments(
-            sinkhorn(class_rows, dino, temperature, group),
-            sinkhorn(lesson.targets.patch_rows, ibot, temperature, group),
+            sinkhorn(class_features, dino, temperature, group),
+            sinkhorn(batch.targets.patch_features, ibot, temperature, group),
         )
 
     def state(self) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ class Attempt:
     terms: dict[str, Tensor]
 
 
-class Pupil:
+class StudentTrainer:
     """A trained network on one of its ranks. Numbers stay on the device until ``read_metrics``."""
 
     def __init__(
@@ -90,16 +90,16 @@ class Pupil:
         placement: Placement,
         engine: Engine,
         rates: Callable[[int], StepRates],
-        targets: TargetMaker,
+        targets: TargetBuilder,
         *,
         parts: Sequence[slice] = (slice(None),),
         num_steps: int | None = None,
-        prepare: Callable[[LessonBatch, int], LessonBatch] = lambda lesson, _: lesson,
+        prepare: Callable[[StudentBatch, int], StudentBatch] = lambda batch, _: batch,
     ) -> None:
         """What one network needs on one rank.
 
         ``parts``: micro-batches of this rank's slice; ``num_steps``: where the network is finished, None
-        for the phase's end; ``prepare``: adds to the lesson of a step what only this network needs.
+        for the phase's end; ``prepare``: adds to the batch of a step what only this network needs.
         """
         self._prepare = prepare
         self._parts, self._stop_step = parts, num_steps
@@ -109,20 +109,20 @@ class Pupil:
         self._sums: dict[str, Tensor] = {}
         self._num_steps = 0
 
-    def learn(
-        self, lesson: LessonBatch, temperature: float, scalars: StepScalars, step: int
+    def train_step(
+        self, batch: StudentBatch, temperature: float, scalars: StepScalars, step: int
     ) -> Attempt:
         """One step of this network; a skipped one changes nothing. Collective over its group: targets, KoLeo where cut, gradients."""
         terms, before = dict[str, Tensor](), self.targets.state()
         group = self.engine.group if dist.get_world_size(self.engine.group) > 1 else None
-        lesson = self._prepare(lesson, step)
+        batch = self._prepare(batch, step)
         with self.training.running():
-            targets = self.targets.make(lesson, temperature, group)
+            targets = self.targets.build_targets(batch, temperature, group)
             for images in self._parts:
-                part, its_targets = lesson, targets
+                part, its_targets = batch, targets
                 if len(self._parts) > 1:
-                    part = lesson.part(images)
-                    its_targets = targets.part(images, lesson.masks.masked(images))
+                    part = batch.part(images)
+                    its_targets = targets.part(images, batch.masks.masked(images))
                 losses: Losses = self.engine.forward(part, its_targets, scalars)
                 self.engine.backward_and_step(losses.total, self.rates(step))
                 _add(terms, {"loss": losses.total.detach(), **losses.parts})

@@ -1,8 +1,8 @@
 """One network written in the format of another library, proven, and only then given its name.
 
     .NAME.part   written here: weights in the wanted layout and dtype
-    proof        the other library reads them; its features are compared with ours (distill.weights.verify)
-    NAME         after the proof, with README.md and distill.json; NAME.rejected when it fails
+    verification        the other library reads them; its features are compared with ours (distill.weights.verify)
+    NAME         after the verification, with README.md and distill.json; NAME.rejected when it fails
 
 A folder with its final name has therefore been checked, or says in README.md and distill.json why
 it was not. What each format holds:
@@ -27,7 +27,7 @@ from distill.weights.card import Background, WrittenFile, licence_text, model_ca
 from distill.weights.containers import read_object
 from distill.weights.load import convert, load_backbone
 from distill.weights.onnx import write_onnx
-from distill.weights.verify import TOLERANCE, Format, Parity, prove
+from distill.weights.verify import TOLERANCE, Format, Parity, verify
 from students.catalog import preprocessor_config
 
 Dtype = Literal["fp32", "bf16"]
@@ -99,8 +99,8 @@ def export_network(
     try:
         _write(name, source, aside, form, DTYPES[dtype])
         _write_preparation(source, aside, inputs)
-        parity = prove(form, aside, source, DTYPES[dtype])
-        if parity.is_refuted:
+        parity = verify(form, aside, source, DTYPES[dtype])
+        if parity.is_mismatch:
             aside.rename(rejected)
             raise _refuted(name, form, parity, rejected)
         files = tuple(

@@ -1,4 +1,4 @@
-"""The proof of an export: the same images through our network and through the library the files are for.
+"""The verification of an export: the same images through our network and through the library the files are for.
 
     ours    = features of our network, fp32, with the weights rounded to the dtype of the files
     theirs  = features that the other library computes from the files just written
@@ -7,7 +7,7 @@
 Images of two sizes are used, one of them not square, because a position embedding that mixes up
 rows and columns is right on squares. The images are noise with a fixed seed: whatever goes in must
 come out the same. Networks whose blocks still add next to nothing (LayerScale at its initial value)
-prove little about what is inside the blocks.
+verify little about what is inside the blocks.
 
 Only a library that is installed can check; nothing here is needed to write the files.
 """
@@ -42,7 +42,7 @@ Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Parity:
-    """What the proof found: the largest differences, or why nothing could be compared."""
+    """What the verification found: the largest differences, or why nothing could be compared."""
 
     checked_with: str | None
     reason: str = ""
@@ -50,7 +50,7 @@ class Parity:
     patch_tokens: float | None = None
 
     @property
-    def is_refuted(self) -> bool:
+    def is_mismatch(self) -> bool:
         """The library was there and the features differ, or it could not read the files."""
         if self.checked_with is None:
             return False
@@ -85,7 +85,7 @@ class Parity:
 
 
 def probes(stride: int, channels: int) -> list[Pixels]:
-    """The images of the proof: noise with mean 0 and spread 1, as normalised pixels have."""
+    """The images of the verification: noise with mean 0 and spread 1, as normalised pixels have."""
     generator = torch.Generator().manual_seed(SEED)
     return [
         torch.randn(IMAGES_PER_GRID, channels, rows * stride, columns * stride, generator=generator)
@@ -104,7 +104,7 @@ def our_features(source: Path, dtype: torch.dtype) -> Features:
     return [(each.class_token, each.patch_tokens) for each in found]
 
 
-def prove(form: Format, written: Path, source: Path, dtype: torch.dtype) -> Parity:
+def verify(form: Format, written: Path, source: Path, dtype: torch.dtype) -> Parity:
     """Reads ``written`` with the library of its format and compares features with our own network."""
     if form == "meta":
         name = "distill's own reader (Meta's code is no package to install)"
@@ -159,7 +159,7 @@ def _their_features(form: Format, written: Path, source: Path) -> Features:
 
 
 def _import_readers(form: Format) -> None:
-    """The parts of a library that the proof uses; some are imported only when first touched."""
+    """The parts of a library that the verification uses; some are imported only when first touched."""
     if form == "hf":
         _ = importlib.import_module("transformers").AutoModel
     if form == "timm":

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from distill.runfolder.failure import LOST_EXIT_CODE
-from distill.runfolder.heartbeat import read_signs, stacks_path
+from distill.runfolder.heartbeat import read_records, stacks_path
 from tests.chaos import job
 
 NUM_RANKS = 2
@@ -50,7 +50,7 @@ def _stop_a_rank(
     process, run_folder = job.start(recipe, out, f"engine.hang_limit_s={limit_s}"), out / job.RUN
     try:
         job.wait_for_step(process, run_folder, "family", 20)
-        sign = draw.choice(read_signs(run_folder, NUM_RANKS))
+        sign = draw.choice(read_records(run_folder, NUM_RANKS))
         time.sleep(draw.uniform(0.0, 1.0))
         ranks = job.ranks_of(process.pid)
         os.kill(sign.pid, signal.SIGSTOP)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distill.runfolder.events import read_events
-from distill.runfolder.heartbeat import read_signs
+from distill.runfolder.heartbeat import read_records
 from tests.chaos import job
 
 TARGETS = ("rank", "launcher", "all")
@@ -141,7 +141,7 @@ def _strike(
 
 def _kill_rank(pid: int, run: Path, tally: Tally) -> None:
     """Kills a rank and waits for the job to say which one; ranks without a first sign have no name yet."""
-    known = [sign for sign in read_signs(run, NUM_RANKS) if sign.pid == pid and not sign.end]
+    known = [sign for sign in read_records(run, NUM_RANKS) if sign.pid == pid and not sign.end]
     since = time.time()
     os.kill(pid, signal.SIGKILL)
     if not known:

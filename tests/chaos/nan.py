@@ -26,25 +26,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.engine.engine import prepare_deepspeed
-from distill.plan.by_step import Timetable
-from distill.plan.placement import Work
+from distill.plan.by_step import PlanSchedule
+from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, make_plan
 from distill.runfolder.events import read_events
-from distill.runfolder.heartbeat import Pulse
+from distill.runfolder.heartbeat import Heartbeat
 from distill.train.exchange import Outgoing, Pending, Slices
-from distill.train.faults import IN_A_ROW, Isolation
+from distill.train.faults import IN_A_ROW, FaultHandler
 from distill.train.groups import Groups, make_groups
 from distill.train.loop import run_phase
 from distill.train.masking import DrawnMasks
 from distill.train.phase import Phase
-from distill.train.recorder import Wishes
+from distill.train.recorder import Decision
 from distill.train.stopwatch import Stopwatch
-from distill.train.student import Pupil
-from teacher.batch import CropBatch, LessonBatch, PatchMasks
-from teacher.trainee import Losses
+from distill.train.student import StudentTrainer
+from teacher.batch import CropBatch, PatchMasks, StudentBatch
+from teacher.task import Losses
 from tests.distill.train.test_ranks import IMAGES, SCALARS, Ways, batch_of, make_pupil, some, take
 from tests.ranks import on_ranks
-from tests.teacher.test_trainee import teacher
+from tests.teacher.test_task import teacher
 
 STUDENTS = ("a", "b", "c")
 KINDS = ("loss", "gradient", "parameter", "weight shard", "received rows", "teacher rows")
@@ -152,7 +152,7 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 def train_all(faults: list[Fault], folder: str) -> list[Outcome]:
     """One training after another in the same processes; the first two without a fault, with heads and without."""
     prepare_deepspeed("cpu")
-    works = [Work(name, cost) for name, cost in zip(STUDENTS, (3.0, 2.0, 1.0), strict=True)]
+    works = [NetworkCost(name, cost) for name, cost in zip(STUDENTS, (3.0, 2.0, 1.0), strict=True)]
     plan = make_plan(works, 1.0, IMAGES, dist.get_world_size(), lookahead=2)
     groups = make_groups(plan, timedelta(seconds=60))
     trainings = [(None, True), (None, False), *((fault, fault.has_heads) for fault in faults)]
@@ -170,8 +170,8 @@ def train(
     """The real loop over a tiny family, with one fault put in."""
     rank = dist.get_rank()
     run_folder.mkdir(exist_ok=True)
-    timetable, ways = Timetable(plan), Ways(has_heads=has_heads)
-    pupils = tuple(
+    plan_schedule, ways = PlanSchedule(plan), Ways(has_heads=has_heads)
+    trainers = tuple(
         make_pupil(plan, groups, placement.name, 1, "fp32", ways)
         for placement in plan.placements
         if rank in placement.world_ranks
@@ -182,29 +182,29 @@ def train(
         first_step=0,
         lookahead=2,
         plan=plan,
-        timetable=timetable,
+        plan_schedule=plan_schedule,
         world_rank=rank,
         grid_at=lambda step: (2, 2),
         loader=_Loader(plan, rank),  # type: ignore[arg-type]
         masks=_Masks(plan, rank),  # type: ignore[arg-type]
         teacher=teacher(4, has_heads=has_heads),
         teaching=Stopwatch(torch.device("cpu")),
-        exchange=Slices(timetable, rank, groups.exchange, torch.device("cpu")),
-        pupils=pupils,
+        exchange=Slices(plan_schedule, rank, groups.exchange, torch.device("cpu")),
+        trainers=trainers,
         temperature=lambda step: 0.07,
         scalars=lambda step: SCALARS,
         after_step=lambda step: None,
     )
-    isolation = Isolation(phase, run_folder)
-    witness = _Witness(isolation, fault, phase)
-    isolation.start(0, groups.control)
-    run_phase(phase, _Recorder(), _Saver(), witness, Pulse(run_folder, rank), 0)  # type: ignore[arg-type]
-    isolation.before_save(NUM_STEPS)
+    fault_handler = FaultHandler(phase, run_folder)
+    witness = _Witness(fault_handler, fault, phase)
+    fault_handler.start(0, groups.control)
+    run_phase(phase, _Recorder(), _Saver(), witness, Heartbeat(run_folder, rank), 0)  # type: ignore[arg-type]
+    fault_handler.before_save(NUM_STEPS)
     dist.barrier()  # every rank has written its events
-    counts, names = isolation.counts(), [placement.name for placement in plan.placements]
-    own = {pupil.name: 3 * names.index(pupil.name) for pupil in pupils}
+    counts, names = fault_handler.counts(), [placement.name for placement in plan.placements]
+    own = {trainer.name: 3 * names.index(trainer.name) for trainer in trainers}
     return Outcome(
-        {pupil.name: pupil.state() for pupil in pupils},
+        {trainer.name: trainer.state() for trainer in trainers},
         {name: int(counts[place]) for name, place in own.items()},
         {name: int(counts[place + 1]) for name, place in own.items()},
         {name: bool(counts[place + 2]) for name, place in own.items()},
@@ -214,43 +214,45 @@ def train(
 
 
 class _Witness:
-    """Stands between the loop and the isolation: puts the fault in, and looks whether a skipped step changed anything."""
+    """Stands between the loop and the fault_handler: puts the fault in, and looks whether a skipped step changed anything."""
 
-    def __init__(self, isolation: Isolation, fault: Fault | None, phase: Phase) -> None:
-        self._isolation, self._fault, self._rank = isolation, fault, phase.world_rank
-        self.is_over, self.before_save = isolation.is_over, isolation.before_save
-        self.counts = isolation.counts
+    def __init__(self, fault_handler: FaultHandler, fault: Fault | None, phase: Phase) -> None:
+        self._fault_handler, self._fault, self._rank = fault_handler, fault, phase.world_rank
+        self.is_done, self.before_save = fault_handler.is_done, fault_handler.before_save
+        self.counts = fault_handler.counts
         self.changed: list[str] = []
         if fault is not None and fault.kind == "teacher rows":
             spoil_teacher_(fault, phase)
 
-    def learn(self, pupil: Pupil, lesson: LessonBatch, *rest: Any) -> None:
-        fault, step, engine = self._fault, rest[-1], pupil.engine
-        is_now = fault is not None and self._is_here(fault, pupil, step)
-        self._isolation.hear(pupil)  # as learning begins; a roll-back is not the next step's doing
+    def train_step(self, trainer: StudentTrainer, batch: StudentBatch, *rest: Any) -> None:
+        fault, step, engine = self._fault, rest[-1], trainer.engine
+        is_now = fault is not None and self._is_here(fault, trainer, step)
+        self._fault_handler.resolve_pending(
+            trainer
+        )  # as learning begins; a roll-back is not the next step's doing
         if fault is not None and is_now and fault.kind in IN_WEIGHTS:
-            spoil_weights_(fault, pupil)
-        before, targets = engine.keep(), pupil.targets.state()
+            spoil_weights_(fault, trainer)
+        before, targets = engine.snapshot(), trainer.targets.state()
         if fault is not None and is_now and fault.kind not in IN_WEIGHTS:
-            with spoiling(fault, pupil, lesson) as lesson:
-                self._isolation.learn(pupil, lesson, *rest)
+            with spoiling(fault, trainer, batch) as batch:
+                self._fault_handler.train_step(trainer, batch, *rest)
         else:
-            self._isolation.learn(pupil, lesson, *rest)
-        if self._has_skipped(pupil):
-            after = engine.keep()
+            self._fault_handler.train_step(trainer, batch, *rest)
+        if self._has_skipped(trainer):
+            after = engine.snapshot()
             pairs = [(one[k], two[k]) for one, two in zip(before, after, strict=True) for k in one]
-            pairs += [(targets[key], tensor) for key, tensor in pupil.targets.state().items()]
+            pairs += [(targets[key], tensor) for key, tensor in trainer.targets.state().items()]
             if not all(is_same_bits(one, two) for one, two in pairs):
-                self.changed.append(f"{pupil.name} at step {step}")
+                self.changed.append(f"{trainer.name} at step {step}")
 
-    def _has_skipped(self, pupil: Pupil) -> bool:
-        """Its last step did nothing, and the isolation has not heard of it yet."""
-        last = self._isolation._records[pupil.name].unheard
+    def _has_skipped(self, trainer: StudentTrainer) -> bool:
+        """Its last step did nothing, and the fault_handler has not heard of it yet."""
+        last = self._fault_handler._records[trainer.name].unheard
         return last is not None and not bool(last.attempt.is_applied)
 
-    def _is_here(self, fault: Fault, pupil: Pupil, step: int) -> bool:
-        ranks = pupil.placement.world_ranks
-        is_here = pupil.name == fault.student and ranks[fault.turn % len(ranks)] == self._rank
+    def _is_here(self, fault: Fault, trainer: StudentTrainer, step: int) -> bool:
+        ranks = trainer.placement.world_ranks
+        is_here = trainer.name == fault.student and ranks[fault.turn % len(ranks)] == self._rank
         return is_here and fault.step <= step <= max(fault.step, fault.until)
 
 
@@ -260,11 +262,11 @@ def is_same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 @torch.no_grad()
-def spoil_weights_(fault: Fault, pupil: Pupil) -> None:
+def spoil_weights_(fault: Fault, trainer: StudentTrainer) -> None:
     """One number of the network it computes with, which the skipped step makes good, or of the weights that the optimizer holds."""
-    tensor = pupil.engine._shards.weights[0]
+    tensor = trainer.engine._shards.weights[0]
     if fault.kind == "parameter":
-        tensor = next(p for p in pupil.engine.module.parameters() if p.requires_grad)
+        tensor = next(p for p in trainer.engine.module.parameters() if p.requires_grad)
     tensor.view(-1)[0] = fault.value
 
 
@@ -276,9 +278,9 @@ def spoil_teacher_(fault: Fault, phase: Phase) -> None:
 
     def spoiled(outgoing: Outgoing) -> Pending:
         if outgoing.step == fault.step:
-            rows = outgoing.targets.class_rows.clone()
+            rows = outgoing.targets.class_features.clone()
             rows[fault.turn % len(rows), 0, 0] = fault.value
-            outgoing = replace(outgoing, targets=replace(outgoing.targets, class_rows=rows))
+            outgoing = replace(outgoing, targets=replace(outgoing.targets, class_features=rows))
         return start(outgoing)
 
     exchange.start = spoiled  # type: ignore[method-assign]
@@ -290,19 +292,19 @@ def source_of(fault: Fault, num_ranks: int) -> int:
 
 
 @contextmanager
-def spoiling(fault: Fault, pupil: Pupil, lesson: LessonBatch) -> Iterator[LessonBatch]:
-    """While inside, the student's loss, gradient or received rows hold the value; gives the lesson to use."""
+def spoiling(fault: Fault, trainer: StudentTrainer, batch: StudentBatch) -> Iterator[StudentBatch]:
+    """While inside, the student's loss, gradient or received rows hold the value; gives the batch to use."""
     if fault.kind == "received rows":
-        rows = lesson.targets.class_rows.clone()
+        rows = batch.targets.class_features.clone()
         rows[fault.turn % len(rows), 0, 0] = fault.value
-        yield replace(lesson, targets=replace(lesson.targets, class_rows=rows))
+        yield replace(batch, targets=replace(batch.targets, class_features=rows))
     elif fault.kind == "gradient":
-        parameter = next(p for p in pupil.engine.module.parameters() if p.requires_grad)
+        parameter = next(p for p in trainer.engine.module.parameters() if p.requires_grad)
         handle = parameter.register_hook(lambda gradient: gradient * fault.value)
-        yield lesson
+        yield batch
         handle.remove()
     else:
-        forward = pupil.engine.forward
+        forward = trainer.engine.forward
 
         def spoiled(*inputs: Any) -> Losses:
             losses: Losses = forward(*inputs)
@@ -310,9 +312,9 @@ def spoiling(fault: Fault, pupil: Pupil, lesson: LessonBatch) -> Iterator[Lesson
                 raise torch.OutOfMemoryError("out of memory, tried to allocate 2 GiB")
             return replace(losses, total=losses.total + fault.value)
 
-        pupil.engine.forward = spoiled  # type: ignore[method-assign]
-        yield lesson
-        pupil.engine.forward = forward  # type: ignore[method-assign]
+        trainer.engine.forward = spoiled  # type: ignore[method-assign]
+        yield batch
+        trainer.engine.forward = forward  # type: ignore[method-assign]
 
 
 class _Loader:
@@ -344,8 +346,8 @@ class _Masks:
 class _Recorder:
     """Asks for one save."""
 
-    def record(self, _: Phase, step: int, __: Sequence[float]) -> Wishes:
-        return Wishes(save=step == SAVE_AT, stop=False)
+    def record(self, _: Phase, step: int, __: Sequence[float]) -> Decision:
+        return Decision(save=step == SAVE_AT, stop=False)
 
 
 class _Saver:

@@ -137,16 +137,20 @@ def work_and_note(run_folder: str, notes: str) -> None:
     from distill.data.sampler import Sampler
     from distill.engine.engine import Engine
     from distill.launch.rank import entry
-    from distill.train.student import Pupil
+    from distill.train.student import StudentTrainer
 
-    learn, step_engine, draw = Pupil.learn, Engine.backward_and_step, Sampler.draw
+    train_step, step_engine, draw = (
+        StudentTrainer.train_step,
+        Engine.backward_and_step,
+        Sampler.draw,
+    )
     losses: dict[str, float] = defaultdict(float)
     samples: dict[str, int] = {}
     now = [""]
 
-    def noted_learn(self: Any, lesson: Any, temperature: Any, scalars: Any, step: int) -> Any:
+    def noted_train_step(self: Any, batch: Any, temperature: Any, scalars: Any, step: int) -> Any:
         now[0] = f"{self.name}/{step}"
-        return learn(self, lesson, temperature, scalars, step)
+        return train_step(self, batch, temperature, scalars, step)
 
     def noted_step(self: Any, loss: Tensor, *rest: Any, **named: Any) -> Any:
         losses[now[0]] += float(loss.detach())
@@ -160,7 +164,7 @@ def work_and_note(run_folder: str, notes: str) -> None:
 
     cores = sorted(os.sched_getaffinity(0))  # one each: then all layouts compute with one thread
     os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
-    Pupil.learn, Engine.backward_and_step = noted_learn, noted_step  # type: ignore[method-assign]
+    StudentTrainer.train_step, Engine.backward_and_step = noted_train_step, noted_step  # type: ignore[method-assign]
     Sampler.draw = noted_draw  # type: ignore[method-assign]
     entry(run_folder, None)
     told = json.dumps({"losses": losses, "samples": samples})

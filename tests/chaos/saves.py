@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.checkpoint.manifest import LATEST, Manifest, find_latest, read_manifest
 from distill.checkpoint.manifest import MANIFEST as MANIFEST_FILE
-from distill.checkpoint.saver import Keeping, Saver
+from distill.checkpoint.saver import CheckpointPolicy, Saver
 from distill.runfolder.tensor_file import SUFFIX, read_tensors
 
 PHASE, HASH = "family", "hash"
@@ -28,7 +28,7 @@ def state_of(name: str, step: int, scale: int = 1) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Pupil:
+class StudentTrainer:
     name: str
     placement: Any
     step: int
@@ -64,14 +64,16 @@ def save(
 ) -> Teller:
     """Both ranks save ``step``, and wait for it; what the first was told of it. ``scale``: times the usual size."""
     placements = [SimpleNamespace(name=n, first_rank=rank) for n, rank in NETWORKS.items()]
-    keeping = Keeping(folder, HASH, {}, "name: tiny\n", keep, milestones)
+    keeping = CheckpointPolicy(folder, HASH, {}, "name: tiny\n", keep, milestones)
     tellers, savers = [], []
     for rank in range(2):
-        pupils = [Pupil(p.name, p, step, scale) for p in placements if p.first_rank == rank]
+        trainers = [
+            StudentTrainer(p.name, p, step, scale) for p in placements if p.first_rank == rank
+        ]
         phase: Any = SimpleNamespace(
             name=PHASE,
             world_rank=rank,
-            pupils=pupils,
+            trainers=trainers,
             plan=SimpleNamespace(placements=placements, num_ranks=2),
             teacher=SimpleNamespace(anchor_state=dict),
         )

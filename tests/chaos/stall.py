@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distill.checkpoint.saver import Keeping, Saver
+from distill.checkpoint.saver import CheckpointPolicy, Saver
 from tests.chaos.saves import HASH, PHASE, Teller
 
 NUM_TENSORS = 600  # about what weights, two moments and the average of a ViT-S are
@@ -31,18 +31,18 @@ def run(arguments: list[str]) -> bool:
         assert keep, "its only rank keeps it"
         return {name: tensor.clone() for name, tensor in live.items()}
 
-    pupil = SimpleNamespace(name="student", placement=placement, state=state)
+    trainer = SimpleNamespace(name="student", placement=placement, state=state)
     phase: Any = SimpleNamespace(
         name=PHASE,
         world_rank=0,
-        pupils=[pupil],
+        trainers=[trainer],
         plan=SimpleNamespace(placements=[placement], num_ranks=1),
         teacher=SimpleNamespace(anchor_state=dict),
     )
     stalls, wholes = [], []
     with tempfile.TemporaryDirectory() as scratch:
         teller = Teller()
-        saver = Saver(Keeping(Path(scratch), HASH, {}, "name: x\n", 2, None), teller, None)
+        saver = Saver(CheckpointPolicy(Path(scratch), HASH, {}, "name: x\n", 2, None), teller, None)
         for step in range(1, options.count + 1):
             started = time.perf_counter()
             saver.save(phase, step)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from distill.checkpoint.manifest import MANIFEST, find_latest
-from distill.data.census import take_census
+from distill.data.census import take_report
 from distill.data.index import build_index
 from distill.plan.job import check_job
 from distill.recipe.reader import builtin_recipes, load_job, resolved_yaml
@@ -180,7 +180,7 @@ def tar_target(folder: Path) -> Target:
         return case / name
 
     def read(path: Path) -> None:
-        take_census([path], max_megapixels=64.0, progress=lambda *_: None)
+        take_report([path], max_megapixels=64.0, progress=lambda *_: None)
         build_index([path], max_bad_fraction=1.0)
 
     return Target("tar", damage, read)

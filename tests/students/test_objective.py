@@ -10,15 +10,15 @@ from students.convnext import ConvNeXt, init_convnext_
 from students.objective import (
     VARIANCE_EPS,
     ChannelStatistics,
-    FeatureTrainee,
-    Standardiser,
+    FeatureNormalizer,
+    FeatureTask,
     build_projectors,
     feature_sums,
 )
 from students.shapes import ConvNeXtSpec
 from teacher.batch import CropBatch, normalise
-from teacher.trainee import Objective, StepScalars, TraineeTraits
-from tests.teacher.test_trainee import IMAGES, LOCALS, MEAN, STD, lesson, network, teacher
+from teacher.task import Objective, StepScalars, TaskOptions
+from tests.teacher.test_task import IMAGES, LOCALS, MEAN, STD, network, student_batch, teacher
 
 SCALARS = StepScalars(
     Objective(0.0, 0.0, 0.0, local=0.5, cosine=1.0, smooth_l1=0.7),
@@ -28,10 +28,10 @@ SCALARS = StepScalars(
 CPU = torch.device("cpu")
 
 
-def trainee(backbone: nn.Module | None = None, width: int = 16) -> FeatureTrainee:
+def task(backbone: nn.Module | None = None, width: int = 16) -> FeatureTask:
     projectors = build_projectors(width, 16, torch.Generator().manual_seed(3))
     own = network(1)[0] if backbone is None else backbone
-    return FeatureTrainee(own, *projectors, TraineeTraits(False, MEAN, STD), 1)
+    return FeatureTask(own, *projectors, TaskOptions(False, MEAN, STD), 1)
 
 
 def distances(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,11 +43,13 @@ def distances(predicted: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def test_feature_trainee__loss_equals_loops_over_images_crops_and_patches() -> None:
-    taught, learner = teacher(has_heads=False).double(), trainee().double()
-    batch = lesson(taught)
-    targets = Standardiser(16, CPU).make(batch, 0.07, None)
+    taught, learner = teacher(has_heads=False).double(), task().double()
+    batch = student_batch(taught)
+    targets = FeatureNormalizer(16, CPU).build_targets(batch, 0.07, None)
     targets = replace(
-        targets, class_rows=targets.class_rows.double(), patch_rows=targets.patch_rows.double()
+        targets,
+        class_features=targets.class_features.double(),
+        patch_features=targets.patch_features.double(),
     )
     losses = learner(batch, targets, SCALARS)
 
@@ -59,18 +61,18 @@ def test_feature_trainee__loss_equals_loops_over_images_crops_and_patches() -> N
         for c in range(2):
             seen = learner.backbone(pixels[i, c][None])
             own = learner.class_projector(seen.class_token[0])
-            expected[0] += torch.stack(distances(own, targets.class_rows[i, c]))
+            expected[0] += torch.stack(distances(own, targets.class_features[i, c]))
             masked = batch.masks.flags[i, c].nonzero().flatten().tolist()
             for patch in masked:
                 own = learner.patch_projector(seen.patch_tokens[0, patch])
-                parts = torch.stack(distances(own, targets.patch_rows[row]))
+                parts = torch.stack(distances(own, targets.patch_features[row]))
                 expected[1] += parts / (len(masked) * 2 * IMAGES)
                 row += 1
         for c in range(LOCALS):
             seen = learner.backbone(local_pixels[i, c][None])
             own = learner.class_projector(seen.class_token[0])
             for t in range(2):
-                expected[0] += 0.5 * torch.stack(distances(own, targets.class_rows[i, t]))
+                expected[0] += 0.5 * torch.stack(distances(own, targets.class_features[i, t]))
     expected[0] /= IMAGES * (2 + 2 * LOCALS)
     cosine, smooth_l1 = expected.mean(dim=0).detach()
     tight = {"rtol": 1e-6, "atol": 0.0}  # normalise() and RoPE compute in fp32
@@ -80,9 +82,11 @@ def test_feature_trainee__loss_equals_loops_over_images_crops_and_patches() -> N
 
 
 def test_feature_trainee__gradients_reach_every_trainable_parameter() -> None:
-    taught, learner = teacher(has_heads=False), trainee()
-    batch = lesson(taught)
-    learner(batch, Standardiser(16, CPU).make(batch, 0.07, None), SCALARS).total.backward()
+    taught, learner = teacher(has_heads=False), task()
+    batch = student_batch(taught)
+    learner(
+        batch, FeatureNormalizer(16, CPU).build_targets(batch, 0.07, None), SCALARS
+    ).total.backward()
     idle = [name for name, p in learner.named_parameters() if p.grad is None or not p.grad.any()]
     assert idle == ["backbone.embeddings.mask_token"]  # a student sees no masked input
     assert all(p.grad is None for p in taught.parameters())
@@ -90,13 +94,15 @@ def test_feature_trainee__gradients_reach_every_trainable_parameter() -> None:
 
 def test_feature_trainee__a_convnext_is_compared_on_the_teachers_grid() -> None:
     taught = teacher(has_heads=False)
-    batch = lesson(taught)
+    batch = student_batch(taught)
     spec = ConvNeXtSpec((1, 1, 1), (8, 8, 12), layerscale_init=0.5)  # stride 16: a 1 x 1 map
     convnext = ConvNeXt(spec)
     init_convnext_(convnext, torch.Generator().manual_seed(0))
     no_locals = torch.zeros(IMAGES, 0, 3, 16, 16, dtype=torch.uint8)
     batch = replace(batch, crops=CropBatch(batch.crops.global_crops, no_locals))
-    losses = trainee(convnext, 12)(batch, Standardiser(16, CPU).make(batch, 0.07, None), SCALARS)
+    losses = task(convnext, 12)(
+        batch, FeatureNormalizer(16, CPU).build_targets(batch, 0.07, None), SCALARS
+    )
     assert losses.total.isfinite()
 
 
@@ -136,12 +142,12 @@ def test_standardise__forgets_and_survives_constant_channels_and_empty_steps() -
 
 def test_standardiser__goes_on_from_its_state() -> None:
     taught = teacher(has_heads=False)
-    batch = lesson(taught)
-    first, second = Standardiser(16, CPU), Standardiser(16, CPU)
-    first.make(batch, 0.07, None)
+    batch = student_batch(taught)
+    first, second = FeatureNormalizer(16, CPU), FeatureNormalizer(16, CPU)
+    first.build_targets(batch, 0.07, None)
     second.load_state(first.state())
-    one, two = first.make(batch, 0.07, None), second.make(batch, 0.07, None)
-    assert torch.equal(one.class_rows, two.class_rows)
-    assert torch.equal(one.patch_rows, two.patch_rows)
+    one, two = first.build_targets(batch, 0.07, None), second.build_targets(batch, 0.07, None)
+    assert torch.equal(one.class_features, two.class_features)
+    assert torch.equal(one.patch_features, two.patch_features)
     assert first.state().keys() == second.state().keys()
     assert all(torch.equal(first.state()[key], tensor) for key, tensor in second.state().items())

@@ -21,19 +21,19 @@ from distill.data.index import build_index
 from distill.data.mask_counts import mask_counts
 from distill.data.masks import draw_masks
 from distill.engine.engine import prepare_deepspeed
-from distill.job.build import Site
+from distill.job.build import RankContext
 from distill.job.pretraining import Pretraining, lr_factors
 from distill.plan.from_recipe import plan_stage, shape_of_recipe
 from distill.recipe.crop_sizes import crop_schedule
 from distill.recipe.keys import StageSpec, TeacherRecipe
 from distill.recipe.reader import load_recipe
 from distill.recipe.to_data import build_feed, build_loader
-from distill.runfolder.heartbeat import Pulse
+from distill.runfolder.heartbeat import Heartbeat
 from distill.train import schedule
-from distill.train.faults import Isolation
+from distill.train.faults import FaultHandler
 from distill.train.groups import make_groups
 from distill.train.loop import run_phase
-from distill.train.recorder import Wishes
+from distill.train.recorder import Decision
 from students.student import build_network, seeded
 from teacher.batch import CropBatch, normalise
 from teacher.rope import rope_angles
@@ -109,15 +109,15 @@ class Witness:
     def report(self) -> None:
         """Nothing is saved."""
 
-    def record(self, phase: Any, _: int, __: object) -> Wishes:
-        values = phase.pupils[0].read_metrics(wait=0.0)
+    def record(self, phase: Any, _: int, __: object) -> Decision:
+        values = phase.trainers[0].read_metrics(wait=0.0)
         self.losses.append(values.pop("loss"))
         self.terms.append(values)
         state = phase.teacher.anchor_state()
         self.anchors.append({name: tensor.clone() for name, tensor in state.items()})
         if phase.teacher.anchor is not None:
             assert all(p.grad is None for p in phase.teacher.anchor.parameters())
-        return Wishes(save=False, stop=False)
+        return Decision(save=False, stop=False)
 
 
 def pretrain(
@@ -129,15 +129,15 @@ def pretrain(
     groups = make_groups(
         plan_stage(recipe, recipe.stages[0], dist.get_world_size()), timedelta(seconds=60)
     )
-    site = Site(device, folder, build_index([images], max_bad_fraction=0.0))
+    site = RankContext(device, folder, build_index([images], max_bad_fraction=0.0))
     pretraining, witness = Pretraining(recipe, groups, site), Witness()
     for stage in recipe.stages:
         phase = pretraining.phase(stage)
         pretraining.engine.copy_ema_to(pretraining.ema)
-        isolation = Isolation(phase, folder)
-        isolation.start(0, groups.control)
-        pulse = Pulse(folder, groups.world_rank)
-        run_phase(phase, cast(Any, witness), cast(Any, witness), isolation, pulse, 0)
+        fault_handler = FaultHandler(phase, folder)
+        fault_handler.start(0, groups.control)
+        heartbeat = Heartbeat(folder, groups.world_rank)
+        run_phase(phase, cast(Any, witness), cast(Any, witness), fault_handler, heartbeat, 0)
         phase.loader.close()
     held = [p.to_local() if hasattr(p, "to_local") else p for p in pretraining.ema.parameters()]
     return {

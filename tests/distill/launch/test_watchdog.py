@@ -7,10 +7,10 @@ import pytest
 
 from distill.launch.watchdog import Verdict, Watchdog
 from distill.runfolder.failure import LOST_EXIT_CODE
-from distill.runfolder.heartbeat import FIRST_ALLOWED_S, Sign, sign_path
+from distill.runfolder.heartbeat import FIRST_ALLOWED_S, HeartbeatRecord, record_path
 
 LIMIT_S = 30.0
-SIGN = Sign(
+SIGN = HeartbeatRecord(
     world_rank=0,
     host="node1",
     pid=100,
@@ -19,7 +19,7 @@ SIGN = Sign(
     step=40,
     activity="learning",
     network="small",
-    still_s=0.0,
+    idle_s=0.0,
     allowed_s=LIMIT_S,
     is_waiting=False,
     place="distill/train/student.py:90 in learn",
@@ -32,7 +32,7 @@ class Job:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.now, self.states = folder, 0.0, dict[int, str]()
-        self.signs = {rank: replace(SIGN, world_rank=rank) for rank in range(2)}
+        self.records = {rank: replace(SIGN, world_rank=rank) for rank in range(2)}
         self.watchdog = Watchdog(
             folder,
             2,
@@ -43,15 +43,15 @@ class Job:
 
     def look(self, after_s: float = 0.0, beating: tuple[int, ...] = (0, 1)) -> Verdict | None:
         self.now += after_s
-        for rank, sign in self.signs.items():
-            self.signs[rank] = replace(sign, beat=sign.beat + (rank in beating))
-            path = sign_path(self.folder, rank)
+        for rank, record in self.records.items():
+            self.records[rank] = replace(record, beat=record.beat + (rank in beating))
+            path = record_path(self.folder, rank)
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(asdict(self.signs[rank])))
+            path.write_text(json.dumps(asdict(self.records[rank])))
         return self.watchdog.look()
 
     def change(self, rank: int, **values: object) -> None:
-        self.signs[rank] = replace(self.signs[rank], **values)  # type: ignore[arg-type]
+        self.records[rank] = replace(self.records[rank], **values)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -66,11 +66,11 @@ def test_look__a_moving_job_is_left_alone(job: Job) -> None:
 
 
 def test_look__a_rank_without_a_sign_of_life_is_named_within_the_limit(job: Job) -> None:
-    job.change(0, activity="exchanging", is_waiting=True, still_s=26.0)
+    job.change(0, activity="exchange", is_waiting=True, idle_s=26.0)
     assert job.look(20.0, beating=(0,)) is None
     verdict = job.look(5.0, beating=(0,))
     assert verdict is not None and verdict.world_ranks == (1,)
-    said = "rank 1 on node1: learning small, family step 40; no sign of life for 25 s"
+    said = "rank 1 on node1: learning small, family step 40; no record of life for 25 s"
     assert verdict.message == said
     failure = verdict.to_failure(job.folder)
     assert failure.exit_code == LOST_EXIT_CODE and "stacks" in failure.fix
@@ -85,24 +85,24 @@ def test_look__a_stopped_process_is_named_even_in_a_long_activity(job: Job) -> N
 
 
 def test_look__who_is_waited_for_is_named_and_not_who_waits(job: Job) -> None:
-    job.change(0, still_s=300.0, is_waiting=True)
-    job.change(1, still_s=20.0)
+    job.change(0, idle_s=300.0, is_waiting=True)
+    job.change(1, idle_s=20.0)
     assert job.look(1.0) is None
-    job.change(1, still_s=25.0)
+    job.change(1, idle_s=25.0)
     verdict = job.look(1.0)
     assert verdict is not None and verdict.world_ranks == (1,)
     assert "does not move for 25 s, in distill/train/student.py:90 in learn" in verdict.message
 
 
 def test_look__those_who_wait_for_a_long_save_are_not_hung(job: Job) -> None:
-    job.change(0, still_s=300.0, is_waiting=True)
-    job.change(1, activity="saving", still_s=300.0, allowed_s=FIRST_ALLOWED_S)
+    job.change(0, idle_s=300.0, is_waiting=True)
+    job.change(1, activity="saving", idle_s=300.0, allowed_s=FIRST_ALLOWED_S)
     assert job.look(1.0) is None
 
 
 def test_look__when_all_wait_the_ones_furthest_behind_are_named(job: Job) -> None:
-    job.change(0, still_s=30.0, is_waiting=True)
-    job.change(1, still_s=30.0, is_waiting=True, step=39)
+    job.change(0, idle_s=30.0, is_waiting=True)
+    job.change(1, idle_s=30.0, is_waiting=True, step=39)
     verdict = job.look(1.0)
     assert verdict is not None and verdict.world_ranks == (1,)
     assert verdict.message.startswith("every rank waits; furthest behind: rank 1")
@@ -120,4 +120,4 @@ def test_look__a_rank_that_never_came_is_named(tmp_path: Path) -> None:
     assert watchdog.look() is None
     now[0] = FIRST_ALLOWED_S + 1.0
     verdict = watchdog.look()
-    assert verdict is not None and "no sign of rank 0, 1 after 601 s" in verdict.message
+    assert verdict is not None and "no record of rank 0, 1 after 601 s" in verdict.message

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.errors import PlanError
-from distill.plan.placement import Work
+from distill.plan.placement import NetworkCost
 from distill.plan.plan import make_plan
 
 
@@ -19,7 +19,7 @@ from distill.plan.plan import make_plan
 def test_make_plan__places_as_well_as_trying_everything(costs: list[float], num_ranks: int) -> None:
     """The step is as short as with the best of all contiguous placements, overlapping ones included."""
     images, teaching = 840, 0.3  # divisible by every number of ranks tried
-    works = [Work(f"s{i}", cost) for i, cost in enumerate(costs)]
+    works = [NetworkCost(f"s{i}", cost) for i, cost in enumerate(costs)]
     plan = make_plan(works, teaching, images, num_ranks, lookahead=1)
     spans = [(n, first) for n in range(1, num_ranks + 1) for first in range(num_ranks - n + 1)]
     ideal = images * (sum(costs) + teaching) / num_ranks
@@ -33,7 +33,7 @@ def test_make_plan__places_as_well_as_trying_everything(costs: list[float], num_
 
 
 def test_make_plan__a_network_too_heavy_for_its_ranks_shares_those_of_others() -> None:
-    works = [Work("heavy", 9.0), *(Work(f"s{i}", 0.2) for i in range(5))]
+    works = [NetworkCost("heavy", 9.0), *(NetworkCost(f"s{i}", 0.2) for i in range(5))]
     plan = make_plan(works, 1.0, 960, 6, lookahead=2)
     assert plan.utilisation > 0.98
     assert len(plan.placements[0].slices) > 4
@@ -44,7 +44,7 @@ def test_make_plan__a_network_too_heavy_for_its_ranks_shares_those_of_others() -
 @settings(max_examples=100, deadline=None)
 @given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=9))
 def test_make_plan__groups_that_fill_nodes_do_not_cross_them(counts: list[int]) -> None:
-    works = [Work(f"s{i}", 1.0, count) for i, count in enumerate(counts)]
+    works = [NetworkCost(f"s{i}", 1.0, count) for i, count in enumerate(counts)]
     plan = make_plan(works, 1.0, 1000, sum(counts), ranks_per_node=8)
     assert sorted(r for p in plan.placements for r in p.world_ranks) == list(range(sum(counts)))
 
@@ -57,14 +57,16 @@ def test_make_plan__groups_that_fill_nodes_do_not_cross_them(counts: list[int]) 
 
 
 def test_make_plan__fewer_ranks_than_students_share_ranks() -> None:
-    plan = make_plan([Work("a", 3.0), Work("b", 2.0), Work("c", 1.0)], 1.0, 64, 2)
+    plan = make_plan(
+        [NetworkCost("a", 3.0), NetworkCost("b", 2.0), NetworkCost("c", 1.0)], 1.0, 64, 2
+    )
     assert {p.name: list(p.world_ranks) for p in plan.placements} == {"a": [0], "b": [1], "c": [1]}
     assert plan.notes == ("3 networks on 2 ranks: some ranks hold several",)
 
 
 def test_make_plan__ranks_as_the_recipe_says_them() -> None:
     """Groups may share ranks, and ranks may be left over; what is not trained on is taught on."""
-    works = [Work("a", 3.0, range(3)), Work("b", 1.0, range(2, 4))]
+    works = [NetworkCost("a", 3.0, range(3)), NetworkCost("b", 1.0, range(2, 4))]
     plan = make_plan(works, 1.0, 96, 6, lookahead=2)
     assert {p.name: p.world_ranks for p in plan.placements} == {"a": range(3), "b": range(2, 4)}
     assert plan.notes == ("2 ranks only teach", "1 ranks hold several students")
@@ -80,7 +82,7 @@ def test_make_plan__ranks_as_the_recipe_says_them() -> None:
     ],
 )
 def test_make_plan__ranks_that_this_job_has_not(ranks: range, fix: str) -> None:
-    works = [Work("a", 1.0, range(2)), Work("b", 1.0, ranks)]
+    works = [NetworkCost("a", 1.0, range(2)), NetworkCost("b", 1.0, ranks)]
     told = rf"students\.b\.ranks = {ranks.start}-{ranks.stop - 1}: this job has ranks 0-3"
     with pytest.raises(PlanError, match=told) as caught:
         make_plan(works, 1.0, 96, 4)

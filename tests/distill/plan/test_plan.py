@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distill.errors import PlanError
-from distill.plan.placement import Work
+from distill.plan.placement import NetworkCost
 from distill.plan.plan import LEAST_SHARE, make_plan, rebalanced, split_evenly, without
 from teacher.shapes import KOLEO_GROUP
 
@@ -33,7 +33,7 @@ def test_make_plan__every_image_is_taught_once_and_trained_on_by_every_student(
     step: int,
 ) -> None:
     num_ranks = min(num_ranks, images)
-    works = [Work(f"s{i}", cost) for i, cost in enumerate(costs)]
+    works = [NetworkCost(f"s{i}", cost) for i, cost in enumerate(costs)]
     try:
         plan = make_plan(
             works,
@@ -65,7 +65,7 @@ def test_make_plan__every_image_is_taught_once_and_trained_on_by_every_student(
 
 
 def test_rebalanced__a_slow_rank_teaches_less_and_nobody_stops() -> None:
-    plan = make_plan([Work("a", 3.0), Work("b", 1.3)], 1.7, 100, 5, lookahead=1)
+    plan = make_plan([NetworkCost("a", 3.0), NetworkCost("b", 1.3)], 1.7, 100, 5, lookahead=1)
     slow = [1.7, 1.7, 1.7 * 1.5, 1.7, 1.7]
     changed = rebalanced(plan, slow, plan.student_s)
     assert sum(changed.exact_shares) == pytest.approx(100)
@@ -74,7 +74,9 @@ def test_rebalanced__a_slow_rank_teaches_less_and_nobody_stops() -> None:
     assert max(busy) == pytest.approx(min(busy))
     stuck = rebalanced(plan, plan.student_s, [*plan.student_s[:4], 1e6])
     assert 0 < stuck.exact_shares[4] <= LEAST_SHARE
-    assert rebalanced(make_plan([Work("a", 1.0)], 1.0, 8, 2), [9.0, 1.0], [0.0, 0.0]).shares(0) == (
+    assert rebalanced(make_plan([NetworkCost("a", 1.0)], 1.0, 8, 2), [9.0, 1.0], [0.0, 0.0]).shares(
+        0
+    ) == (
         range(4),
         range(4, 8),
     )
@@ -90,7 +92,7 @@ def test_rebalanced__a_slow_rank_teaches_less_and_nobody_stops() -> None:
 def test_without__the_others_stay_and_teaching_fills_the_gap(
     costs: list[float], num_ranks: int, lookahead: int, step: int
 ) -> None:
-    works = [Work(f"n{index}", cost) for index, cost in enumerate(costs)]
+    works = [NetworkCost(f"n{index}", cost) for index, cost in enumerate(costs)]
     plan = make_plan(works, 1.0, 240, num_ranks, lookahead=lookahead)
     changed = without(plan, {"n0"})
     assert changed.placements == plan.placements[1:]
@@ -107,7 +109,7 @@ def test_without__the_others_stay_and_teaching_fills_the_gap(
 
 
 def test_parts_of__whole_koleo_groups_and_as_many_on_every_rank() -> None:
-    plan = make_plan([Work("a", 1.0)], 1.0, 16 * 2 * 5, 2)
+    plan = make_plan([NetworkCost("a", 1.0)], 1.0, 16 * 2 * 5, 2)
     (placement,) = plan.placements
     assert placement.parts_of(1, None) == (slice(0, 80),)
     parts = placement.parts_of(1, 32)
@@ -115,7 +117,7 @@ def test_parts_of__whole_koleo_groups_and_as_many_on_every_rank() -> None:
 
 
 def test_shares__over_many_steps_are_the_exact_ones() -> None:
-    plan = make_plan([Work("a", 3.0), Work("b", 1.3)], 1.7, 100, 5, lookahead=1)
+    plan = make_plan([NetworkCost("a", 3.0), NetworkCost("b", 1.3)], 1.7, 100, 5, lookahead=1)
     steps = 1000
     taught = np.zeros(5)
     for step in range(steps):
@@ -131,7 +133,7 @@ PUBLISHED = {"s": 0.18, "sp": 0.22, "b": 0.55, "l": 1.83, "hp": 4.93}  # TF per 
 
 def test_make_plan__eight_ranks_are_balanced_and_full() -> None:
     """S S+ B L H+ on 1 1 1 2 3: 73% with even shares, 100% filled (teacher 7.10 TF per image pair)."""
-    plan = make_plan([Work(*each) for each in PUBLISHED.items()], 7.10, 1920, 8, lookahead=2)
+    plan = make_plan([NetworkCost(*each) for each in PUBLISHED.items()], 7.10, 1920, 8, lookahead=2)
     assert {p.name: len(p.slices) for p in plan.placements} == {
         "s": 1,
         "sp": 1,
@@ -147,7 +149,7 @@ def test_make_plan__eight_ranks_are_balanced_and_full() -> None:
 def test_make_plan__the_published_launch() -> None:
     """S S+ B L on 48 48 80 120 of 296 ranks: 85.1% with even shares, 100% filled."""
     ranks = {"s": 48, "sp": 48, "b": 80, "l": 120}
-    works = [Work(name, PUBLISHED[name], count) for name, count in ranks.items()]
+    works = [NetworkCost(name, PUBLISHED[name], count) for name, count in ranks.items()]
     plan = make_plan(works, 7.10, 1920, 296, lookahead=2)
     assert plan.utilisation_even_barrier == pytest.approx(0.851, abs=0.001)
     assert plan.utilisation == pytest.approx(1.0)
@@ -156,15 +158,15 @@ def test_make_plan__the_published_launch() -> None:
 
 
 def test_make_plan__thousands_of_ranks_are_planned_in_no_time() -> None:
-    works = [Work(f"s{i}", 0.2 * (i + 1)) for i in range(9)]
+    works = [NetworkCost(f"s{i}", 0.2 * (i + 1)) for i in range(9)]
     plan = make_plan(works, 7.10, 8192, 4096, lookahead=2)
     assert plan.utilisation == pytest.approx(1.0)
     assert len(plan.shares(7)) == 4096
 
 
 def test_make_plan__one_network_on_all_ranks_is_local() -> None:
-    assert make_plan([Work("a", 3.0, 3)], 1.0, 64, 3).is_local
-    assert not make_plan([Work("a", 3.0), Work("b", 1.0)], 1.0, 64, 2).is_local
+    assert make_plan([NetworkCost("a", 3.0, 3)], 1.0, 64, 3).is_local
+    assert not make_plan([NetworkCost("a", 3.0), NetworkCost("b", 1.0)], 1.0, 64, 2).is_local
 
 
 def test_split_evenly__respects_koleo_groups_where_they_divide() -> None:
@@ -176,13 +178,13 @@ def test_split_evenly__respects_koleo_groups_where_they_divide() -> None:
 @pytest.mark.parametrize(
     ("works", "images", "num_ranks", "message"),
     [
-        ([Work("a", 1.0)], 8, 0, "0 ranks: at least one is needed"),
-        ([Work("a", 1.0, 4)], 8, 2, "students.a.ranks = 4: this job has 2 ranks"),
-        ([Work("a", 1.0)], 2, 4, "a: 4 ranks for a batch of 2 images"),
+        ([NetworkCost("a", 1.0)], 8, 0, "0 ranks: at least one is needed"),
+        ([NetworkCost("a", 1.0, 4)], 8, 2, "students.a.ranks = 4: this job has 2 ranks"),
+        ([NetworkCost("a", 1.0)], 2, 4, "a: 4 ranks for a batch of 2 images"),
     ],
 )
 def test_make_plan__refuses_what_cannot_work(
-    works: list[Work], images: int, num_ranks: int, message: str
+    works: list[NetworkCost], images: int, num_ranks: int, message: str
 ) -> None:
     with pytest.raises(PlanError, match=message):
         make_plan(works, 1.0, images, num_ranks)

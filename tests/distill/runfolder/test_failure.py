@@ -15,7 +15,7 @@ from distill.runfolder.failure import (
     read_failure,
     write_failure,
 )
-from distill.runfolder.heartbeat import Pulse
+from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.lock import run_lock
 from tests.distill.launch.test_watchdog import SIGN
 
@@ -67,16 +67,16 @@ def test_is_lost_connection(error: Exception, is_lost: bool) -> None:
 
 def test_find_dead__who_ended_without_a_word(tmp_path: Path) -> None:
     for rank in range(2):
-        with Pulse(tmp_path, rank):
+        with Heartbeat(tmp_path, rank):
             pass
     assert find_dead(tmp_path, 2) == []
-    gone = Pulse(tmp_path, 1)
+    gone = Heartbeat(tmp_path, 1)
     gone._write()
-    record = (tmp_path / "pulse/rank-00001.json").read_text()
-    pid = f'"pid": {gone.sign().pid}'
+    record = (tmp_path / "heartbeat/rank-00001.json").read_text()
+    pid = f'"pid": {gone.record().pid}'
     assert pid in record
-    (tmp_path / "pulse/rank-00001.json").write_text(record.replace(pid, f'"pid": {2**22 + 1}'))
-    assert [sign.world_rank for sign in find_dead(tmp_path, 2)] == [1]
+    (tmp_path / "heartbeat/rank-00001.json").write_text(record.replace(pid, f'"pid": {2**22 + 1}'))
+    assert [record.world_rank for record in find_dead(tmp_path, 2)] == [1]
 
 
 def test_run_lock__one_job_per_folder(tmp_path: Path) -> None:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from distill.runfolder.requests import SAVE, STOP, Asked, ask, forget, is_asked
+from distill.runfolder.requests import SAVE, STOP, StopSaveRequests, ask, forget, is_asked
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_asked__a_signal_asks_to_stop(tmp_path: Path, number: signal.Signals) -> None:
-    asked = Asked(tmp_path)
+    asked = StopSaveRequests(tmp_path)
     with asked.listening():
         assert not asked.to_stop()
         os.kill(os.getpid(), number)
@@ -17,14 +17,14 @@ def test_asked__a_signal_asks_to_stop(tmp_path: Path, number: signal.Signals) ->
 
 
 def test_asked__sigusr1_asks_for_one_save(tmp_path: Path) -> None:
-    asked = Asked(tmp_path)
+    asked = StopSaveRequests(tmp_path)
     with asked.listening():
         os.kill(os.getpid(), signal.SIGUSR1)
     assert asked.take_save() and not asked.take_save() and not asked.to_stop()
 
 
 def test_asked__finds_what_was_left_in_files(tmp_path: Path) -> None:
-    asked = Asked(tmp_path)
+    asked = StopSaveRequests(tmp_path)
     asked.look()
     assert not asked.to_stop() and not asked.take_save()
     ask(tmp_path, SAVE)

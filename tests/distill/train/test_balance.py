@@ -6,8 +6,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distill.plan.by_step import Timetable
-from distill.plan.placement import Work
+from distill.plan.by_step import PlanSchedule
+from distill.plan.placement import NetworkCost
 from distill.plan.plan import make_plan
 from distill.train.balance import Balancer
 from distill.train.groups import make_groups
@@ -15,7 +15,7 @@ from distill.train.stopwatch import Stopwatch
 from tests.ranks import on_ranks
 
 WORKS = [
-    Work(name, 1 / 3) for name in "abc"
+    NetworkCost(name, 1 / 3) for name in "abc"
 ]  # 100 s of training per rank and step, 300 of teaching
 
 
@@ -41,10 +41,10 @@ def shares_with_a_slow_rank(slow: int, factor: float) -> dict[str, Any]:
     rank, lookahead = dist.get_rank(), 2
     plan = make_plan(WORKS, 1.0, 300, dist.get_world_size(), lookahead=lookahead)
     groups = make_groups(plan, timedelta(seconds=60))
-    timetable, teaching, training, room = Timetable(plan), Clock(), Clock(), Room()
+    plan_schedule, teaching, training, room = PlanSchedule(plan), Clock(), Clock(), Room()
     told: list[str] = []
     balancer = Balancer(
-        timetable,
+        plan_schedule,
         rank,
         groups.control,
         room,
@@ -55,14 +55,14 @@ def shares_with_a_slow_rank(slow: int, factor: float) -> dict[str, Any]:
     )
     pace = factor if rank == slow else 1.0
     for step in range(1, 42):
-        images = len(timetable.at(step).share(rank, step))
+        images = len(plan_schedule.at(step).share(rank, step))
         teaching.units += images
         teaching.seconds += pace * images
         training.seconds += pace * plan.student_s[rank]
         balancer.after_step(step)
     return {
-        "early": [len(share) for share in timetable.at(12).shares(12)],
-        "late": timetable.at(41).exact_shares,
+        "early": [len(share) for share in plan_schedule.at(12).shares(12)],
+        "late": plan_schedule.at(41).exact_shares,
         "told": told,
         "room": room.max_images,
     }

@@ -17,8 +17,8 @@ from distill.errors import SetupError
 from distill.evaluate.summary import finish
 from distill.job.prepare import JobRequest, prepare, read_job
 from distill.job.run import _Run
-from distill.runfolder.heartbeat import Pulse
-from distill.runfolder.requests import Asked
+from distill.runfolder.heartbeat import Heartbeat
+from distill.runfolder.requests import StopSaveRequests
 from distill.train.device import take_device
 from distill.train.faults import IN_A_ROW
 from distill.train.groups import make_control
@@ -118,7 +118,9 @@ def work_through(recipe: Path, folder: Path, *overrides: str) -> Path:
 def work_pretended(folder: Path) -> None:
     prepare_deepspeed("cpu")
     with pretending():
-        _Run(read_job(folder), GPU, Asked(folder), Pulse(folder, dist.get_rank())).run()
+        _Run(
+            read_job(folder), GPU, StopSaveRequests(folder), Heartbeat(folder, dist.get_rank())
+        ).run()
         dist.barrier()
         if dist.get_rank() == 0:  # as the launcher does when the ranks are gone
             with mock.patch.object(torch.cuda, "is_available", lambda: True):
@@ -135,28 +137,28 @@ def spoil(recipe: Path, folder: Path) -> Any:
     prepare_deepspeed("cpu")
     with pretending():
         bench = bench_of(recipe, ("schedule.steps=100",), ())
-        phase, isolation = bench.phases[OURS], bench.isolations[OURS]
-        isolation._run_folder = folder
-        isolation.start(0, make_control(timedelta(seconds=60)))
+        phase, fault_handler = bench.phases[OURS], bench.isolations[OURS]
+        fault_handler._run_folder = folder
+        fault_handler.start(0, make_control(timedelta(seconds=60)))
         bench.warm_up(OURS)
-        isolation.before_save(STEPS)
-        pupil = phase.pupils[0]
-        state = pupil.state()
+        fault_handler.before_save(STEPS)
+        trainer = phase.trainers[0]
+        state = trainer.state()
         assert all(tensor.device.type == "cpu" for tensor in state.values())
         losses = []
         for _ in range(2):
-            pupil.load_state(state)
-            pupil.read_metrics(0.0)
+            trainer.load_state(state)
+            trainer.read_metrics(0.0)
             bench.steps_done[OURS] = STEPS
             bench.warm_up(OURS)
-            values = pupil.read_metrics(0.0)
+            values = trainer.read_metrics(0.0)
             assert values is not None and values["skipped"] == 0
             losses.append(values["loss"])
         with torch.no_grad():
-            pupil.engine._shards.weights[0][0] = torch.nan
+            trainer.engine._shards.weights[0][0] = torch.nan
         bench.warm_up(OURS)
-        isolation.before_save(4 * STEPS)
-        record = isolation._records[pupil.name]
+        fault_handler.before_save(4 * STEPS)
+        record = fault_handler._records[trainer.name]
     return (record.num_skipped, record.num_rolled_back, record.is_parked), losses
 
 

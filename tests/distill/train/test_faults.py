@@ -16,7 +16,7 @@ MEMORY = Fault("memory", "b", 0, 6, NAN, has_heads=False)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("isolation")
+    return tmp_path_factory.mktemp("fault_handler")
 
 
 @pytest.fixture(scope="module")

@@ -11,21 +11,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.engine.engine import Engine, EngineSettings, StepRates, prepare_deepspeed
-from distill.plan.by_step import Timetable
-from distill.plan.placement import Work
+from distill.plan.by_step import PlanSchedule
+from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, make_plan, without
 from distill.plan.traffic import WireShape, gathered_bytes, slice_bytes
-from distill.train.exchange import AllGather, Outgoing, Pending, Slices, lesson_for
+from distill.train.exchange import AllGather, Outgoing, Pending, Slices, student_batch
 from distill.train.groups import make_groups
-from distill.train.student import Assigner, Pupil, TargetMaker
-from students.objective import FeatureTrainee, Standardiser, build_projectors
+from distill.train.student import SinkhornTargets, StudentTrainer, TargetBuilder
+from students.objective import FeatureNormalizer, FeatureTask, build_projectors
 from teacher.batch import CropBatch, PatchMasks
 from teacher.frozen import FrozenTeacher
 from teacher.losses import koleo_sum
 from teacher.sinkhorn import sinkhorn
-from teacher.trainee import Objective, StepScalars, Trainee, TraineeTraits
+from teacher.task import DistillationTask, Objective, StepScalars, TaskOptions
 from tests.ranks import on_ranks
-from tests.teacher.test_trainee import MEAN, STD, network, teacher
+from tests.teacher.test_task import MEAN, STD, network, teacher
 
 IMAGES = 32
 SCALARS = StepScalars(Objective(1.0, 1.0, 0.1, 1.0, cosine=1.0, smooth_l1=1.0), 1.0, 1.0)
@@ -71,14 +71,14 @@ class Ways:
 
 
 def train_family(
-    works: list[Work],
+    works: list[NetworkCost],
     num_steps: int,
     zero: int,
     precision: str,
     bad: tuple[str, int] | None = None,
     ways: Ways = Ways(),
 ) -> dict[str, Any]:
-    """Losses and EMA of every student this rank trains, through exchange, engines and pupils as in the loop."""
+    """Losses and EMA of every student this rank trains, through exchange, engines and trainers as in the loop."""
     prepare_deepspeed("cpu")
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     lookahead, is_published = ways.lookahead, ways.is_published
@@ -91,7 +91,7 @@ def train_family(
         has_even_shares=is_published,
         is_teacher_sharded=ways.is_sharded,
     )
-    timetable = Timetable(plan, [(end, without(plan, {name})) for name, end in ways.ends])
+    plan_schedule = PlanSchedule(plan, [(end, without(plan, {name})) for name, end in ways.ends])
     groups = make_groups(plan, timedelta(seconds=60))
     taught = teacher(4, has_heads=ways.has_heads)
     whole = sum(p.numel() for p in taught.backbone.parameters())
@@ -101,20 +101,20 @@ def train_family(
         parts = [p.to_local().numel() for p in taught.backbone.parameters()]  # type: ignore[attr-defined]
         assert sum(parts) < whole / num_ranks * 1.3  # rows do not divide evenly
     way = AllGather if is_published else Slices
-    exchange = way(timetable, rank, groups.exchange, torch.device("cpu"))
-    pupils = [
+    exchange = way(plan_schedule, rank, groups.exchange, torch.device("cpu"))
+    trainers = [
         make_pupil(plan, groups, p.name, zero, precision, ways)
         for p in plan.placements
         if rank in p.world_ranks
     ]
-    losses: dict[str, list[float]] = {pupil.name: [] for pupil in pupils}
-    skipped = {pupil.name: 0 for pupil in pupils}
+    losses: dict[str, list[float]] = {trainer.name: [] for trainer in trainers}
+    skipped = {trainer.name: 0 for trainer in trainers}
     on_the_way: deque[Pending] = deque()
     predicted_bytes = 0
     for step in range(num_steps):
         for ahead in range(step + len(on_the_way), min(step + lookahead + 1, num_steps)):
             crops, masks = batch_of(ahead)
-            now = timetable.at(ahead)
+            now = plan_schedule.at(ahead)
             share = now.share(rank, ahead)
             part = slice(share.start, share.stop)
             mine = some(crops, part)
@@ -130,21 +130,21 @@ def train_family(
                 else slice_bytes(now, ahead, WIRE, counts.sum(axis=1))[rank]
             )
         delivery = exchange.wait(on_the_way.popleft())
-        for pupil in pupils:
-            if pupil.is_finished(step):
+        for trainer in trainers:
+            if trainer.is_finished(step):
                 continue
-            lesson = lesson_for(delivery, pupil.placement, rank, (2, 2), IMAGES)
-            if bad == (pupil.name, step):
+            batch = student_batch(delivery, trainer.placement, rank, (2, 2), IMAGES)
+            if bad == (trainer.name, step):
                 with torch.no_grad():
-                    next(iter(pupil.engine.module.dino_head.parameters()))[0, 0] = float("nan")
-            pupil.learn(lesson, 0.07, SCALARS, step)
-            values = metrics_of(pupil)
-            losses[pupil.name].append(values["loss"])
-            skipped[pupil.name] += int(values["skipped"])
+                    next(iter(trainer.engine.module.dino_head.parameters()))[0, 0] = float("nan")
+            trainer.train_step(batch, 0.07, SCALARS, step)
+            values = metrics_of(trainer)
+            losses[trainer.name].append(values["loss"])
+            skipped[trainer.name] += int(values["skipped"])
     return {
         "losses": losses,
-        "targets": {pupil.name: pupil.targets.state() for pupil in pupils},
-        "ema": {pupil.name: pupil.engine.full("ema") for pupil in pupils},
+        "targets": {trainer.name: trainer.targets.state() for trainer in trainers},
+        "ema": {trainer.name: trainer.engine.full("ema") for trainer in trainers},
         "skipped": skipped,
         "received_bytes": exchange.received_bytes,
         "predicted_bytes": predicted_bytes,
@@ -153,31 +153,35 @@ def train_family(
 
 def make_pupil(
     plan: Plan, groups: Any, name: str, zero: int, precision: str, ways: Ways = Ways()
-) -> Pupil:
+) -> StudentTrainer:
     placement = next(p for p in plan.placements if p.name == name)
     group, group_ranks = groups.by_network[name], len(placement.slices)
-    traits = TraineeTraits(masks_input=False, mean=MEAN, std=STD)
+    options = TaskOptions(masks_input=False, mean=MEAN, std=STD)
     backbone, *heads = network(sum(map(ord, name)))
-    trainee: nn.Module
-    targets: TargetMaker
+    task: nn.Module
+    targets: TargetBuilder
     if ways.has_heads:
         taught = teacher()
         assert taught.dino_head is not None and taught.ibot_head is not None
-        trainee = Trainee(backbone, *heads, traits, group, group_ranks, placement.koleo_is_local)
-        targets = Assigner(taught.dino_head, taught.ibot_head)
+        task = DistillationTask(
+            backbone, *heads, options, group, group_ranks, placement.koleo_is_local
+        )
+        targets = SinkhornTargets(taught.dino_head, taught.ibot_head)
     else:
         projectors = build_projectors(16, 16, torch.Generator().manual_seed(7))
-        trainee = FeatureTrainee(backbone, *projectors, traits, group_ranks)
-        targets = Standardiser(16, torch.device("cpu"))
+        task = FeatureTask(backbone, *projectors, options, group_ranks)
+        targets = FeatureNormalizer(16, torch.device("cpu"))
     parts = placement.parts_of(groups.world_rank, ways.micro_batch)
     settings = EngineSettings(zero, precision, 3.0, parts[0].stop, len(parts))
-    engine = Engine(trainee, group, groups.alone, settings)
+    engine = Engine(task, group, groups.alone, settings)
     end = dict(ways.ends).get(name)
-    return Pupil(name, placement, engine, lambda step: RATES, targets, parts=parts, num_steps=end)
+    return StudentTrainer(
+        name, placement, engine, lambda step: RATES, targets, parts=parts, num_steps=end
+    )
 
 
-def metrics_of(pupil: Pupil) -> dict[str, float]:
-    values = pupil.read_metrics(wait=0.0)
+def metrics_of(trainer: StudentTrainer) -> dict[str, float]:
+    values = trainer.read_metrics(wait=0.0)
     assert values is not None
     return values
 
@@ -186,7 +190,7 @@ def merged(results: list[dict[str, Any]], key: str, name: str) -> Any:
     return next(result[key][name] for result in results if name in result[key])
 
 
-FAMILY = [Work("a", 3.0), Work("b", 2.0), Work("c", 1.0)]
+FAMILY = [NetworkCost("a", 3.0), NetworkCost("b", 2.0), NetworkCost("c", 1.0)]
 APART = [replace(work, ranks=1) for work in FAMILY]  # without, groups overlap on three ranks
 
 
@@ -207,7 +211,7 @@ def test_family__many_processes_equal_one(num_ranks: int, zero: int, alone: dict
 
 
 def test_family__a_student_with_siblings_equals_the_student_alone(alone: dict[str, Any]) -> None:
-    single = on_ranks(1, train_family, [Work("b", 2.0)], 4, 1, "fp32")[0]
+    single = on_ranks(1, train_family, [NetworkCost("b", 2.0)], 4, 1, "fp32")[0]
     assert single["losses"]["b"] == alone["losses"]["b"]
     assert all(
         torch.equal(single["ema"]["b"][key], tensor) for key, tensor in alone["ema"]["b"].items()
@@ -373,18 +377,20 @@ def test_family__without_heads_many_processes_equal_one() -> None:
 def state_on(num_ranks_before: int) -> dict[str, Tensor]:
     """The full state of one engine over all ranks after two steps."""
     prepare_deepspeed("cpu")
-    plan = make_plan([Work("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size())
+    plan = make_plan(
+        [NetworkCost("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size()
+    )
     groups = make_groups(plan, timedelta(seconds=60))
-    pupil = make_pupil(plan, groups, "a", 1, "fp32")
+    trainer = make_pupil(plan, groups, "a", 1, "fp32")
     assert dist.get_world_size() == num_ranks_before
-    train_one(pupil, plan, range(2))
-    return pupil.state()
+    train_one(trainer, plan, range(2))
+    return trainer.state()
 
 
-def train_one(pupil: Pupil, plan: Plan, steps: range) -> list[float]:
+def train_one(trainer: StudentTrainer, plan: Plan, steps: range) -> list[float]:
     taught = FrozenTeacher(*network(2), mean=MEAN, std=STD, micro_images=4)
     losses, rank = [], dist.get_rank()
-    exchange = Slices(Timetable(plan), rank, dist.group.WORLD, torch.device("cpu"))  # type: ignore[arg-type]
+    exchange = Slices(PlanSchedule(plan), rank, dist.group.WORLD, torch.device("cpu"))  # type: ignore[arg-type]
     assert plan.is_local
     for step in steps:
         crops, masks = batch_of(step)
@@ -393,27 +399,31 @@ def train_one(pupil: Pupil, plan: Plan, steps: range) -> list[float]:
         own = PatchMasks.of(masks[part])
         outgoing = Outgoing(step, mine, taught.teach(mine, own), own, masks.sum(dim=2).numpy())
         delivery = exchange.wait(exchange.start(outgoing))
-        lesson = lesson_for(delivery, pupil.placement, rank, (2, 2), IMAGES)
-        pupil.learn(lesson, 0.07, SCALARS, step)
-        losses.append(metrics_of(pupil)["loss"])
+        batch = student_batch(delivery, trainer.placement, rank, (2, 2), IMAGES)
+        trainer.train_step(batch, 0.07, SCALARS, step)
+        losses.append(metrics_of(trainer)["loss"])
     return losses
 
 
 def go_on_from(state: dict[str, Tensor]) -> tuple[list[float], dict[str, Tensor]]:
     prepare_deepspeed("cpu")
-    plan = make_plan([Work("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size())
-    pupil = make_pupil(plan, make_groups(plan, timedelta(seconds=60)), "a", 1, "fp32")
-    pupil.load_state(state)
-    restored = pupil.state()
+    plan = make_plan(
+        [NetworkCost("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size()
+    )
+    trainer = make_pupil(plan, make_groups(plan, timedelta(seconds=60)), "a", 1, "fp32")
+    trainer.load_state(state)
+    restored = trainer.state()
     assert all(torch.equal(restored[key], tensor) for key, tensor in state.items())
-    return train_one(pupil, plan, range(2, 4)), pupil.state()
+    return train_one(trainer, plan, range(2, 4)), trainer.state()
 
 
 def train_through() -> tuple[list[float], dict[str, Tensor]]:
     prepare_deepspeed("cpu")
-    plan = make_plan([Work("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size())
-    pupil = make_pupil(plan, make_groups(plan, timedelta(seconds=60)), "a", 1, "fp32")
-    return train_one(pupil, plan, range(4)), pupil.state()
+    plan = make_plan(
+        [NetworkCost("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size()
+    )
+    trainer = make_pupil(plan, make_groups(plan, timedelta(seconds=60)), "a", 1, "fp32")
+    return train_one(trainer, plan, range(4)), trainer.state()
 
 
 def test_state__two_ranks_go_on_as_two_bitwise_and_as_three_closely() -> None:

@@ -29,7 +29,7 @@ from distill.weights.verify import (
     largest_differences,
     our_features,
     probes,
-    prove,
+    verify,
 )
 from students.catalog import build_backbone
 from students.shapes import BackboneSpec, ConvNeXtSpec
@@ -251,11 +251,11 @@ def test_prove__a_library_that_does_not_import_is_said(
 
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
     monkeypatch.setattr("importlib.import_module", fail)
-    found = prove("timm", tmp_path, tmp_path, torch.float32)
+    found = verify("timm", tmp_path, tmp_path, torch.float32)
     assert found.describe() == (
         "not checked: timm does not import here (operator torchvision::nms does not exist)"
     )
-    assert not found.is_refuted
+    assert not found.is_mismatch
 
 
 def test_export_network__replaces_its_own_and_nothing_else(tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_export_network__a_failure_leaves_nothing(
     def full(*_: Any) -> Parity:
         raise OSError("no space left")
 
-    monkeypatch.setattr(formats, "prove", full)
+    monkeypatch.setattr(formats, "verify", full)
     with pytest.raises(OSError, match="no space left"):
         export(write_network(tmp_path / "small", VIT), tmp_path / "out" / "small", "hf")
     assert names(tmp_path / "out") == set()
@@ -348,7 +348,7 @@ def test_largest_differences__nan_and_shapes_are_not_agreement() -> None:
     ours = [(torch.zeros(1, 2), torch.zeros(1, 3, 2))] * 2
     bad = [(torch.zeros(1, 2), torch.full((1, 3, 2), math.nan)), ours[0]]
     found = Parity("x 1", "", *largest_differences(ours, bad))
-    assert math.isnan(found.patch_tokens or 0.0) and found.is_refuted
+    assert math.isnan(found.patch_tokens or 0.0) and found.is_mismatch
     assert found.to_json()["largest_difference"] == {"class_token": 0.0, "patch_tokens": "nan"}
     with pytest.raises(ValueError, match=r"features of shape \[1, 4\], ours \[1, 2\]"):
         largest_differences(ours, [(torch.zeros(1, 4), torch.zeros(1, 3, 2))] * 2)

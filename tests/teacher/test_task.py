@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from teacher.batch import CropBatch, LessonBatch, PatchMasks, normalise, onto
+from teacher.batch import CropBatch, PatchMasks, StudentBatch, normalise, onto
 from teacher.frozen import FrozenTeacher
 from teacher.heads import Head, init_head_
 from teacher.shapes import HeadShape, ViTSpec
 from teacher.sinkhorn import sinkhorn
-from teacher.trainee import Assignments, Objective, StepScalars, Trainee, TraineeTraits
+from teacher.task import Assignments, DistillationTask, Objective, StepScalars, TaskOptions
 from teacher.vit import ViT, init_vit_
 from tests.gpu import CPU_AND_GPU
 
@@ -37,8 +37,10 @@ def teacher(micro_images: int = 2, *, has_heads: bool = True) -> FrozenTeacher:
     return FrozenTeacher(backbone, dino, ibot, mean=MEAN, std=STD, micro_images=micro_images)
 
 
-def trainee(*, masks_input: bool = False) -> Trainee:
-    return Trainee(*network(1), TraineeTraits(masks_input, MEAN, STD), None, 1, koleo_is_local=True)
+def task(*, masks_input: bool = False) -> DistillationTask:
+    return DistillationTask(
+        *network(1), TaskOptions(masks_input, MEAN, STD), None, 1, koleo_is_local=True
+    )
 
 
 def crops(images: int = IMAGES, *, with_anchor: bool = False) -> CropBatch:
@@ -57,17 +59,17 @@ def masks(images: int = IMAGES) -> Tensor:
     return drawn
 
 
-def lesson(taught: FrozenTeacher, images: int = IMAGES) -> LessonBatch:
+def student_batch(taught: FrozenTeacher, images: int = IMAGES) -> StudentBatch:
     batch = crops(images, with_anchor=taught.anchor is not None)
     targets = taught.teach(batch, PatchMasks.of(masks(images)))
-    return LessonBatch(batch, PatchMasks.of(masks(images)), targets, (2, 2), 0, images)
+    return StudentBatch(batch, PatchMasks.of(masks(images)), targets, (2, 2), 0, images)
 
 
-def assignments(batch: LessonBatch, taught: FrozenTeacher) -> Assignments:
-    rows = batch.targets.class_rows.transpose(0, 1).flatten(0, 1)
+def assignments(batch: StudentBatch, taught: FrozenTeacher) -> Assignments:
+    rows = batch.targets.class_features.transpose(0, 1).flatten(0, 1)
     return Assignments(
         sinkhorn(rows, taught.dino_head.prototypes.weight, 0.07),
-        sinkhorn(batch.targets.patch_rows, taught.ibot_head.prototypes.weight, 0.07),
+        sinkhorn(batch.targets.patch_features, taught.ibot_head.prototypes.weight, 0.07),
     )
 
 
@@ -89,10 +91,10 @@ def test_normalise__by_each_images_own_colours() -> None:
         )
 
 
-def test_trainee__loss_equals_loops_over_images_crops_and_patches() -> None:
-    taught, learner = teacher().double(), trainee().double()
+def test_task__loss_equals_loops_over_images_crops_and_patches() -> None:
+    taught, learner = teacher().double(), task().double()
     taught.anchor = network(3)[0].double()
-    batch = lesson(taught)
+    batch = student_batch(taught)
     targets = assignments(batch, taught)
     weights = Objective(dino=1.0, ibot=0.7, koleo=0.1, local=0.5, gram=2.0)
     losses = learner(batch, targets, StepScalars(weights, 1.0, 1.0))
@@ -141,12 +143,12 @@ def test_trainee__loss_equals_loops_over_images_crops_and_patches() -> None:
 
 
 @pytest.mark.parametrize("masks_input", [False, True])
-def test_trainee__gradients_reach_every_trainable_parameter_and_no_frozen_one(
+def test_task__gradients_reach_every_trainable_parameter_and_no_frozen_one(
     masks_input: bool,
 ) -> None:
-    taught, learner = teacher(), trainee(masks_input=masks_input)
+    taught, learner = teacher(), task(masks_input=masks_input)
     taught.anchor = network(3)[0].requires_grad_(False)
-    batch = lesson(taught)
+    batch = student_batch(taught)
     losses = learner(
         batch,
         assignments(batch, taught),
@@ -160,18 +162,18 @@ def test_trainee__gradients_reach_every_trainable_parameter_and_no_frozen_one(
     assert all(p.grad is None for p in taught.anchor.parameters())
 
 
-def test_trainee__a_zero_weight_leaves_the_term_out() -> None:
+def test_task__a_zero_weight_leaves_the_term_out() -> None:
     taught = teacher()
-    batch = lesson(taught)
-    losses = trainee()(
+    batch = student_batch(taught)
+    losses = task()(
         batch, assignments(batch, taught), StepScalars(Objective(1.0, 0.0, 0.0, 1.0), 1.0, 1.0)
     )
     assert set(losses.parts) == {"dino"}
 
 
-def test_trainee__a_coarser_map_is_compared_on_the_teachers_grid() -> None:
+def test_task__a_coarser_map_is_compared_on_the_teachers_grid() -> None:
     taught = teacher()
-    batch = lesson(taught)
+    batch = student_batch(taught)
     coarse = replace(SPEC, patch=16)
     vit = ViT(coarse)
     init_vit_(vit, torch.Generator().manual_seed(1))
@@ -179,8 +181,8 @@ def test_trainee__a_coarser_map_is_compared_on_the_teachers_grid() -> None:
         batch.crops.global_crops, torch.zeros(IMAGES, 0, 3, 16, 16, dtype=torch.uint8)
     )
     batch = replace(batch, crops=pixels_16)
-    learner = Trainee(
-        vit, *network(1)[1:], TraineeTraits(False, MEAN, STD), None, 1, koleo_is_local=True
+    learner = DistillationTask(
+        vit, *network(1)[1:], TaskOptions(False, MEAN, STD), None, 1, koleo_is_local=True
     )
     losses = learner(
         batch, assignments(batch, taught), StepScalars(Objective(1.0, 1.0, 0.0, 1.0), 1.0, 1.0)
@@ -204,8 +206,12 @@ def test_teach__does_not_depend_on_how_many_images_a_rank_has(device: str) -> No
             CropBatch(batch.global_crops[border:], batch.local_crops[border:]),
             drawn.part(slice(border, None)),
         )
-        assert torch.equal(whole.class_rows, torch.cat([first.class_rows, second.class_rows]))
-        assert torch.equal(whole.patch_rows, torch.cat([first.patch_rows, second.patch_rows]))
+        assert torch.equal(
+            whole.class_features, torch.cat([first.class_features, second.class_features])
+        )
+        assert torch.equal(
+            whole.patch_features, torch.cat([first.patch_features, second.patch_features])
+        )
 
 
 @pytest.mark.parametrize("images", [0, 1, 5])
@@ -216,5 +222,5 @@ def test_teach__one_forward_per_image(images: int) -> None:
     )
     targets = taught.teach(crops(images), PatchMasks.of(masks(5)[:images]))
     assert seen == [2] * images  # both global crops of one image at a time
-    assert targets.class_rows.shape == (images, 2, 6)
-    assert targets.patch_rows.shape == (int(masks(5)[:images].sum()), 6)
+    assert targets.class_features.shape == (images, 2, 6)
+    assert targets.patch_features.shape == (int(masks(5)[:images].sum()), 6)

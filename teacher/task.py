@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from teacher.batch import Features, LessonBatch, normalise
+from teacher.batch import Features, StudentBatch, normalise
 from teacher.drop_path import KeptRows, kept_rows
 from teacher.gram import gram_sum, resize_grid
 from teacher.heads import Head
 from teacher.losses import koleo_sum
 from teacher.shapes import KOLEO_GROUP, scaled_size
-from teacher.sinkhorn import Assignment
+from teacher.sinkhorn import SoftAssignment
 
 NUM_GLOBAL = 2
 
@@ -42,7 +42,7 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class TraineeTraits:
+class TaskOptions:
     """How one network is trained: masked input for the online network, plain input for students.
 
     ``crop_scale``: it sees crops at this part of their size. ``keep``: probability that a row passes
@@ -60,8 +60,8 @@ class TraineeTraits:
 class Assignments:
     """Soft targets of one slice: class tokens [2 * images, crop-major] and masked patches."""
 
-    dino: Assignment
-    ibot: Assignment
+    dino: SoftAssignment
+    ibot: SoftAssignment
 
     def part(self, images: slice, masked: slice) -> "Assignments":
         """Of some images and their masked patches."""
@@ -85,7 +85,7 @@ class Losses:
     parts: dict[str, Float[Tensor, ""]]
 
 
-class Trainee(nn.Module):
+class DistillationTask(nn.Module):
     """Backbone, heads and loss of one trained network on one group."""
 
     def __init__(
@@ -93,7 +93,7 @@ class Trainee(nn.Module):
         backbone: nn.Module,
         dino_head: Head,
         ibot_head: Head,
-        traits: TraineeTraits,
+        options: TaskOptions,
         group: dist.ProcessGroup | None,
         group_ranks: int,
         koleo_is_local: bool,
@@ -103,16 +103,18 @@ class Trainee(nn.Module):
         self.backbone = backbone
         self.dino_head = dino_head
         self.ibot_head = ibot_head
-        self.traits = traits
+        self.options = options
         self._group = group
         self._group_ranks = group_ranks
         self.koleo_is_local = koleo_is_local
 
-    def forward(self, batch: LessonBatch, assignments: Assignments, scalars: StepScalars) -> Losses:
+    def forward(
+        self, batch: StudentBatch, assignments: Assignments, scalars: StepScalars
+    ) -> Losses:
         """All loss terms for this rank's slice. Communication: KoLeo only, when a slice border cuts one of its groups."""
         weights = scalars.objective
         num_images = len(batch.masks)
-        globals_, locals_ = see_crops(self.backbone, batch, self.traits, scalars)
+        globals_, locals_ = see_crops(self.backbone, batch, self.options, scalars)
         parts = {"dino": self._dino(globals_, locals_, assignments.dino, weights.local, batch)}
         if weights.ibot:
             parts["ibot"] = self._ibot(globals_, assignments.ibot, batch)
@@ -142,9 +144,9 @@ class Trainee(nn.Module):
         self,
         globals_: Features,
         locals_: Features,
-        assignment: Assignment,
+        assignment: SoftAssignment,
         local_weight: float,
-        batch: LessonBatch,
+        batch: StudentBatch,
     ) -> Float[Tensor, ""]:
         """Mean over pairs: each global crop with the other global crop, each local crop with both."""
         num_images, num_locals = batch.crops.local_crops.shape[:2]
@@ -166,7 +168,7 @@ class Trainee(nn.Module):
         )
 
     def _ibot(
-        self, globals_: Features, assignment: Assignment, batch: LessonBatch
+        self, globals_: Features, assignment: SoftAssignment, batch: StudentBatch
     ) -> Float[Tensor, ""]:
         """Mean over a crop's masked patches, then over all global crops of the batch (unmasked ones count as zero)."""
         masked, row_weights = masked_rows(globals_, batch)
@@ -177,43 +179,43 @@ class Trainee(nn.Module):
 
 
 def see_crops(
-    backbone: nn.Module, batch: LessonBatch, traits: TraineeTraits, scalars: StepScalars
+    backbone: nn.Module, batch: StudentBatch, options: TaskOptions, scalars: StepScalars
 ) -> tuple[Features, Features]:
     """What a network in training sees of its slice: features of global and of local crops."""
     dtype = next(backbone.parameters()).dtype
-    seer: Callable[..., Features] = backbone  # a ``Backbone``; ViTs take ``kept`` too
+    network: Callable[..., Features] = backbone  # a ``Backbone``; ViTs take ``kept`` too
     pixels = [
         _shrunk(
-            normalise(crops, traits.mean, traits.std, torch.float32, batch.crops.colours).flatten(
+            normalise(crops, options.mean, options.std, torch.float32, batch.crops.colours).flatten(
                 0, 1
             ),
-            traits,
+            options,
         ).to(dtype)
         for crops in (batch.crops.global_crops, batch.crops.local_crops)
     ]
-    masks = batch.masks.flags.flatten(0, 1) if traits.masks_input else None
+    masks = batch.masks.flags.flatten(0, 1) if options.masks_input else None
     depth: list[dict[str, KeptRows]] = [{}, {}]
     if batch.kept is not None:
         crops = batch.kept.split([NUM_GLOBAL, batch.kept.shape[1] - NUM_GLOBAL], dim=1)
-        depth = [{"kept": kept_rows(part, traits.keep, pixels[0].device)} for part in crops]
+        depth = [{"kept": kept_rows(part, options.keep, pixels[0].device)} for part in crops]
     return (
-        seer(pixels[0], masks, rope_scale=scalars.rope_scale_global, is_local=False, **depth[0]),
-        seer(pixels[1], None, rope_scale=scalars.rope_scale_local, is_local=True, **depth[1]),
+        network(pixels[0], masks, rope_scale=scalars.rope_scale_global, is_local=False, **depth[0]),
+        network(pixels[1], None, rope_scale=scalars.rope_scale_local, is_local=True, **depth[1]),
     )
 
 
 def _shrunk(
-    pixels: Float[Tensor, "rows 3 height width"], traits: TraineeTraits
+    pixels: Float[Tensor, "rows 3 height width"], options: TaskOptions
 ) -> Float[Tensor, "rows 3 smaller_height smaller_width"]:
     """Crops at the size that the network sees, bilinear with antialias."""
-    if traits.crop_scale == 1.0 or not len(pixels):
+    if options.crop_scale == 1.0 or not len(pixels):
         return pixels
-    size = [scaled_size(side, traits.crop_scale) for side in pixels.shape[2:]]
+    size = [scaled_size(side, options.crop_scale) for side in pixels.shape[2:]]
     return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
 
 
 def masked_rows(
-    globals_: Features, batch: LessonBatch
+    globals_: Features, batch: StudentBatch
 ) -> tuple[Float[Tensor, "masked width"], Float[Tensor, " masked"]]:
     """Patch features at the masked places of the teacher's grid, and their weights in the loss.
 
