@@ -1,0 +1,1 @@
+"""Distils a family of small vision models from one large teacher, in one job."""

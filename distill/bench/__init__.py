@@ -1,0 +1,1 @@
+"""Measures the throughput of jobs and loaders beside what the plan predicts."""

@@ -48,9 +48,9 @@ from distill.job.build import (
     family_phase,
     freeze,
 )
-from distill.job.teacher_source import teacher_shape
 from distill.plan.flops import DEFAULT_DEVICE
 from distill.plan.from_recipe import TeacherShape, plan_family
+from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job
 from distill.runfolder.heartbeat import Heartbeat

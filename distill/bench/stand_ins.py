@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.checkpoint.saver import CheckpointPolicy, Saver
+from distill.checkpoint.saver import CheckpointPolicy, Saveable, Saver
 from distill.data.crops import NUM_GLOBAL
 from distill.errors import CheckpointError
 from distill.plan.plan import Placement
 from distill.recipe.keys import FamilyRecipe
-from distill.runfolder.metrics import RunState
+from distill.runfolder.status import RunState
 from distill.train.phase import Phase
 from distill.train.recorder import Decision
 from distill.train.stopwatch import Stopwatch
@@ -135,7 +135,7 @@ class TimedSaver(Saver):
         )
         self.returned_s = 0.0
 
-    def save(self, phase: Phase, step: int) -> None:
+    def save(self, phase: Saveable, step: int) -> None:
         """As the saver's."""
         super().save(phase, step)
         self.returned_s = time.monotonic()

@@ -9,11 +9,11 @@ fails is told in one line, and training goes on with the checkpoints that are th
 """
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -21,11 +21,8 @@ from distill.checkpoint import manifest as checkpoint
 from distill.checkpoint.manifest import Manifest, NetworkFacts
 from distill.errors import CheckpointError
 from distill.runfolder.files import make_folder, write_file
-from distill.runfolder.metrics import RunState
+from distill.runfolder.status import RunState
 from distill.runfolder.tensor_file import SUFFIX, encode, num_bytes, read_tensors
-
-if TYPE_CHECKING:  # at run time anything with the states of networks can be saved
-    from distill.train.phase import Phase
 
 ANCHOR_FILE = (
     "gram-anchor"  # not a legal network name: those have no file of this name in a checkpoint
@@ -52,6 +49,98 @@ class Listener(Protocol):
 
     def unsaved(self, message: str) -> None:
         """A checkpoint could not be written."""
+        ...
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """Where a network trains."""
+
+    @property
+    def name(self) -> str:
+        """Its label in the recipe; names its file."""
+        ...
+
+    @property
+    def first_rank(self) -> int:
+        """The world rank that writes the file."""
+        ...
+
+
+@runtime_checkable
+class Layout(Protocol):
+    """Which networks train in the whole job."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the job."""
+        ...
+
+    @property
+    def placements(self) -> Sequence[Placed]:
+        """One for each network."""
+        ...
+
+
+@runtime_checkable
+class Trained(Protocol):
+    """A network that trains on a group of ranks."""
+
+    @property
+    def name(self) -> str:
+        """Its label in the recipe; names its file."""
+        ...
+
+    @property
+    def placement(self) -> Placed:
+        """Where it trains."""
+        ...
+
+    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Full tensors by name, nothing without ``keep``. Communication: gathers over its group."""
+        ...
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of ``state``. No communication."""
+        ...
+
+
+@runtime_checkable
+class Anchored(Protocol):
+    """A teacher that may have a Gram anchor."""
+
+    def anchor_state(self) -> dict[str, Tensor]:
+        """The anchor's full tensors by name, nothing without an anchor. Collective where it is sharded."""
+        ...
+
+
+@runtime_checkable
+class Saveable(Protocol):
+    """What is saved of a phase."""
+
+    @property
+    def name(self) -> str:
+        """The phase's name; part of the checkpoint's."""
+        ...
+
+    @property
+    def world_rank(self) -> int:
+        """This rank; rank 0 commits."""
+        ...
+
+    @property
+    def plan(self) -> Layout:
+        """Which networks train, on this rank or another."""
+        ...
+
+    @property
+    def trainers(self) -> Sequence[Trained]:
+        """Networks that train on this rank."""
+        ...
+
+    @property
+    def teacher(self) -> Anchored:
+        """Holds the Gram anchor."""
         ...
 
 
@@ -98,7 +187,7 @@ class Saver:
             True  # the last save did not fail, as far as this rank knows; world rank 0 knows
         )
 
-    def save(self, phase: "Phase", step: int) -> None:
+    def save(self, phase: Saveable, step: int) -> None:
         """Begins to save every network after ``step`` finished steps. Communication: gathers per group.
 
         Returns as soon as the state is in host memory; waits for the save before it first.
@@ -146,7 +235,7 @@ class Saver:
             self.report()
 
     def _order_of(
-        self, phase: "Phase", step: int, files: Mapping[str, Mapping[str, Tensor]]
+        self, phase: Saveable, step: int, files: Mapping[str, Mapping[str, Tensor]]
     ) -> SaveJob:
         keeping = self._checkpoint_policy
         staging = checkpoint.staging_folder(keeping.folder, phase.name, step)
@@ -212,7 +301,7 @@ def _write_part(path: Path, parts: Iterable[bytes | memoryview], size: int) -> N
         checkpoint.record_failed(path, error, size)
 
 
-def restore(phase: "Phase", found: tuple[Path, Manifest]) -> None:
+def restore(phase: Saveable, found: tuple[Path, Manifest]) -> None:
     """Loads every network of the phase that the checkpoint holds; others keep their fresh weights. No communication: each rank reads what it needs."""
     path, manifest = found
     for trainer in phase.trainers:

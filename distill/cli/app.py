@@ -145,9 +145,9 @@ def check(
         loaded, teacher = load_job(recipe, texts, check_folders=True)
 
         from distill.job.prepare import check_data
-        from distill.job.teacher_source import heads_story
         from distill.plan.flops import find_device  # these import torch
         from distill.plan.job import check_job, require_fit
+        from distill.plan.teacher_source import heads_story
         from distill.train.device import has_gpu
 
         num_ranks = count_ranks(loaded.engine.processes, gpus)
@@ -197,7 +197,7 @@ def plan(
 
     from distill.plan.flops import find_device
     from distill.plan.job import check_job, require_fit
-    from distill.screen.console import plan_tables  # after the recipe is right: these import torch
+    from distill.screen.tables import plan_tables
 
     assumed = find_device(device)
     num_ranks = count_ranks(loaded.engine.processes, ranks)
@@ -303,7 +303,7 @@ def watch(
     """Show a running or finished job; needs only its run folder. Ctrl-C leaves, the job goes on."""
     import threading
 
-    from distill.screen.console import watch as follow
+    from distill.screen.watch import watch as follow
 
     _require_run(run)
     if as_json:
@@ -342,8 +342,8 @@ def evaluate(
 ) -> None:
     """Score students and teacher on held-out images by k-NN, and draw their features."""
     from distill.evaluate.summary import finish
-    from distill.runfolder.metrics import StatusFile
-    from distill.screen.console import scores_table
+    from distill.runfolder.status import StatusFile
+    from distill.screen.tables import scores_table
 
     _require_run(run)
     if over_steps:

@@ -42,8 +42,8 @@ def inspect_weights(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Name what a file of weights is, without executing anything in it."""
-    from distill.screen.console import inspection_table
-    from distill.weights.load import inspect
+    from distill.screen.tables import inspection_table
+    from distill.weights.inspect import inspect
 
     found = inspect(path, check_values=check_values)
     if as_json:
@@ -64,8 +64,8 @@ def convert_weights(
     """Write a backbone in another layout: a folder for hf and timm, a .pth file for meta."""
     import torch
 
-    from distill.screen.console import inspection_table
-    from distill.weights.load import convert
+    from distill.screen.tables import inspection_table
+    from distill.weights.convert import convert
 
     kind = torch.bfloat16 if dtype == Precision.BF16 else torch.float32
     found = convert(source, target, layout=layout.value, dtype=kind)

@@ -1,0 +1,1 @@
+"""Files to crops and masks. Knows no recipe and no process group."""

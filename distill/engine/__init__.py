@@ -1,0 +1,1 @@
+"""DeepSpeed behind one door. No other package names it."""

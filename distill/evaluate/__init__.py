@@ -1,0 +1,1 @@
+"""Scores finished networks and draws their features."""

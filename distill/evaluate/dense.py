@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from distill.data.locations import Reader
-from distill.evaluate.knn import BATCH, Preparation, Scored, decode
+from distill.evaluate.images import BATCH, Preparation, Scored, decode
 from teacher.batch import Features, normalise
 from teacher.gram import gram_sum
 

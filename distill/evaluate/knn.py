@@ -15,60 +15,35 @@ Similarities are computed in fp64: with LayerScale at its initial 1e-5 the class
 untrained ViT differ in the fourth digit only, and fp32 cosines of them are all 1.
 """
 
-import io
 import json
-import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
-from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 
-from distill.data.index import ImageIndex
-from distill.data.locations import Place, Reader
 from distill.errors import UserError
-from distill.runfolder.metrics import write_json
+from distill.evaluate.images import (
+    Scored,
+    count_images,
+    extract,
+    log,
+    read_pixels,
+    read_preparation,
+    read_splits,
+)
+from distill.runfolder.status import KNN_K, TEACHER, write_json
 from distill.weights.load import load_backbone
 from students.catalog import build_backbone, init_weights_
 from students.shapes import BackboneSpec
-from teacher.batch import normalise
 
-KNN_K = 5
-BATCH = 64  # images per forward; keeps a ViT-L at 256 px below 4 GiB
 BASELINE_PX = (
     64  # pixels are compared at this size: 12,288 numbers an image, whatever the images are
 )
-MAX_IMAGES = 10_000  # of each split; the pixel baseline holds them in memory
 SIMILARITY_ROWS = 1024  # held-out images compared with all training images at once
 UNTRAINED_SEED = 0
-TELL_EVERY_S = 20.0
-TEACHER = "teacher"  # its name among the students
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Images with the labels a score needs, in the order of the index."""
-
-    places: Sequence[Place]
-    labels: Int64[Tensor, " images"]
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How a network wants its images: side in pixels, and RGB mean and std of images in [0, 1]."""
-
-    size: int
-    mean: Sequence[float]
-    std: Sequence[float]
 
 
 def knn(
@@ -125,7 +100,7 @@ def pixels_score(train: Scored, test: Scored, k: int = KNN_K) -> float:
     Euclidean suits pixels better than cosine (0.38 against 0.22 on the bundled tiles), and a
     baseline is given its better distance.
     """
-    sides = [_pixels(split.places, BASELINE_PX).flatten(1).float() for split in (train, test)]
+    sides = [read_pixels(split.places, BASELINE_PX).flatten(1).float() for split in (train, test)]
     return knn(sides[0], train.labels, sides[1], test.labels, k, measure="euclidean")
 
 
@@ -134,7 +109,7 @@ def colour_score(train: Scored, test: Scored, k: int = KNN_K) -> float:
 
     The six numbers are standardised by the training images.
     """
-    sides = [colour_statistics(_pixels(split.places, BASELINE_PX)) for split in (train, test)]
+    sides = [colour_statistics(read_pixels(split.places, BASELINE_PX)) for split in (train, test)]
     centre, spread = sides[0].mean(0), sides[0].std(0).clamp_min(1e-6)  # fp32; grey images exist
     known, asked = ((side - centre) / spread for side in sides)
     return knn(known, train.labels, asked, test.labels, k, measure="euclidean")
@@ -144,56 +119,6 @@ def colour_statistics(images: UInt8[Tensor, "images 3 height width"]) -> Float[T
     """Mean and standard deviation of each colour of each image, in fp32."""
     values = images.flatten(2).float()  # [images, 3, height * width]
     return torch.cat([values.mean(2), values.std(2, correction=0)], dim=1)
-
-
-@torch.inference_mode()
-def extract(
-    backbone: nn.Module,
-    places: Sequence[Place],
-    preparation: Preparation,
-    *,
-    device: torch.device,
-    batch: int = BATCH,
-    seen: Callable[[int], None] = lambda _: None,
-) -> Float[Tensor, "images width"]:
-    """Class token of each image, in fp32 on the CPU, in the order of ``places``.
-
-    The backbone satisfies ``Backbone``, is in evaluation mode and already on ``device``. ``seen`` is
-    told the number of images of every batch.
-    """
-    features = []
-    for images in _decoded(places, preparation.size, batch):
-        pixels = normalise(
-            images.to(device), preparation.mean, preparation.std, dtype=torch.float32
-        )
-        features.append(backbone(pixels).class_token.float().cpu())
-        seen(len(images))
-    return torch.cat(features)
-
-
-def decode(reader: Reader, place: Place, size: int) -> UInt8[Tensor, "3 size size"]:
-    """The image upright in RGB at ``size`` x ``size``; resized (bilinear) only when it differs.
-
-    Raises:
-        UserError: the file is missing or is no image.
-    """
-    try:
-        with Image.open(io.BytesIO(reader.read(place).data)) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
-    except OSError as error:
-        raise UserError(
-            f"{place}: cannot be decoded ({error})",
-            fix="restore the file, or train again so that the index leaves it out.",
-        ) from error
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def read_preparation(folder: Path) -> Preparation:
-    """What ``preprocessor_config.json`` of an exported network asks for."""
-    config = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-    return Preparation(config["size"]["height"], config["image_mean"], config["image_std"])
 
 
 def evaluate_run(
@@ -227,7 +152,7 @@ def evaluate_run(
         if not reason:
             what = f"k-NN of {name} and its untrained copy ({number} of {len(folders)})"
             say(what)
-            seen = _counting(say, what, 2 * (len(train.places) + len(test.places)))
+            seen = count_images(say, what, 2 * (len(train.places) + len(test.places)))
             place = device or torch.device("cpu")
             entry["knn"], untrained[name] = _network_scores(
                 folder, (specs or {}).get(name), train, test, k, place, seen
@@ -291,58 +216,6 @@ def _network_scores(
     return scores[0], scores[1]
 
 
-def _counting(say: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
-    """Adds up what it is told, and says now and then how far it is."""
-    done, told = 0, time.monotonic()
-
-    def seen(count: int) -> None:
-        nonlocal done, told
-        done += count
-        if time.monotonic() - told > TELL_EVERY_S:
-            told = time.monotonic()
-            say(f"{what}: {done:,} of {total:,} images")
-
-    return seen
-
-
-def read_splits(run_folder: Path, k: int, *, part: str = "train") -> tuple[Scored, Scored, str]:
-    """Training and held-out images, and why they cannot be scored ('' when they can).
-
-    ``part``: which training images, ``train`` for the family's or ``teacher`` for its teacher's.
-    """
-    nothing = Scored((), torch.zeros(0, dtype=torch.int64))
-    train = _read_index(run_folder / "data" / part)
-    if train.labels is None:  # then nothing was held out either
-        return nothing, nothing, "the images have no class folders, so k-NN has no classes to vote"
-    test = _read_index(run_folder / "data" / "held_out")
-    if test.labels is None:
-        return nothing, nothing, "the held-out images have no class folders"
-    if len(train) < k or not len(test):
-        counts = f"{len(train)} training and {len(test)} held-out images"
-        return nothing, nothing, f"{counts} are too few for k-NN with k = {k}"
-    return _scored(train, train.labels), _scored(test, test.labels), ""
-
-
-def _read_index(path: Path) -> ImageIndex:
-    if not path.exists():
-        raise UserError(
-            f"{path}: missing, so it is not known which images were held out",
-            fix="give the folder of a run that distill train has started.",
-        )
-    return ImageIndex.load(path)
-
-
-def _scored(index: ImageIndex, labels: np.ndarray) -> Scored:
-    """At most ``MAX_IMAGES`` images, evenly spaced; they are sorted, so each class stays in."""
-    chosen = np.linspace(0, len(index) - 1, min(len(index), MAX_IMAGES)).round().astype(np.int64)
-    if len(chosen) < len(index):
-        log.info("k-NN uses %d of %d images, evenly spaced", len(chosen), len(index))
-    return Scored(
-        [index.place(image) for image in chosen.tolist()],
-        torch.from_numpy(np.asarray(labels)[chosen].astype(np.int64)),
-    )
-
-
 def _read_summary(run_folder: Path) -> dict[str, Any]:
     path = run_folder / "summary.json"
     summary: dict[str, Any] = {}
@@ -359,19 +232,3 @@ def _summary_entry(summary: dict[str, Any], name: str, *, is_teacher: bool) -> d
     student: dict[str, Any] = summary.setdefault("students", {}).setdefault(name, {})
     student.setdefault("loss", None)
     return student
-
-
-def _decoded(
-    places: Sequence[Place], size: int, batch: int
-) -> Iterator[UInt8[Tensor, "images 3 size size"]]:
-    """Batches of decoded images, two files at a time (Pillow decodes without the lock)."""
-    reader = Reader()
-    with ThreadPoolExecutor(max_workers=2) as threads:
-        for start in range(0, len(places), batch):
-            part = places[start : start + batch]
-            images = threads.map(lambda place: decode(reader, place, size), part)
-            yield torch.stack(list(images))
-
-
-def _pixels(places: Sequence[Place], size: int) -> UInt8[Tensor, "images 3 size size"]:
-    return torch.cat(list(_decoded(places, size, BATCH)))

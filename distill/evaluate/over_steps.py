@@ -19,11 +19,12 @@ from torch import Tensor
 from distill.checkpoint.manifest import checkpoints
 from distill.errors import UserError
 from distill.evaluate.dense import DenseProbe, drift
-from distill.evaluate.knn import KNN_K, Preparation, extract, knn, read_splits
+from distill.evaluate.images import Preparation, extract, read_splits
+from distill.evaluate.knn import knn
 from distill.job.prepare import CHECKPOINTS, read_job
 from distill.plan.from_recipe import ONLINE
 from distill.recipe.keys import TeacherRecipe
-from distill.runfolder.metrics import write_json
+from distill.runfolder.status import KNN_K, write_json
 from distill.runfolder.tensor_file import SUFFIX
 from students.catalog import build_backbone
 

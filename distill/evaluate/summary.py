@@ -19,7 +19,8 @@ from distill.evaluate.pictures import draw
 from distill.job.prepare import BUILTIN_PHOTOGRAPHS, read_job
 from distill.recipe.keys import FamilyRecipe
 from distill.runfolder.files import is_full
-from distill.runfolder.metrics import StatusFile, read_rows, write_json
+from distill.runfolder.metrics import read_rows
+from distill.runfolder.status import StatusFile, write_json
 from distill.train.device import has_gpu
 from distill.weights.load import load_backbone
 

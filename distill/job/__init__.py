@@ -1,0 +1,1 @@
+"""One prepared run: its phases in order, how it resumes, what it leaves."""

@@ -22,8 +22,8 @@ from distill.data.photographs import photograph_paths, write_tiles
 from distill.data.sources import list_source
 from distill.errors import CheckpointError, DataError
 from distill.job.resume import describe_changes, joining_steps
-from distill.job.teacher_source import TRAINED_HEADS, heads_file
 from distill.plan.job import check_job
+from distill.plan.teacher_source import TRAINED_HEADS, heads_file
 from distill.recipe.keys import (
     DataSpec,
     FamilyRecipe,
@@ -31,7 +31,7 @@ from distill.recipe.keys import (
     recipe_hash,
 )
 from distill.recipe.reader import TEACHER_PREFIX, find_recipe, load_job, resolved_yaml
-from distill.runfolder.metrics import write_json
+from distill.runfolder.status import write_json
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 CHECKPOINTS = "checkpoints"  # in a run folder

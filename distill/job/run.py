@@ -33,9 +33,9 @@ from distill.job.build import (
 from distill.job.prepare import CHECKPOINTS, FITTED_HEADS, RESOLVED, Job
 from distill.job.pretraining import HeadFitting, Pretraining
 from distill.job.resume import agreed_checkpoint, joining_steps
-from distill.job.teacher_source import TRAINED_HEADS, teacher_shape
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.from_recipe import ONLINE, plan_family, plan_fitting, plan_stage
+from distill.plan.teacher_source import TRAINED_HEADS, teacher_shape
 from distill.recipe.keys import (
     FAMILY_PHASE,
     HEADS_PHASE,
@@ -46,8 +46,8 @@ from distill.recipe.keys import (
 )
 from distill.runfolder.files import replace_text
 from distill.runfolder.heartbeat import Heartbeat
-from distill.runfolder.metrics import PhaseStatus, write_json
 from distill.runfolder.requests import StopSaveRequests
+from distill.runfolder.status import PhaseStatus, write_json
 from distill.train.device import take_device
 from distill.train.faults import FaultHandler
 from distill.train.groups import make_control, make_groups

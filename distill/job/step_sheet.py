@@ -12,8 +12,8 @@ from distill.data.mask_counts import mask_counts
 from distill.data.masks import draw_masks
 from distill.errors import RecipeError
 from distill.job.prepare import training_index
-from distill.job.teacher_source import teacher_shape
 from distill.plan.from_recipe import shape_of_recipe
+from distill.plan.teacher_source import teacher_shape
 from distill.recipe.crop_sizes import crop_schedule
 from distill.recipe.keys import FamilyRecipe, StageSpec, TeacherRecipe
 from distill.recipe.to_data import build_feed, build_loader

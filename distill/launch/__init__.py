@@ -1,0 +1,1 @@
+"""Starts ranks, watches them, starts them again, and joins ranks that another launcher started."""

@@ -109,7 +109,7 @@ def _run_locally(request: "JobRequest", options: Options, num_ranks: int) -> int
 @contextmanager
 def _screen(run_folder: Path, console: Console, *, live: bool, hint: str = "") -> Iterator[None]:
     """Shows the run's files while inside."""
-    from distill.screen.console import watch
+    from distill.screen.watch import watch
 
     done = threading.Event()
     watching = {
@@ -172,7 +172,7 @@ def _wait_for(ready: Path) -> None:
 def _finalize(run_folder: Path, failure: "Failure | None", *, was_interrupted: bool) -> int:
     """Scores and pictures of a finished run, or the reason why it is not finished."""
     from distill.evaluate.summary import finish
-    from distill.runfolder.metrics import StatusFile
+    from distill.runfolder.status import StatusFile
 
     status_file = StatusFile(run_folder)
     status = status_file.read()

@@ -6,7 +6,6 @@ from itertools import pairwise
 from typing import Any
 
 from distill.errors import PlanError
-from distill.job.teacher_source import teacher_shape
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.from_recipe import (
     TeacherShape,
@@ -20,6 +19,7 @@ from distill.plan.from_recipe import (
 )
 from distill.plan.memory import Needs
 from distill.plan.plan import Plan
+from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import (
     FAMILY_PHASE,
     HEADS_PHASE,

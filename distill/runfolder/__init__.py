@@ -1,0 +1,1 @@
+"""Every file through which processes talk: status, metrics, heartbeats, requests, failures."""

@@ -1,0 +1,1 @@
+"""One step: fetch, teach, exchange, train, record, save."""

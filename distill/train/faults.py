@@ -33,7 +33,7 @@ from distill.engine.engine import Kept
 from distill.errors import StudentError
 from distill.runfolder.events import Event, EventKind, note
 from distill.runfolder.failure import is_lost_connection
-from distill.runfolder.metrics import write_json
+from distill.runfolder.status import write_json
 from distill.train.phase import Phase
 from distill.train.student import Attempt, StudentTrainer
 from teacher.batch import StudentBatch, TeacherTargets

@@ -18,20 +18,18 @@ import torch.distributed as dist
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.bad_samples import count_bad
 from distill.errors import UserError
-from distill.runfolder.metrics import (
+from distill.runfolder.metrics import MetricsRow, MetricsWriter, drop_after
+from distill.runfolder.requests import StopSaveRequests
+from distill.runfolder.status import (
     CheckpointStatus,
-    MetricsRow,
-    MetricsWriter,
     NetworkState,
     NetworkStatus,
     PhaseStatus,
     RunState,
     Status,
     StatusFile,
-    drop_after,
     work_done,
 )
-from distill.runfolder.requests import StopSaveRequests
 from distill.train.delayed_reduce import DelayedAllReduce
 from distill.train.phase import Phase
 

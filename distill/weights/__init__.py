@@ -1,0 +1,1 @@
+"""Files of weights in and out: layouts of other libraries, export, model cards."""

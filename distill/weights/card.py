@@ -13,7 +13,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from distill.evaluate.knn import KNN_K, TEACHER
+from distill.runfolder.status import KNN_K, TEACHER
 from distill.weights.containers import read_object
 from distill.weights.verify import Format, Parity
 from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec

@@ -25,7 +25,8 @@ import torch
 from distill.errors import CheckpointError, UserError
 from distill.weights.card import Background, WrittenFile, licence_text, model_card
 from distill.weights.containers import read_object
-from distill.weights.load import convert, load_backbone
+from distill.weights.convert import convert
+from distill.weights.load import load_backbone
 from distill.weights.onnx import write_onnx
 from distill.weights.verify import TOLERANCE, Format, Parity, verify
 from students.catalog import preprocessor_config

@@ -20,8 +20,10 @@ from distill.data.index import build_index
 from distill.plan.job import check_job
 from distill.recipe.reader import builtin_recipes, load_job, resolved_yaml
 from distill.runfolder.tensor_file import SUFFIX, read_tensors
+from distill.weights.convert import convert
 from distill.weights.heads import load_heads
-from distill.weights.load import convert, inspect, load_backbone
+from distill.weights.inspect import inspect
+from distill.weights.load import load_backbone
 from distill.weights.save import ExportFacts, write_backbone, write_heads
 from students.catalog import build_backbone, init_weights_
 from students.shapes import BackboneSpec, ConvNeXtSpec

@@ -464,7 +464,7 @@ def test_watch__ctrl_c_only_leaves(
         raise KeyboardInterrupt
 
     (tmp_path / "job.json").touch()
-    monkeypatch.setattr("distill.screen.console.watch", interrupted)
+    monkeypatch.setattr("distill.screen.watch.watch", interrupted)
     assert distill("watch", tmp_path).code == 0
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from distill.data.locations import Place
 from distill.evaluate.dense import DenseProbe, Mosaics, compose, drift, mean_iou, segmentation_score
-from distill.evaluate.knn import Preparation, Scored
+from distill.evaluate.images import Preparation, Scored
 from students.catalog import build_backbone, init_weights_
 from teacher.shapes import ViTSpec
 

@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from distill.data.index import ImageIndex, build_index
 from distill.data.locations import Place, Reader
 from distill.errors import UserError
+from distill.evaluate.images import Preparation, Scored, decode, extract
 from distill.evaluate.knn import (
-    Preparation,
-    Scored,
     balanced_accuracy,
     colour_score,
     colour_statistics,
-    decode,
     evaluate_run,
-    extract,
     knn,
     network_folders,
     pixels_score,

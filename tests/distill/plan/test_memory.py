@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from distill.errors import PlanError
-from distill.job.teacher_source import teacher_shape
 from distill.plan.flops import DEVICES, Device
 from distill.plan.from_recipe import family_needs, plan_family
 from distill.plan.job import check_job, require_fit
+from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job
 

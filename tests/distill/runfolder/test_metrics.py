@@ -10,17 +10,19 @@ from hypothesis import strategies as st
 
 from distill.errors import UserError
 from distill.runfolder.metrics import (
-    CheckpointStatus,
     MetricsReader,
     MetricsRow,
     MetricsWriter,
+    drop_after,
+    metrics_path,
+    read_rows,
+)
+from distill.runfolder.status import (
+    CheckpointStatus,
     NetworkStatus,
     PhaseStatus,
     Status,
     StatusFile,
-    drop_after,
-    metrics_path,
-    read_rows,
     work_done,
     write_json,
 )

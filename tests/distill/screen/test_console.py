@@ -8,19 +8,14 @@ import pytest
 from rich.console import Console
 
 from distill.runfolder.events import Event, note
-from distill.runfolder.metrics import MetricsWriter, StatusFile, write_json
-from distill.screen.console import (
-    Narrator,
-    RunFiles,
-    Snapshot,
-    clock_time,
-    duration,
-    rank_ranges,
-    render_panel,
-    scores_table,
-    sparkline,
-    watch,
-)
+from distill.runfolder.metrics import MetricsWriter
+from distill.runfolder.status import StatusFile, write_json
+from distill.screen.lines import Narrator
+from distill.screen.panel import render_panel
+from distill.screen.snapshot import RunFiles, Snapshot
+from distill.screen.tables import scores_table
+from distill.screen.watch import watch
+from distill.screen.words import clock_time, duration, rank_ranges, sparkline
 from tests.distill.runfolder.test_metrics import PHASES, ROW, STATUS
 
 NOW = STATUS.updated_unix

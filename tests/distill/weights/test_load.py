@@ -17,7 +17,9 @@ from torch import Tensor
 
 from distill.errors import CheckpointError
 from distill.weights.containers import read_object
-from distill.weights.load import convert, inspect, load_backbone, shape_of
+from distill.weights.convert import convert
+from distill.weights.inspect import inspect
+from distill.weights.load import load_backbone, shape_of
 from distill.weights.save import ExportFacts, write_backbone, write_heads, write_tensors
 from students.catalog import hf_config
 from students.shapes import BackboneSpec, ConvNeXtSpec

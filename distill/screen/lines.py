@@ -1,0 +1,134 @@
+"""A run as plain lines: each event once, progress now and then."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from distill.runfolder.status import FINAL_STATES, Status
+
+if TYPE_CHECKING:
+    pass
+from distill.screen.snapshot import Snapshot, silence_s
+from distill.screen.tables import BASELINES, score_rows, score_text
+from distill.screen.words import clock_time, duration, number_text, rate_text, time_of_day
+
+PROGRESS_FRACTION = 0.1  # a plain progress line at least this often ...
+PROGRESS_S = 15.0  # ... or after this time, stretched to 2 % of the elapsed time on long runs
+
+
+class Narrator:
+    """Turns snapshots into lines, each event once."""
+
+    def __init__(self) -> None:
+        """Nothing has been told."""
+        self._status: Status | None = None
+        self._told_work = 0.0
+        self._told_unix = -math.inf
+        self._has_told_silence = False
+        self._num_events = 0
+
+    def tell(self, snapshot: Snapshot) -> list[str]:
+        """The lines for what happened since the last snapshot, oldest first."""
+        before, now = self._status, snapshot.status
+        fresh = snapshot.events[self._num_events :]
+        self._num_events += len(fresh)
+        events = [event.text for event in fresh]
+        if now is None:
+            return _stamped(events, snapshot.now_unix)
+        if now.last_checkpoint and (
+            before is None or before.last_checkpoint != now.last_checkpoint
+        ):
+            saved = now.last_checkpoint
+            events.append(f"saved {saved.path} ({saved.phase} step {saved.step})")
+        if now.phase and (before is None or before.phase != now.phase):
+            events.append(_phase_line(now))
+            self._told_work, self._told_unix = now.work_done, snapshot.now_unix
+        if now.bad_samples and (before is None or before.bad_samples < now.bad_samples):
+            events.append(f"{now.bad_samples:,} bad samples so far, named in bad_samples.jsonl")
+        if self._is_progress_due(snapshot):
+            events.append(_progress_line(snapshot))
+            self._told_work, self._told_unix = now.work_done, snapshot.now_unix
+        if before is None or (before.state, before.message) != (now.state, now.message):
+            events.extend(_state_lines(before, snapshot))
+        quiet_s = silence_s(snapshot)
+        if quiet_s and not self._has_told_silence:
+            events.append(f"no news for {duration(quiet_s)}: is the job still running?")
+        self._has_told_silence = bool(quiet_s)
+        self._status = now
+        return _stamped(events, snapshot.now_unix)
+
+    def _is_progress_due(self, snapshot: Snapshot) -> bool:
+        now = snapshot.status
+        assert now is not None, "progress of a run without a status"
+        if now.state != "training" or now.work_done <= self._told_work:
+            return False
+        gap_s = max(PROGRESS_S, 0.02 * (snapshot.now_unix - now.started_unix))
+        return (
+            now.work_done - self._told_work >= PROGRESS_FRACTION
+            or snapshot.now_unix - self._told_unix >= gap_s
+        )
+
+
+def _stamped(events: Sequence[str], now_unix: float) -> list[str]:
+    return [f"{time_of_day(now_unix)}  {event}" for event in events]
+
+
+def _phase_line(status: Status) -> str:
+    names = [phase.name for phase in status.phases]
+    index = names.index(status.phase)
+    phase = status.phases[index]
+    who = ", ".join(phase.networks)
+    return f"phase {phase.name} ({index + 1} of {len(names)}): {phase.steps} steps of {who}"
+
+
+def _progress_line(snapshot: Snapshot) -> str:
+    status = snapshot.status
+    assert status is not None, "progress of a run without a status"
+    steps = next(phase.steps for phase in status.phases if phase.name == status.phase)
+    facts = [f"{status.phase} step {status.step}/{steps}", f"{status.work_done:.0%} of the run"]
+    losses = [
+        f"{name} {number_text(rows[-1].loss)}"
+        for name, rows in snapshot.rows.items()
+        if rows and rows[-1].phase == status.phase
+    ]
+    if losses:
+        facts.append(f"loss {' '.join(losses)}")
+    facts.append(f"{rate_text(status.images_per_s)} images/s")
+    if status.eta_s is not None:
+        end = clock_time(snapshot.now_unix + status.eta_s, snapshot.now_unix)
+        facts.append(f"ends {end} (in {duration(status.eta_s)})")
+    return ", ".join(facts)
+
+
+def _state_lines(before: Status | None, snapshot: Snapshot) -> list[str]:
+    now = snapshot.status
+    assert now is not None, "state of a run without a status"
+    lines = []
+    if now.state == "finished":
+        lines += _score_lines(snapshot.summary) if snapshot.summary else []
+        lines.append(f"finished after {duration(now.updated_unix - now.started_unix)}")
+    elif now.state in FINAL_STATES:
+        lines.append(f"{now.state} at {now.phase or 'the start'} step {now.step}")
+    elif now.state not in {"training", "saving"} and not now.message:
+        lines.append(now.state)
+    if now.message and (before is None or before.message != now.message):
+        lines.append(f"{now.state}: {now.message}" if now.state != "training" else now.message)
+    if now.state in {"stopped", "failed"} and now.resume_command:
+        lines.append(f"resume with: {now.resume_command}")
+    return lines
+
+
+def _score_lines(summary: Mapping[str, Any]) -> list[str]:
+    lines = [
+        f"k-NN {name}: {score_text(knn)} (untrained {score_text(untrained)})"
+        for name, knn, untrained, _ in score_rows(summary)
+    ]
+    baselines = summary.get("baselines", {})
+    lines += [
+        f"k-NN {label}: {score_text(baselines[key])}"
+        for key, label in BASELINES.items()
+        if key in baselines
+    ]
+    if summary.get("knn_reason"):
+        lines.append(f"no k-NN scores: {summary['knn_reason']}")
+    return lines

@@ -1,0 +1,77 @@
+"""What the files of a run say at one moment. Reads ``status.json``, events, metrics and scores, and nothing else."""
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.runfolder.events import Event, read_events
+from distill.runfolder.metrics import MetricsReader, MetricsRow
+from distill.runfolder.status import FINAL_STATES, Status, StatusFile
+
+if TYPE_CHECKING:
+    pass
+
+
+SILENCE_S = 60.0  # without a new status (and ten steps' time) the job may be gone
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the files said at one moment; ``rows`` has every network of the status."""
+
+    name: str
+    status: Status | None
+    rows: Mapping[str, Sequence[MetricsRow]]
+    summary: Mapping[str, Any] | None
+    now_unix: float
+    events: Sequence[Event] = ()
+
+
+class RunFiles:
+    """Follows the files of one run folder, reading each history only once."""
+
+    def __init__(
+        self, run_folder: Path, *, since_unix: float = 0.0, clock: Callable[[], float] = time.time
+    ) -> None:
+        """Name the folder; no file need exist yet. A status from before ``since_unix`` is none."""
+        self._folder = run_folder
+        self._since_unix = since_unix
+        self._clock = clock
+        self._status_file = StatusFile(run_folder)
+        self._readers: dict[str, MetricsReader] = {}
+
+    def take_snapshot(self) -> Snapshot:
+        """The run as its files describe it now."""
+        status = self._status_file.read()
+        if status is not None and status.updated_unix < self._since_unix:
+            status = None
+        for name in status.networks if status else ():
+            reader = self._readers.setdefault(name, MetricsReader(self._folder, name))
+            reader.poll()
+        return Snapshot(
+            name=self._folder.name,
+            status=status,
+            rows={name: reader.rows for name, reader in self._readers.items()},
+            summary=self._read_summary() if status and status.state == "finished" else None,
+            now_unix=self._clock(),
+            events=read_events(self._folder, since_unix=self._since_unix),
+        )
+
+    def _read_summary(self) -> Mapping[str, Any] | None:
+        path = self._folder / "summary.json"
+        if not path.exists():
+            return None
+        summary: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return summary
+
+
+def silence_s(snapshot: Snapshot) -> float:
+    """Seconds without news when that is long enough to say so, else 0."""
+    status = snapshot.status
+    if status is None or status.state in FINAL_STATES:
+        return 0.0
+    silence_s = snapshot.now_unix - status.updated_unix
+    return silence_s if silence_s > max(SILENCE_S, 10 * (status.step_s or 0.0)) else 0.0

@@ -1,0 +1,83 @@
+"""The screen of a run: a live panel on a terminal, one plain line per event anywhere else.
+
+    take_snapshot -> render_panel              live: redrawn a few times a second
+                  -> Narrator.tell             plain: only what is new since the last snapshot
+
+The same screen serves the process that trains, a second terminal, and a run that ended long ago.
+Colours and escape codes are left to rich, which honours NO_COLOR and writes none to a file.
+"""
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+
+from distill.runfolder.status import FINAL_STATES, Status
+
+if TYPE_CHECKING:
+    pass
+from distill.screen.lines import Narrator
+from distill.screen.panel import render_panel
+from distill.screen.snapshot import RunFiles, Snapshot
+from distill.screen.tables import scores_table
+
+REFRESH_S = 0.25  # of the live panel and of looking for events
+
+
+def watch(
+    run_folder: Path,
+    *,
+    live: bool,
+    console: Console,
+    stop: threading.Event,
+    hint: str = "",
+    since_unix: float = 0.0,
+) -> Status | None:
+    """The last status seen, after showing the run until it ends or ``stop`` is set.
+
+    ``live`` asks for the panel; without a terminal the plain lines are written all the same.
+    ``hint`` is shown under the panel (what Ctrl-C does here). A launcher gives its own start as
+    ``since_unix``: the end of an earlier attempt in the same folder is then not taken for its own.
+    """
+    files = RunFiles(run_folder, since_unix=since_unix)
+    if live and console.is_terminal and not console.is_dumb_terminal:
+        return _watch_live(files, console, stop, hint)
+    return _watch_plain(files, console, stop)
+
+
+def _watch_live(
+    files: RunFiles, console: Console, stop: threading.Event, hint: str
+) -> Status | None:
+    snapshot = files.take_snapshot()
+    with Live(
+        render_panel(snapshot, console.width, hint),
+        console=console,
+        auto_refresh=False,
+        transient=False,
+    ) as screen:
+        while not _is_over(snapshot) and not stop.wait(REFRESH_S):
+            snapshot = files.take_snapshot()
+            screen.update(render_panel(snapshot, console.width, hint), refresh=True)
+        snapshot = files.take_snapshot()
+        screen.update(render_panel(snapshot, console.width, hint=""), refresh=True)
+    if snapshot.summary is not None:
+        console.print(scores_table(snapshot.summary))
+    return snapshot.status
+
+
+def _watch_plain(files: RunFiles, console: Console, stop: threading.Event) -> Status | None:
+    narrator = Narrator()
+    while True:
+        is_last = stop.is_set()
+        snapshot = files.take_snapshot()
+        for line in narrator.tell(snapshot):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if is_last or _is_over(snapshot):
+            return snapshot.status
+        stop.wait(REFRESH_S)
+
+
+def _is_over(snapshot: Snapshot) -> bool:
+    return snapshot.status is not None and snapshot.status.state in FINAL_STATES

@@ -1,0 +1,121 @@
+"""Writes weights in another layout."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.errors import CheckpointError
+from distill.weights.containers import read_json
+from distill.weights.identity import catalogue_name
+from distill.weights.inspect import Inspection, inspect
+from distill.weights.layouts import Layout, origins
+from distill.weights.load import CONFIG, load_backbone
+from distill.weights.save import write_tensors
+from students.catalog import hf_config
+from students.shapes import BackboneSpec
+
+TIMM_NAMES = {
+    "vits16": "vit_small_patch16_dinov3_qkvb",
+    "vits16plus": "vit_small_plus_patch16_dinov3_qkvb",
+    "vitb16": "vit_base_patch16_dinov3_qkvb",
+    "vitl16": "vit_large_patch16_dinov3_qkvb",
+    "vith16plus": "vit_huge_plus_patch16_dinov3_qkvb",
+    "vit7b16": "vit_7b_patch16_dinov3",
+    "convnext_tiny": "convnext_tiny",
+    "convnext_small": "convnext_small",
+    "convnext_base": "convnext_base",
+    "convnext_large": "convnext_large",
+}
+
+
+def convert(source: Path, target: Path, *, layout: Layout, dtype: torch.dtype | None) -> Inspection:
+    """Writes the backbone of ``source`` in another layout and dtype (None: as it is read, fp32).
+
+    ``hf`` and ``timm`` write a folder, ``meta`` a ``.pth`` file; aside first, then renamed.
+
+    Raises:
+        CheckpointError: the source cannot be read, or the target exists.
+    """
+    if target.exists():
+        raise CheckpointError(f"{target}: exists", fix="Choose another place, or remove it first.")
+    backbone, spec = load_backbone(source, dtype=dtype or torch.float32)
+    own = backbone.state_dict()
+    tensors = {
+        name: origin.make(*(own[part] for part in origin.sources)).detach().clone().contiguous()
+        for name, origin in origins(spec, "hf", layout).items()
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = target.with_name(f".{target.name}.converting")
+    _remove(aside)
+    try:
+        if layout == "meta":
+            torch.save(tensors, aside)
+        else:
+            aside.mkdir()
+            config = _config(spec, layout, dtype or torch.float32, source)
+            (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            write_tensors(aside, tensors)
+            beside = source if source.is_dir() else source.parent
+            if layout == "hf" and (beside / "preprocessor_config.json").is_file():
+                shutil.copyfile(
+                    beside / "preprocessor_config.json", aside / "preprocessor_config.json"
+                )
+        aside.rename(target)
+    finally:
+        _remove(aside)
+    return inspect(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _config(spec: BackboneSpec, layout: Layout, dtype: torch.dtype, source: Path) -> dict[str, Any]:
+    if layout == "hf":
+        return {**hf_config(spec), "dtype": str(dtype).removeprefix("torch.")}
+    arch = timm_architecture(spec)
+    is_vit = arch.startswith("vit")
+    beside = (source if source.is_dir() else source.parent) / "preprocessor_config.json"
+    processor = read_json(beside) if beside.is_file() else {}
+    mean = processor.get("image_mean", [0.485, 0.456, 0.406])  # ImageNet's
+    std = processor.get("image_std", [0.229, 0.224, 0.225])
+    return {
+        "architecture": TIMM_NAMES[arch],
+        "num_classes": 0,
+        "num_features": spec.width,
+        # without it the class token would be replaced by an average, silently
+        **({"model_args": {"global_pool": "token"}} if is_vit else {}),
+        "pretrained_cfg": {
+            "input_size": [spec.in_channels, 256, 256],
+            "mean": mean,
+            "std": std,
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "pool_size": None,
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj" if is_vit else "stem.0",
+            "classifier": "head" if is_vit else "head.fc",
+            "license": "see README.md",
+        },
+    }
+
+
+def timm_architecture(spec: BackboneSpec) -> str:
+    """The catalogue name of a shape, for a library that knows networks by name.
+
+    Raises:
+        CheckpointError: it is a free size.
+    """
+    name = catalogue_name(spec)
+    if name is None:
+        raise CheckpointError(
+            "a network of a free size has no name in timm",
+            fix="Use --to hf or --to onnx, which take any size.",
+        )
+    return name
