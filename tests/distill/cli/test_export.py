@@ -15,7 +15,7 @@ from distill.cli import app as cli
 from distill.weights import export as formats
 from tests.distill.weights.test_export import CONVNEXT, GATED, VIT, names, write_network
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 
 
 @pytest.fixture
