@@ -14,7 +14,7 @@ recipes_app = typer.Typer(help="List, show and copy the built-in recipes.", no_a
 @recipes_app.command("list")
 def list_recipes(as_json: JsonOption = False) -> None:
     """Names of the built-in recipes and what each is for."""
-    from distill.recipe.reader import builtin_recipes
+    from distill.recipe.document import builtin_recipes
 
     titles = {
         name: path.read_text().splitlines()[0].removeprefix("# ")
@@ -30,7 +30,7 @@ def list_recipes(as_json: JsonOption = False) -> None:
 @recipes_app.command("show")
 def show_recipe(recipe: RecipeArgument) -> None:
     """Print a recipe."""
-    from distill.recipe.reader import find_recipe
+    from distill.recipe.document import find_recipe
 
     sys.stdout.write(find_recipe(recipe).read_text())
 
@@ -40,7 +40,7 @@ def copy_recipe(
     recipe: RecipeArgument, target: Annotated[Path, typer.Argument(metavar="FILE")]
 ) -> None:
     """Copy a recipe, and the teacher recipe it names, to files of your own."""
-    from distill.recipe.reader import copy_recipe as copy
+    from distill.recipe.writer import copy_recipe as copy
 
     for path in copy(recipe, target):
         say(f"wrote {path}")

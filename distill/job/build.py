@@ -18,17 +18,10 @@ from distill.errors import CheckpointError
 from distill.plan.by_step import PlanSchedule
 from distill.plan.from_recipe import Recipe, TeacherShape, heads_of_student, later_plans
 from distill.plan.plan import Placement, Plan
-from distill.recipe.crop_sizes import crop_schedule
-from distill.recipe.keys import (
-    FAMILY_PHASE,
-    FamilyRecipe,
-    LrSpec,
-    ObjectiveSpec,
-    ScheduleSpec,
-    StageSpec,
-    StudentSpec,
-)
-from distill.recipe.to_data import build_feed, build_loader
+from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
+from distill.recipe.networks import StudentSpec
+from distill.recipe.schedules import LrSpec, ObjectiveSpec, ScheduleSpec, StageSpec
+from distill.recipe.to_data import build_feed, build_loader, crop_schedule
 from distill.train import schedule
 from distill.train.balance import Balancer
 from distill.train.exchange import AllGather, Slices

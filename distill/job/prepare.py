@@ -24,13 +24,12 @@ from distill.errors import CheckpointError, DataError
 from distill.job.resume import describe_changes, joining_steps
 from distill.plan.job import check_job
 from distill.plan.teacher_source import TRAINED_HEADS, heads_file
-from distill.recipe.keys import (
-    DataSpec,
-    FamilyRecipe,
-    TeacherRecipe,
-    recipe_hash,
-)
-from distill.recipe.reader import TEACHER_PREFIX, find_recipe, load_job, resolved_yaml
+from distill.recipe.document import find_recipe
+from distill.recipe.identity import recipe_hash
+from distill.recipe.inputs import DataSpec
+from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+from distill.recipe.reader import TEACHER_PREFIX, load_job
+from distill.recipe.writer import resolved_yaml
 from distill.runfolder.status import write_json
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"

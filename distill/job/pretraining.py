@@ -28,14 +28,8 @@ from distill.job.build import (
 )
 from distill.plan.from_recipe import ONLINE, TeacherShape, plan_stage, shape_of_recipe
 from distill.plan.plan import Plan
-from distill.recipe.keys import (
-    HEADS_PHASE,
-    FamilyRecipe,
-    LrSpec,
-    ObjectiveSpec,
-    StageSpec,
-    TeacherRecipe,
-)
+from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
+from distill.recipe.schedules import LrSpec, ObjectiveSpec, StageSpec
 from distill.runfolder.files import rename, write_file
 from distill.runfolder.tensor_file import encode, read_tensors
 from distill.train import schedule

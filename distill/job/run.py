@@ -36,13 +36,13 @@ from distill.job.resume import agreed_checkpoint, joining_steps
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.from_recipe import ONLINE, plan_family, plan_fitting, plan_stage
 from distill.plan.teacher_source import TRAINED_HEADS, teacher_shape
+from distill.recipe.identity import recipe_hash
 from distill.recipe.keys import (
     FAMILY_PHASE,
     HEADS_PHASE,
     RESERVED_PHASES,
     FamilyRecipe,
     TeacherRecipe,
-    recipe_hash,
 )
 from distill.runfolder.files import replace_text
 from distill.runfolder.heartbeat import Heartbeat

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from distill.errors import CheckpointError
 from distill.plan.from_recipe import TeacherShape, head_shapes, shape_of_recipe
-from distill.recipe.keys import FamilyRecipe, TeacherRecipe, TeacherSource
+from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+from distill.recipe.networks import TeacherSource
 from students.shapes import CATALOG
 
 TRAINED_HEADS = "heads.safetensors"  # beside the weights of a teacher

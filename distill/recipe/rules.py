@@ -2,8 +2,6 @@
 
 Each rule reads the keys that validated and skips what it cannot know, so that one wrong key does not
 hide what is wrong with its neighbours.
-
-Longer than 400 lines because the rules are one list, read together with the keys in ``distill.recipe.keys``.
 """
 
 import math
@@ -11,16 +9,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from distill.recipe.keys import (
-    BUILTIN_PHOTOGRAPHS,
-    HEADS_MODES,
-    RESERVED_NETWORKS,
-    RESERVED_PHASES,
-    ArchSpec,
-    Loc,
-    Problem,
-    is_custom,
-)
+from distill.recipe.keys import RESERVED_PHASES
+from distill.recipe.networks import HEADS_MODES, RESERVED_NETWORKS, ArchSpec
+from distill.recipe.types import BUILTIN_PHOTOGRAPHS, Loc, Problem, is_custom
 from students.shapes import CATALOG
 from teacher.shapes import ViTSpec
 

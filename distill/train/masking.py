@@ -12,7 +12,7 @@ from distill.data.masks import draw_masks
 from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Plan
 from distill.plan.traffic import Counts
-from distill.recipe.keys import MasksSpec
+from distill.recipe.inputs import MasksSpec
 from teacher.batch import PatchMasks
 
 

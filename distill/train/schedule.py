@@ -3,7 +3,7 @@
 import math
 import random
 
-from distill.recipe.keys import LrSpec, ScheduleSpec
+from distill.recipe.schedules import LrSpec, ScheduleSpec
 
 SQRT_RULE_IMAGES = 1024
 

@@ -18,7 +18,9 @@ from distill.checkpoint.manifest import MANIFEST, find_latest
 from distill.data.census import take_report
 from distill.data.index import build_index
 from distill.plan.job import check_job
-from distill.recipe.reader import builtin_recipes, load_job, resolved_yaml
+from distill.recipe.document import builtin_recipes
+from distill.recipe.reader import load_job
+from distill.recipe.writer import resolved_yaml
 from distill.runfolder.tensor_file import SUFFIX, read_tensors
 from distill.weights.convert import convert
 from distill.weights.heads import load_heads

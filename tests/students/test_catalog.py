@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from distill.recipe.keys import ARCHITECTURES
+from distill.recipe.types import ARCHITECTURES
 from students.catalog import (
     build_backbone,
     hf_config,

@@ -19,7 +19,8 @@ from distill.evaluate import summary as finish
 from distill.job import prepare
 from distill.launch import local as launch
 from distill.launch.local import Options
-from distill.recipe.reader import copy_recipe, load_job
+from distill.recipe.reader import load_job
+from distill.recipe.writer import copy_recipe
 from tests.distill.conftest import Result, Run
 
 

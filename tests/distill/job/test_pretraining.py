@@ -24,10 +24,10 @@ from distill.engine.engine import prepare_deepspeed
 from distill.job.build import RankContext
 from distill.job.pretraining import Pretraining, lr_factors
 from distill.plan.from_recipe import plan_stage, shape_of_recipe
-from distill.recipe.crop_sizes import crop_schedule
-from distill.recipe.keys import StageSpec, TeacherRecipe
+from distill.recipe.keys import TeacherRecipe
 from distill.recipe.reader import load_recipe
-from distill.recipe.to_data import build_feed, build_loader
+from distill.recipe.schedules import StageSpec
+from distill.recipe.to_data import build_feed, build_loader, crop_schedule
 from distill.runfolder.heartbeat import Heartbeat
 from distill.train import schedule
 from distill.train.faults import FaultHandler

@@ -5,8 +5,10 @@ import pytest
 from distill.checkpoint.manifest import FORMAT_VERSION, Manifest, NetworkFacts
 from distill.errors import CheckpointError
 from distill.job.resume import describe_changes, joining_steps
-from distill.recipe.keys import FamilyRecipe, recipe_hash
-from distill.recipe.reader import builtin_recipes, load_recipe
+from distill.recipe.document import builtin_recipes
+from distill.recipe.identity import recipe_hash
+from distill.recipe.keys import FamilyRecipe
+from distill.recipe.reader import load_recipe
 
 LOADED = load_recipe(builtin_recipes()["family_vit"])
 assert isinstance(LOADED, FamilyRecipe)

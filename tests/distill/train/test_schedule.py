@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from distill.recipe.keys import LrSpec, ScheduleSpec, TemperatureSpec
+from distill.recipe.schedules import LrSpec, ScheduleSpec, TemperatureSpec
 from distill.train.schedule import cosine, learning_rate, rope_scales, teacher_temperature
 
 

@@ -1,0 +1,218 @@
+"""A recipe file as raw values, each with its line and column.
+
+YAML 1.2 by ruamel: ``2e-4`` is a number, ``off`` is text, and a repeated key is an error instead of
+a silent last-one-wins. Shorthands (``global: 64``, ``- vits16``) are written out right after reading:
+overrides, rules and the origin of a value then know one form only.
+"""
+
+import copy
+import difflib
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.error import MarkedYAMLError, ReusedAnchorWarning
+
+from distill.errors import RecipeError
+from distill.recipe.types import Loc, Problem
+
+MAX_RECIPE_BYTES = 50_000  # a recipe is a page; the slowest text of this size is read in a second
+MAX_OPEN = 50  # brackets at once: the reader's time grows with the square of the depth
+MAX_VALUES = 10_000  # a few nested YAML aliases stand for billions of values
+KEY = "<key>"  # ends a place that means the key itself, not its value
+OVERRIDE = "override"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A recipe's raw values, the line and column (from 0) of each, and its text."""
+
+    label: str
+    lines: tuple[str, ...]
+    values: dict[str, Any]
+    places: Mapping[Loc, tuple[int, int]]
+    overridden: frozenset[Loc] = frozenset()
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """Name and path of every recipe that ships with the package."""
+    folder = files("recipes")
+    return {path.stem: path for path in sorted(Path(str(folder)).glob("*.yaml"))}
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a path or a built-in name.
+
+    Raises:
+        RecipeError: neither exists.
+    """
+    builtin = builtin_recipes()
+    if recipe in builtin:
+        return builtin[recipe]
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    close = difflib.get_close_matches(path.stem, builtin, n=1)
+    hint = f" - did you mean {close[0]!r}?" if close else ""
+    raise RecipeError(
+        f"{recipe}: no such recipe file or built-in recipe{hint}",
+        fix=f"Give a file, or one of: {', '.join(builtin)}.",
+    )
+
+
+def read_document(path: Path) -> Document:
+    """Reads a recipe file without checking its keys.
+
+    Raises:
+        RecipeError: it is too large, not text, or not YAML with a mapping at the top.
+    """
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise RecipeError(
+            f"{path}: larger than {MAX_RECIPE_BYTES // 1000} kB, so not a recipe",
+            fix="Give a recipe file; name many files by a pattern.",
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (UnicodeDecodeError, OSError) as error:
+        raise RecipeError(
+            f"{path}: cannot be read as text ({error})", fix="Give a UTF-8 YAML file."
+        ) from error
+    if _depth(text) > MAX_OPEN:
+        raise RecipeError(
+            f"{path.name}: more than {MAX_OPEN} brackets are open at once, so not a recipe",
+            fix="Close them.",
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ReusedAnchorWarning)  # the last one would win
+            tree = YAML().load(text)
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        message = f"{path.name}{where}: {str(error.problem or error.context).splitlines()[0]}"
+        raise RecipeError(message, fix="Correct the YAML at that line.") from error
+    except Exception as error:  # ruamel raises whatever a strange document leads it to
+        raise RecipeError(
+            f"{path.name}: not YAML ({_first_line(error)})", fix="Correct the file."
+        ) from error
+    if not isinstance(tree, CommentedMap):
+        raise RecipeError(
+            f"{path.name}:1:1: a recipe is a mapping of keys to values",
+            fix="Start from `distill recipes copy quickstart my.yaml`.",
+        )
+    places: dict[Loc, tuple[int, int]] = {}
+    values = _plain(tree, (), places)
+    _write_out(values, places)
+    return Document(path.name, tuple(text.split("\n")), values, places)
+
+
+def _depth(text: str) -> int:
+    """The most brackets that are open at once, wherever they stand."""
+    depth = most = 0
+    for letter in text:
+        if letter in "[{":
+            depth += 1
+            most = max(most, depth)
+        elif letter in "]}":
+            depth = max(0, depth - 1)
+    return most
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _plain(node: Any, loc: Loc, places: dict[Loc, tuple[int, int]]) -> Any:
+    """The tree as dicts, lists and scalars, noting the place of every value in ``places``."""
+    if len(places) > MAX_VALUES:
+        raise RecipeError(
+            f"more than {MAX_VALUES} values, so not a recipe", fix="Use fewer or no YAML aliases."
+        )
+    if isinstance(node, CommentedMap):
+        for key, value in node.items():
+            if not isinstance(key, str | int):
+                raise RecipeError(
+                    f"line {node.lc.line + 1}: {str(key)[:40]!r} is no key", fix="A key is a word."
+                )
+            if key not in (node.lc.data or {}):  # merged by `<<`: it has no place of its own here
+                places[*loc, key] = places[*loc, key, KEY] = places.get(loc, (0, 0))
+                continue
+            is_scalar = not isinstance(value, CommentedMap | CommentedSeq)
+            here = node.lc.value(key) if is_scalar else node.lc.key(key)
+            places[*loc, key] = here or places.get(loc, (0, 0))  # tagged values may have no place
+            places[*loc, key, KEY] = node.lc.key(key) or places[*loc, key]
+        return {key: _plain(value, (*loc, key), places) for key, value in node.items()}
+    if isinstance(node, CommentedSeq):
+        for index in range(len(node)):
+            places[*loc, index] = node.lc.item(index) or places.get(loc, (0, 0))
+        return [_plain(value, (*loc, index), places) for index, value in enumerate(node)]
+    for kind in (bool, int, float, str):  # ruamel's scalars remember how they were written
+        if isinstance(node, kind):
+            return kind(node)
+    return node
+
+
+def _write_out(values: dict[str, Any], places: dict[Loc, tuple[int, int]]) -> None:
+    """Replaces shorthands by what they stand for, in place: ``global: 64``, ``- vits16``."""
+    crops, students = values.get("crops"), values.get("students")
+    slots: list[tuple[Any, Loc, str]] = [(values, ("model",), "arch")]
+    if isinstance(crops, dict):
+        slots += [(crops, ("crops", key), "size") for key in ("global", "local")]
+    if isinstance(students, list):
+        slots += [(students, ("students", index), "arch") for index in range(len(students))]
+    for holder, place, key in slots:
+        here = place[-1]
+        is_there = isinstance(holder, list) or here in holder
+        if is_there and isinstance(holder[here], int | float | str):
+            holder[here] = {key: holder[here]}
+            if place in places:
+                places[*place, key] = places[place]
+
+
+def with_overrides(document: Document, overrides: Sequence[str]) -> tuple[Document, list[Problem]]:
+    """The document with the values of ``KEY=VALUE`` texts; list items go by their number."""
+    problems: list[Problem] = []
+    values = copy.deepcopy(document.values)
+    touched: set[Loc] = set()
+    for text in overrides:
+        key, equals, raw = text.partition("=")
+        loc: Loc = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        if not equals or not all(str(part) for part in loc):
+            problems.append(((OVERRIDE, text), "write KEY=VALUE, such as schedule.batch=32"))
+            continue
+        try:
+            value = _plain(YAML().load(raw), (), {})
+        except RecipeError:
+            raise
+        except Exception:  # ruamel raises whatever a strange document leads it to
+            problems.append(((OVERRIDE, text), f"{raw!r} is not a YAML value"))
+            continue
+        holder, last = _holder(values, loc), loc[-1]
+        is_item = isinstance(holder, list) and isinstance(last, int) and last < len(holder)
+        if not isinstance(holder, dict) and not is_item:
+            problems.append(((OVERRIDE, text), f"there is no {key!r} in this recipe"))
+            continue
+        holder[last] = value
+        touched.add(loc)
+        _write_out(values, {})
+    return replace(document, values=values, overridden=frozenset(touched)), problems
+
+
+def _holder(values: dict[str, Any], loc: Loc) -> Any:
+    """The dict or list that holds the last part of ``loc``; sections not written yet are added."""
+    node: Any = values
+    for part in loc[:-1]:
+        if isinstance(node, dict):
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
+        elif isinstance(node, list) and isinstance(part, int) and part < len(node):
+            node = node[part]
+        else:
+            return None
+    return node
