@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from distill.errors import DataError
+from distill.errors import DataError, UserError
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")
@@ -78,3 +78,14 @@ def count_ranks(processes: int | str, asked: int | None) -> int:
     from distill.launch.local import count_processes
 
     return count_processes(asked or processes)
+
+
+def require_run(run: Path) -> None:
+    """Refuses a folder that no job was prepared in.
+
+    Raises:
+        UserError: the folder is not a run folder.
+    """
+    if not (run / "job.json").is_file():
+        fix = "Give a folder such as runs/quickstart."
+        raise UserError(f"{run}: not a run folder", fix=fix)

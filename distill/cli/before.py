@@ -1,0 +1,119 @@
+"""``distill doctor``, ``check`` and ``plan``: what is asked before anything is trained."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from distill.cli.options import (
+    DataOption,
+    DebugOption,
+    GpusOption,
+    JsonOption,
+    OverridesArgument,
+    RecipeArgument,
+    count_ranks,
+    print_json,
+    say,
+    with_data,
+)
+from distill.errors import DataError, RecipeError
+
+
+def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:  # noqa: ARG001  # read by main
+    """Check devices, libraries, decoders and disk; say how to fix what fails."""
+    from distill.cli.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print_json([finding.to_json() for finding in findings])
+    else:
+        for finding in findings:
+            say(f"{'ok ' if finding.is_ok else 'BAD'}  {finding.what}: {finding.found}")
+            if finding.fix:
+                say(f"     Fix: {finding.fix}")
+    if not all(finding.is_ok for finding in findings):
+        raise typer.Exit(3)
+
+
+def check(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    data: DataOption = None,
+    gpus: GpusOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Validate a recipe, its data and its plan; name the line that is wrong and the likely fix."""
+    from distill.recipe.keys import FamilyRecipe
+    from distill.recipe.reader import load_job
+
+    try:
+        texts = with_data(recipe, overrides, data)
+        loaded, teacher = load_job(recipe, texts, check_folders=True)
+
+        from distill.job.prepare import check_data
+        from distill.plan.flops import find_device  # these import torch
+        from distill.plan.job import check_job, require_fit
+        from distill.plan.teacher_source import heads_story
+        from distill.train.device import has_gpu
+
+        num_ranks = count_ranks(loaded.engine.processes, gpus)
+        plans = check_job(loaded, teacher, num_ranks)
+        if has_gpu(loaded.engine.device):
+            for job in plans:
+                require_fit(job, loaded, teacher, find_device("measured"))
+        facts = check_data(loaded, teacher)
+    except DataError as error:  # to a check, data that is not there is a wrong recipe
+        raise RecipeError(error.message, fix=error.fix) from error
+    names = (
+        [s.label for s in loaded.students] if isinstance(loaded, FamilyRecipe) else ["a teacher"]
+    )
+    story = heads_story(loaded) if isinstance(loaded, FamilyRecipe) else None
+    if as_json:
+        found = {"recipe": loaded.name, "networks": names, "ranks": num_ranks, "sources": facts}
+        found["heads"] = story
+        print_json({**found, "plan": plans[-1].to_json()})
+        return
+    what = f"{loaded.name}: {', '.join(names)}" + (f" from {teacher.name}" if teacher else "")
+    images = ", ".join(f"{source}: {count} images" for source, count in facts.items())
+    said = [what, images, *([story] if story else []), f"good for {num_ranks} ranks"]
+    say("; ".join(said) + "; nothing was started.")
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option("--ranks", min=1, help="Number of ranks; by default this machine's."),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="h100, h200, a100, cpu, or measured: this machine's.")
+    ] = "h100",
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Who trains where, who teaches how much, how long, how much memory. Trains nothing, needs no GPU.
+
+    A recipe that names its teacher's arch is planned before the weights are there.
+    """
+    from distill.recipe.reader import load_job
+
+    loaded, teacher = load_job(recipe, list(overrides or []))
+
+    from distill.plan.flops import find_device
+    from distill.plan.job import check_job, require_fit
+    from distill.screen.tables import plan_tables
+
+    assumed = find_device(device)
+    num_ranks = count_ranks(loaded.engine.processes, ranks)
+    plans = check_job(loaded, teacher, num_ranks, assumed, has_files=False)
+    if as_json:
+        print_json({**plans[-1].to_json(), "device": assumed.name})
+    else:
+        for each in plans:
+            for table in plan_tables(each, assumed):
+                Console().print(table)
+    for job in plans:
+        require_fit(job, loaded, teacher, assumed)

@@ -1,0 +1,70 @@
+"""``distill eval``: scores and pictures of a run."""
+
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from distill.cli.options import (
+    DebugOption,
+    JsonOption,
+    RunArgument,
+    print_json,
+    require_run,
+    say,
+)
+
+
+def evaluate(
+    run: RunArgument,
+    over_steps: Annotated[
+        bool,
+        typer.Option(
+            "--over-steps", help="Score the teacher in every kept checkpoint; draw progress.png."
+        ),
+    ] = False,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option("--beside", help="With --over-steps: another run in the same picture."),
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Score students and teacher on held-out images by k-NN, and draw their features."""
+    from distill.evaluate.summary import finish
+    from distill.runfolder.status import StatusFile
+    from distill.screen.tables import scores_table
+
+    require_run(run)
+    if over_steps:
+        return _score_steps([run, *(beside or [])], as_json=as_json)
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        summary = finish(run)
+    status = StatusFile(run).read()
+    if status is not None and status.message:
+        sys.stderr.write(status.message + "\n")
+    if as_json:
+        print_json(summary)
+    else:
+        Console().print(scores_table(summary))
+    return None
+
+
+def _score_steps(runs: Sequence[Path], *, as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from distill.evaluate.over_steps import draw_progress, score_steps
+
+    scored = {}
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        for run in runs:
+            require_run(run)
+            scored[run.name] = score_steps(run, say)
+        picture = draw_progress(scored, runs[0] / "progress.png")
+        say(f"wrote {picture}")
+    if as_json:
+        print_json({name: [asdict(m) for m in moments] for name, moments in scored.items()})

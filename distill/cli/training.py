@@ -1,0 +1,128 @@
+"""``distill train``, ``pretrain`` and ``watch``: start a job, follow one."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+from rich.console import Console
+
+from distill.cli.options import (
+    DataOption,
+    DebugOption,
+    FreshOption,
+    GpusOption,
+    JsonOption,
+    NameOption,
+    OutOption,
+    OverridesArgument,
+    PlainOption,
+    RecipeArgument,
+    RestartsOption,
+    RunArgument,
+    print_json,
+    require_run,
+    with_data,
+)
+from distill.errors import RecipeError
+
+if TYPE_CHECKING:
+    from distill.launch.local import Options
+
+
+def _start(recipe: str, overrides: list[str], options: "Options", *, as_json: bool) -> None:
+    from distill.launch.local import run
+
+    if not as_json:
+        raise typer.Exit(run(recipe, overrides, options))
+    from distill.recipe.reader import load_job
+
+    folder = options.out / (options.name or load_job(recipe, overrides)[0].name)
+    with redirect_stdout(sys.stderr):
+        code = run(recipe, overrides, options)
+    if os.environ.get("RANK", "0") == "0":
+        summary = folder / "summary.json"
+        scores = json.loads(summary.read_text()) if code == 0 and summary.is_file() else None
+        print_json({"run": str(folder), "exit_code": code, "summary": scores})
+    raise typer.Exit(code)
+
+
+def training_verb(accept: Callable[[str, list[str]], None]) -> Callable[..., None]:
+    """The command function of a verb that trains; ``accept`` refuses recipes that the verb is not for."""
+
+    def verb(
+        recipe: RecipeArgument,
+        overrides: OverridesArgument = None,
+        data: DataOption = None,
+        gpus: GpusOption = None,
+        out: OutOption = Path("runs"),
+        name: NameOption = None,
+        fresh: FreshOption = False,
+        max_restarts: RestartsOption = 0,
+        plain: PlainOption = False,
+        as_json: JsonOption = False,
+        debug: DebugOption = False,  # noqa: ARG001  # read by main
+    ) -> None:
+        from distill.launch.local import Options
+
+        texts = with_data(recipe, overrides, data)
+        accept(recipe, texts)
+        options = Options(
+            processes=gpus,
+            out=out,
+            name=name,
+            fresh=fresh,
+            plain=plain or as_json,
+            max_restarts=max_restarts,
+        )
+        _start(recipe, texts, options, as_json=as_json)
+
+    return verb
+
+
+def accept_any(recipe: str, overrides: list[str]) -> None:
+    """``train`` takes every recipe: a teacher's stages are trained, a family is distilled."""
+
+
+def accept_teacher(recipe: str, overrides: list[str]) -> None:
+    """``pretrain`` takes recipes of teachers.
+
+    Raises:
+        RecipeError: the recipe is a family's.
+    """
+    from distill.recipe.keys import TeacherRecipe
+    from distill.recipe.reader import load_job
+
+    if not isinstance(load_job(recipe, overrides)[0], TeacherRecipe):
+        raise RecipeError(
+            f"{recipe}: a family recipe has no stages to pretrain",
+            fix=f"Use distill train {recipe}.",
+        )
+
+
+def watch(
+    run: RunArgument,
+    plain: PlainOption = False,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Show a running or finished job; needs only its run folder. Ctrl-C leaves, the job goes on."""
+    import threading
+
+    from distill.screen.watch import watch as follow
+
+    require_run(run)
+    if as_json:
+        status = run / "status.json"
+        print_json(json.loads(status.read_text()) if status.is_file() else None)
+        return
+    console = Console()
+    is_live = console.is_terminal and not plain
+    try:
+        follow(run, live=is_live, console=console, stop=threading.Event())
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
