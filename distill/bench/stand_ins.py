@@ -99,7 +99,7 @@ class Trace:
         self._device = device
         self._turns: list[tuple[float, str, str]] = []
 
-    def enter(self, activity: str, step: int, network: str = "") -> None:  # noqa: ARG002  # a heartbeat's signature
+    def enter(self, activity: str, phase_step: int, network: str = "") -> None:  # noqa: ARG002  # a heartbeat's signature
         """The rank turns to something else."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -223,7 +223,7 @@ class SleepingPupil:
         self._group, self._image_s = group, image_s
         self._seconds = len(placement.slice_of(world_rank)) * image_s
 
-    def is_finished(self, step: int) -> bool:  # noqa: ARG002  # a trainer's signature
+    def is_finished(self, phase_step: int) -> bool:  # noqa: ARG002  # a trainer's signature
         """Never: a bench trains everyone."""
         return False
 

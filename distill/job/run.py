@@ -247,7 +247,7 @@ class _Run:
 
     def _run_phase(self, phase: Phase, start_step: int) -> bool:
         started = time.monotonic()
-        self.heartbeat.phase = phase.name
+        self.heartbeat.enter_phase(phase.name, start_step)
         self.recorder.start(phase, start_step)
         fault_handler = FaultHandler(phase, self.job.run_folder)
         fault_handler.start(start_step, self.control)

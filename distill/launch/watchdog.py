@@ -110,8 +110,8 @@ class Watchdog:
             return _verdict([(record, _stillness(record)) for record in stuck])
         if is_one_missing or not late or len(late) < len(running):
             return None
-        first = min(record.step for record in late)
-        behind = [record for record in late if record.step == first]
+        least = min(record.progress for record in late)
+        behind = [record for record in late if record.progress == least]
         told = "every rank waits; furthest behind: "
         return _verdict([(record, told + _stillness(record)) for record in behind])
 

@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
@@ -38,14 +38,19 @@ RECORD_BYTES = 1024  # each record is padded to this, so that a shorter one leav
 
 @dataclass(frozen=True)
 class HeartbeatRecord:
-    """What a rank says of itself; ``end`` is empty while it runs, then "done" or why it ended."""
+    """What a rank says of itself; ``end`` is empty while it runs, then "done" or why it ended.
+
+    ``phase_number``: how many phases the rank has entered. ``phase_step``: the step of that phase which
+    the rank trains, also while it teaches or loads for a later one.
+    """
 
     world_rank: int
     host: str
     pid: int
     beat: int
     phase: str
-    step: int
+    phase_number: int
+    phase_step: int
     activity: str
     network: str
     idle_s: float
@@ -57,12 +62,29 @@ class HeartbeatRecord:
     def describe(self) -> str:
         """Who and where, for people: rank, host, phase, step, activity, network."""
         doing = f"{self.activity} {self.network}".strip()
-        where = f"{self.phase} step {self.step}" if self.phase else "before the first step"
+        where = f"{self.phase} step {self.phase_step}" if self.phase else "before the first step"
         return f"rank {self.world_rank} on {self.host}: {doing}, {where}"
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How far the rank is, to compare with other ranks."""
+        return self.phase_number, self.phase_step
+
+
+@dataclass(frozen=True)
+class _Activity:
+    """What the rank does, replaced as a whole: the thread that writes never sees half of it."""
+
+    name: str
+    network: str
+    phase: str
+    phase_number: int
+    phase_step: int
+    since_s: float
 
 
 class Heartbeat:
-    """One rank's record of life. ``at`` is called by the loop, everything else happens on a thread."""
+    """One rank's record of life. ``enter`` is called by the loop, everything else happens on a thread."""
 
     def __init__(
         self, run_folder: Path, world_rank: int, *, on_beat: Callable[[], None] = lambda: None
@@ -71,22 +93,28 @@ class Heartbeat:
         self._path = record_path(run_folder, world_rank)
         self._world_rank, self._on_beat = world_rank, on_beat
         self._host, self._main = socket.gethostname(), threading.main_thread().ident
-        self.limit_s, self.phase = FIRST_ALLOWED_S, ""
-        self._now = ("starting", "", 0, time.monotonic())
+        self.limit_s = FIRST_ALLOWED_S
+        self._now = _Activity("starting", "", "", 0, 0, time.monotonic())
         self._times: dict[tuple[str, str], tuple[int, float]] = {}
         self._beats, self._end = 0, ""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
-    def enter(self, activity: str, step: int, network: str = "") -> None:
-        """The rank turns to something else."""
-        before, whose, _, since = self._now
-        now = time.monotonic()
-        count, longest = self._times.get((before, whose), (0, 0.0))
+    def enter_phase(self, phase: str, phase_step: int) -> None:
+        """Begins a phase at one of its steps; the activity stays what it is."""
+        before = self._now
+        number = before.phase_number + 1
+        self._now = replace(before, phase=phase, phase_number=number, phase_step=phase_step)
+
+    def enter(self, activity: str, phase_step: int, network: str = "") -> None:
+        """Begins another activity, for the step of the phase that this rank trains now."""
+        before, now = self._now, time.monotonic()
+        key = (before.name, before.network)
+        count, longest = self._times.get(key, (0, 0.0))
         if count >= FIRST_TIMES:
-            longest = max(longest, now - since)
-        self._times[before, whose] = (count + 1, longest)
-        self._now = (activity, network, step, now)
+            longest = max(longest, now - before.since_s)
+        self._times[key] = (count + 1, longest)
+        self._now = _Activity(activity, network, before.phase, before.phase_number, phase_step, now)
 
     def __enter__(self) -> "Heartbeat":
         """Starts the thread."""
@@ -103,9 +131,9 @@ class Heartbeat:
 
     def record(self) -> HeartbeatRecord:
         """The record as it would be written now."""
-        activity, network, step, since = self._now
-        count, longest = self._times.get((activity, network), (0, 0.0))
-        is_known = count >= FIRST_TIMES and activity not in SELDOM
+        now = self._now
+        count, longest = self._times.get((now.name, now.network), (0, 0.0))
+        is_known = count >= FIRST_TIMES and now.name not in SELDOM
         allowed_s = max(self.limit_s, SLOWER * longest) if is_known else FIRST_ALLOWED_S
         place, is_collective = _place(sys._current_frames().get(self._main or 0))
         return HeartbeatRecord(
@@ -113,13 +141,14 @@ class Heartbeat:
             self._host,
             os.getpid(),
             self._beats,
-            self.phase,
-            step,
-            activity,
-            network,
-            time.monotonic() - since,
+            now.phase,
+            now.phase_number,
+            now.phase_step,
+            now.name,
+            now.network,
+            time.monotonic() - now.since_s,
             allowed_s,
-            activity in WAITING or is_collective,
+            now.name in WAITING or is_collective,
             place,
             self._end,
         )

@@ -1,4 +1,4 @@
-"""A fault of one network stays its own: skip the step, roll back, park. The others never resolve_pending of it.
+"""A fault of one network stays its own: skip the step, roll back, park. The others never hear of it.
 
     not finite: loss, gradient, weight, target    the group skips the step; nothing changes
     IN_A_ROW skipped steps                        back to the last good state, which is kept in host memory
@@ -21,6 +21,8 @@ folder; a person may delete that file to have one tried again.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +39,6 @@ from distill.runfolder.status import write_json
 from distill.train.phase import Phase
 from distill.train.student import Attempt, StudentTrainer
 from teacher.batch import StudentBatch, TeacherTargets
-from teacher.task import StepScalars
 
 IN_A_ROW = 3
 ROLL_BACKS = 3
@@ -74,7 +75,7 @@ class PendingStep:
     targets: TeacherTargets
     mask_counts: tuple[int, ...]
     start: int
-    stream_step: int
+    phase_step: int
 
 
 @dataclass
@@ -101,7 +102,7 @@ class FaultHandler:
         self._phase, self._run_folder = phase, run_folder
         self._records = {trainer.name: _Record() for trainer in phase.trainers}
 
-    def start(self, step: int, control: dist.ProcessGroup) -> None:
+    def start(self, phase_step: int, control: dist.ProcessGroup) -> None:
         """Keeps the states to go back to, and learns who was parked before. One all-reduce over the world."""
         names = [placement.name for placement in self._phase.plan.placements]
         flags = torch.tensor([float(_parked_file(self._run_folder, n).exists()) for n in names])
@@ -109,37 +110,31 @@ class FaultHandler:
         for trainer in self._phase.trainers:
             record = self._records[trainer.name]
             record.is_parked = bool(flags[names.index(trainer.name)])
-            self._keep(trainer, step)
+            self._keep(trainer, phase_step)
 
-    def is_done(self, trainer: StudentTrainer, step: int) -> bool:
-        """The network is finished, or parked."""
-        return trainer.is_finished(step) or self._records[trainer.name].is_parked
-
-    def train_step(
-        self,
-        trainer: StudentTrainer,
-        batch: StudentBatch,
-        temperature: float,
-        scalars: StepScalars,
-        stream_step: int,
-    ) -> None:
-        """One step of a network, after what its last one calls for. Collective over its group."""
+    def is_training(self, trainer: StudentTrainer, phase_step: int) -> bool:
+        """The network is neither finished nor parked; asked before each step, after which the last one is resolved. Collective over its group."""
+        if trainer.is_finished(phase_step) or self._records[trainer.name].is_parked:
+            return False
         self.resolve_pending(trainer)
-        record = self._records[trainer.name]
-        if record.is_parked:
-            return
+        return not self._records[trainer.name].is_parked
+
+    @contextmanager
+    def isolating(self, trainer: StudentTrainer, phase_step: int) -> Iterator[None]:
+        """An exception inside parks the network; errors that are not its own go on."""
         try:
-            attempt = trainer.train_step(batch, temperature, scalars, stream_step)
+            yield
         except Exception as error:
-            self._fail(trainer, error, stream_step - self._phase.first_step)
-            return
+            self._fail(trainer, error, phase_step)
+
+    def watch(
+        self, trainer: StudentTrainer, batch: StudentBatch, attempt: Attempt, phase_step: int
+    ) -> None:
+        """Sends for the verdict on a step, which ``is_training`` reads before the next one. No waiting."""
+        record = self._records[trainer.name]
         record.verdict.send(attempt.is_applied)
         record.unheard = PendingStep(
-            attempt,
-            batch.targets,
-            batch.masks.counts,
-            batch.start,
-            stream_step,
+            attempt, batch.targets, batch.masks.counts, batch.start, phase_step
         )
 
     def resolve_pending(self, trainer: StudentTrainer) -> None:
@@ -153,14 +148,14 @@ class FaultHandler:
             return
         record.num_skipped += 1
         record.in_a_row += 1
-        step = last.stream_step - self._phase.first_step
+        step = last.phase_step
         self._tell(
             trainer, "skipped", f"step {step} skipped, {self._diagnose(trainer, last)}", step
         )
         if record.in_a_row == IN_A_ROW:
             self._roll_back(trainer, step, f"{IN_A_ROW} skipped steps in a row")
 
-    def before_save(self, step: int) -> None:
+    def before_save(self, phase_step: int) -> None:
         """Makes every network's state one that can be gone on from, and keeps it. Collective over each network's group."""
         for trainer in self._phase.trainers:
             self.resolve_pending(trainer)
@@ -168,11 +163,11 @@ class FaultHandler:
             if record.is_parked:
                 continue
             if not trainer.engine.is_finite():
-                self._roll_back(trainer, step, "its state is not finite")
+                self._roll_back(trainer, phase_step, "its state is not finite")
             elif not record.in_a_row:
                 if record.has_moved:
                     record.back_to_kept = 0
-                self._keep(trainer, step)
+                self._keep(trainer, phase_step)
 
     def counts(self) -> list[float]:
         """Of every network of the phase: steps skipped, times rolled back, parked (1). Zero for those of other ranks."""
@@ -181,13 +176,13 @@ class FaultHandler:
         each = ((r.num_skipped, r.num_rolled_back, r.is_parked) for r in records)
         return [float(value) for values in each for value in values]
 
-    def _keep(self, trainer: StudentTrainer, step: int) -> None:
+    def _keep(self, trainer: StudentTrainer, phase_step: int) -> None:
         record = self._records[trainer.name]
-        record.kept, record.kept_step = trainer.engine.snapshot(record.kept), step
+        record.kept, record.kept_step = trainer.engine.snapshot(record.kept), phase_step
         record.kept_targets = {k: v.clone() for k, v in trainer.targets.state().items()}
         record.has_moved = False
 
-    def _roll_back(self, trainer: StudentTrainer, step: int, reason: str) -> None:
+    def _roll_back(self, trainer: StudentTrainer, phase_step: int, reason: str) -> None:
         record = self._records[trainer.name]
         assert record.kept is not None, "a phase starts by keeping its states"
         trainer.engine.restore_snapshot(record.kept)
@@ -196,24 +191,24 @@ class FaultHandler:
         record.num_rolled_back += 1
         record.back_to_kept += 1
         told = f"rolled back to step {record.kept_step}: {reason}"
-        self._tell(trainer, "rolled back", told, step)
+        self._tell(trainer, "rolled back", told, phase_step)
         if record.back_to_kept == ROLL_BACKS:
-            self._park(trainer, step, f"rolled back {ROLL_BACKS} times to the same state")
+            self._park(trainer, phase_step, f"rolled back {ROLL_BACKS} times to the same state")
 
-    def _park(self, trainer: StudentTrainer, step: int, reason: str) -> None:
+    def _park(self, trainer: StudentTrainer, phase_step: int, reason: str) -> None:
         record = self._records[trainer.name]
         record.is_parked = True
         if trainer.placement.first_rank == self._phase.world_rank:
-            self._write_parked(trainer, step, reason)
+            self._write_parked(trainer, phase_step, reason)
         told = f"parked with its state of step {record.kept_step}: {reason}"
-        self._tell(trainer, "parked", told, step)
+        self._tell(trainer, "parked", told, phase_step)
 
-    def _write_parked(self, trainer: StudentTrainer, step: int, reason: str) -> None:
+    def _write_parked(self, trainer: StudentTrainer, phase_step: int, reason: str) -> None:
         path = _parked_file(self._run_folder, trainer.name)
         path.parent.mkdir(exist_ok=True)
-        write_json(path, {"step": step, "reason": reason})
+        write_json(path, {"step": phase_step, "reason": reason})
 
-    def _fail(self, trainer: StudentTrainer, error: Exception, step: int) -> None:
+    def _fail(self, trainer: StudentTrainer, error: Exception, phase_step: int) -> None:
         """Parks a network whose step raised; errors that are not its own go on."""
         record = self._records[trainer.name]
         if is_lost_connection(error) or isinstance(error, torch.AcceleratorError):
@@ -223,15 +218,16 @@ class FaultHandler:
         lines = str(error).strip().splitlines() or ["no message"]
         reason = f"{type(error).__name__}: {lines[0]}"
         if dist.get_world_size(trainer.engine.group) > 1:
-            self._write_parked(trainer, step, reason)
+            self._write_parked(trainer, phase_step, reason)
             raise StudentError(f"{trainer.name} is parked from now on: {reason}") from error
         trainer.engine.restore_snapshot(record.kept)
         trainer.targets.load_state(record.kept_targets)
-        self._park(trainer, step, reason)
+        self._park(trainer, phase_step, reason)
 
     def _diagnose(self, trainer: StudentTrainer, last: PendingStep) -> str:
         """What was not finite, found by any rank of the group. One all-reduce over it."""
-        borders = self._phase.plan_schedule.at(last.stream_step).share_borders(last.stream_step)
+        run_step = self._phase.first_step + last.phase_step
+        borders = self._phase.plan_schedule.at(run_step).share_borders(run_step)
         terms = last.attempt.terms
         names = sorted(terms)
         bad_terms = [not bool(terms[name].isfinite().all()) for name in names]
@@ -252,9 +248,9 @@ class FaultHandler:
             return "its weights are not finite"
         return f"its {names[term - 1]} loss is not finite" if term else "a gradient is not finite"
 
-    def _tell(self, trainer: StudentTrainer, kind: EventKind, text: str, step: int) -> None:
+    def _tell(self, trainer: StudentTrainer, kind: EventKind, text: str, phase_step: int) -> None:
         if trainer.placement.first_rank == self._phase.world_rank:
-            note(self._run_folder, Event(kind, f"{trainer.name}: {text}", trainer.name, step))
+            note(self._run_folder, Event(kind, f"{trainer.name}: {text}", trainer.name, phase_step))
 
 
 def _sender(last: PendingStep, borders: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> int:

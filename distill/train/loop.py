@@ -14,9 +14,10 @@ from distill.checkpoint.saver import Saver
 from distill.runfolder.heartbeat import Heartbeat
 from distill.train.exchange import Outgoing, Pending, student_batch
 from distill.train.faults import FaultHandler
+from distill.train.masking import DrawnMasks
 from distill.train.phase import Phase
 from distill.train.recorder import Recorder
-from teacher.batch import PatchMasks
+from teacher.batch import CropBatch, PatchMasks
 
 
 def run_phase(
@@ -29,51 +30,55 @@ def run_phase(
 ) -> bool:
     """Runs the steps from ``start_step`` on; True when the phase is complete, False when a stop was asked for and saved."""
     on_the_way: deque[Pending] = deque()
-    for step in range(start_step, phase.num_steps):
-        stop = min(step + phase.lookahead + 1, phase.num_steps)
-        for ahead in range(step + len(on_the_way), stop):
-            on_the_way.append(_teach(phase, phase.first_step + ahead, heartbeat))
-        heartbeat.enter("exchange", step)
+    for phase_step in range(start_step, phase.num_steps):
+        run_step = phase.first_step + phase_step
+        num_ahead = min(phase.lookahead + 1, phase.num_steps - phase_step)
+        for ahead in range(len(on_the_way), num_ahead):
+            heartbeat.enter("loading", phase_step)
+            loaded = _load(phase, run_step + ahead)
+            heartbeat.enter("teaching", phase_step)
+            on_the_way.append(phase.exchange.start(_teach(phase, *loaded)))
+        heartbeat.enter("exchange", phase_step)
         delivery = phase.exchange.wait(on_the_way.popleft())
 
-        stream_step = phase.first_step + step
         for trainer in phase.trainers:
-            if fault_handler.is_done(trainer, step):
+            heartbeat.enter("learning", phase_step, trainer.name)
+            if not fault_handler.is_training(trainer, phase_step):
                 continue
-            grid_hw = phase.grid_at(stream_step)
+            grid_hw = phase.grid_at(run_step)
             batch = student_batch(
                 delivery, trainer.placement, phase.world_rank, grid_hw, phase.plan.images_global
             )
-            heartbeat.enter("learning", step, trainer.name)
-            temperature, scalars = phase.temperature(stream_step), phase.scalars(stream_step)
-            fault_handler.train_step(trainer, batch, temperature, scalars, stream_step)
-        heartbeat.enter("post-step", step)
-        phase.after_step(step + 1)
+            temperature, scalars = phase.temperature(run_step), phase.scalars(run_step)
+            with fault_handler.isolating(trainer, phase_step):
+                attempt = trainer.train_step(batch, temperature, scalars, run_step)
+                fault_handler.watch(trainer, batch, attempt, phase_step)
+        heartbeat.enter("post-step", phase_step)
+        phase.after_step(phase_step + 1)
 
-        heartbeat.enter("agreeing", step)
-        wishes = recorder.record(phase, step + 1, fault_handler.counts())
+        heartbeat.enter("agreeing", phase_step)
+        decision = recorder.record(phase, phase_step + 1, fault_handler.counts())
 
         saver.report()
-        if wishes.save or wishes.stop:
-            heartbeat.enter("saving", step)
-            fault_handler.before_save(step + 1)
-            saver.save(phase, step + 1)
-        if wishes.stop:
+        if decision.save or decision.stop:
+            heartbeat.enter("saving", phase_step)
+            fault_handler.before_save(phase_step + 1)
+            saver.save(phase, phase_step + 1)
+        if decision.stop:
             return False
     return True
 
 
-def _teach(phase: Phase, stream_step: int, heartbeat: Heartbeat) -> Pending:
-    """Fetches this rank's share of a step, asks the teacher, and sends the answers on their way."""
-    heartbeat.enter("loading", stream_step)
-    crops = phase.loader.fetch(stream_step)
-    masks = phase.masks.draw(stream_step)
+def _load(phase: Phase, run_step: int) -> tuple[int, CropBatch, DrawnMasks]:
+    """This rank's share of a step: its crops, and the masks of the step."""
+    return run_step, phase.loader.fetch(run_step), phase.masks.draw(run_step)
+
+
+def _teach(phase: Phase, run_step: int, crops: CropBatch, masks: DrawnMasks) -> Outgoing:
+    """Targets of this rank's share of a step, with all that goes to the ranks that train on it."""
     asked = masks.of_share
     if phase.exchange.wants_all_patches:
         asked = PatchMasks.all_of(asked)
-    share = phase.plan_schedule.at(stream_step).share(phase.world_rank, stream_step)
-    heartbeat.enter("teaching", stream_step)
-    with phase.teaching.running(len(share)):
+    with phase.teaching.running(len(masks.of_share)):
         targets = phase.teacher.teach(crops, asked)
-    outgoing = Outgoing(stream_step, crops, targets, masks.of_needs, masks.counts)
-    return phase.exchange.start(outgoing)
+    return Outgoing(run_step, crops, targets, masks.of_needs, masks.counts)

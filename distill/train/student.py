@@ -110,12 +110,12 @@ class StudentTrainer:
         self._num_steps = 0
 
     def train_step(
-        self, batch: StudentBatch, temperature: float, scalars: StepScalars, step: int
+        self, batch: StudentBatch, temperature: float, scalars: StepScalars, run_step: int
     ) -> Attempt:
         """One step of this network; a skipped one changes nothing. Collective over its group: targets, KoLeo where cut, gradients."""
         terms, before = dict[str, Tensor](), self.targets.state()
         group = self.engine.group if dist.get_world_size(self.engine.group) > 1 else None
-        batch = self._prepare(batch, step)
+        batch = self._prepare(batch, run_step)
         with self.training.running():
             targets = self.targets.build_targets(batch, temperature, group)
             for images in self._parts:
@@ -124,7 +124,7 @@ class StudentTrainer:
                     part = batch.part(images)
                     its_targets = targets.part(images, batch.masks.masked(images))
                 losses: Losses = self.engine.forward(part, its_targets, scalars)
-                self.engine.backward_and_step(losses.total, self.rates(step))
+                self.engine.backward_and_step(losses.total, self.rates(run_step))
                 _add(terms, {"loss": losses.total.detach(), **losses.parts})
             is_applied, after = self.engine.is_applied, self.targets.state()
             self.targets.load_state(
@@ -135,9 +135,9 @@ class StudentTrainer:
         self._num_steps += 1
         return Attempt(is_applied, terms)
 
-    def is_finished(self, step: int) -> bool:
-        """The network has trained all its steps when a step begins."""
-        return self._stop_step is not None and step >= self._stop_step
+    def is_finished(self, phase_step: int) -> bool:
+        """The network has trained all its steps when a step of the phase begins."""
+        return self._stop_step is not None and phase_step >= self._stop_step
 
     def read_metrics(self, wait: float) -> dict[str, float] | None:
         """Means over the group and the steps that were applied since the last call: loss, its terms, ``wait``; and gradient norm, steps skipped. One sync, one all-reduce.

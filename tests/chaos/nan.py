@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -39,7 +39,7 @@ from distill.train.masking import DrawnMasks
 from distill.train.phase import Phase
 from distill.train.recorder import Decision
 from distill.train.stopwatch import Stopwatch
-from distill.train.student import StudentTrainer
+from distill.train.student import Attempt, StudentTrainer
 from teacher.batch import CropBatch, PatchMasks, StudentBatch
 from teacher.task import Losses
 from tests.distill.train.test_ranks import IMAGES, SCALARS, Ways, batch_of, make_pupil, some, take
@@ -214,36 +214,42 @@ def train(
 
 
 class _Witness:
-    """Stands between the loop and the fault_handler: puts the fault in, and looks whether a skipped step changed anything."""
+    """Stands between the loop and the fault handler: puts the fault in, and looks whether a skipped step changed anything."""
 
     def __init__(self, fault_handler: FaultHandler, fault: Fault | None, phase: Phase) -> None:
         self._fault_handler, self._fault, self._rank = fault_handler, fault, phase.world_rank
-        self.is_done, self.before_save = fault_handler.is_done, fault_handler.before_save
-        self.counts = fault_handler.counts
+        self.before_save, self.counts = fault_handler.before_save, fault_handler.counts
+        self.is_training = fault_handler.is_training
         self.changed: list[str] = []
         if fault is not None and fault.kind == "teacher rows":
             spoil_teacher_(fault, phase)
 
-    def train_step(self, trainer: StudentTrainer, batch: StudentBatch, *rest: Any) -> None:
-        fault, step, engine = self._fault, rest[-1], trainer.engine
-        is_now = fault is not None and self._is_here(fault, trainer, step)
-        self._fault_handler.resolve_pending(
-            trainer
-        )  # as learning begins; a roll-back is not the next step's doing
+    @contextmanager
+    def isolating(self, trainer: StudentTrainer, phase_step: int) -> Iterator[None]:
+        fault, engine = self._fault, trainer.engine
+        is_now = fault is not None and self._is_here(fault, trainer, phase_step)
         if fault is not None and is_now and fault.kind in IN_WEIGHTS:
             spoil_weights_(fault, trainer)
         before, targets = engine.snapshot(), trainer.targets.state()
-        if fault is not None and is_now and fault.kind not in IN_WEIGHTS:
-            with spoiling(fault, trainer, batch) as batch:
-                self._fault_handler.train_step(trainer, batch, *rest)
-        else:
-            self._fault_handler.train_step(trainer, batch, *rest)
+        with ExitStack() as spoiled:
+            if fault is not None and is_now and fault.kind not in IN_WEIGHTS:
+                spoiled.enter_context(spoiling(fault, trainer))
+            spoiled.enter_context(self._fault_handler.isolating(trainer, phase_step))
+            yield
         if self._has_skipped(trainer):
             after = engine.snapshot()
             pairs = [(one[k], two[k]) for one, two in zip(before, after, strict=True) for k in one]
             pairs += [(targets[key], tensor) for key, tensor in trainer.targets.state().items()]
             if not all(is_same_bits(one, two) for one, two in pairs):
-                self.changed.append(f"{trainer.name} at step {step}")
+                self.changed.append(f"{trainer.name} at step {phase_step}")
+
+    def watch(
+        self, trainer: StudentTrainer, batch: StudentBatch, attempt: Attempt, phase_step: int
+    ) -> None:
+        fault = self._fault
+        if fault is not None and self._is_here(fault, trainer, phase_step):
+            batch = spoiled_batch(fault, batch)
+        self._fault_handler.watch(trainer, batch, attempt, phase_step)
 
     def _has_skipped(self, trainer: StudentTrainer) -> bool:
         """Its last step did nothing, and the fault_handler has not heard of it yet."""
@@ -291,30 +297,41 @@ def source_of(fault: Fault, num_ranks: int) -> int:
     return fault.turn % num_ranks
 
 
+def spoiled_batch(fault: Fault, batch: StudentBatch) -> StudentBatch:
+    """What the student received, with the value in one of the rows if that is where the fault is."""
+    if fault.kind != "received rows":
+        return batch
+    rows = batch.targets.class_features.clone()
+    rows[fault.turn % len(rows), 0, 0] = fault.value
+    return replace(batch, targets=replace(batch.targets, class_features=rows))
+
+
 @contextmanager
-def spoiling(fault: Fault, trainer: StudentTrainer, batch: StudentBatch) -> Iterator[StudentBatch]:
-    """While inside, the student's loss, gradient or received rows hold the value; gives the batch to use."""
-    if fault.kind == "received rows":
-        rows = batch.targets.class_features.clone()
-        rows[fault.turn % len(rows), 0, 0] = fault.value
-        yield replace(batch, targets=replace(batch.targets, class_features=rows))
-    elif fault.kind == "gradient":
+def spoiling(fault: Fault, trainer: StudentTrainer) -> Iterator[None]:
+    """While inside, the student's loss, gradient or received rows hold the value."""
+    if fault.kind == "gradient":
         parameter = next(p for p in trainer.engine.module.parameters() if p.requires_grad)
         handle = parameter.register_hook(lambda gradient: gradient * fault.value)
-        yield batch
+        yield
         handle.remove()
-    else:
-        forward = trainer.engine.forward
+        return
+    train_step, forward = trainer.train_step, trainer.engine.forward
 
-        def spoiled(*inputs: Any) -> Losses:
-            losses: Losses = forward(*inputs)
-            if fault.kind == "memory":
-                raise torch.OutOfMemoryError("out of memory, tried to allocate 2 GiB")
-            return replace(losses, total=losses.total + fault.value)
+    def spoiled_step(batch: StudentBatch, *rest: Any) -> Attempt:
+        return train_step(spoiled_batch(fault, batch), *rest)
 
-        trainer.engine.forward = spoiled  # type: ignore[method-assign]
-        yield batch
-        trainer.engine.forward = forward  # type: ignore[method-assign]
+    def spoiled_forward(*inputs: Any) -> Losses:
+        losses: Losses = forward(*inputs)
+        if fault.kind == "memory":
+            raise torch.OutOfMemoryError("out of memory, tried to allocate 2 GiB")
+        return replace(losses, total=losses.total + fault.value)
+
+    trainer.train_step = spoiled_step  # type: ignore[method-assign]
+    if fault.kind != "received rows":
+        trainer.engine.forward = spoiled_forward  # type: ignore[method-assign]
+    yield
+    trainer.train_step = train_step  # type: ignore[method-assign]
+    trainer.engine.forward = forward  # type: ignore[method-assign]
 
 
 class _Loader:

@@ -16,7 +16,8 @@ SIGN = HeartbeatRecord(
     pid=100,
     beat=1,
     phase="family",
-    step=40,
+    phase_number=1,
+    phase_step=40,
     activity="learning",
     network="small",
     idle_s=0.0,
@@ -102,7 +103,7 @@ def test_look__those_who_wait_for_a_long_save_are_not_hung(job: Job) -> None:
 
 def test_look__when_all_wait_the_ones_furthest_behind_are_named(job: Job) -> None:
     job.change(0, idle_s=30.0, is_waiting=True)
-    job.change(1, idle_s=30.0, is_waiting=True, step=39)
+    job.change(1, idle_s=30.0, is_waiting=True, phase_step=39)
     verdict = job.look(1.0)
     assert verdict is not None and verdict.world_ranks == (1,)
     assert verdict.message.startswith("every rank waits; furthest behind: rank 1")
@@ -121,3 +122,14 @@ def test_look__a_rank_that_never_came_is_named(tmp_path: Path) -> None:
     now[0] = FIRST_ALLOWED_S + 1.0
     verdict = watchdog.look()
     assert verdict is not None and "no record of rank 0, 1 after 601 s" in verdict.message
+
+
+def test_look__furthest_behind_is_the_rank_in_the_earlier_phase(job: Job) -> None:
+    """A step of the second phase is later than any step of the first, however small its number."""
+    job.look()
+    for rank, phase, number, step in ((0, "gram", 2, 3), (1, "base", 1, 90)):
+        waiting = {"idle_s": 2 * LIMIT_S, "is_waiting": True, "activity": "exchange"}
+        job.change(rank, phase=phase, phase_number=number, phase_step=step, **waiting)
+    verdict = job.look(1.0)
+    assert verdict is not None and verdict.world_ranks == (1,)
+    assert "base step 90" in verdict.message

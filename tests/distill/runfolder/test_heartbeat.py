@@ -18,7 +18,7 @@ from distill.runfolder.heartbeat import (
 
 def test_pulse__says_where_the_rank_is(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, 3)
-    heartbeat.phase = "family"
+    heartbeat.enter_phase("family", 5)
     heartbeat.enter("learning", 7, "small")
     record = heartbeat.record()
     assert record.describe() == f"rank 3 on {record.host}: learning small, family step 7"
