@@ -1,4 +1,4 @@
-"""Errors a person can act on: one line that names the value and what is allowed, and one that says the next move."""
+"""Errors a person can act on: one line that names the value and what is allowed, and one with the next move."""
 
 
 class UserError(Exception):

@@ -177,7 +177,7 @@ def _read_float(config: Mapping[str, Any], key: str) -> float:
 def _read_ints(config: Mapping[str, Any], key: str, most: int) -> tuple[int, ...]:
     values = _read(config, key)
     if not isinstance(values, list | tuple) or not 2 <= len(values) <= MOST_STAGES:
-        raise ValueError(f"{key} = {_shown(values)}: must be 2 to {MOST_STAGES} whole numbers")
+        raise ValueError(f"{key} = {_shown(values)}: must be 2 to {MOST_STAGES} integers")
     return tuple(_read_int({key: value}, key, most) for value in values)
 
 
@@ -193,7 +193,7 @@ def _shown(value: object) -> str:
 def _read_int(config: Mapping[str, Any], key: str, most: int = LARGEST) -> int:
     value = _read(config, key)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
-        raise ValueError(f"{key} = {_shown(value)}: must be one whole number, at most {most}")
+        raise ValueError(f"{key} = {_shown(value)}: must be one integer, at most {most}")
     return value
 
 

@@ -1,12 +1,12 @@
-"""Students from outside: your own module, a transformers backbone, a timm model.
+"""Custom students: a module of yours, a transformers backbone, a timm model.
 
     "package.module:factory"     factory(**args) returns the network
     "transformers:NAME"          a model type such as convnextv2, with args for its config, or a local folder
     "timm:NAME"                  timm.create_model(NAME, **args), where timm is installed
 
-Your own network is an ``nn.Module`` with ``width`` (features) and ``stride`` (pixels per patch side)
+A custom network is an ``nn.Module`` with ``width`` (features) and ``stride`` (pixels per patch side)
 whose forward pass takes images [rows, 3, height, width] and returns a class feature [rows, width] and
-a patch map [rows, width, height / stride, width / stride]. That is the whole protocol.
+a patch map [rows, width, height / stride, width / stride]. That is the full protocol.
 
 A network whose statistics move outside its parameters (BatchNorm) is refused: the EMA and the
 checkpoints hold parameters. Nothing is downloaded.
@@ -45,7 +45,7 @@ class Adapted(nn.Module):
         masks: Bool[Tensor, "rows patches"] | None = None,
         *,
         rope_scale: float = 1.0,  # noqa: ARG002  # part of the protocol; there is no RoPE here
-        is_local: bool = False,  # noqa: ARG002  # part of the protocol; all crops are seen alike
+        is_local: bool = False,  # noqa: ARG002  # part of the protocol; all crops are treated alike
     ) -> Features:
         """Class feature and patch map.
 
@@ -75,7 +75,7 @@ def init_custom_(network: Adapted, generator: torch.Generator) -> None:
 
 @lru_cache(maxsize=64)
 def probe(factory: str, args_json: str) -> CustomSpec:
-    """Builds a network once, looks at one image with it, and says what it is.
+    """Builds a network once, forwards one image, and describes it.
 
     Raises:
         ValueError: it cannot be built, or does not keep to the protocol.
@@ -125,7 +125,7 @@ def _facts(network: nn.Module, factory: str) -> tuple[int, int]:
     for name in ("width", "stride"):
         if not hasattr(network, name) or not isinstance(getattr(network, name), int):
             raise ValueError(
-                f"{factory}: the network needs a whole number {name!r} as an attribute"
+                f"{factory}: the network must have an integer {name!r} as an attribute"
             )
         facts.append(getattr(network, name))
     return facts[0], facts[1]
@@ -169,7 +169,7 @@ class _TransformersNetwork(nn.Module):
         except ImportError as error:
             raise ValueError(f"transformers:{name}: {error}; pip install transformers") from error
         try:
-            if "/" in name or "." in name:  # a local folder; a hub is never asked
+            if "/" in name or "." in name:  # a local folder; the hub is never queried
                 backbone = library.AutoBackbone.from_pretrained(name, local_files_only=True, **args)
             else:
                 backbone = library.AutoBackbone.from_config(

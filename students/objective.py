@@ -1,7 +1,7 @@
 """Learning from a teacher without heads: the student's tokens, through light projectors, match the teacher's features.
 
 Teacher features differ in scale by orders of magnitude between channels, so each channel is
-standardised with running statistics first; without that a handful of channels would be the whole
+standardised with running statistics first; without that a handful of channels would be the full
 loss. Class features and the features of masked patches are compared, each by cosine and by
 smooth L1. A student with a coarser map has it resized to the teacher's grid.
 """
@@ -34,8 +34,8 @@ VARIANCE_EPS = 1e-6  # a channel that never changes becomes zero instead of infi
 class StandardFeatures:
     """Teacher features of one slice with zero mean and unit variance per channel, fp32."""
 
-    class_features: Float[Tensor, "images 2 taught"]
-    patch_features: Float[Tensor, "masked patch_taught"]
+    class_features: Float[Tensor, "images 2 teacher_dim"]
+    patch_features: Float[Tensor, "masked patch_teacher_dim"]
 
     def part(self, images: slice, masked: slice) -> "StandardFeatures":
         """Of some images and their masked patches; views."""
@@ -54,11 +54,11 @@ class ChannelStatistics:
 
     @torch.no_grad()
     def standardise(
-        self, rows: Float[Tensor, "*rows taught"], group: dist.ProcessGroup | None
-    ) -> Float[Tensor, "*rows taught"]:
-        """Takes the rows of the whole group into account, then standardises this rank's; fp32 out.
+        self, rows: Float[Tensor, "*rows teacher_dim"], group: dist.ProcessGroup | None
+    ) -> Float[Tensor, "*rows teacher_dim"]:
+        """Updates the statistics with the rows of the full group, then normalises this rank's; fp32 out.
 
-        Sums are float64. Communication: one all-reduce of [2 * taught + 1] over ``group``, none when
+        Sums are float64. Communication: one all-reduce of [2 * teacher_dim + 1] over ``group``, none when
         it is None; a rank without rows must still call.
         """
         flat = rows.flatten(0, -2).double()
@@ -66,10 +66,12 @@ class ChannelStatistics:
         sums = torch.cat([flat.sum(0), flat.square().sum(0), count])
         if group is not None:
             dist.all_reduce(sums, group=group)
-        seen = sums[-1] > 0  # stays on the device: a step without masked patches changes nothing
+        has_rows = (
+            sums[-1] > 0
+        )  # stays on the device: a step without masked patches changes nothing
         moments = (sums[:-1] / sums[-1].clamp(min=1.0)).view(2, -1)
-        self.num_updates += seen
-        weight = seen / self.num_updates.clamp(1.0, MEMORY_STEPS)
+        self.num_updates += has_rows
+        weight = has_rows / self.num_updates.clamp(1.0, MEMORY_STEPS)
         self.moments += weight * (moments - self.moments)
         mean, mean_square = self.moments
         variance = (mean_square - mean.square()).clamp(min=0.0)
@@ -136,7 +138,7 @@ class FeatureTask(nn.Module):
     ) -> Losses:
         """Cosine and smooth L1, each the mean of its class part and its patch part. No communication.
 
-        Class features: each global crop with its own target, each local crop with both.
+        Class features: each global crop with its target, each local crop with both.
         """
         globals_, locals_ = see_crops(self.backbone, batch, self.options, scalars)
         masked, patch_weights = masked_rows(globals_, batch)
@@ -159,22 +161,24 @@ class FeatureTask(nn.Module):
         self,
         globals_: Features,
         locals_: Features,
-        targets: Float[Tensor, "images 2 taught"],
+        targets: Float[Tensor, "images 2 teacher_dim"],
         local_weight: float,
         images_global: int,
     ) -> tuple[
-        Float[Tensor, "pairs taught"], Float[Tensor, "pairs taught"], Float[Tensor, " pairs"]
+        Float[Tensor, "pairs teacher_dim"],
+        Float[Tensor, "pairs teacher_dim"],
+        Float[Tensor, " pairs"],
     ]:
         num_images = targets.shape[0]
-        own = self.class_projector(globals_.class_token)  # [images * 2, taught]
-        local = self.class_projector(locals_.class_token).view(num_images, -1, own.shape[1])
+        projected = self.class_projector(globals_.class_token)  # [images * 2, teacher_dim]
+        local = self.class_projector(locals_.class_token).view(num_images, -1, projected.shape[1])
         num_locals = local.shape[1]
-        shape = (num_images, num_locals, NUM_GLOBAL, own.shape[1])
-        predicted = torch.cat([own, local[:, :, None].expand(shape).flatten(0, 2)])
+        shape = (num_images, num_locals, NUM_GLOBAL, projected.shape[1])
+        predicted = torch.cat([projected, local[:, :, None].expand(shape).flatten(0, 2)])
         wanted = torch.cat([targets.flatten(0, 1), targets[:, None].expand(shape).flatten(0, 2)])
         weights = torch.cat(
             [
-                targets.new_ones(own.shape[0]),
+                targets.new_ones(projected.shape[0]),
                 targets.new_full((num_images * num_locals * NUM_GLOBAL,), local_weight),
             ]
         )
@@ -182,25 +186,25 @@ class FeatureTask(nn.Module):
 
 
 def feature_sums(
-    predicted: Float[Tensor, "rows taught"],
-    target: Float[Tensor, "rows taught"],
+    predicted: Float[Tensor, "rows teacher_dim"],
+    target: Float[Tensor, "rows teacher_dim"],
     weights: Float[Tensor, " rows"],
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Weighted sums over rows of ``1 - cosine`` and of the channel mean of smooth L1 (beta 1).
 
     Computed in fp32, or float64 if the target is. No communication.
     """
-    own = predicted.to(target.dtype)
-    cosine = 1.0 - F.cosine_similarity(own, target, dim=1)
-    distance = F.smooth_l1_loss(own, target, reduction="none").mean(dim=1)
+    projected = predicted.to(target.dtype)
+    cosine = 1.0 - F.cosine_similarity(projected, target, dim=1)
+    distance = F.smooth_l1_loss(projected, target, reduction="none").mean(dim=1)
     return (weights * cosine).sum(), (weights * distance).sum()
 
 
 def build_projectors(
-    width: int, taught: int, generator: torch.Generator
+    width: int, teacher_dim: int, generator: torch.Generator
 ) -> tuple[nn.Linear, nn.Linear]:
     """Fresh class and patch projectors, fp32 on the CPU."""
-    projectors = nn.Linear(width, taught), nn.Linear(width, taught)
+    projectors = nn.Linear(width, teacher_dim), nn.Linear(width, teacher_dim)
     for projector in projectors:
         init_matrix_(projector, generator)
     return projectors

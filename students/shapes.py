@@ -53,7 +53,7 @@ class ConvNeXtSpec:
 
 @dataclass(frozen=True)
 class CustomSpec:
-    """Where a network comes from, and what it says of itself. ``args_json`` are the factory's arguments."""
+    """Where a network comes from, and its description. ``args_json`` are the factory's arguments."""
 
     factory: str
     args_json: str
@@ -84,7 +84,7 @@ CATALOG: Mapping[str, BackboneSpec] = MappingProxyType(
 def student_heads(
     width: int, dino: HeadShape, ibot: HeadShape, dino_hidden: int, ibot_hidden: int
 ) -> tuple[HeadShape, HeadShape]:
-    """Head shapes of a student: its own input and hidden widths, the teacher's bottlenecks and prototype counts."""
+    """Head shapes of a student: its input and hidden widths, the teacher's bottlenecks and prototype counts."""
     return replace(dino, width=width, hidden=dino_hidden), replace(
         ibot, width=width, hidden=ibot_hidden
     )

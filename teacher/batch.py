@@ -11,7 +11,7 @@ Legend (one word, one meaning, everywhere):
     masked       masked patches of all global crops, image-major, then crop, then patch
     width        features of a backbone token
     bottleneck   L2-normalised head output, what travels instead of logits
-    taught       numbers the teacher sends per token: its head's bottleneck, or its width
+    teacher_dim  numbers the teacher sends per token: its head's bottleneck, or its width
     prototypes   rows of a head's last layer
 
 Pixels stay uint8 until they reach the device that uses them; ``normalise`` is the one place that
@@ -50,7 +50,7 @@ class CropBatch:
 
 @dataclass(frozen=True)
 class PatchMasks:
-    """Which patches of some images are masked. ``counts``, per image, are known to the host, so that nobody waits for a device to count."""
+    """Which patches of some images are masked. ``counts``, per image, are known to the host, so that no rank waits for a device to count."""
 
     flags: Bool[Tensor, "images 2 patches"]
     counts: tuple[int, ...]
@@ -98,15 +98,15 @@ class Features:
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """What the teacher says about some images, small enough to send.
+    """The teacher's features of some images, small enough to send.
 
     Bottlenecks of its heads; the backbone's features where it has no heads. ``patch_features`` holds
     masked patches only, ordered like ``masks.nonzero()``.
     ``anchor_patches`` (Gram stage only) is already on the student's grid.
     """
 
-    class_features: Float[Tensor, "images 2 taught"]
-    patch_features: Float[Tensor, "masked patch_taught"]
+    class_features: Float[Tensor, "images 2 teacher_dim"]
+    patch_features: Float[Tensor, "masked patch_teacher_dim"]
     anchor_patches: Float[Tensor, "images 2 patches anchor_width"] | None = None
 
 
@@ -128,7 +128,7 @@ class StudentBatch:
     kept: Bool[Tensor, "images crops blocks 2"] | None = None
 
     def part(self, images: slice) -> "StudentBatch":
-        """The lesson of some of its images, by their numbers in the slice; views."""
+        """The batch of some of its images, by their numbers in the slice; views."""
         crops, targets = self.crops, self.targets
         anchor = targets.anchor_patches
         return StudentBatch(

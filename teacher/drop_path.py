@@ -43,9 +43,9 @@ def kept_rows(
 ) -> KeptRows:
     """Indices of the kept rows (image-major, then crop), on ``device``.
 
-    ``flags`` lie on the host, so that nobody waits for a device to count; ``probability`` is that of
+    ``flags`` lie on the host, so that no rank waits for a device to count; ``probability`` is that of
     being kept.
     """
     by_branch = flags.flatten(0, 1).flatten(1).T  # [blocks * 2, rows]
-    places = onto(by_branch.nonzero()[:, 1], device)
-    return KeptRows(places.split(by_branch.sum(dim=1).tolist()), 1.0 / probability)
+    rows = onto(by_branch.nonzero()[:, 1], device)
+    return KeptRows(rows.split(by_branch.sum(dim=1).tolist()), 1.0 / probability)

@@ -123,7 +123,7 @@ class FrozenTeacher(nn.Module):
 
     def _patch_features(
         self, masked: Float[Tensor, "masked width"]
-    ) -> Float[Tensor, "masked taught"]:
+    ) -> Float[Tensor, "masked teacher_dim"]:
         if self.ibot_head is None:
             return masked
         padding = -masked.shape[0] % HEAD_ROWS
@@ -142,7 +142,7 @@ class FrozenTeacher(nn.Module):
             _local(parameter).copy_(_local(now[name]))
 
     def anchor_state(self) -> dict[str, Tensor]:
-        """The anchor's whole weights by name, nothing without an anchor. Collective where it is sharded."""
+        """The anchor's full weights by name, nothing without an anchor. Collective where it is sharded."""
         if self.anchor is None:
             return {}
         return {

@@ -139,10 +139,10 @@ def koleo_sum(
     if group is not None:
         everyone = _GatherRows.apply(features, start, images_global, group)  # type: ignore[no-untyped-call]
         first = 0
-    own = torch.arange(start, start + features.shape[0], device=features.device)
+    local = torch.arange(start, start + features.shape[0], device=features.device)
     others = torch.arange(first, first + everyone.shape[0], device=features.device)
-    comparable = (own // group_size)[:, None] == (others // group_size)[None]
-    comparable &= own[:, None] != others[None]
+    comparable = (local // group_size)[:, None] == (others // group_size)[None]
+    comparable &= local[:, None] != others[None]
     with torch.no_grad():
         similarity = (features @ everyone.T).masked_fill(~comparable, -torch.inf)
         nearest = similarity.argmax(dim=1)

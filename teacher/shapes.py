@@ -13,7 +13,7 @@ PROTOTYPES_AT_ONCE = 4096
 class ViTSpec:
     """Shape of a vision transformer.
 
-    ``untie_local_norm`` gives the class token of local crops a final norm of its own, in training.
+    ``untie_local_norm`` gives the class token of local crops a separate final norm, in training.
     """
 
     width: int
@@ -37,7 +37,7 @@ class ViTSpec:
         if self.width % self.heads or (self.width // self.heads) % 4:
             raise ValueError(
                 f"width {self.width} with {self.heads} heads: "
-                "the width of a head must be a whole multiple of 4 (RoPE)"
+                "the width of a head must be a multiple of 4 (RoPE)"
             )
 
     @property

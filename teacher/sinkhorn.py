@@ -2,7 +2,7 @@
 
 The assignment factors: ``p[n, k] = exp(x_n . v_k / temperature + log_rows[n] + log_columns[k])``.
 So three iterations need only one pass over the logits each, in chunks of rows, and what remains is
-one number per row and one per prototype. Whoever needs ``p`` rebuilds the chunk at hand from the
+one number per row and one per prototype. The caller that uses ``p`` rebuilds the chunk at hand from the
 bottleneck (512 numbers a row, against 262,144 logits).
 """
 

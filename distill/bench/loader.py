@@ -1,9 +1,9 @@
 """Images per CPU-second of the loader, with and without local crops, beside Pillow doing the same work in the same run.
 
-Pillow does it twice: with its own blur, and with that of torchvision. Neither is charged for reading the files.
+Pillow does it twice: with Pillow's blur, and with that of torchvision. Neither is charged for reading the files.
 
 Blocks of both alternate, so a slow minute of a shared machine hits both. CPU time is that of all threads of this
-process. Images are synthetic photographs, JPEGs of 500 x 375 px as in ImageNet, or the recipe's own.
+process. Images are synthetic photographs, JPEGs of 500 x 375 px as in ImageNet, or those of the recipe.
 """
 
 import io

@@ -1,6 +1,6 @@
 """Throughput, measured: this job, the published procedure, and one separate job per student, side by side in one run.
 
-    ours       filled shares, slices, look-ahead (the recipe's own engine settings)
+    ours       filled shares, slices, look-ahead (the engine settings of the recipe)
     published  even shares, everything gathered by everybody, all ranks meet every step
     separate   one student after the other on all ranks, each with the teacher to itself
     saving     ours, with one checkpoint in every block of steps: what a checkpoint costs
@@ -119,7 +119,7 @@ def measure(request: Request) -> dict[str, Any]:
     plan = plan_family(family, shape, request.num_ranks)  # what cannot work is said here, once
     if plan.is_teacher_sharded and request.sleep_s is None:
         raise PlanError(
-            "bench compares teachers that are whole on every rank; this one would be sharded",
+            "bench compares teachers that are replicated on every rank; this one would be sharded",
             fix="Write engine.teacher_sharding=replicated, or use --sleep.",
         )
     runs = Path("runs")  # where a job would save: a temporary folder may be memory
@@ -174,7 +174,7 @@ Traces = dict[str, list[Span]]
 
 
 def measure_rank(fields: dict[str, Any]) -> tuple[Turns, Traces]:
-    """What one rank measured, by mode (``saving`` beside the others where it is asked for), and one step of each."""
+    """What one rank measured, by mode (``saving`` beside the others where it is requested), and one step of each."""
     request = Request(**fields)
     family, shape = family_of(request)
     device = take_device("cpu" if request.sleep_s is not None else family.engine.device)
@@ -215,7 +215,7 @@ class Bench:
     ) -> None:
         self.request, self.shape, self.device = request, shape, device
         self.rank = dist.get_rank()
-        self.heartbeat = Heartbeat(Path(), self.rank)  # nobody watches
+        self.heartbeat = Heartbeat(Path(), self.rank)  # no watchdog reads it
         self.modes = modes_of(family, request.against, request.num_ranks)
         self.teacher = None if request.sleep_s is not None else self._teacher(family)
         plan = plan_family(family, shape, request.num_ranks)
@@ -345,7 +345,7 @@ class Bench:
         self.steps_done[mode] += length
 
     def warm_up(self, name: str) -> None:
-        """Steps of a mode that nobody counts. Collective over the world."""
+        """Steps of a mode that are not measured. Collective over the world."""
         mode, is_saving = self._mode_of(name)
         witness = Witness(save_after=1 if is_saving else None)
         saver = self._saver(is_saving=is_saving)

@@ -2,7 +2,7 @@
 
 The same windows and parameters, the usual operations of torchvision's augmentation on Pillow images: enhance
 brightness, contrast (about the mean grey) and saturation, turn the hue in HSV, blur, solarise. The blur is
-Pillow's own (three box filters that come near a Gaussian) or, as in torchvision, a convolution with nine taps
+Pillow's (three box filters that come near a Gaussian) or, as in torchvision, a convolution with nine taps
 in torch.
 """
 

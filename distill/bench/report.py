@@ -15,7 +15,7 @@ from distill.runfolder.heartbeat import WAITING as WAITING_ACTIVITIES
 
 OURS, SAVING = "ours", "saving"  # the same job, without and with a save in each turn
 PUBLISHED = "published"
-SAVE_EVERY_S = 300.0  # what the cost of a save is told as a share of
+SAVE_EVERY_S = 300.0  # the cost of a save is given as a share of this
 
 
 def build_report(
@@ -176,8 +176,8 @@ def tables(report: dict[str, Any]) -> list[Any]:
     if "faster_than_published" in report:
         facts.add_row("published", f"{report['faster_than_published']:.2f}x as long per step")
     if "gain" in report:
-        told = f"{report['gain']:.2f}x of at most {report['gain_bound']:.2f}x ({report['of_bound']:.1%})"
-        facts.add_row("gain over separate jobs", told)
+        text = f"{report['gain']:.2f}x of at most {report['gain_bound']:.2f}x ({report['of_bound']:.1%})"
+        facts.add_row("gain over separate jobs", text)
     ours = report["modes"][OURS]
     host_s = statistics.median(ours["host_s"])
     facts.add_row("beside all that", f"{host_s * 1000:.1f} ms of a step of ours")
@@ -186,11 +186,11 @@ def tables(report: dict[str, Any]) -> list[Any]:
     if "saving" in report:
         saving = report["saving"]
         cost, stall = saving["cost_s"], saving["stall_s"]
-        told = (
+        text = (
             f"{cost['median']:.2f} s ({cost['min']:.2f} - {cost['max']:.2f}), "
             f"{saving['share']:.2%} of {saving['every_s']:.0f} s; the loop waits for {stall['median']:.2f} s of it"
         )
-        facts.add_row("a checkpoint costs", told)
+        facts.add_row("a checkpoint costs", text)
     if "mfu" in report:
         peak = report["matmul_tflops_per_s"]
         facts.add_row("MFU", f"{report['mfu']:.1%} of a matrix product's {peak:.3g} TFLOP/s")
@@ -238,8 +238,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
                 colour = _colour(activity, training.get(network))
                 axes.barh(rank, stop - start, left=start, color=colour, height=0.85, linewidth=0)
         step_s = found["step_s"]["median"]
-        told = f"{name}: {step_s:.3g} s a step (median), busy {found['utilisation']:.0%}"
-        axes.set_title(told, loc="left", fontsize="medium")
+        text = f"{name}: {step_s:.3g} s a step (median), busy {found['utilisation']:.0%}"
+        axes.set_title(text, loc="left", fontsize="medium")
         axes.set_xlim(0, longest * 1.02)
         axes.set_yticks(range(ranks))
         axes.set_ylabel("rank")

@@ -49,7 +49,7 @@ class Turn(NamedTuple):
 
 
 class Witness:
-    """Stands in for the recorder: notes when each step ended, reads the clocks after some, and wishes for one save."""
+    """Stands in for the recorder: notes when each step ended, reads the clocks after some, and requests one save."""
 
     def __init__(self, read_after: Collection[int] = (), save_after: int | None = None) -> None:
         """Numbers of steps after which to read the clocks, which waits for the device, and to save (None: never)."""
@@ -93,7 +93,7 @@ class Span(NamedTuple):
 
 
 class Trace:
-    """Stands in for the heartbeat and writes down what the loop says. Waits for the device at every turn, so that work counts where it is asked for."""
+    """Stands in for the heartbeat and writes down what the loop reports. Waits for the device at every turn, so that work counts where it was started."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -117,7 +117,7 @@ class Trace:
 
 
 class Unsaved:
-    """Stands in for the saver: nothing is saved, so there is nothing to tell or to wait for."""
+    """Stands in for the saver: nothing is saved, so there is nothing to report or to wait for."""
 
     def report(self) -> None:
         """No save has ended."""
@@ -145,7 +145,7 @@ class _Strict:
     """Listens to the saver."""
 
     def show(self, state: RunState) -> None:
-        """Nobody watches."""
+        """Does nothing: no watchdog reads it."""
 
     def saving(self) -> None:
         """As expected."""
@@ -198,7 +198,7 @@ class SyntheticLoader:
 
 
 class SleepingTeacher:
-    """Takes its time for every image and says nothing of interest."""
+    """Sleeps for every image and returns constant features."""
 
     def __init__(self, image_s: float) -> None:
         self._image_s = image_s

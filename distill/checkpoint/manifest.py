@@ -7,10 +7,10 @@
 Each writer leaves its files in the staging folder, and beside each a record: ``.done`` with size
 and sha256, or ``.failed`` with the reason. The committer waits for all records, reads every file
 back, writes the manifest, renames the folder, points ``latest`` at it, and only then removes what
-is too old. The shared file system is the only channel, so nobody's training waits.
+is too old. The shared file system is the only channel, so no rank's training waits.
 
-The manifest carries a checksum of itself and is compared with its own canonical text: no bit of a
-checkpoint can change unseen. Tensors are whole and named, so any number of ranks and any placement
+The manifest carries a checksum of itself and is compared with its canonical text: no bit of a
+checkpoint can change undetected. Tensors are full and named, so any number of ranks and any placement
 can load them. No pickle.
 """
 
@@ -49,7 +49,7 @@ class FileFacts(_Facts):
 
 
 class NetworkFacts(_Facts):
-    """Whose state it is: a hash over what its recipe says of it, and the step of its phase at which it joined."""
+    """Whose state it is: a hash over its recipe entry, and the step of its phase at which it joined."""
 
     hash: str
     first_step: Count
@@ -103,13 +103,13 @@ def staging_folder(folder: Path, phase: str, step: int) -> Path:
 
 
 def record_done(path: Path, written: Written) -> None:
-    """Tells the committer that a file is complete."""
+    """Reports to the committer that a file is complete."""
     facts = FileFacts(sha256=written.sha256, bytes=written.num_bytes)
     replace_text(path.with_name(path.name + DONE), facts.model_dump_json())
 
 
 def record_failed(path: Path, error: OSError, num_bytes: int) -> None:
-    """Tells the committer that a file could not be written; what there is of it is removed first, which makes room for the record."""
+    """Reports to the committer that a file could not be written; what there is of it is removed first, which makes room for the record."""
     path.unlink(missing_ok=True)
     free = shutil.disk_usage(path.parent).free
     reason = error.strerror or str(error)
@@ -150,8 +150,8 @@ def collect(staging: Path, expected: Mapping[str, int], timeout_s: float) -> dic
     return files
 
 
-def commit(folder: Path, staging: Path, manifest: Manifest, keep: int) -> Path:
-    """Turns the staging folder into a checkpoint, points ``latest`` at it, and removes all but the newest ``keep`` and milestones.
+def commit(folder: Path, staging: Path, manifest: Manifest, max_to_keep: int) -> Path:
+    """Turns the staging folder into a checkpoint, points ``latest`` at it, and removes all but the newest ``max_to_keep`` and milestones.
 
     Raises:
         CheckpointError: a file does not read back as it was written; nothing else was changed.
@@ -167,7 +167,7 @@ def commit(folder: Path, staging: Path, manifest: Manifest, keep: int) -> Path:
     final = _free_name(folder / checkpoint_name(manifest.phase, manifest.step), manifest.number)
     rename(staging, final)
     replace_text(folder / LATEST, final.name + "\n")
-    remove_old(folder, keep)
+    remove_old(folder, max_to_keep)
     return final
 
 
@@ -183,9 +183,9 @@ def next_number(folder: Path) -> int:
     return 1 + max((manifest.number for _, manifest in checkpoints(folder)), default=0)
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Removes all but the newest ``keep`` checkpoints and the milestones; a name goes before its content."""
-    for path, manifest in checkpoints(folder)[keep:]:
+def remove_old(folder: Path, max_to_keep: int) -> None:
+    """Removes all but the newest ``max_to_keep`` checkpoints and the milestones; a name goes before its content."""
+    for path, manifest in checkpoints(folder)[max_to_keep:]:
         if not manifest.is_milestone:
             gone = path.with_name(f".{path.name}.gone")
             rename(path, gone)
@@ -193,7 +193,7 @@ def remove_old(folder: Path, keep: int) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Removes what a run that died left half written or half removed. Call while nobody writes."""
+    """Removes what a run that died left half written or half removed. Call while no process writes."""
     leftovers = [path for path in folder.glob(".*") if path.suffix in (".part", ".gone")]
     for path in leftovers:
         if path.is_dir():
@@ -206,11 +206,11 @@ def clean(folder: Path) -> None:
 
 
 def find_latest(
-    folder: Path, recipe_hash: str, tell: Callable[[str], None]
+    folder: Path, recipe_hash: str, report: Callable[[str], None]
 ) -> tuple[Path, Manifest] | None:
     """The newest checkpoint whose files match their checksums; None where there is no checkpoint yet.
 
-    ``tell`` gets a line for each newer one that is damaged.
+    ``report`` gets a line for each newer one that is damaged.
 
     Raises:
         CheckpointError: it was written by another recipe, so going on from it would mix two runs;
@@ -219,11 +219,11 @@ def find_latest(
     found = checkpoints(folder)
     unreadable = sorted(set(_folders(folder)) - {path for path, _ in found})
     for path in unreadable:
-        tell(f"{path.name} is not used: its {MANIFEST} is missing or damaged")
+        report(f"{path.name} is not used: its {MANIFEST} is missing or damaged")
     for path, manifest in found:
         damage = find_damage(path, manifest)
         if damage is not None:
-            tell(f"{path.name} is not used: {damage}")
+            report(f"{path.name} is not used: {damage}")
             continue
         if manifest.recipe_hash != recipe_hash:
             raise CheckpointError(
@@ -270,7 +270,7 @@ def read_manifest(path: Path) -> Manifest | None:
 
 
 def find_damage(folder: Path, manifest: Manifest) -> str | None:
-    """The first file that is not what the manifest says, and how; None when all are."""
+    """The first file that differs from the manifest, and how; None when all are."""
     for name, facts in manifest.files.items():
         try:
             num_bytes = (folder / name).stat().st_size

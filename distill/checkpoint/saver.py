@@ -1,11 +1,11 @@
-"""Saves and restores the trained networks of a phase, each by its own group, and asks nothing of the layout.
+"""Saves and restores the trained networks of a phase, each by its group, on any layout.
 
-    loop      gather whole tensors, copy them to host memory        (training waits for this)
+    loop      gather full tensors, copy them to host memory        (training waits for this)
     writer    every rank: hash, write, sync, leave a record         (a thread; training goes on)
-    committer world rank 0: wait for all records, commit            (the same thread, after its own files)
+    committer world rank 0: wait for all records, commit            (the same thread, after its files)
 
 One save is under way at a time: the next one, and the end of a phase, wait for it. A save that
-fails is told in one line, and training goes on with the checkpoints that are there.
+fails is reported in one line, and training continues with the checkpoints that are there.
 """
 
 import shutil
@@ -33,7 +33,7 @@ RECORDS_TIMEOUT_S = 600.0  # for all ranks to have written; a stalled network fi
 
 @runtime_checkable
 class Listener(Protocol):
-    """Who is told how saves go; the run's recorder."""
+    """Receives the result of every save; the run's recorder."""
 
     def show(self, state: RunState) -> None:
         """What the run does now."""
@@ -148,7 +148,7 @@ class Saveable(Protocol):
 class CheckpointPolicy:
     """Where checkpoints lie, which run they belong to, and which of them stay.
 
-    ``networks``: what the manifest says of each student. ``milestones``: of every so many steps of a
+    ``networks``: the manifest's entry of each student. ``milestones``: of every so many steps of a
     phase the first checkpoint stays for ever. ``recipe``: the resolved recipe.
     """
 
@@ -209,7 +209,7 @@ class Saver:
         self._recorder.show("training")
 
     def report(self) -> None:
-        """Tells, once, what became of a save that has ended. Raises what only a bug of ours can raise."""
+        """Reports, once, the result of a save that has ended. Raises what only a bug of ours can raise."""
         if self._thread is None or self._thread.is_alive():
             return
         self._thread.join()
@@ -229,7 +229,7 @@ class Saver:
             self._recorder.saved(*self._last_saved, str(path))
 
     def wait(self) -> None:
-        """Returns when no save is under way, and tells what became of the last."""
+        """Returns when no save is under way, and reports the result of the last."""
         if self._thread is not None:
             self._thread.join()
             self.report()
@@ -275,7 +275,7 @@ class Saver:
                 _write_part(order.staging / name, encode(tensors), num_bytes(tensors))
             if order.manifest is not None:
                 self._committed = self._commit(order, order.manifest)
-        except BaseException as error:  # told by the thread that trains
+        except BaseException as error:  # reported by the thread that trains
             self._error = error
 
     def _commit(self, order: SaveJob, manifest: Manifest) -> Path:

@@ -26,7 +26,7 @@ from distill.runfolder.files import is_full
 if TYPE_CHECKING:
     pass
 
-HELP = """Train a whole family of vision backbones from one frozen teacher, in one job.
+HELP = """Train a family of vision backbones from one frozen teacher, in one job.
 
 New here?  distill doctor → distill recipes copy quickstart my.yaml
            → distill check my.yaml → distill train my.yaml
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _unforeseen(error: Exception) -> UserError:
-    """An error nobody wrote a message for, as one line."""
+    """An unexpected error as one line."""
     reason = (str(error).strip().splitlines() or ["no message"])[0]
     if isinstance(error, OSError) and is_full(error):
         return UserError(

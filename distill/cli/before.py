@@ -29,9 +29,9 @@ def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:  # 
         print_json([finding.to_json() for finding in findings])
     else:
         for finding in findings:
-            say(f"{'ok ' if finding.is_ok else 'BAD'}  {finding.what}: {finding.found}")
+            say(f"{'ok  ' if finding.is_ok else 'FAIL'}  {finding.what}: {finding.found}")
             if finding.fix:
-                say(f"     Fix: {finding.fix}")
+                say(f"      Fix: {finding.fix}")
     if not all(finding.is_ok for finding in findings):
         raise typer.Exit(3)
 
@@ -77,8 +77,8 @@ def check(
         return
     what = f"{loaded.name}: {', '.join(names)}" + (f" from {teacher.name}" if teacher else "")
     images = ", ".join(f"{source}: {count} images" for source, count in facts.items())
-    said = [what, images, *([story] if story else []), f"good for {num_ranks} ranks"]
-    say("; ".join(said) + "; nothing was started.")
+    said = [what, images, *([story] if story else []), f"valid for {num_ranks} ranks (dry run)"]
+    say("; ".join(said) + ".")
 
 
 def plan(

@@ -89,7 +89,9 @@ def bench(
             fix="Write published, separate, saving, several with commas, or none.",
         )
     if "saving" in modes and sleep is not None:
-        raise RecipeError("--against saving: who sleeps has no state", fix="Leave --sleep away.")
+        raise RecipeError(
+            "--against saving: a rank that sleeps has no state to save", fix="Leave --sleep away."
+        )
     slow_rank, slow_factor = _slow(slow)
     if slow_rank is not None and sleep is None:
         raise RecipeError("--slow needs --sleep", fix="Add --sleep 0.5.")

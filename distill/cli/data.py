@@ -13,7 +13,7 @@ from rich.table import Table
 from distill.cli.options import DebugOption, JsonOption
 
 if TYPE_CHECKING:
-    from distill.data.census import DatasetReport
+    from distill.data.dataset_report import DatasetReport
 
 data_app = typer.Typer(help="Check, pack and look at images.", no_args_is_help=True)
 SHOWN_BROKEN = 10  # of a source, on the screen; --json has all
@@ -54,7 +54,7 @@ def check(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Decode every image once: counts, sizes, formats, duplicates, and each broken file. Exit code 1 when any is broken."""
-    from distill.data.census import take_report
+    from distill.data.dataset_report import take_report
 
     with _Bar("checking") as bar:
         found = take_report(sources, max_megapixels=max_megapixels, progress=bar)
@@ -62,30 +62,32 @@ def check(
         sys.stdout.write(json.dumps([each.to_json() for each in found], indent=2) + "\n")
     else:
         for each in found:
-            Console().print(_census_table(each))
+            Console().print(_dataset_table(each))
     if any(each.broken for each in found):
         raise typer.Exit(1)
 
 
-def _census_table(census: "DatasetReport") -> Table:
-    table = Table(title=census.source, title_justify="left", show_header=False, box=None)
-    size = f"{census.bytes / 1e9:.2f} GB" if census.bytes >= 1e8 else f"{census.bytes / 1e6:.1f} MB"
-    formats = ", ".join(f"{name} {count:,}" for name, count in census.formats.items())
-    table.add_row("images", f"{census.images:,} ({size})")
+def _dataset_table(dataset: "DatasetReport") -> Table:
+    table = Table(title=dataset.source, title_justify="left", show_header=False, box=None)
+    size = (
+        f"{dataset.bytes / 1e9:.2f} GB" if dataset.bytes >= 1e8 else f"{dataset.bytes / 1e6:.1f} MB"
+    )
+    formats = ", ".join(f"{name} {count:,}" for name, count in dataset.formats.items())
+    table.add_row("images", f"{dataset.images:,} ({size})")
     table.add_row("formats", formats or "none")
-    table.add_row("classes", f"{census.classes:,}" if census.classes else "none")
+    table.add_row("classes", f"{dataset.classes:,}" if dataset.classes else "none")
     for name, quantiles in (
-        ("shorter side", census.shorter_side),
-        ("longer side", census.longer_side),
+        ("shorter side", dataset.shorter_side),
+        ("longer side", dataset.longer_side),
     ):
-        told = ", ".join(f"{part} {value:,}" for part, value in quantiles.items())
-        table.add_row(name, f"{told} px" if told else "-")
-    table.add_row("duplicates", f"{census.duplicates:,} (the same bytes)")
-    table.add_row("broken", f"{len(census.broken):,}")
-    for fault in census.broken[:SHOWN_BROKEN]:
+        text = ", ".join(f"{part} {value:,}" for part, value in quantiles.items())
+        table.add_row(name, f"{text} px" if text else "-")
+    table.add_row("duplicates", f"{dataset.duplicates:,} (the same bytes)")
+    table.add_row("broken", f"{len(dataset.broken):,}")
+    for fault in dataset.broken[:SHOWN_BROKEN]:
         table.add_row("", f"{fault.sample}: {fault.reason}")
-    if len(census.broken) > SHOWN_BROKEN:
-        table.add_row("", f"and {len(census.broken) - SHOWN_BROKEN:,} more; --json names all")
+    if len(dataset.broken) > SHOWN_BROKEN:
+        table.add_row("", f"and {len(dataset.broken) - SHOWN_BROKEN:,} more; --json names all")
     return table
 
 
@@ -115,8 +117,8 @@ def pack(
         sys.stdout.write(json.dumps(counts) + "\n")
         return
     left = f"; {counts['left_out']:,} left out, see *.left_out.jsonl" if counts["left_out"] else ""
-    told = f"{counts['images']:,} images in {counts['shards']:,} shards in {out}{left}"
-    Console().print(told, highlight=False, soft_wrap=True)
+    text = f"{counts['images']:,} images in {counts['shards']:,} shards in {out}{left}"
+    Console().print(text, highlight=False, soft_wrap=True)
 
 
 @data_app.command("show")

@@ -98,7 +98,7 @@ def _torch() -> Finding:
 
 
 def _deepspeed() -> Finding:
-    """In a process of its own: its import changes logging and chooses an accelerator for good."""
+    """In a separate process: its import changes logging and chooses an accelerator for good."""
 
     def look() -> str:
         command = [sys.executable, "-c", "import deepspeed"]

@@ -96,13 +96,13 @@ def export(
                     f"{name}: {done.folder}, {size:.1f} MB; {done.parity.describe()}\n"
                 )
     if as_json:
-        said: dict[str, Any] = {"run": str(run), "to": to.value, "dtype": dtype.value}
-        said["exported"] = [each.to_json() for each in finished]
-        sys.stdout.write(json.dumps(said, indent=2) + "\n")
+        summary: dict[str, Any] = {"run": str(run), "to": to.value, "dtype": dtype.value}
+        summary["exported"] = [each.to_json() for each in finished]
+        sys.stdout.write(json.dumps(summary, indent=2) + "\n")
 
 
-def _chosen(run: Path, asked: Sequence[str]) -> dict[str, Path]:
-    """Folder of each network to export, in the order asked for; all students when none is named.
+def _chosen(run: Path, requested: Sequence[str]) -> dict[str, Path]:
+    """Folder of each network to export, in the order requested; all students when none is named.
 
     Raises:
         UserError: not a run, nothing finished in it, or no such student.
@@ -112,12 +112,12 @@ def _chosen(run: Path, asked: Sequence[str]) -> dict[str, Path]:
     students = {
         path.parent.name: path.parent for path in sorted((run / "students").glob("*/config.json"))
     }
-    if not asked:
+    if not requested:
         if not students:
             raise _no_students(run)
         return students
     chosen = {}
-    for name in asked:
+    for name in requested:
         if name == "teacher":
             chosen[name] = _existing_teacher(run)
         elif name in students:
@@ -189,7 +189,7 @@ def _inputs(recipe: "FamilyRecipe | TeacherRecipe", name: str) -> "Inputs":
 def _background(
     run: Path, name: str, folder: Path, recipe: "FamilyRecipe | TeacherRecipe"
 ) -> "Background":
-    """What the card of a network tells, from its own record, the run's summary and the teacher's folder."""
+    """What the card of a network holds, from its record, the run's summary and the teacher's folder."""
     from distill.weights.card import Background, teacher_licence
 
     provenance = _read_json(folder / "distill.json")
@@ -213,7 +213,7 @@ def _teacher_story(teacher: Path, provenance: dict[str, Any]) -> str:
 def _data_story(
     run: Path, recipe: "FamilyRecipe | TeacherRecipe", provenance: dict[str, Any]
 ) -> str:
-    """Names and number of the training images; names only, because a path is nobody else's business."""
+    """Names and number of the training images; names only, because paths are private."""
     from distill.data.index import ImageIndex
 
     names = ", ".join(Path(source.path).name for source in recipe.data.sources)

@@ -73,11 +73,11 @@ def with_data(recipe: str, overrides: Sequence[str] | None, data: Path | None) -
     return [*texts, source, *([f"teacher:{source}"] if is_for_two else [])]
 
 
-def count_ranks(processes: int | str, asked: int | None) -> int:
-    """Local processes: as asked, or as the recipe says."""
+def count_ranks(processes: int | str, requested: int | None) -> int:
+    """Local processes: as requested, else as in the recipe."""
     from distill.launch.local import count_processes
 
-    return count_processes(asked or processes)
+    return count_processes(requested or processes)
 
 
 def require_run(run: Path) -> None:

@@ -39,7 +39,7 @@ def show_recipe(recipe: RecipeArgument) -> None:
 def copy_recipe(
     recipe: RecipeArgument, target: Annotated[Path, typer.Argument(metavar="FILE")]
 ) -> None:
-    """Copy a recipe, and the teacher recipe it names, to files of your own."""
+    """Copy a recipe, and the teacher recipe it names, to new files."""
     from distill.recipe.writer import copy_recipe as copy
 
     for path in copy(recipe, target):

@@ -89,7 +89,7 @@ def fit_heads(
 ) -> None:
     """Learn DINO and iBOT heads on a frozen teacher, as the first phase of a family's job.
 
-    The recipe says teacher.heads: fit. ``distill train`` with the same recipe goes on from there;
+    The recipe has teacher.heads: fit. ``distill train`` with the same recipe continues from there;
     the file can be given to other recipes as teacher.heads.
     """
     from distill.job.prepare import FITTED_HEADS

@@ -15,7 +15,7 @@ from PIL import Image, ImageFile, ImageOps
 from distill.data.locations import Place, Reader
 
 MAX_MEGAPIXELS = 64.0
-MAX_ASPECT = 1000  # longer side over shorter; more is a line, and a crop of it says nothing
+MAX_ASPECT = 1000  # longer side over shorter; more is a line, and a crop of it holds no information
 FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP"})  # MPO: a JPEG with more behind it
 EXIF_ORIENTATION = 0x0112
 ROTATED = frozenset({5, 6, 7, 8})  # EXIF orientations that swap height and width
@@ -37,7 +37,7 @@ def measure(
 def find_fault(
     encoded: NDArray[np.uint8], hw: tuple[int, int], max_megapixels: float
 ) -> str | None:
-    """Why an image must not reach the decoder, or None; ``hw`` is what the index says it is."""
+    """Why an image must not reach the decoder, or None; ``hw`` is its size in the index."""
     size = examine(encoded, max_megapixels, is_full=False)
     if isinstance(size, str):
         return size
@@ -79,7 +79,7 @@ def name_format(encoded: NDArray[np.uint8]) -> str:
 def redraw(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The image as Pillow decodes it, upright in RGB, as a bitmap that every decoder can read.
 
-    For the few that DALI 2.4 cannot decode though they are whole, such as WebP files with an EXIF block it does not parse.
+    For the few that DALI 2.4 cannot decode though they are intact, such as WebP files with an EXIF block it does not parse.
     """
     with Image.open(io.BytesIO(encoded.data)) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
@@ -100,7 +100,7 @@ def _header_fault(image: Any, width: int, height: int, max_megapixels: float) ->
 
 
 def _orientation(image: Any) -> int:
-    """From the header alone: Pillow would decode a whole PNG to look for it behind the pixels."""
+    """From the header alone: Pillow would decode all of a PNG to look for it behind the pixels."""
     if "exif" not in image.info:
         return 1
     return int(image.getexif().get(EXIF_ORIENTATION, 1))

@@ -11,7 +11,7 @@ from pathlib import Path
 from distill.errors import DataError
 
 FILE = "bad_samples.jsonl"
-ALWAYS_ALLOWED = 8  # draws; a small sample says little about a rate
+ALWAYS_ALLOWED = 8  # draws; a small sample is no estimate of a rate
 
 
 class BadSamples:
@@ -29,11 +29,11 @@ class BadSamples:
         self._num_draws = self._num_bad = 0
 
     def add_draws(self, count: int) -> None:
-        """Counts samples that were asked for."""
+        """Counts samples that were requested."""
         self._num_draws += count
 
     def add(self, name: str, reason: str) -> None:
-        """Counts a draw that met a bad sample, and names the sample if nobody has.
+        """Counts a draw that met a bad sample, and names the sample if no rank has.
 
         Raises:
             DataError: the rate is above the allowed one.

@@ -22,8 +22,8 @@ from teacher.batch import CropBatch
 CELL = 160  # pixels of a global crop on the sheet
 GAP = 6
 BACKGROUND = (24, 24, 28)
-GLOBAL_COLOURS = ((255, 92, 92), (92, 200, 255))
-LOCAL_COLOUR = (240, 220, 90)
+GLOBAL_RGB = ((255, 92, 92), (92, 200, 255))
+LOCAL_RGB = (240, 220, 90)
 MASKED_LIGHT = 0.25  # of a masked patch
 
 
@@ -52,24 +52,24 @@ def draw_sheet(
 ) -> Path:
     """``out``, now holding the picture: a row per image."""
     strips = []
-    for number, row in enumerate(rows):
+    for index, row in enumerate(rows):
         cells = [_original(row)]
         for crop in range(NUM_GLOBAL):
-            cells.append(_masked(crops.global_crops[number, crop], masks[number, crop], grid_hw))
+            cells.append(_masked(crops.global_crops[index, crop], masks[index, crop], grid_hw))
         if crops.anchor_crops is not None:
-            cells += [_cell(crop, CELL) for crop in crops.anchor_crops[number]]
+            cells += [_cell(crop, CELL) for crop in crops.anchor_crops[index]]
         scale = crops.local_crops.shape[-1] / crops.global_crops.shape[-1]
-        cells += [_cell(crop, round(CELL * scale)) for crop in crops.local_crops[number]]
+        cells += [_cell(crop, round(CELL * scale)) for crop in crops.local_crops[index]]
         strips.append(_side_by_side(cells))
     width = max(strip.width for strip in strips)
     height = sum(strip.height + GAP for strip in strips) + GAP
-    sheet = Image.new("RGB", (width + 2 * GAP, height), BACKGROUND)
+    canvas = Image.new("RGB", (width + 2 * GAP, height), BACKGROUND)
     top = GAP
     for strip in strips:
-        sheet.paste(strip, (GAP, top))
+        canvas.paste(strip, (GAP, top))
         top += strip.height + GAP
     aside = out.with_name(f".{out.name}.part")
-    sheet.save(aside, "PNG")
+    canvas.save(aside, "PNG")
     aside.replace(out)
     return out
 
@@ -80,11 +80,11 @@ def _original(row: Row) -> Image.Image:
     scale = CELL / image.height
     small = image.resize((max(1, round(image.width * scale)), CELL))
     pen = ImageDraw.Draw(small)
-    for number, (top, left, bottom, right) in reversed(list(enumerate(row.windows.tolist()))):
-        colour = GLOBAL_COLOURS[number] if number < NUM_GLOBAL else LOCAL_COLOUR
+    for index, (top, left, bottom, right) in reversed(list(enumerate(row.windows.tolist()))):
+        rgb = GLOBAL_RGB[index] if index < NUM_GLOBAL else LOCAL_RGB
         first, last = sorted((left, right))  # swapped where the crop is mirrored
         box = [first * scale, top * scale, last * scale - 1, bottom * scale - 1]
-        pen.rectangle(box, outline=colour, width=2 if number < NUM_GLOBAL else 1)
+        pen.rectangle(box, outline=rgb, width=2 if index < NUM_GLOBAL else 1)
     return small
 
 

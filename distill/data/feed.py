@@ -50,7 +50,7 @@ class Feed:
         index: the images.
         crops: what is cut from them.
         sampler: which image stands where.
-        bad: is told about images that cannot be used.
+        bad: gets images that cannot be used.
         seed: of windows, colours and substitutes.
         positions: the positions wanted at a step.
         stop_step: no step from this one on is wanted.
@@ -82,7 +82,7 @@ class Feed:
 
     @property
     def has_colours(self) -> bool:
-        """Sources have their own mean and standard deviation."""
+        """Sources have separate means and standard deviations."""
         return self._sampler.has_colours
 
     def start(self, step: int) -> None:
@@ -150,13 +150,13 @@ class Feed:
             hw=self._index.hw[ids],
         )
         images = [encoded for _, encoded, _ in results]
-        return Prepared(step, wanted, ids, images, parameters, self._colours(pools))
+        return Prepared(step, wanted, ids, images, parameters, self._pixel_stats(pools))
 
-    def _colours(self, pools: Sequence[Pool]) -> NDArray[np.float32] | None:
-        """Mean and standard deviation of each image's source, where sources have their own."""
-        own = [pool.colours for pool in pools if pool.colours is not None]
-        assert len(own) in (0, len(pools)), "all pools have colours or none has"
-        return np.array(own, np.float32) if own else None
+    def _pixel_stats(self, pools: Sequence[Pool]) -> NDArray[np.float32] | None:
+        """Mean and standard deviation of each image's source, where sources have separate ones."""
+        stats = [pool.colours for pool in pools if pool.colours is not None]
+        assert len(stats) in (0, len(pools)), "all pools have colours or none has"
+        return np.array(stats, np.float32) if stats else None
 
     def _read(
         self, step: int, position: int, image: int, pool: Pool

@@ -222,10 +222,10 @@ def build_index(
             f"more than data.max_bad_fraction = {max_bad_fraction:g} allows",
             fix="Repair or remove them, or raise data.max_bad_fraction.",
         )
-    kept = [not isinstance(size, str) for size in sizes]
+    usable = [not isinstance(size, str) for size in sizes]
     ends = np.cumsum([0, *(len(survey.found) for survey in surveys)]).tolist()
-    counts = [sum(kept[start:stop]) for start, stop in pairwise(ends)]
-    good = [each for each, is_good in zip(found, kept, strict=True) if is_good]
+    counts = [sum(usable[start:stop]) for start, stop in pairwise(ends)]
+    good = [each for each, is_good in zip(found, usable, strict=True) if is_good]
     named = tuple((str(source), count) for source, count in zip(sources, counts, strict=True))
     return make_index(good, [size for size in sizes if not isinstance(size, str)], named)
 

@@ -23,7 +23,7 @@ from teacher.batch import CropBatch, onto
 
 PREFETCH = 2  # batches in the decoder, beside the one that waits for the caller
 STEPS_AHEAD = PREPARED + PREFETCH + 1  # of the caller: other positions for these cost a rebuild
-Batch = tuple[Prepared, list[Tensor]]  # what was asked for, and the crops
+Batch = tuple[Prepared, list[Tensor]]  # what was requested, and the crops
 
 
 class Loader:
@@ -85,7 +85,7 @@ class Loader:
         return batch
 
     def _copied(self, outputs: list[Tensor]) -> list[Tensor]:
-        """Memory of torch's own, which it reuses in the order of the GPU's work.
+        """Memory of torch, which it reuses in the order of the GPU's work.
 
         The decoder writes anew into what is let go of, whatever the GPU still has to do with it. So its
         outputs are held until they are copied: until the next step, when that was long ago.
@@ -155,13 +155,13 @@ class Loader:
     def _next(self) -> tuple[Any, ...]:
         """The next step's images and parameters; called by DALI, on the thread."""
         prepared = self._feed.take()
-        if prepared is None:  # DALI works ahead: something that nobody will fetch
+        if prepared is None:  # DALI works ahead: something that will not be fetched
             prepared = self._in_pipeline[-1]
         self._in_pipeline.append(prepared)
         return source_outputs(prepared.encoded, prepared.parameters, self._crops.at(prepared.step))
 
     def _find_refused(self) -> bool:
-        """Tells the feed which images in the pipeline cannot be decoded; False when all can."""
+        """Reports to the feed which images in the pipeline cannot be decoded; False when all can."""
         from distill.data.pipeline import find_refused
 
         images = {

@@ -1,4 +1,4 @@
-"""Where an image's bytes lie, and how to get them: a file of its own, a stretch of a tar file, a row of a Parquet file.
+"""Where an image's bytes lie, and how to get them: a file, a stretch of a tar file, a row of a Parquet file.
 
 Nothing is ever extracted: a member of a tar file is a name to show and a stretch to read.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-OPEN_GROUPS = 4  # row groups kept in memory by one reader: a random row costs its whole group
+OPEN_GROUPS = 4  # row groups kept in memory by one reader: a random row costs its full group
 
 
 class Kind(IntEnum):

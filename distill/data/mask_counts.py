@@ -32,7 +32,7 @@ def mask_counts(
 def mean_masked(
     grid_hw: tuple[int, int], *, probability: float, ratio: tuple[float, float]
 ) -> float:
-    """Masked patches per image that ``mask_counts`` draws on average, both global crops together; whole patches, so a little under the mean ratio."""
+    """Masked patches per image that ``mask_counts`` draws on average, both global crops together; rounded to patches, so a little under the mean ratio."""
     low, high = (part * grid_hw[0] * grid_hw[1] for part in ratio)
     if high == low:
         return 2 * probability * math.floor(low)
@@ -41,5 +41,5 @@ def mean_masked(
 
 def _floor_integral(end: float) -> float:
     """The integral of ``floor`` from 0 to ``end``."""
-    whole = math.floor(end)
-    return whole * (whole - 1) / 2 + whole * (end - whole)
+    floor = math.floor(end)
+    return floor * (floor - 1) / 2 + floor * (end - floor)

@@ -1,6 +1,6 @@
 """iBOT masks as a function of (seed, step, position): any rank draws the masks of any images and gets the same.
 
-Of the global crops of the whole batch, exactly the rounded share ``probability`` is masked. Their
+Of the global crops of the full batch, exactly the rounded share ``probability`` is masked. Their
 ratios run evenly over the range, in an order drawn per step, so the amount of masking does not vary
 between steps. A mask is grown from blocks and completed at random.
 
@@ -30,7 +30,7 @@ def draw_masks(
     positions: NDArray[np.int64],
     grid_hw: tuple[int, int],
 ) -> Bool[Tensor, "images 2 patches"]:
-    """Masks of the images at ``positions`` of the global batch; ``counts`` are those of the whole batch, from ``mask_counts``."""
+    """Masks of the images at ``positions`` of the global batch; ``counts`` are those of the full batch, from ``mask_counts``."""
     wanted = counts[positions]
     masks = np.zeros((len(positions), 2, grid_hw[0] * grid_hw[1]), bool)
     rows, crops = wanted.nonzero()

@@ -99,7 +99,7 @@ def _resize(
             interp_type=types.INTERP_CUBIC,
             antialias=True,
         )
-        for size, window in zip(sizes, windows)  # noqa: B905  # DALI's own zip takes no `strict`
+        for size, window in zip(sizes, windows)  # noqa: B905  # DALI's zip takes no `strict`
     ]
 
 
@@ -114,8 +114,8 @@ def _distort(crop: Any, photometric: Any, device_id: int | None, *, can_solarise
         crop = _blur(crop, photometric[4], device_id)
     if can_solarise:  # noqa: SIM102  # decided in Python, the next line per sample in the graph
         if photometric[5] > 0.5:
-            keep = crop < SOLARISE_THRESHOLD
-            crop = keep * crop + (keep ^ True) * (types.Constant(255, dtype=types.UINT8) - crop)
+            mask = crop < SOLARISE_THRESHOLD
+            crop = mask * crop + (mask ^ True) * (types.Constant(255, dtype=types.UINT8) - crop)
     return crop
 
 
@@ -123,7 +123,7 @@ def _distort(crop: Any, photometric: Any, device_id: int | None, *, can_solarise
 def _blur(crop: Any, sigma: Any, device_id: int | None) -> Any:
     """Gaussian of nine taps, borders mirrored.
 
-    On a CPU DALI's own takes six times as long as its filter along each axis, whose two roundings
+    On a CPU DALI's takes six times as long as its filter along each axis, whose two roundings
     differ from one by a level.
     """
     if device_id is not None:

@@ -1,7 +1,7 @@
 """Windows of decoded images at the size of their crop, on a CPU: cubic, antialiased, by torch.
 
-torch resizes bytes in whole numbers (Pillow's arithmetic, vectorised): 0.7 ms for a crop of 256 px, where
-DALI's own operator takes 5.5 ms and Pillow 2.5 (one core with AVX2, 2026-11-25). On a GPU DALI's is used.
+torch resizes bytes in integers (Pillow's arithmetic, vectorised): 0.7 ms for a crop of 256 px, where
+DALI's operator takes 5.5 ms and Pillow 2.5 (one core with AVX2, 2026-11-25). On a GPU DALI's is used.
 Exact whatever the number of threads.
 """
 
@@ -20,7 +20,7 @@ Floats = NDArray[np.float32]
 def resizer(num_crops: int, pool: Executor | None) -> Callable[..., tuple[list[Pixels], ...]]:
     """A function for DALI: images, sizes of each crop, windows of each crop, all by image; gives the crops by crop and image.
 
-    A window is (top, left, bottom, right) in whole pixels; with left and right swapped the crop is mirrored.
+    A window is (top, left, bottom, right) in pixels; with left and right swapped the crop is mirrored.
     ``pool``: threads that share the images; without it the calling one takes them all.
     """
 

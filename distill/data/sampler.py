@@ -1,7 +1,7 @@
 """Which sample stands where: endless streams of permutations and fixed shares, pure functions of the seed.
 
 No state, so resuming is free, and nothing grows with the number of samples: a permutation is
-computed at the places that are asked for (a Feistel network over the smallest power of four that
+computed at the positions that are requested (a Feistel network over the smallest power of four that
 holds all samples, walked until the result is a sample; Black and Rogaway 2002), and how often a
 source was drawn before any place follows from fixed quotas per cycle.
 
@@ -28,18 +28,18 @@ CYCLE = (
 
 Ints = NDArray[np.int64]
 Triple = tuple[float, float, float]
-Colours = tuple[Triple, Triple]
+PixelStats = tuple[Triple, Triple]
 BatchSizes = Sequence[
     tuple[int, int]
 ]  # (first step, images per batch from it on), ascending from 0
 
 
-def permute(key: Hash, num_samples: int, places: Ints) -> Ints:
+def permute(key: Hash, num_samples: int, positions: Ints) -> Ints:
     """Where the permutation of ``range(num_samples)`` named by ``key`` sends each place."""
     half = max(1, -(-(num_samples - 1).bit_length() // 2))  # bits of each half
     mask = np.uint64((1 << half) - 1)
     shift = np.uint64(half)
-    found = places.astype(np.uint64)
+    found = positions.astype(np.uint64)
     outside = np.ones(len(found), bool)
     while outside.any():  # four tries on average at most
         left, right = found[outside] >> shift, found[outside] & mask
@@ -75,12 +75,12 @@ class Interleave:
             quotas[chosen] += 1 if missing > 0 else -1
         return cls(purpose, seed, tuple(quotas.tolist()))
 
-    def at(self, places: Ints) -> tuple[Ints, Ints]:
+    def at(self, positions: Ints) -> tuple[Ints, Ints]:
         """Kind at each place, and how many of that kind came before it."""
         if len(self.quotas) == 1:
-            return np.zeros(len(places), np.int64), places
-        kinds, earlier = np.empty(len(places), np.int64), np.empty(len(places), np.int64)
-        cycles, inside = np.divmod(places, sum(self.quotas))
+            return np.zeros(len(positions), np.int64), positions
+        kinds, earlier = np.empty(len(positions), np.int64), np.empty(len(positions), np.int64)
+        cycles, inside = np.divmod(positions, sum(self.quotas))
         quotas = np.asarray(self.quotas, np.int64)
         for cycle in np.unique(cycles):
             here = cycles == cycle
@@ -89,11 +89,11 @@ class Interleave:
             earlier[here] = cycle * quotas[kinds[here]] + before[inside[here]]
         return kinds, earlier
 
-    def before(self, place: int, kind: int) -> int:
+    def before(self, position: int, kind: int) -> int:
         """How many of a kind stand before a place."""
         if len(self.quotas) == 1:
-            return place
-        cycle, inside = divmod(place, sum(self.quotas))
+            return position
+        cycle, inside = divmod(position, sum(self.quotas))
         order, _ = _cycle(self.purpose, self.seed, self.quotas, cycle)
         return cycle * self.quotas[kind] + int((order[:inside] == kind).sum())
 
@@ -114,15 +114,15 @@ def _cycle(purpose: str, seed: int, quotas: tuple[int, ...], cycle: int) -> tupl
 class Pool:
     """Samples ``start`` to ``stop`` of the index that are drawn as one.
 
-    ``weight`` is its share of all images, ``is_pure`` says that its images come in batches of their own,
-    ``colours`` are their mean and standard deviation, where a source has its own.
+    ``weight`` is its share of all images, ``is_pure``: its images come in separate batches;
+    ``colours`` are their mean and standard deviation, where a source has separate ones.
     """
 
     start: int
     stop: int
     weight: float = 1.0
     is_pure: bool = False
-    colours: Colours | None = None
+    colours: PixelStats | None = None
 
 
 class Sampler:
@@ -138,12 +138,12 @@ class Sampler:
             "batches", seed, [*batches, *(pool.weight for pool in self._pure)]
         )
         weights = [pool.weight for pool in self._mixed]
-        self._places = Interleave.of("places", seed, weights) if weights else None
+        self._pools_at = Interleave.of("places", seed, weights) if weights else None
         self._pools = (*self._mixed, *self._pure)
 
     @property
     def has_colours(self) -> bool:
-        """Pools have colours of their own."""
+        """Pools have separate pixel statistics."""
         return self._pools[0].colours is not None
 
     def ids(self, step: int, positions: Ints) -> Ints:
@@ -154,10 +154,10 @@ class Sampler:
         """Sample ids, and the pool of each."""
         kind = int(self._batches.at(np.array([step]))[0][0])
         stream = self._images_before(step, kind) + positions
-        if self._places is None or kind:
-            number = len(self._mixed) + kind - (self._places is not None)
+        if self._pools_at is None or kind:
+            number = len(self._mixed) + kind - (self._pools_at is not None)
             return self._draw(number, stream), [self._pools[number]] * len(positions)
-        numbers, earlier = self._places.at(stream)
+        numbers, earlier = self._pools_at.at(stream)
         ids = np.empty(len(positions), np.int64)
         for number in np.unique(numbers):
             here = numbers == number
@@ -178,10 +178,10 @@ class Sampler:
         """The samples at some places of one pool's stream of permutations."""
         pool = self._pools[number]
         num_samples = pool.stop - pool.start
-        epochs, places = np.divmod(stream, num_samples)
+        epochs, positions = np.divmod(stream, num_samples)
         ids = np.empty(len(stream), np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             key = hashes("order", self._seed, pool.start, int(epoch))
-            ids[here] = pool.start + permute(key, num_samples, places[here])
+            ids[here] = pool.start + permute(key, num_samples, positions[here])
         return ids

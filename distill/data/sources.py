@@ -91,13 +91,13 @@ def _list_folder(folder: Path) -> list[Found]:
     root = str(folder).rstrip("/")
     images: list[str] = []
     containers: list[str] = []
-    seen: set[tuple[int, int]] = set()
+    visited: set[tuple[int, int]] = set()
     for place, folders, files in os.walk(root, followlinks=True):
         facts = Path(place).stat()
-        if (facts.st_dev, facts.st_ino) in seen:  # a link back up
+        if (facts.st_dev, facts.st_ino) in visited:  # a link back up
             folders.clear()
             continue
-        seen.add((facts.st_dev, facts.st_ino))
+        visited.add((facts.st_dev, facts.st_ino))
         for name in files:
             suffix = _suffix(name)
             if suffix in SUFFIXES or suffix in CONTAINERS:
@@ -126,7 +126,7 @@ def _list_lines(path: Path) -> list[Found]:
 
 
 def _list_tar(path: Path) -> Iterator[Found]:
-    """Images of one shard. Samples are told apart by their name up to the first dot, as WebDataset does."""
+    """Images of one shard. Samples are distinguished by their name up to the first dot, as WebDataset does."""
     images: list[tuple[str, Place]] = []
     labels: dict[str, str] = {}
     with path.open("rb") as file:
@@ -174,7 +174,7 @@ def _members(file: BinaryIO) -> Iterator[tuple[str, int, int]]:
             if header.size <= MAX_NAME_HEADER:
                 long_name = _long_name(header.type, file.read(header.size)) or long_name
         elif header.type == tarfile.XGLTYPE:
-            continue  # says nothing about one member
+            continue  # holds for no single member
         else:
             name, long_name = long_name or header.name, ""
             if header.isreg():

@@ -45,7 +45,7 @@ class Mosaics:
 
 
 def compose(split: Scored, count: int, size: int, stride: int, *, seed: int = SEED) -> Mosaics:
-    """Mosaics of a split's images, at the size the networks are scored at times ``TILES``, whole patches."""
+    """Mosaics of a split's images, at the size the networks are scored at times ``TILES``, a multiple of the patch."""
     rng = np.random.default_rng(seed)
     side = -(-TILES * size // stride) * stride
     reader, labels = Reader(), split.labels.numpy()

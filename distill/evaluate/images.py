@@ -94,7 +94,7 @@ def read_preparation(folder: Path) -> Preparation:
 
 
 def count_images(say: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
-    """Adds up what it is told, and says now and then how far it is."""
+    """Adds up counts and reports progress now and then."""
     done, told = 0, time.monotonic()
 
     def seen(count: int) -> None:

@@ -7,7 +7,7 @@
 A score means little alone, so each stands beside the same vote on raw pixels, on the colour
 statistics of the image, and on the class tokens of an untrained copy of the same network.
 
-Images are prepared as ``preprocessor_config.json`` tells any other reader of the exported folder:
+Images are prepared as ``preprocessor_config.json`` instructs any other reader of the exported folder:
 resized to its size without a crop, scaled and normalised. Only the teacher's, the students' and the
 index files of the run folder are read, so ``distill eval`` repeats the scores on any machine.
 
@@ -134,7 +134,7 @@ def evaluate_run(
 
     Scores the teacher, every student, an untrained copy of each, raw pixels and colour statistics.
     What else the summary holds (loss, images/s, phases) is kept. Images without labels give no
-    scores; ``knn`` is then None and ``knn_reason`` says why. ``progress`` is told what is next.
+    scores; ``knn`` is then None and ``knn_reason`` has the reason. ``progress`` gets what is next.
     ``teacher_folder`` is where a teacher that was not trained in this run lies; ``specs`` say what
     students are, which custom ones need.
 

@@ -33,7 +33,7 @@ PREFIX = "ema/backbone."
 
 @dataclass(frozen=True)
 class StepScores:
-    """Scores after ``step`` steps of the whole run."""
+    """Scores after ``step`` steps of the run."""
 
     stage: str
     step: int

@@ -72,7 +72,7 @@ def draw(
                 reference = components
             else:
                 components = turn_towards(components, reference)
-            row[2 * index + 1].imshow(colours(components), interpolation="nearest")
+            row[2 * index + 1].imshow(rgb(components), interpolation="nearest")
             _draw_similarity(row[2 * index + 2], cosine_map(patches, point))
     aside = out.with_name(f".{out.name}.part")
     figure.savefig(aside, dpi=DPI, format="png")
@@ -139,13 +139,13 @@ def turn_towards(
     return turned
 
 
-def colours(
+def rgb(
     components: Float[Tensor, "grid_height grid_width 3"],
 ) -> Float[np.ndarray, "grid_height grid_width 3"]:
     """Components as red, green and blue in [0, 1]; two sigmas reach the ends of the scale."""
     scaled = components / (2 * CLIP_SIGMAS) + 0.5
-    colour: np.ndarray = scaled.clamp(0.0, 1.0).numpy()
-    return colour
+    values: np.ndarray = scaled.clamp(0.0, 1.0).numpy()
+    return values
 
 
 def cosine_map(

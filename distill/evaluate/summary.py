@@ -81,7 +81,7 @@ def _last_loss(run_folder: Path, name: str) -> float | None:
 
 
 def _photographs(run_folder: Path, source: str) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """A few photographs to look at: the bundled ones whole, or the first images of the user's own."""
+    """A few photographs to look at: the bundled ones uncropped, or the first of the user's images."""
     if source == BUILTIN_PHOTOGRAPHS:
         paths = photograph_paths()
         chosen = [Place.of(paths[n]) for n in ("astronaut", "chelsea", "coffee", "rocket")]

@@ -46,7 +46,7 @@ class JobRequest:
     overrides: tuple[str, ...]
     run_folder: str
     resume_command: str
-    until: str | None = None  # the phase to end after; None for the whole job
+    until: str | None = None  # the phase to end after; None for the full job
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Starts the ranks of a job and stays with them: local processes, or one rank of somebody else's launch.
 
 The launching process owns the terminal. It shows the run folder's files, and turns signals into
-wishes of the job (``distill.runfolder.requests``); a second Ctrl-C ends every rank. Under torchrun (or any launcher that
+requests of the job (``distill.runfolder.requests``); a second Ctrl-C ends every rank. Under torchrun (or any launcher that
 sets RANK and WORLD_SIZE) each process is a rank; rank 0 prepares the run folder first, then shows
 plain lines.
 """
@@ -43,12 +43,12 @@ class Options:
     name: str | None
     fresh: bool
     plain: bool
-    until: str | None = None  # the phase to end after; None for the whole job
+    until: str | None = None  # the phase to end after; None for the full job
     max_restarts: int = 0  # of all local ranks, when one fails
 
 
 def run(recipe: str, overrides: list[str], options: Options) -> int:
-    """Prepares and runs a job; the exit code says how it ended: 0 finished or stopped by SIGTERM, 130 stopped by Ctrl-C.
+    """Prepares and runs a job; the exit code is how it ended: 0 finished or stopped by SIGTERM, 130 stopped by Ctrl-C.
 
     Raises:
         UserError: with the exit code of the failure: 1, or 4 where a rank died or hung.
@@ -74,7 +74,7 @@ def resume_command() -> str:
 
 
 def count_processes(wanted: int | str) -> int:
-    """Local processes: as asked, or one per GPU, or one on a machine without."""
+    """Local processes: as requested, or one per GPU, or one on a machine without."""
     if wanted != "auto":
         return int(wanted)
     import torch
@@ -201,7 +201,7 @@ def _ended_at_once(run_folder: Path) -> UserError:
 
 
 class _Signals:
-    """Signals to the launcher become wishes of the job; a second Ctrl-C ends every rank at once."""
+    """Signals to the launcher become requests of the job; a second Ctrl-C ends every rank at once."""
 
     def __init__(self, run_folder: Path) -> None:
         self._run_folder = run_folder

@@ -1,6 +1,6 @@
-"""The frame around one rank's work: what it hears, what it says, and how it ends when others are gone.
+"""The frame around one rank's work: signals in, heartbeat out, and how it ends when others are gone.
 
-    signals and wishes -> StopSaveRequests     heartbeat, stacks -> files     an exception -> the first cause
+    signals and files -> StopSaveRequests      heartbeat, stacks -> files     an exception -> the first cause
 
 Under ``distill`` the launcher watches the ranks and ends them. Under another launcher rank 0 and the
 last rank watch, because either may be the one that hangs. Every rank ends by itself when its
@@ -31,7 +31,7 @@ from distill.runfolder.heartbeat import Heartbeat, read_records, stacks_on_signa
 from distill.runfolder.lock import run_lock
 from distill.runfolder.requests import StopSaveRequests
 
-GRACE_S = 5.0  # from the first cause on, for a rank to end in its own way
+GRACE_S = 5.0  # from the first cause on, for a rank to end by itself
 
 
 def entry(run_folder: str, launcher_pid: int | None) -> None:
@@ -67,7 +67,7 @@ class RankMonitor:
         self.limit_s: float | None = None
 
     def look(self, asked: StopSaveRequests) -> None:
-        """Takes up wishes, watches if that is this rank's part, and ends the process when there is nothing left to do."""
+        """Reads requests, watches if that is this rank's part, and ends the process when there is nothing left to do."""
         if self._launcher_pid is not None and os.getppid() != self._launcher_pid:
             os._exit(LOST_EXIT_CODE)
         if self._world_rank == 0:

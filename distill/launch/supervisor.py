@@ -1,8 +1,8 @@
-"""Keeps the local ranks of a job going: starts them, watches them, says why they ended, starts them again.
+"""Keeps the local ranks of a job going: starts them, watches them, reports why they ended, starts them again.
 
-Each attempt is one torch elastic launch on a thread of its own, so that the main thread keeps the
+Each attempt is one torch elastic launch on a separate thread, so that the main thread keeps the
 terminal and its signals. Restarting is done here and not by elastic: between two attempts the cause
-is known, so what needs a person is not tried again, and a wish to stop ends it.
+is known, so what needs a person is not tried again, and a request to stop ends it.
 """
 
 import logging
@@ -135,7 +135,7 @@ class Supervisor:
 
     def _run_ranks(self) -> None:
         for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # the cause is told in one line
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # the cause is printed in one line
         logs = self._run_folder / "logs"
         logs.mkdir(exist_ok=True)
         config = LaunchConfig(

@@ -8,7 +8,7 @@ one that waited, not the one that was waited for. Here the records decide, in th
     deadlock  every rank waits; those that are furthest behind are named
 
 How long each may take comes with the record: the limit, more where the activity took long before,
-much more the first times. On the watcher's own host the kernel tells a stopped process from a busy
+much more the first times. On the watcher's host the kernel distinguishes a stopped process from a busy
 one, and then the limit counts, whatever it was doing.
 """
 
@@ -36,7 +36,7 @@ DUMP_S = 1.0  # for the ranks to write their stacks
 
 @dataclass(frozen=True)
 class Verdict:
-    """Ranks that hold the job up, and one line that says so."""
+    """Ranks that hold the job up, and the message for it."""
 
     world_ranks: tuple[int, ...]
     message: str
@@ -81,7 +81,7 @@ class Watchdog:
         return self._silent(running, quiet_s) or self._still(running, bool(missing))
 
     def _quiet_s(self, record: HeartbeatRecord, now: float) -> float:
-        """Since the rank's file last changed, as seen from here."""
+        """Since the rank's file last changed, by this host's clock."""
         mark = (record.pid, record.beat)
         before, since = self._last.get(record.world_rank, (None, now))
         if before != mark:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from distill.plan.plan import Plan
 
-KEPT_PLANS = 3  # that steps in preparation may still refer to
+RETAINED_PLANS = 3  # that steps in preparation may still refer to
 
 
 class PlanSchedule:
@@ -21,11 +21,11 @@ class PlanSchedule:
         return next(plan for start, plan in reversed(self._entries) if start <= step)
 
     def change(self, from_step: int, plan: Plan) -> None:
-        """Puts another plan in force from a step on that nobody has begun to prepare, until the next known change."""
+        """Puts another plan in force from a step on that no rank has begun to prepare, until the next known change."""
         before = [entry for entry in self._entries if entry[0] <= from_step]
         assert before[-1][0] < from_step, "one plan per step"
         later = self._entries[len(before) :]
-        self._entries = [*before[-KEPT_PLANS:], (from_step, plan), *later]
+        self._entries = [*before[-RETAINED_PLANS:], (from_step, plan), *later]
 
     def has_same_networks(self, from_step: int, to_step: int) -> bool:
         """No network finishes between two steps."""

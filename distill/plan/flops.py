@@ -91,7 +91,7 @@ class CropShapes:
     masked_per_image: float
 
     def scaled(self, scale: float) -> "CropShapes":
-        """What a network sees that takes crops at a part of their size; it is asked for as many patches."""
+        """The shapes of a network that takes crops at a part of their size; it predicts as many patches."""
         return replace(
             self,
             global_size=scaled_size(self.global_size, scale),
@@ -179,7 +179,7 @@ def _crops_tflops(spec: BackboneSpec, crops: CropShapes) -> float:
 
 
 def _trained_tflops(spec: BackboneSpec, crops: CropShapes) -> float:
-    """Three forward passes' worth, but nobody asks for the gradient of the pixels."""
+    """Three forward passes' worth, but the gradient of the pixels is not computed."""
     first = 2 * _first_layer_flops(spec, crops.global_size)
     first += crops.num_locals * _first_layer_flops(spec, crops.local_size)
     return TRAINING_FACTOR * _crops_tflops(spec, crops) - first / 1e12

@@ -1,6 +1,6 @@
 """From a recipe and a number of ranks to a plan and what it needs: what each network costs, from shapes alone.
 
-``distill.plan.plan`` divides the work; this file says what the work is.
+``distill.plan.plan`` divides the work; this file computes what the work is.
 """
 
 from collections.abc import Iterator
@@ -174,7 +174,7 @@ def fitting_needs_of(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> N
 def plan_family(
     recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device = DEFAULT_DEVICE
 ) -> Plan:
-    """Students on ranks, the teacher in the gaps: whole on every rank where the device's memory allows, sharded where not."""
+    """Students on ranks, the teacher in the gaps: replicated where the device's memory allows, sharded where not."""
     sharding = recipe.engine.teacher_sharding
     plan = _plan_family(recipe, shape, num_ranks, device, is_sharded=sharding == "sharded")
     if sharding == "auto" and num_ranks > 1:
@@ -233,7 +233,7 @@ def require_whole_groups(recipe: Recipe, plan: Plan) -> None:
             unit = KOLEO_GROUP * len(placement.slices)
             near = max(unit, round(plan.images_global / unit) * unit)
             raise PlanError(
-                f"engine.micro_batch = {micro_batch}: the slices of {placement.name} are not whole KoLeo groups of {KOLEO_GROUP} images",
+                f"engine.micro_batch = {micro_batch}: the slices of {placement.name} are not multiples of the KoLeo group of {KOLEO_GROUP} images",
                 fix=f"Write schedule.batch: {near} (a multiple of {unit}), or leave micro_batch out.",
             )
 

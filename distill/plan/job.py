@@ -28,7 +28,7 @@ from distill.recipe.keys import (
     TeacherRecipe,
 )
 
-MORE_RANKS = (1, 2, 4, 8, 16)  # times the ranks asked for: what is tried when memory is short
+MORE_RANKS = (1, 2, 4, 8, 16)  # times the ranks requested: what is tried when memory is short
 SMALLER_MICRO_BATCHES = (256, 128, 64, 32, 16)
 
 
@@ -99,7 +99,7 @@ def require_fit(
     """Refuses a plan that does not fit on its device.
 
     Raises:
-        PlanError: says which part is largest, and the nearest plan that fits.
+        PlanError: names the part that is largest, and the nearest plan that fits.
     """
     if job.needs.fullest.total <= device.memory_gib:
         return

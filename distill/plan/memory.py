@@ -144,7 +144,7 @@ def needs_of(
     """Memory and traffic of every rank of a family's plan; masked patches at their mean."""
     wire = wire_shape(crops, heads, teacher_spec.width, patches, has_colours=has_colours)
     of_backbone = teacher_spec.parameters
-    if plan.is_teacher_sharded:  # its own part, the block at work and the next one
+    if plan.is_teacher_sharded:  # the rank's part, the block at work and the next one
         depth = teacher_spec.depth if isinstance(teacher_spec, ViTSpec) else 1
         of_backbone = of_backbone // plan.num_ranks + 2 * of_backbone // depth
     of_teacher = of_backbone + (0 if heads is None else head_parameters(heads))
@@ -223,7 +223,7 @@ def pretraining_needs(
     placement, num_ranks = plan.placements[0], plan.num_ranks
     backbone, of_heads = spec.parameters, head_parameters(heads)
     block = backbone // spec.depth
-    if zero_stage == 3:  # its own part, the block at work and the next one
+    if zero_stage == 3:  # the rank's part, the block at work and the next one
         frozen = backbone // num_ranks + 2 * block
         weights = (backbone + of_heads) / num_ranks + 2 * block + of_heads
     else:

@@ -1,6 +1,6 @@
 """Which ranks train which network: contiguous groups, few of them across node borders, all ranks kept busy.
 
-Each next rank goes to whoever has most work per rank, which makes the heaviest rank as light as any
+Each next rank goes to the network with most work per rank, which makes the heaviest rank as light as any
 division of the ranks can; teaching fills what remains below it (``distill.plan.shares``).
 """
 
@@ -41,7 +41,7 @@ def place_networks(
 ) -> tuple[Sequence[int], Sequence[int], tuple[str, ...]]:
     """Number of ranks and first rank of each network, and notes.
 
-    Where the recipe says which ranks, those. Otherwise side by side where that keeps all ranks busy;
+    Where the recipe names ranks, those. Otherwise side by side where that keeps all ranks busy;
     where one network is too heavy for the ranks it would get, groups may overlap: it trains on more
     ranks, which hold others too.
 
@@ -97,8 +97,8 @@ def _overlapping(
 ) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
     """Counts and first ranks of groups that may overlap: all there are, or the heaviest spread step by step."""
     most = min(num_ranks, images_global)
-    asked = _asked(works)
-    allowed = [range(1, most + 1) if count is None else (count,) for count in asked]
+    requested = _requested(works)
+    allowed = [range(1, most + 1) if count is None else (count,) for count in requested]
     spans = [[(n, first) for n in each for first in range(num_ranks - n + 1)] for each in allowed]
     if math.prod(len(each) for each in spans) <= SEARCH_LIMIT:
         for chosen in product(*spans):
@@ -117,23 +117,23 @@ def _overlapping(
 
 
 def _count_ranks(works: Sequence[NetworkCost], num_ranks: int) -> tuple[list[int], tuple[str, ...]]:
-    """Ranks of each network: as asked, the others by giving each next rank to whoever has most work per rank.
+    """Ranks of each network: as requested, the others by giving each next rank to the network with most work per rank.
 
     That order makes the heaviest rank as light as any division of the ranks can (each rank goes where
     the maximum is), and the teaching fills what remains below it.
     """
-    asked = _asked(works)
-    for work, count in zip(works, asked, strict=True):
+    requested = _requested(works)
+    for work, count in zip(works, requested, strict=True):
         if count is not None and count > num_ranks:
             raise PlanError(
                 f"students.{work.name}.ranks = {count}: this job has {num_ranks} ranks",
                 fix=f"Ask for at most {num_ranks}, write `ranks: auto`, or start more processes.",
             )
-    counts = [count or 1 for count in asked]
+    counts = [count or 1 for count in requested]
     free = num_ranks - sum(counts)
     if free < 0:
         return counts, (f"{len(works)} networks on {num_ranks} ranks: some ranks hold several",)
-    flexible = [index for index, count in enumerate(asked) if count is None]
+    flexible = [index for index, count in enumerate(requested) if count is None]
     for _ in range(free if flexible else 0):
         heaviest = max(flexible, key=lambda index: works[index].image_s / counts[index])
         counts[heaviest] += 1
@@ -141,7 +141,7 @@ def _count_ranks(works: Sequence[NetworkCost], num_ranks: int) -> tuple[list[int
     return counts, ((f"{idle} ranks only teach",) if idle else ())
 
 
-def _asked(works: Sequence[NetworkCost]) -> list[int | None]:
+def _requested(works: Sequence[NetworkCost]) -> list[int | None]:
     """The number of ranks that each network asks for."""
     return [work.ranks if isinstance(work.ranks, int) else None for work in works]
 
@@ -159,7 +159,7 @@ def _side_by_side(counts: Sequence[int], ranks_per_node: int) -> list[int]:
     """First ranks of contiguous groups, in an order with few groups across node borders.
 
     The recipe's order unless another is better: of all orders for up to six groups; beyond, the one
-    that puts whole nodes first and then fills each node with what fits it best.
+    that puts full nodes first and then fills each node with what fits it best.
     """
 
     def crossings(order: Sequence[int]) -> int:
@@ -180,7 +180,7 @@ def _side_by_side(counts: Sequence[int], ranks_per_node: int) -> list[int]:
 
 
 def _packed(counts: Sequence[int], ranks_per_node: int) -> tuple[int, ...]:
-    """Groups of whole nodes, then the others, each time the largest remainder that fits the open node."""
+    """Groups of full nodes, then the others, each time the largest remainder that fits the open node."""
     order = [index for index, count in enumerate(counts) if count % ranks_per_node == 0]
     left = [index for index, count in enumerate(counts) if count % ranks_per_node]
     filled = 0

@@ -2,7 +2,7 @@
 
 Teaching is divisible to one image and is the larger part of the work, so it fills the gaps that
 students leave (water filling): rank r teaches ``n_r`` images so that ``n_r * teacher cost + its
-students' cost`` is the same for all r. Such shares are rarely whole. With look-ahead, ranks need to
+students' cost`` is the same for all r. Such shares are rarely integers. With look-ahead, ranks need to
 agree on average only, so each step rounds them differently: the borders between shares are shifted
 by a number u in [0, 1) that changes every step, and over the steps every rank teaches its exact
 share. Without look-ahead every step ends together, so one rounding is kept, the one whose largest
@@ -27,11 +27,11 @@ from numpy.typing import NDArray
 
 from distill.errors import PlanError
 from distill.plan.placement import NetworkCost, place_networks
-from distill.plan.shares import SLACK, fill_exactly, fill_whole
+from distill.plan.shares import SLACK, fill_exactly, fill_units
 from teacher.shapes import KOLEO_GROUP
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples modulo one spread evenly from the start
-LEAST_SHARE = 0.05  # images per step of a rank that has taught before
+LEAST_SHARE = 0.05  # images per step of a rank that has computed targets before
 SHARDED_NOTE = "the teacher is sharded over all ranks (ZeRO-3), so shares are even"
 
 
@@ -55,12 +55,12 @@ class Placement:
     def parts_of(self, world_rank: int, micro_batch: int | None) -> tuple[slice, ...]:
         """A rank's slice cut into as many micro-batches as the largest slice needs, by numbers within the slice.
 
-        Whole KoLeo groups where the slice is.
+        Full KoLeo groups where the slice is.
         """
-        own = self.slice_of(world_rank)
+        local = self.slice_of(world_rank)
         count = 1 if micro_batch is None else -(-self.largest_slice // micro_batch)
-        unit = KOLEO_GROUP if own.start % KOLEO_GROUP == 0 == len(own) % KOLEO_GROUP else 1
-        borders = [unit * (len(own) // unit * part // count) for part in range(count + 1)]
+        unit = KOLEO_GROUP if local.start % KOLEO_GROUP == 0 == len(local) % KOLEO_GROUP else 1
+        borders = [unit * (len(local) // unit * part // count) for part in range(count + 1)]
         return tuple(slice(start, stop) for start, stop in pairwise(borders))
 
     @cached_property
@@ -78,7 +78,7 @@ class Placement:
 class Plan:
     """The division of every step's work over the ranks.
 
-    ``exact_shares`` are images per rank and step before rounding; ``unit`` images are taught at
+    ``exact_shares`` are images per rank and step before rounding; ``unit`` images are computed at
     once; ``is_filled``: teaching fills the gaps that students leave. Seconds: ``teach_s`` of the teacher per image, ``image_s`` of each network per image,
     ``student_s`` of all networks on a rank per step.
     """
@@ -134,7 +134,7 @@ class Plan:
     def share_borders(self, step: int) -> NDArray[np.int64]:
         """Starts of all shares at ``step`` and the end of the last, [num_ranks + 1]."""
         shift = (step * GOLDEN) % 1.0 if self.is_dithered else 0.0
-        # the slack keeps a border that is whole but for rounding from falling below itself
+        # the slack keeps a border that is an integer but for rounding from falling below itself
         return self.unit * np.floor(self._borders + shift + SLACK).astype(np.int64)
 
     @property
@@ -161,15 +161,15 @@ class Plan:
     def load_s(self) -> tuple[float, ...]:
         """Seconds of work of each rank and step, on average over steps."""
         return tuple(
-            own + self.teach_s * share
-            for own, share in zip(self.student_s, self.mean_shares, strict=True)
+            local + self.teach_s * share
+            for local, share in zip(self.student_s, self.mean_shares, strict=True)
         )
 
     @property
     def even_load_s(self) -> tuple[float, ...]:
-        """The same with the teaching divided evenly, whole images or not."""
+        """The same with the teaching divided evenly, in fractions of images if need be."""
         each = self.teach_s * self.images_global / self.num_ranks
-        return tuple(own + each for own in self.student_s)
+        return tuple(local + each for local in self.student_s)
 
     @property
     def step_s(self) -> float:
@@ -252,9 +252,9 @@ def make_plan(
         images_global: images per step.
         num_ranks: ranks of the job.
         lookahead: steps that teaching may run ahead; above 0 shares may differ from step to step.
-        unit: images the teacher takes at once; shares are whole units where they divide the batch.
+        unit: images the teacher takes at once; shares are multiples of it where they divide the batch.
         has_even_shares: divide the teaching evenly, as published.
-        has_whole_groups: slices are whole KoLeo groups wherever there are enough.
+        has_whole_groups: slices are full KoLeo groups wherever there are enough.
         is_teacher_sharded: every rank holds a part of the teacher, so shares are even.
         ranks_per_node: groups are laid out so that few of them cross a node border.
 
@@ -314,12 +314,12 @@ def make_plan(
 
 def without(plan: Plan, names: Collection[str]) -> Plan:
     """The plan once some networks are finished; placements of the others stay."""
-    kept = [
+    remaining = [
         (placement, image_s)
         for placement, image_s in zip(plan.placements, plan.image_s, strict=True)
         if placement.name not in names
     ]
-    placements, image_s = (tuple(column) for column in zip(*kept, strict=True))
+    placements, image_s = (tuple(column) for column in zip(*remaining, strict=True))
     student_s = _student_seconds(placements, image_s, plan.num_ranks)
     changed = replace(plan, placements=placements, image_s=image_s, student_s=student_s)
     if not plan.is_filled:
@@ -343,10 +343,10 @@ def _student_seconds(
 def _fill(
     student_s: Sequence[float], teach_s: float, images_global: int, unit: int, *, is_dithered: bool
 ) -> list[float]:
-    """Shares that fill the gaps: exact ones where steps may differ, whole ones where they may not."""
+    """Shares that fill the gaps: exact ones where steps may differ, integers where they may not."""
     if is_dithered:
         return fill_exactly(student_s, [teach_s] * len(student_s), images_global)
-    return [float(size) for size in fill_whole(student_s, teach_s, images_global, unit)]
+    return [float(size) for size in fill_units(student_s, teach_s, images_global, unit)]
 
 
 def _merge(parts: Sequence[range]) -> tuple[range, ...]:
@@ -362,20 +362,20 @@ def _merge(parts: Sequence[range]) -> tuple[range, ...]:
 def split_evenly(
     images_global: int, num_parts: int, *, in_groups: bool = False
 ) -> tuple[range, ...]:
-    """Contiguous ranges whose sizes differ by at most one, or by none in whole KoLeo groups where those divide.
+    """Contiguous ranges whose sizes differ by at most one, or by none in full KoLeo groups where those divide.
 
-    ``in_groups``: whole KoLeo groups wherever there are enough, so that sizes may differ by one group.
+    ``in_groups``: full KoLeo groups wherever there are enough, so that sizes may differ by one group.
     """
     groups, rest = divmod(images_global, KOLEO_GROUP)
-    is_whole = rest == 0 and (groups % num_parts == 0 or (in_groups and groups >= num_parts))
-    unit = KOLEO_GROUP if is_whole else 1
+    is_divisible = rest == 0 and (groups % num_parts == 0 or (in_groups and groups >= num_parts))
+    unit = KOLEO_GROUP if is_divisible else 1
     units = images_global // unit
     borders = [unit * (units * part // num_parts) for part in range(num_parts + 1)]
     return tuple(range(start, stop) for start, stop in pairwise(borders))
 
 
 def rebalanced(plan: Plan, teach_s: Sequence[float], student_s: Sequence[float]) -> Plan:
-    """The plan with shares for measured seconds: per image taught, and per step of the students, of each rank.
+    """The plan with shares for measured seconds: per teacher image, and per step of the students, of each rank.
 
     Placements stay. For plans whose shares are dithered; others come back as they are.
     """
@@ -384,8 +384,8 @@ def rebalanced(plan: Plan, teach_s: Sequence[float], student_s: Sequence[float])
     exact = fill_exactly(student_s, teach_s, plan.images_global)
     # a rank that teaches goes on to, however little: its decoder waits for a step with an image
     least = [LEAST_SHARE if before else 0.0 for before in plan.exact_shares]
-    kept = [max(share, floor) for share, floor in zip(exact, least, strict=True)]
-    whole = plan.images_global / sum(kept)
+    floored = [max(share, floor) for share, floor in zip(exact, least, strict=True)]
+    scale = plan.images_global / sum(floored)
     return replace(
-        plan, exact_shares=tuple(share * whole for share in kept), student_s=tuple(student_s)
+        plan, exact_shares=tuple(share * scale for share in floored), student_s=tuple(student_s)
     )

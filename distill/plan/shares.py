@@ -14,7 +14,7 @@ def fill_exactly(
 ) -> list[float]:
     """Shares that make the total load of all ranks equal (water filling), not rounded.
 
-    ``teach_s`` is each rank's own time per image: a slow rank teaches less. Ranks whose students
+    ``teach_s`` is each rank's time per image: a slow rank teaches less. Ranks whose students
     already exceed the level teach nothing.
     """
     order = sorted(range(len(student_s)), key=lambda rank: student_s[rank])
@@ -25,32 +25,32 @@ def fill_exactly(
         level = (images_global + offset) / speed
         if count == len(order) or level <= student_s[order[count]]:
             break
-    return [max(0.0, level - own) / each for own, each in zip(student_s, teach_s, strict=True)]
+    return [max(0.0, level - local) / each for local, each in zip(student_s, teach_s, strict=True)]
 
 
-def fill_whole(
+def fill_units(
     student_s: Sequence[float], teach_s: float, images_global: int, unit: int
 ) -> list[int]:
-    """Shares in whole units with the smallest largest load that whole units allow.
+    """Shares in full units with the smallest largest load that full units allow.
 
     The level is found among the loads that some rank would reach with some share; then one unit is
     taken from the fullest rank until the batch is divided.
     """
-    own, cost = np.asarray(student_s), teach_s * unit
+    local, cost = np.asarray(student_s), teach_s * unit
     units = images_global // unit
     exact = np.asarray(fill_exactly(student_s, [teach_s] * len(student_s), images_global)) / unit
     low = np.floor(exact)
     # at the level of the exact filling at most `units` fit; one more unit on every rank is enough
-    candidates = sorted({*(own + cost * low), *(own + cost * (low + 1))})
+    candidates = sorted({*(local + cost * low), *(local + cost * (low + 1))})
 
     def fitting(level: float) -> NDArray[np.float64]:
-        room: NDArray[np.float64] = np.floor((level - own) / cost + SLACK).clip(min=0.0)
+        room: NDArray[np.float64] = np.floor((level - local) / cost + SLACK).clip(min=0.0)
         return room
 
     index = bisect_left(candidates, True, key=lambda level: bool(fitting(level).sum() >= units))
     sizes = fitting(candidates[index])
     surplus = int(sizes.sum()) - units
-    load = np.where(sizes > 0, own + cost * sizes, -np.inf)
+    load = np.where(sizes > 0, local + cost * sizes, -np.inf)
     for _ in range(surplus):
         fullest = int(load.argmax())
         sizes[fullest] -= 1

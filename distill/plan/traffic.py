@@ -52,13 +52,13 @@ def slice_bytes(plan: Plan, step: int, wire: WireShape, per_image: Counts) -> li
     masked = np.concatenate([[0], np.cumsum(per_image)])
     received = []
     for rank in range(plan.num_ranks):
-        own = range(int(starts[rank]), int(starts[rank + 1]))
+        local = range(int(starts[rank]), int(starts[rank + 1]))
         images = patches = 0
         for part in plan.needs(rank):
-            kept = _overlap(part, own)
-            images += len(part) - len(kept)
+            stays = _overlap(part, local)
+            images += len(part) - len(stays)
             patches += int(masked[part.stop] - masked[part.start])
-            patches -= int(masked[kept.stop] - masked[kept.start]) if len(kept) else 0
+            patches -= int(masked[stays.stop] - masked[stays.start]) if len(stays) else 0
         received.append(images * wire.slice_image_bytes + patches * wire.slice_patch_bytes)
     return received
 

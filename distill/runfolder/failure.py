@@ -1,6 +1,6 @@
-"""Why a job ended early, in one file, and the exit code that says which kind of end it was.
+"""Why a job ended early, in one file, and the exit code for the kind of end it was.
 
-    failure.json   the first cause: written once per attempt, by the rank that failed, by whoever
+    failure.json   the first cause: written once per attempt, by the rank that failed, by the process that
                    found a rank hung, or by the launcher for a rank that died without a word
 
 A rank that only lost its connection writes nothing: it is a consequence. Who then died is read from
@@ -56,7 +56,7 @@ def write_failure(run_folder: Path, failure: Failure) -> None:
 
 
 def read_failure(run_folder: Path) -> Failure | None:
-    """The first cause, if one was left whole."""
+    """The first cause, if a complete one was left."""
     try:
         return Failure(**json.loads((run_folder / FILE).read_text()))
     except (FileNotFoundError, ValueError):
@@ -64,7 +64,7 @@ def read_failure(run_folder: Path) -> Failure | None:
 
 
 def failure_of(error: BaseException, record: HeartbeatRecord, run_folder: Path) -> Failure:
-    """The cause that a rank's own exception is; call while handling it."""
+    """The cause that an exception of this rank is; call while handling it."""
     if isinstance(error, UserError):
         return Failure("user", error.message, error.fix, error.exit_code, traceback.format_exc())
     text = (str(error).strip().splitlines() or ["no message"])[0]
@@ -78,7 +78,7 @@ def failure_of(error: BaseException, record: HeartbeatRecord, run_folder: Path) 
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """The error says that another rank is gone, not that this one did something wrong."""
+    """The error means that another rank is gone, not that this one did something wrong."""
     if isinstance(error, dist.DistError):
         return True
     is_general = isinstance(error, RuntimeError | OSError)
@@ -87,29 +87,29 @@ def is_lost_connection(error: BaseException) -> bool:
 
 def failure_of_dead(records: Sequence[HeartbeatRecord], exit_codes: dict[int, int]) -> Failure:
     """The cause when ranks died; ``exit_codes`` by rank where a launcher knows them, negative for a signal."""
-    told = [
+    messages = [
         f"{record.describe()}; {record.end or _how(exit_codes.get(record.world_rank, 0))}"
         for record in records
     ]
-    if not told:
+    if not messages:
         host = socket.gethostname()
-        told = [
+        messages = [
             f"rank {rank} on {host}: starting; {_how(code)}" for rank, code in exit_codes.items()
         ]
-    assert told, "somebody is dead"
-    more = f" (and {len(told) - 1} more ranks)" if len(told) > 1 else ""
+    assert messages, "somebody is dead"
+    more = f" (and {len(messages) - 1} more ranks)" if len(messages) > 1 else ""
     fix = "The same command resumes from the last checkpoint; --max-restarts N does so by itself."
-    return Failure("died", told[0] + more, fix, LOST_EXIT_CODE)
+    return Failure("died", messages[0] + more, fix, LOST_EXIT_CODE)
 
 
 def find_dead(
-    run_folder: Path, num_ranks: int, own_rank: int | None = None
+    run_folder: Path, num_ranks: int, local_rank: int | None = None
 ) -> list[HeartbeatRecord]:
     """Ranks that ended without saying so. Waits until every other has said how it ended, or has shown that it lives."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         records = read_records(run_folder, num_ranks)
-        open_ = [record for record in records if not record.end and record.world_rank != own_rank]
+        open_ = [record for record in records if not record.end and record.world_rank != local_rank]
         gone = [record for record in open_ if process_state(record) in {"", "Z"}]
         if gone or not open_:
             return gone

@@ -1,13 +1,13 @@
-"""Where a rank is, for whoever watches: one small file per rank, rewritten twice a second by a thread of its own.
+"""Where a rank is, for the watchdog: one small file per rank, rewritten twice a second by a separate thread.
 
 The loop only sets a name when it turns to something else (``enter``, about a microsecond). The thread
 writes it down with the time since the last change, how long that may take, and where the main
-thread stands. So a file says three things apart from each other: the process runs (the file
+thread stands. So a file shows three things apart from each other: the process runs (the file
 changes), it moves (the activity changes), and whether it waits for others (it stands inside a
 collective) or others wait for it.
 
 Each file is written in place and closed, never renamed: a network file system shows the new bytes
-to whoever opens it next.
+to the process that opens it next.
 """
 
 import faulthandler
@@ -38,7 +38,7 @@ RECORD_BYTES = 1024  # each record is padded to this, so that a shorter one leav
 
 @dataclass(frozen=True)
 class HeartbeatRecord:
-    """What a rank says of itself; ``end`` is empty while it runs, then "done" or why it ended.
+    """What a rank reports; ``end`` is empty while it runs, then "done" or why it ended.
 
     ``phase_number``: how many phases the rank has entered. ``phase_step``: the step of that phase which
     the rank trains, also while it teaches or loads for a later one.
@@ -155,7 +155,7 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._over.wait(BEAT_S):
-            with suppress(OSError):  # a full disk; whoever watches sees a beat less
+            with suppress(OSError):  # a full disk; the watchdog misses one beat
                 self._write()
             self._on_beat()
 

@@ -62,7 +62,7 @@ class MetricsRow:
 
 
 class MetricsWriter:
-    """Appends one network's rows to ``metrics/<name>.jsonl``, one whole line per write."""
+    """Appends one network's rows to ``metrics/<name>.jsonl``, one complete line per write."""
 
     def __init__(self, run_folder: Path, network: str) -> None:
         """Open the history for appending; a last line that a crash left half written is cut."""
@@ -121,7 +121,7 @@ class MetricsReader:
         A last line without its newline is left for the next poll.
 
         Raises:
-            UserError: a whole line is not a row; names file and line.
+            UserError: a complete line is not a row; names file and line.
         """
         try:
             with self.path.open("rb") as file:
@@ -144,7 +144,7 @@ class MetricsReader:
 
 
 def read_rows(run_folder: Path, network: str) -> list[MetricsRow]:
-    """The whole history of one network so far; empty when it has none."""
+    """The history of one network so far; empty when it has none."""
     reader = MetricsReader(run_folder, network)
     return reader.poll()
 

@@ -3,7 +3,7 @@
     SIGINT, SIGTERM, or the file control/stop    every rank saves, then the job ends
     SIGUSR1, or the file control/save            every rank saves and goes on
 
-A signal to one rank is enough: the ranks vote. The launcher passes its own signals on as files, so
+A signal to one rank is enough: the ranks agree. The launcher passes its signals on as files, so
 that a rank that is still starting, or is started again, finds them too.
 """
 
@@ -16,25 +16,25 @@ STOP, SAVE = "stop", "save"
 
 
 def ask(run_folder: Path, wish: str) -> None:
-    """Leaves a wish (``STOP`` or ``SAVE``) for the ranks."""
+    """Leaves a request (``STOP`` or ``SAVE``) for the ranks."""
     folder = run_folder / "control"
     folder.mkdir(exist_ok=True)
     (folder / wish).touch()
 
 
 def forget(run_folder: Path) -> None:
-    """Removes the wishes of an earlier launch."""
+    """Removes the requests of an earlier launch."""
     for wish in (STOP, SAVE):
         (run_folder / "control" / wish).unlink(missing_ok=True)
 
 
 def is_asked(run_folder: Path, wish: str) -> bool:
-    """The wish was left."""
+    """The request was left."""
     return (run_folder / "control" / wish).exists()
 
 
 class StopSaveRequests:
-    """What this rank was asked; set by signals and files, read by the loop at its logging interval."""
+    """What this rank was requested to do; set by signals and files, read by the loop at its logging interval."""
 
     def __init__(self, run_folder: Path) -> None:
         self._run_folder = run_folder
@@ -42,7 +42,7 @@ class StopSaveRequests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, signals are wishes; a repeat changes nothing."""
+        """Inside, signals are requests; a repeat changes nothing."""
         handlers = {
             signal.SIGINT: self._stop,
             signal.SIGTERM: self._stop,
@@ -68,7 +68,7 @@ class StopSaveRequests:
         return self._stops
 
     def take_save(self) -> bool:
-        """A save was asked for since the last call."""
+        """A save was requested since the last call."""
         taken, self._saves = self._saves, False
         return taken
 

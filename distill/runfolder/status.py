@@ -1,9 +1,9 @@
-"""What a run says about itself: one status file, and a line of numbers per network and interval.
+"""What a run reports: one status file, and a line of numbers per network and interval.
 
 A screen, a test or a script on another machine reads these files and nothing else; training never
 depends on a reader.
 
-    status.json           the whole run right now; replaced in one rename, never seen half written
+    status.json           the state of the run right now; replaced in one rename, never read half written
     metrics/<name>.jsonl  the history of one network; grows, so its last line may still be partial
 
 Resuming goes back to a saved step. ``drop_after`` first removes the lines past it, so that a
@@ -71,11 +71,11 @@ class CheckpointStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """The whole run at one moment.
+    """The state of the run at one time.
 
     ``step`` counts finished steps of ``phase``; ``phase`` is empty until the first one starts.
     ``loader_wait`` is the fraction of a step spent blocked on images; ``work_done`` runs from 0 to
-    1 over all phases; ``eta_s`` is None while nobody knows.
+    1 over all phases; ``eta_s`` is None while it is unknown.
     ``bad_samples`` counts those named in ``bad_samples.jsonl``.
     ``resume_command`` is what continues the run once it has stopped or failed.
     """

@@ -20,7 +20,7 @@ class Narrator:
     """Turns snapshots into lines, each event once."""
 
     def __init__(self) -> None:
-        """Nothing has been told."""
+        """Nothing has been printed."""
         self._status: Status | None = None
         self._told_work = 0.0
         self._told_unix = -math.inf

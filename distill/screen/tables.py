@@ -130,7 +130,7 @@ def inspection_table(found: "Inspection") -> Table:
     table.add_row("file", found.path)
     table.add_row("is", f"{what} ({found.layout} layout)" if found.layout else what)
     if found.released is not None:
-        table.add_row("name says", f"the released {found.released}")
+        table.add_row("file name is", f"the released {found.released}")
     size = f"{found.num_bytes / 1e6:,.1f} MB, {', '.join(found.dtypes)}"
     table.add_row("holds", f"{found.parameters:,} numbers in {found.tensors} tensors, {size}")
     if found.has_nan is not None:

@@ -1,7 +1,7 @@
 """The screen of a run: a live panel on a terminal, one plain line per event anywhere else.
 
     take_snapshot -> render_panel              live: redrawn a few times a second
-                  -> Narrator.tell             plain: only what is new since the last snapshot
+                  -> Narrator.lines            plain: only what is new since the last snapshot
 
 The same screen serves the process that trains, a second terminal, and a run that ended long ago.
 Colours and escape codes are left to rich, which honours NO_COLOR and writes none to a file.
@@ -35,11 +35,11 @@ def watch(
     hint: str = "",
     since_unix: float = 0.0,
 ) -> Status | None:
-    """The last status seen, after showing the run until it ends or ``stop`` is set.
+    """The last status read, after showing the run until it ends or ``stop`` is set.
 
     ``live`` asks for the panel; without a terminal the plain lines are written all the same.
-    ``hint`` is shown under the panel (what Ctrl-C does here). A launcher gives its own start as
-    ``since_unix``: the end of an earlier attempt in the same folder is then not taken for its own.
+    ``hint`` is shown under the panel (what Ctrl-C does here). A launcher gives its start as
+    ``since_unix``: the end of an earlier attempt in the same folder is then not taken for this one.
     """
     files = RunFiles(run_folder, since_unix=since_unix)
     if live and console.is_terminal and not console.is_dumb_terminal:

@@ -51,7 +51,7 @@ class WrittenFile:
 
 
 def teacher_licence(folder: Path) -> dict[str, str]:
-    """What ``distill.json`` or the head of ``README.md`` in the teacher's folder says; empty when neither does."""
+    """What ``distill.json`` or the head of ``README.md`` in the teacher's folder holds; empty when neither has it."""
     stated = folder / "distill.json"
     if stated.is_file():
         facts = read_object(stated)

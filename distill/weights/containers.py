@@ -122,7 +122,7 @@ def broken_file(path: Path, error: Exception) -> CheckpointError:
     """What to say of a file that cannot be read."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return CheckpointError(
-        f"{path}: cannot be read ({reason})", fix="Check that the file was copied whole."
+        f"{path}: cannot be read ({reason})", fix="Check that the file was copied completely."
     )
 
 
@@ -159,7 +159,7 @@ def _open_folder(folder: Path) -> Container:
         if not isinstance(files, dict) or not all(map(_is_file_name, files.values())):
             raise CheckpointError(
                 f"{folder / INDEX}: no weight_map of plain file names",
-                fix="Check that the folder was copied whole.",
+                fix="Check that the folder was copied completely.",
             )
         return _Safetensors(folder, {key: folder / name for key, name in files.items()})
     if (folder / SINGLE).is_file():
@@ -201,5 +201,5 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity, told by the extremes: no copy is made."""
+    """No NaN and no infinity, judged by the extremes: no copy is made."""
     return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())

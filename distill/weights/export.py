@@ -4,11 +4,11 @@
     verification        the other library reads them; its features are compared with ours (distill.weights.verify)
     NAME         after the verification, with README.md and distill.json; NAME.rejected when it fails
 
-A folder with its final name has therefore been checked, or says in README.md and distill.json why
+A folder with its final name has therefore been verified, or README.md and distill.json hold the reason why
 it was not. What each format holds:
 
     hf    config.json, model.safetensors, preprocessor_config.json
-    timm  the same two names in timm's own layout
+    timm  the same two names in timm's layout
     meta  NAME-<8 hex digits of its sha256>.pth, as the published files are named
     onnx  model.onnx with free batch, height and width
 """
@@ -41,7 +41,7 @@ READ_BYTES = 2**24  # of a file at once, for its checksum
 
 @dataclass(frozen=True)
 class Inputs:
-    """Side in pixels and normalisation, for a network whose own folder does not state them."""
+    """Side in pixels and normalisation, for a network whose folder does not state them."""
 
     size: int
     mean: tuple[float, float, float]
@@ -80,7 +80,7 @@ def export_network(
     background: Background,
     inputs: Inputs,
 ) -> Exported:
-    """Writes the network in ``source`` to ``folder`` as ``form`` and proves that it gives the same features.
+    """Writes the network in ``source`` to ``folder`` as ``form`` and verifies that it gives the same features.
 
     An earlier export under that name is replaced once the new one has passed.
 
@@ -130,7 +130,7 @@ def _write(name: str, source: Path, aside: Path, form: Format, dtype: torch.dtyp
 
 
 def _write_preparation(source: Path, aside: Path, inputs: Inputs) -> None:
-    """``preprocessor_config.json`` for every format: the network's own, or that of its run."""
+    """``preprocessor_config.json`` for every format: that of the network, or that of its run."""
     own = source / PREPARATION
     config = (
         read_object(own)

@@ -18,13 +18,13 @@ def _head_names(container: Container) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     needed = {f"mlp.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
     for head in _HEADS:
-        own: dict[str, str] = {}
+        names_of: dict[str, str] = {}
         for name in container.shapes:
             before, separator, rest = name.partition(f"{head}.")
             if separator and "student" not in before:
-                own["prototypes.weight" if rest == "last_layer.weight" else rest] = name
-        if needed | {"prototypes.weight"} <= own.keys():
-            found[head] = own
+                names_of["prototypes.weight" if rest == "last_layer.weight" else rest] = name
+        if needed | {"prototypes.weight"} <= names_of.keys():
+            found[head] = names_of
     return found
 
 
@@ -65,12 +65,12 @@ def _head_shapes(container: Container, width: int) -> tuple[HeadShape, HeadShape
                 f"{container.path}: no complete {head} in it",
                 fix="Use a heads file written by distill, or a training file with both heads.",
             )
-        own = names[head]
+        names_of = names[head]
         shape = HeadShape(
-            width=shapes[own["mlp.0.weight"]][1],
-            hidden=shapes[own["mlp.0.weight"]][0],
-            bottleneck=shapes[own["mlp.4.weight"]][0],
-            prototypes=shapes[own["prototypes.weight"]][0],
+            width=shapes[names_of["mlp.0.weight"]][1],
+            hidden=shapes[names_of["mlp.0.weight"]][0],
+            bottleneck=shapes[names_of["mlp.4.weight"]][0],
+            prototypes=shapes[names_of["prototypes.weight"]][0],
         )
         if shape.width != width:
             raise CheckpointError(
@@ -79,11 +79,11 @@ def _head_shapes(container: Container, width: int) -> tuple[HeadShape, HeadShape
             )
         with torch.device("meta"):
             expected = {k: tuple(v.shape) for k, v in Head(shape).state_dict().items()}
-        wrong = [key for key, each in expected.items() if shapes[own[key]] != each]
+        wrong = [key for key, each in expected.items() if shapes[names_of[key]] != each]
         if wrong or max(shape.hidden, shape.prototypes) > LARGEST_HEAD:
             raise CheckpointError(
                 f"{container.path}: {head} does not fit together, first {(wrong or ['its size'])[0]}",
-                fix="Check that the file was copied whole.",
+                fix="Check that the file was copied completely.",
             )
         both.append(shape)
     return both[0], both[1]

@@ -32,10 +32,10 @@ def identify(found: Shapes, spec: BackboneSpec | None = None) -> Identity:
 
     Args:
         found: shapes by name, as in the file.
-        spec: what a config beside the file says, if there is one.
+        spec: from the config beside the file, if there is one.
 
     Raises:
-        ValueError: there is no backbone among them, its number of attention heads cannot be told, or
+        ValueError: there is no backbone among them, its number of attention heads is ambiguous, or
             tensors are missing, unexpected or of another shape.
     """
     if isinstance(spec, CustomSpec):

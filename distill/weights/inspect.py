@@ -51,7 +51,7 @@ class Inspection:
 
 
 def inspect(path: Path, *, check_values: bool = False) -> Inspection:
-    """Names what a file or folder is; reads values only when asked.
+    """Names what a file or folder is; reads values only on request.
 
     Raises:
         CheckpointError: it cannot be read at all. A readable file of something else is described.

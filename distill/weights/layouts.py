@@ -53,7 +53,7 @@ def origins(spec: BackboneSpec, source: Layout, target: Layout) -> Table:
 
 
 def _through(outer: Origin, middle: Table) -> Origin:
-    """An origin whose sources have origins of their own."""
+    """An origin whose sources have origins in turn."""
     inner = [middle[name] for name in outer.sources]
 
     def make(*tensors: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
 """Files of weights: what they are, and networks out of them.
 
-    Hugging Face folder   config.json and model.safetensors, whole or in shards with an index
+    Hugging Face folder   config.json and model.safetensors, in one file or in shards with an index
     .safetensors          tensors alone, in any of the three layouts
     .pth                  as released by Meta: a backbone, or a training file with teacher and heads
 
 Tensors are read memory-mapped, one by one, straight into the target's dtype and device: loading
-costs the network's own size and one tensor (``distill.weights.containers``).
+costs the network's size and one tensor (``distill.weights.containers``).
 """
 
 from pathlib import Path
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def identify_layout(container: Container, spec: BackboneSpec | None = None) -> Identity:
-    """What is in it; a config.json beside it is believed where shapes cannot tell, and ``spec`` before that."""
+    """What is in it; a config.json beside it is believed where shapes are ambiguous, and ``spec`` before that."""
     folder = container.path if container.path.is_dir() else container.path.parent
     config = folder / CONFIG
     is_folder = container.path.is_dir() or container.path.name == SINGLE
@@ -42,7 +42,7 @@ def identify_layout(container: Container, spec: BackboneSpec | None = None) -> I
             )
         return identify(container.shapes, spec)
     except (ValueError, TypeError, OverflowError, AssertionError) as error:
-        beside = "the config.json beside it" if config.is_file() else "its own shapes"
+        beside = "the config.json beside it" if config.is_file() else "its shapes"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
             f"{container.path}: {reason}",
@@ -54,7 +54,7 @@ def shape_of(path: Path) -> BackboneSpec:
     """The shape of a backbone, from names and config alone.
 
     Raises:
-        CheckpointError: as ``load_backbone``, as far as it can be told without reading tensors.
+        CheckpointError: as ``load_backbone``, as far as it shows without reading tensors.
     """
     return identify_layout(open_weights(path)).spec
 

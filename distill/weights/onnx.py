@@ -93,7 +93,7 @@ def write_onnx(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's words about torchvision and about its own deprecated calls."""
+    """Without the exporter's words about torchvision and about its deprecated calls."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)

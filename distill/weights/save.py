@@ -28,7 +28,7 @@ SHARD_BYTES = 5 * 10**9  # of one file, as Hugging Face does
 
 @dataclass(frozen=True)
 class ExportFacts:
-    """What a folder says about its network besides the weights: input size, normalisation, where it comes from."""
+    """What a folder holds about its network besides the weights: input size, normalisation, where it comes from."""
 
     size: int
     mean: tuple[float, float, float]

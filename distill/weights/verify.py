@@ -105,9 +105,9 @@ def our_features(source: Path, dtype: torch.dtype) -> Features:
 
 
 def verify(form: Format, written: Path, source: Path, dtype: torch.dtype) -> Parity:
-    """Reads ``written`` with the library of its format and compares features with our own network."""
+    """Reads ``written`` with the library of its format and compares features with our network."""
     if form == "meta":
-        name = "distill's own reader (Meta's code is no package to install)"
+        name = "distill's reader (Meta's code is no package to install)"
     else:
         library = LIBRARIES[form]
         if importlib.util.find_spec(library) is None:
@@ -152,7 +152,7 @@ def _their_features(form: Format, written: Path, source: Path) -> Features:
         "hf": _open_transformers,
         "timm": _open_timm,
         "onnx": _open_onnx,
-        "meta": _open_own,
+        "meta": _open_ours,
     }
     forward = open_[form](written, spec.stride)
     return [forward(pixels) for pixels in probes(spec.stride, spec.in_channels)]
@@ -219,7 +219,7 @@ def _open_onnx(folder: Path, stride: int) -> Forward:  # noqa: ARG001  # the gra
     return forward
 
 
-def _open_own(folder: Path, stride: int) -> Forward:  # noqa: ARG001  # our features are named
+def _open_ours(folder: Path, stride: int) -> Forward:  # noqa: ARG001  # our features are named
     """The ``.pth`` file read back by us: finds a damaged file, not a key that both ways get wrong."""
     (file,) = folder.glob("*.pth")
     backbone = load_backbone(file)[0].eval()

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from distill.checkpoint.manifest import MANIFEST, find_latest
-from distill.data.census import take_report
+from distill.data.dataset_report import take_report
 from distill.data.index import build_index
 from distill.plan.job import check_job
 from distill.recipe.document import builtin_recipes

@@ -97,7 +97,10 @@ def test_bench__says_what_is_wrong(recipe: Path) -> None:
         (("--slow", "1=2"), "--slow needs --sleep"),
         (("--slow", "x", "--sleep", "1"), "--slow x: not RANK=FACTOR"),
         (("--data", "mine"), "--data mine: not known"),
-        (("--against", "saving", "--sleep", "1"), "--against saving: who sleeps has no state"),
+        (
+            ("--against", "saving", "--sleep", "1"),
+            "--against saving: a rank that sleeps has no state to save",
+        ),
         (("--against", "yesterday"), "--against yesterday: not known"),
         (("--json", "a.json", "b.json"), "--json a.json b.json: several files"),
     ):

@@ -57,7 +57,11 @@ def test_plan__imports_no_torch() -> None:
 
 def test_check__a_good_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "check", "quickstart")
-    assert code == 0 and "builtin:photographs: 19 images" in out and "good for 2 ranks" in out
+    assert (
+        code == 0
+        and "builtin:photographs: 19 images" in out
+        and "valid for 2 ranks (dry run)" in out
+    )
 
 
 def test_check__a_bad_recipe_is_exit_code_2_with_every_problem(
@@ -206,7 +210,7 @@ def test_check__one_line_when_all_is_well(distill: Run) -> None:
     assert (result.code, result.err) == (0, "")
     assert result.out.count("\n") == 1
     assert result.out.startswith("quickstart: small, gated, convnext from quickstart-teacher; ")
-    assert result.out.endswith("is trained with; good for 2 ranks; nothing was started.\n")
+    assert result.out.endswith("is trained with; valid for 2 ranks (dry run).\n")
 
 
 def test_check__a_teacher_recipe_as_json(distill: Run) -> None:
@@ -475,11 +479,11 @@ def test_doctor__exit_code_and_fix(distill: Run, monkeypatch: pytest.MonkeyPatch
         Finding("disk", "0 GiB", False, "Free some [space]."),
     )
     monkeypatch.setattr(doctor, "examine", lambda: [good])
-    assert distill("doctor") == Result(0, "ok   torch: 2.13\n", "")
+    assert distill("doctor") == Result(0, "ok    torch: 2.13\n", "")
     monkeypatch.setattr(doctor, "examine", lambda: [good, bad])
     result = distill("doctor")
     assert result.code == 3
-    assert result.out.splitlines()[1:] == ["BAD  disk: 0 GiB", "     Fix: Free some [space]."]
+    assert result.out.splitlines()[1:] == ["FAIL  disk: 0 GiB", "      Fix: Free some [space]."]
     as_json = distill("doctor", "--json")
     assert as_json.code == 3
     assert [each["is_ok"] for each in json.loads(as_json.out)] == [True, False]

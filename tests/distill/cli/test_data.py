@@ -38,8 +38,8 @@ def test_check__tells_what_is_there_and_what_is_broken(distill: Run, tmp_path: P
     assert result.code == 0 and "JPEG 6" in result.out and "48" in result.out
     (folder / "x.png").write_bytes(b"")
     result = distill("data", "check", str(folder), "--json")
-    (census,) = json.loads(result.out)
-    assert result.code == 1 and [row["reason"] for row in census["broken"]] == ["empty file"]
+    (dataset,) = json.loads(result.out)
+    assert result.code == 1 and [row["reason"] for row in dataset["broken"]] == ["empty file"]
     result = distill("data", "check", str(tmp_path / "none"))
     assert result.code == 1 and "is not there" in result.err
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from distill.data import pack as packing
-from distill.data.census import take_report
+from distill.data.dataset_report import take_report
 from distill.data.index import INDEX_FOLDER, build_index
 from distill.data.locations import Reader
 from distill.data.pack import pack
@@ -103,11 +103,11 @@ def test_build_index__a_packed_source_beside_a_folder(folder: Path, tmp_path: Pa
     assert (tmp_path / "packed" / INDEX_FOLDER).is_dir()
 
 
-def test_take_census__counts_everything(folder: Path) -> None:
+def test_take_report__counts_everything(folder: Path) -> None:
     Image.fromarray(picture(0)).save(folder / "dog" / "again.png")
-    (census,) = take_report([folder], max_megapixels=64.0, progress=lambda *_: None)
-    assert (census.images, census.classes, census.duplicates) == (9, 2, 1)
-    assert census.formats == {"PNG": 8} and census.shorter_side["median"] == 48
-    assert [(Path(f.sample).name, f.reason) for f in census.broken] == [
+    (dataset,) = take_report([folder], max_megapixels=64.0, progress=lambda *_: None)
+    assert (dataset.images, dataset.classes, dataset.duplicates) == (9, 2, 1)
+    assert dataset.formats == {"PNG": 8} and dataset.shorter_side["median"] == 48
+    assert [(Path(f.sample).name, f.reason) for f in dataset.broken] == [
         ("broken.jpg", "not an image")
     ]

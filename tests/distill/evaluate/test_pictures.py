@@ -6,12 +6,12 @@ import torch
 from PIL import Image
 
 from distill.evaluate.pictures import (
-    colours,
     cosine_map,
     draw,
     fit,
     patch_features,
     principal_components,
+    rgb,
     turn_towards,
 )
 from students.catalog import build_backbone, init_weights_
@@ -94,7 +94,7 @@ def test_principal_components__are_white_and_in_order() -> None:
 def test_principal_components__flat_features_are_grey() -> None:
     components = principal_components(torch.ones(3, 3, 8, dtype=torch.float64))
     assert not components.any()
-    assert (colours(components) == 0.5).all()
+    assert (rgb(components) == 0.5).all()
 
 
 def test_turn_towards__undoes_a_turn() -> None:

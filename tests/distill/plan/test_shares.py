@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.plan.shares import fill_exactly, fill_whole
+from distill.plan.shares import fill_exactly, fill_units
 
 
 @settings(max_examples=100, deadline=None)
@@ -23,7 +23,7 @@ def test_fill_whole__is_the_best_division_there_is(
         # a rank that teaches nothing does not lengthen the step by more than its students
         return max(own + cost * size for own, size in zip(load, sizes, strict=True))
 
-    sizes = fill_whole(load, cost, images, 1)
+    sizes = fill_units(load, cost, images, 1)
     assert sum(sizes) == images and min(sizes) >= 0
     divisions = (d for d in product(range(images + 1), repeat=len(load)) if sum(d) == images)
     assert largest(sizes) == pytest.approx(min(map(largest, divisions)))

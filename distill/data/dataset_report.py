@@ -30,7 +30,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """One source. Sizes are quantiles in pixels; ``duplicates`` counts images whose bytes were seen before, in any source."""
+    """One source. Sizes are quantiles in pixels; ``duplicates`` counts images whose bytes were found before, in any source."""
 
     source: str
     images: int
@@ -61,7 +61,7 @@ def take_report(
     max_megapixels: float,
     progress: Callable[[int, int], None],
 ) -> list[DatasetReport]:
-    """A census per source; ``progress`` is told images done and images in all.
+    """Counts per source; ``progress`` gets images done and images in all.
 
     Raises:
         DataError: a source is missing or holds no image.
@@ -69,7 +69,7 @@ def take_report(
     listed = [list_source(source) for source in sources]
     total, done = sum(map(len, listed)), 0
     look = partial(_look, Reader(), max_megapixels)
-    seen: set[bytes] = set()
+    digests: set[bytes] = set()
     result = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for source, found in zip(sources, listed, strict=True):
@@ -78,7 +78,7 @@ def take_report(
                 images.append(image)
                 done += 1
                 progress(done, total)
-            result.append(_count(str(source), found, images, seen))
+            result.append(_count(str(source), found, images, digests))
     return result
 
 
@@ -93,13 +93,13 @@ def _look(reader: Reader, max_megapixels: float, found: Found) -> _Image:
 
 
 def _count(
-    source: str, found: Sequence[Found], images: Sequence[_Image], seen: set[bytes]
+    source: str, found: Sequence[Found], images: Sequence[_Image], digests: set[bytes]
 ) -> DatasetReport:
     duplicates = 0
     for image in images:
-        duplicates += image.digest in seen
+        duplicates += image.digest in digests
         if image.digest:
-            seen.add(image.digest)
+            digests.add(image.digest)
     sizes = np.array([image.hw for image in images if not isinstance(image.hw, str)]).reshape(-1, 2)
     return DatasetReport(
         source=source,
