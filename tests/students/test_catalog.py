@@ -171,7 +171,7 @@ def test_hf_config__has_the_portable_fields() -> None:
         ("vits16", {"hidden_act": "silu"}, "hidden_act = 'silu': must be 'gelu'"),
         ("vits16", {"rope_theta": 10.0}, "rope_theta = 10.0: must be 100.0"),
         ("vits16", {"layer_norm_eps": 1e-6}, "layer_norm_eps = 1e-06: must be 1e-05"),
-        ("vits16", {"patch_size": [16, 16]}, r"patch_size = \[16, 16\]: must be one whole number"),
+        ("vits16", {"patch_size": [16, 16]}, r"patch_size = \[16, 16\]: must be one integer"),
         ("convnext_tiny", {"hidden_act": "relu"}, "hidden_act = 'relu': must be 'gelu'"),
     ],
 )
@@ -219,8 +219,8 @@ def test_preprocessor_config__says_size_and_normalisation() -> None:
     ("key", "value", "told"),
     [
         ("num_hidden_layers", 10**7, "num_hidden_layers = 10000000: .* at most 256"),
-        ("hidden_size", 10**40, "hidden_size = 1000.*: must be one whole number"),
-        ("hidden_size", True, "hidden_size = True: must be one whole number"),
+        ("hidden_size", 10**40, "hidden_size = 1000.*: must be one integer"),
+        ("hidden_size", True, "hidden_size = True: must be one integer"),
         ("layerscale_value", "big", "layerscale_value = 'big': must be a number"),
     ],
 )
@@ -234,5 +234,5 @@ def test_spec_from_hf_config__absurd_values_are_refused_at_once(
 
 def test_spec_from_hf_config__absurd_stages_are_refused_at_once() -> None:
     config = hf_config(CATALOG["convnext_tiny"]) | {"depths": [1] * 100}
-    with pytest.raises(ValueError, match=r"depths = .*: must be 2 to 8 whole numbers"):
+    with pytest.raises(ValueError, match=r"depths = .*: must be 2 to 8 integers"):
         spec_from_hf_config(config)

@@ -129,7 +129,7 @@ NETS = {
     ),
     "no stride": (
         "        del self.stride\n    def forward(self, x):\n        return x\n",
-        "needs a whole number 'stride'",
+        "must have an integer 'stride'",
     ),
 }
 
