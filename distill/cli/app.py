@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from distill.cli.before import check, doctor, plan
-from distill.cli.bench import bench
+from distill.cli.bench import bench_app
 from distill.cli.data import data_app
 from distill.cli.export import export
 from distill.cli.recipes import recipes_app
@@ -106,5 +106,5 @@ app.command(
 )(training_verb(accept_teacher))
 app.command("watch", rich_help_panel=TRAIN)(watch)
 app.command("eval", rich_help_panel=RESULTS)(evaluate)
-app.command("bench", rich_help_panel=TRAIN)(bench)
+app.add_typer(bench_app, name="bench", rich_help_panel=TRAIN)
 app.command("export", rich_help_panel=RESULTS)(export)

@@ -1,6 +1,6 @@
-"""``distill bench``: a family's throughput, and the image loader's.
+"""``distill bench``: the throughput of a family's job, and of the image loader.
 
-Nothing heavy is imported until the verb runs; ``distill.cli.app`` adds the verb to the command line.
+``distill bench RECIPE`` is short for ``distill bench job RECIPE``. Nothing heavy is imported until a verb runs.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
 from distill.cli.options import (
     DebugOption,
@@ -25,6 +26,54 @@ from distill.cli.options import (
 from distill.errors import DataError, RecipeError
 
 
+class JobByDefault(TyperGroup):
+    """Runs ``job`` where the first word names no other command of the group."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["job", *args]
+        return super().parse_args(ctx, args)
+
+
+bench_app = typer.Typer(
+    cls=JobByDefault,
+    help="Measure throughput: of a family's job (job, the default), of the image loader (loader).",
+    no_args_is_help=True,
+)
+ImageSourceOption = Annotated[
+    str, typer.Option("--data", help="synthetic images, or the recipe's: synthetic or recipe.")
+]
+JsonFileOption = Annotated[
+    bool,
+    typer.Option(
+        "--json",
+        help="Print one JSON object; --json FILE.json writes it there, a picture beside it.",
+    ),
+]
+
+
+@bench_app.command("loader")
+def bench_loader(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    data: ImageSourceOption = "synthetic",
+    images: Annotated[int, typer.Option("--images", min=1, help="Images per block.")] = 256,
+    as_json: JsonFileOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Measure the image loader of a recipe against Pillow: images per CPU-second."""
+    texts, json_file = _json_file(list(overrides or []), is_wanted=as_json)
+    report = loader_report(recipe, texts, uses_recipe=_is_recipe(data), images=images)
+    _show(report, [loader_table(report)], json_file, as_json=as_json)
+
+
+def _is_recipe(data: str) -> bool:
+    if data not in ("synthetic", "recipe"):
+        raise RecipeError(f"--data {data}: not known", fix="Write synthetic or recipe.")
+    return data == "recipe"
+
+
+@bench_app.command("job")
 def bench(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
@@ -48,37 +97,20 @@ def bench(
     slow: Annotated[
         str | None, typer.Option("--slow", help="RANK=FACTOR: with --sleep, a slow rank.")
     ] = None,
-    data: Annotated[
-        str, typer.Option("--data", help="synthetic images, or the recipe's.")
-    ] = "synthetic",
-    images: Annotated[int, typer.Option("--images", min=1, help="loader: images per block.")] = 256,
+    data: ImageSourceOption = "synthetic",
     picture: Annotated[
         Path | None,
         typer.Option("--picture", metavar="FILE", help="Write a PNG of one step of each mode."),
     ] = None,
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json",
-            help="Print one JSON object; --json FILE.json writes it there, the picture beside it.",
-        ),
-    ] = False,
+    as_json: JsonFileOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
-    """Measure a family's throughput against the published procedure and separate jobs.
-
-    ``distill bench loader RECIPE`` measures the image loader against Pillow instead.
-    """
+    """Measure a family's throughput against the published procedure and separate jobs."""
     from distill.recipe.keys import FamilyRecipe
     from distill.recipe.reader import load_job
 
     texts, json_file = _json_file(list(overrides or []), is_wanted=as_json)
-    if data not in ("synthetic", "recipe"):
-        raise RecipeError(f"--data {data}: not known", fix="Write synthetic or recipe.")
-    if recipe == "loader" and texts:
-        report = bench_loader(texts[0], texts[1:], uses_recipe=data == "recipe", images=images)
-        _show(report, [loader_table(report)], json_file, as_json=as_json)
-        return
+    uses_recipe = _is_recipe(data)
     loaded = load_job(recipe, texts)[0]
     modes = [] if against == "none" else against.split(",")
     if not isinstance(loaded, FamilyRecipe):
@@ -104,7 +136,7 @@ def bench(
         recipe, tuple(texts), tuple(modes), num_ranks, steps, warmup, sleep, slow_rank, slow_factor
     )
     with tempfile.TemporaryDirectory() as folder:
-        if data == "recipe":
+        if uses_recipe:
             from distill.job.prepare import training_index
 
             training_index(loaded.data, Path("runs/.photographs")).save(Path(folder) / "index")
@@ -149,7 +181,7 @@ def _slow(text: str | None) -> tuple[int | None, float]:
         raise RecipeError(f"--slow {text}: not RANK=FACTOR", fix="Write --slow 2=1.5.") from error
 
 
-def bench_loader(
+def loader_report(
     recipe: str, overrides: list[str], *, uses_recipe: bool, images: int
 ) -> dict[str, Any]:
     """The figures of ``distill bench loader``; prints progress to standard error.
