@@ -60,8 +60,9 @@ class Adapted(nn.Module):
 
 
 def build_custom(spec: CustomSpec) -> Adapted:
-    """The network, with whatever weights its factory gives it."""
-    return Adapted(spec, _make(spec.factory, json.loads(spec.args_json)))
+    """The network on the CPU, with the weights that its factory gives; code from outside may not stand the meta device."""
+    with torch.device("cpu"):
+        return Adapted(spec, _make(spec.factory, json.loads(spec.args_json)))
 
 
 def init_custom_(network: Adapted, generator: torch.Generator) -> None:
@@ -111,6 +112,7 @@ def probe(factory: str, args_json: str) -> CustomSpec:
     return spec
 
 
+@lru_cache(maxsize=256)
 def count_flops(spec: CustomSpec, size: int) -> float:
     """Operations of one forward pass on one crop of ``size`` pixels, a multiply-add as two; counted, not estimated."""
     with torch.random.fork_rng(devices=[]):

@@ -1,13 +1,81 @@
-"""The closed table of names, and the shapes of all students. Pure Python."""
+"""The closed table of names, and the shapes of all students. Pure Python: planning imports no torch.
+
+A spec knows its network: what it costs, how it is built and how its weights begin. Everything else
+asks the spec and does not ask which kind of network it is.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from teacher.shapes import HeadShape, ViTSpec
 
+if TYPE_CHECKING:
+    import torch
+
 STEM = 4  # pixels per side of a ConvNeXt's first convolution; each later stage halves the map
+CONV_ACTIVATION_BYTES = 24  # per pixel, channel and ConvNeXt block
+
+
+@runtime_checkable
+class BackboneSpec(Protocol):
+    """The shape of a network, and everything that follows from the shape. A crop is a square of ``size`` pixels per side."""
+
+    @property
+    def width(self) -> int:
+        """Channels of the class feature and of the patch features."""
+        ...
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images."""
+        ...
+
+    @property
+    def stride(self) -> int:
+        """Pixels per side of one patch."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        ...
+
+    @property
+    def equal_blocks(self) -> int:
+        """Number of blocks of one size that hold nearly all parameters; 1 where there are none."""
+        ...
+
+    @property
+    def exported(self) -> "BackboneSpec":
+        """The shape without what acts in training only and is not exported."""
+        ...
+
+    def flops(self, size: int) -> float:
+        """Operations of one forward pass on one crop; a multiply-add counts as two."""
+        ...
+
+    def first_layer_flops(self, size: int) -> float:
+        """Operations of the first layer, whose input needs no gradient; 0 where the layer is not known."""
+        ...
+
+    def activation_bytes(self, size: int) -> float:
+        """Bytes kept for the backward pass of one crop, in bf16."""
+        ...
+
+    def build(self) -> "torch.nn.Module":
+        """Build the network; load weights or call ``init_`` before using the network."""
+        ...
+
+    def init_(self, network: "torch.nn.Module", generator: "torch.Generator") -> None:
+        """Give a network that ``build`` made fresh weights, a function of ``generator`` alone.
+
+        Raises:
+            ValueError: the network is of another kind.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,6 +118,58 @@ class ConvNeXtSpec:
             count += depth * block
         return count
 
+    @property
+    def equal_blocks(self) -> int:
+        """1: the blocks of different stages differ in size."""
+        return 1
+
+    @property
+    def exported(self) -> "ConvNeXtSpec":
+        """The same shape: nothing acts in training only."""
+        return self
+
+    def flops(self, size: int) -> float:
+        """Operations of one forward pass on one crop of ``size`` pixels per side; a multiply-add counts as two."""
+        side = size // STEM
+        flops = self.first_layer_flops(size)
+        for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
+            if stage:
+                side //= 2
+                flops += 2.0 * side**2 * 4 * self.widths[stage - 1] * width
+            flops += depth * 2.0 * side**2 * (49 * width + 8 * width**2)
+        return flops
+
+    def first_layer_flops(self, size: int) -> float:
+        """Operations of the stem, whose input needs no gradient."""
+        return 2.0 * (size // STEM) ** 2 * self.in_channels * STEM**2 * self.widths[0]
+
+    def activation_bytes(self, size: int) -> float:
+        """Bytes kept for the backward pass of one crop of ``size`` pixels per side; an estimate for bf16."""
+        return float(
+            sum(
+                depth * width * (size // (STEM * 2**stage)) ** 2 * CONV_ACTIVATION_BYTES
+                for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True))
+            )
+        )
+
+    def build(self) -> "torch.nn.Module":
+        """Build the network."""
+        from students.convnext import ConvNeXt
+
+        return ConvNeXt(self)
+
+    def init_(self, network: "torch.nn.Module", generator: "torch.Generator") -> None:
+        """Give ``network`` fresh weights drawn from ``generator``.
+
+        Raises:
+            ValueError: the network is no ConvNeXt.
+        """
+        from students.convnext import ConvNeXt, init_convnext_
+
+        if not isinstance(network, ConvNeXt):
+            raise ValueError(f"{type(network).__name__}: this spec initialises a ConvNeXt")
+        init_convnext_(network, generator)
+
 
 @dataclass(frozen=True)
 class CustomSpec:
@@ -62,8 +182,48 @@ class CustomSpec:
     parameters: int
     in_channels: int = 3
 
+    @property
+    def equal_blocks(self) -> int:
+        """1: the inside of the network is not known."""
+        return 1
 
-BackboneSpec = ViTSpec | ConvNeXtSpec | CustomSpec
+    @property
+    def exported(self) -> "CustomSpec":
+        """The same shape: every tensor is exported."""
+        return self
+
+    def flops(self, size: int) -> float:
+        """Operations of one forward pass on one crop of ``size`` pixels per side, counted on the built network."""
+        from students.custom import count_flops
+
+        return count_flops(self, size)
+
+    def first_layer_flops(self, size: int) -> float:  # noqa: ARG002  # part of the protocol
+        """0: the first layer of the network is not known."""
+        return 0.0
+
+    def activation_bytes(self, size: int) -> float:
+        """Bytes kept for the backward pass of one crop: one per pixel and feature, a guess at a network whose inside is not known."""
+        return float(size**2 * self.width)
+
+    def build(self) -> "torch.nn.Module":
+        """Build the network, with the weights that its factory gives."""
+        from students.custom import build_custom
+
+        return build_custom(self)
+
+    def init_(self, network: "torch.nn.Module", generator: "torch.Generator") -> None:
+        """Give ``network`` the weights that its factory gives under a seed drawn from ``generator``.
+
+        Raises:
+            ValueError: the network is no adapted network.
+        """
+        from students.custom import Adapted, init_custom_
+
+        if not isinstance(network, Adapted):
+            raise ValueError(f"{type(network).__name__}: this spec initialises a custom network")
+        init_custom_(network, generator)
+
 
 CATALOG: Mapping[str, BackboneSpec] = MappingProxyType(
     {

@@ -4,7 +4,6 @@ import zlib
 
 import torch
 
-from students.catalog import build_backbone, init_weights_
 from students.shapes import BackboneSpec
 from teacher.heads import Head, init_head_
 from teacher.shapes import HeadShape
@@ -19,8 +18,8 @@ def build_network(
     spec: BackboneSpec, dino: HeadShape, ibot: HeadShape, generator: torch.Generator
 ) -> tuple[torch.nn.Module, Head, Head]:
     """Backbone and both heads with fresh weights, fp32 on the CPU."""
-    backbone = build_backbone(spec)
-    init_weights_(backbone, generator)
+    backbone = spec.build()
+    spec.init_(backbone, generator)
     return backbone, *build_heads(dino, ibot, generator)
 
 

@@ -1,12 +1,16 @@
 """Shapes of networks, and the numbers that a plan needs of the method. Pure Python: planning imports no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 KOLEO_GROUP = 16  # images; DINOv3 report, section 3.1
 # fastest of 512..16384 on CPU for 65,536 prototypes; memory is rows * 4096
 PROTOTYPES_AT_ONCE = 4096
+ACTIVATION_BYTES = 34  # per token, channel and transformer block
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,60 @@ class ViTSpec:
         ffn = matrices * width * hidden + (matrices - 1) * hidden + width
         block = 4 * width + attention + 2 * width + ffn  # two norms, two layer scales
         return tokens + patches + norms + self.depth * block
+
+    @property
+    def equal_blocks(self) -> int:
+        """Number of transformer blocks, which are all of one size."""
+        return self.depth
+
+    @property
+    def exported(self) -> "ViTSpec":
+        """The same shape without the norm that acts in training only."""
+        return replace(self, untie_local_norm=False)
+
+    def tokens(self, size: int) -> int:
+        """Number of tokens of one square crop of ``size`` pixels per side."""
+        return (size // self.patch) ** 2 + 1 + self.registers
+
+    def flops(self, size: int) -> float:
+        """Operations of one forward pass on one crop of ``size`` pixels per side; a multiply-add counts as two."""
+        tokens, num_matrices = self.tokens(size), 3 if self.ffn == "swiglu" else 2
+        matrices = 4 * self.width**2 + num_matrices * self.width * self.ffn_width
+        attention = 4 * tokens**2 * self.width
+        blocks = self.depth * (2 * tokens * matrices + attention)
+        return float(self.first_layer_flops(size) + blocks)
+
+    def first_layer_flops(self, size: int) -> float:
+        """Operations of the patch embedding, whose input needs no gradient."""
+        return 2.0 * (size // self.patch) ** 2 * self.in_channels * self.patch**2 * self.width
+
+    def activation_bytes(self, size: int) -> float:
+        """Bytes kept for the backward pass of one crop of ``size`` pixels per side.
+
+        An estimate for bf16 with a fused attention. Source: Korthikanti et al. 2022, equation 1
+        without the attention matrices.
+        """
+        ratio = (3 if self.ffn == "swiglu" else 2) * self.ffn_width / (8 * self.width)
+        per_token = ACTIVATION_BYTES * self.width * (0.5 + 0.5 * ratio)
+        return self.depth * self.tokens(size) * per_token
+
+    def build(self) -> "torch.nn.Module":
+        """Build the network; its class and register tokens are uninitialised until ``init_``."""
+        from teacher.vit import ViT
+
+        return ViT(self)
+
+    def init_(self, network: "torch.nn.Module", generator: "torch.Generator") -> None:
+        """Give ``network`` fresh weights drawn from ``generator``.
+
+        Raises:
+            ValueError: the network is no ViT.
+        """
+        from teacher.vit import ViT, init_vit_
+
+        if not isinstance(network, ViT):
+            raise ValueError(f"{type(network).__name__}: this spec initialises a ViT")
+        init_vit_(network, generator)
 
 
 @dataclass(frozen=True)

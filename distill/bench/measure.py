@@ -61,7 +61,6 @@ from distill.train.faults import FaultHandler
 from distill.train.groups import Groups, make_groups
 from distill.train.loop import run_phase
 from distill.train.phase import Phase
-from students.catalog import build_backbone, init_weights_
 from students.student import build_heads, seeded
 from teacher.frozen import FrozenTeacher
 from teacher.task import Objective
@@ -226,8 +225,8 @@ class Bench:
 
     def _teacher(self, family: FamilyRecipe) -> FrozenTeacher:
         generator = seeded(family.seed, "teacher")
-        backbone = build_backbone(self.shape.spec)
-        init_weights_(backbone, generator)
+        backbone = self.shape.spec.build()
+        self.shape.spec.init_(backbone, generator)
         heads = None if self.shape.heads is None else build_heads(*self.shape.heads, generator)
         return freeze(family, self.device, backbone, heads)
 

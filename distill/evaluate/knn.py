@@ -36,7 +36,6 @@ from distill.evaluate.images import (
 )
 from distill.runfolder.status import KNN_K, TEACHER, write_json
 from distill.weights.load import load_backbone
-from students.catalog import build_backbone, init_weights_
 from students.shapes import BackboneSpec
 
 BASELINE_PX = (
@@ -205,8 +204,8 @@ def _network_scores(
     scores = []
     for is_trained in (True, False):
         if not is_trained:
-            backbone = build_backbone(spec)
-            init_weights_(backbone, torch.Generator().manual_seed(UNTRAINED_SEED))
+            backbone = spec.build()
+            spec.init_(backbone, torch.Generator().manual_seed(UNTRAINED_SEED))
         backbone.to(device).eval()
         known, asked = (
             extract(backbone, split.places, preparation, device=device, seen=seen)

@@ -26,7 +26,6 @@ from distill.plan.from_recipe import ONLINE
 from distill.recipe.keys import TeacherRecipe
 from distill.runfolder.status import KNN_K, write_json
 from distill.runfolder.tensor_file import SUFFIX
-from students.catalog import build_backbone
 
 PREFIX = "ema/backbone."
 
@@ -62,7 +61,7 @@ def score_steps(run_folder: Path, say: Callable[[str], None]) -> list[StepScores
     spec = recipe.model.backbone_spec()
     preparation = Preparation(recipe.crops.input_size, recipe.data.mean, recipe.data.std)
     probe = DenseProbe((train, test), preparation.size, spec.stride)
-    backbone, cpu = build_backbone(spec).eval(), torch.device("cpu")
+    backbone, cpu = spec.build().eval(), torch.device("cpu")
     moments: list[StepScores] = []
     first: Tensor | None = None
     for stage, step, path in found:

@@ -32,7 +32,6 @@ from distill.train.stopwatch import Stopwatch
 from distill.train.student import SinkhornTargets, StudentTrainer, TargetBuilder
 from distill.weights.heads import load_heads
 from distill.weights.load import load_backbone
-from students.catalog import build_backbone, init_weights_
 from students.objective import FeatureNormalizer, FeatureTask, build_projectors
 from students.shapes import BackboneSpec, grid_of
 from students.student import build_heads, seeded
@@ -322,8 +321,8 @@ def _student(
             f"students.{student.label}: its {grid_hw} patch grid is finer than the teacher's {taught_hw}",
             fix="Choose a student whose stride is at least the teacher's patch size.",
         )
-    backbone = build_backbone(spec)
-    init_weights_(backbone, generator)
+    backbone = spec.build()
+    spec.init_(backbone, generator)
     options = task_options(recipe, masks_input=False, crop_scale=student.crop_scale)
     if shape.heads is None:
         taught = shape.spec.width

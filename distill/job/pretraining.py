@@ -36,12 +36,10 @@ from distill.train import schedule
 from distill.train.groups import Groups
 from distill.train.phase import Phase
 from distill.train.student import SinkhornTargets, StudentTrainer
-from students.catalog import build_backbone
 from students.shapes import BackboneSpec
 from students.student import build_heads, build_network, seeded
 from teacher.batch import StudentBatch
 from teacher.frozen import FrozenTeacher, shard_blocks
-from teacher.shapes import ViTSpec
 from teacher.task import NUM_GLOBAL
 from teacher.vit import ViT
 
@@ -145,7 +143,7 @@ class Pretraining:
             step=step,
             positions=range(batch.start, batch.start + len(batch.masks)),
             num_crops=NUM_GLOBAL + self.recipe.crops.local.count,
-            num_blocks=_vit(self.shape.spec).depth,
+            num_blocks=self.shape.spec.equal_blocks,
             keep=self._keep,
         )
         return replace(batch, kept=kept)
@@ -187,7 +185,7 @@ class Pretraining:
         return self._site.run_folder / "anchors" / f"{moment}.safetensors"
 
     def _anchor(self, weights: dict[str, Tensor]) -> nn.Module:
-        backbone = build_backbone(self.shape.spec)
+        backbone = self.shape.spec.build()
         backbone.load_state_dict(weights)
         backbone.requires_grad_(False).eval().to(self.ema.dtype)
         if self._is_sharded:
@@ -201,7 +199,7 @@ def lr_factors(recipe: TeacherRecipe, spec: BackboneSpec) -> Callable[[str], flo
     Heads and the final norms learn at the full rate, block i of n at decay ** (n - i), the embeddings
     one step below the first block. Source: BEiT (Bao et al. 2022), appendix; DINOv3 report, section 3.
     """
-    settings, depth = recipe.schedule, _vit(spec).depth
+    settings, depth = recipe.schedule, spec.equal_blocks
 
     def factor(name: str) -> float:
         if name.startswith("backbone.embeddings."):
@@ -213,11 +211,6 @@ def lr_factors(recipe: TeacherRecipe, spec: BackboneSpec) -> Callable[[str], flo
         return 1.0
 
     return factor
-
-
-def _vit(spec: BackboneSpec) -> ViTSpec:
-    assert isinstance(spec, ViTSpec), "a pretrained teacher is a ViT"
-    return spec
 
 
 class HeadFitting:

@@ -8,11 +8,10 @@ these numbers; measured times may replace them.
 import os
 import time
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from distill.errors import PlanError
-from students.shapes import STEM, BackboneSpec, ConvNeXtSpec, CustomSpec
-from teacher.shapes import HeadShape, ViTSpec, scaled_size
+from students.shapes import BackboneSpec
+from teacher.shapes import HeadShape, scaled_size
 
 TRAINING_FACTOR = 3.0  # forward, gradient of the inputs, gradient of the weights
 # Products with the prototypes that the method needs: the student's logits and their two gradients, and
@@ -101,29 +100,7 @@ class CropShapes:
 
 def backbone_tflops(spec: BackboneSpec, size: int) -> float:
     """Teraflops of one forward pass on one crop of ``size`` pixels."""
-    if isinstance(spec, CustomSpec):
-        return _custom_flops(spec, size) / 1e12
-    if isinstance(spec, ConvNeXtSpec):
-        return _convnext_flops(spec, size) / 1e12
-    return _vit_flops(spec, size) / 1e12
-
-
-def _vit_flops(spec: ViTSpec, size: int) -> float:
-    tokens = (size // spec.patch) ** 2 + 1 + spec.registers
-    matrices = 4 * spec.width**2 + (3 if spec.ffn == "swiglu" else 2) * spec.width * spec.ffn_width
-    attention = 4 * tokens**2 * spec.width
-    return float(_first_layer_flops(spec, size) + spec.depth * (2 * tokens * matrices + attention))
-
-
-def _convnext_flops(spec: ConvNeXtSpec, size: int) -> float:
-    side = size // STEM
-    flops = _first_layer_flops(spec, size)
-    for stage, (depth, width) in enumerate(zip(spec.depths, spec.widths, strict=True)):
-        if stage:
-            side //= 2
-            flops += 2.0 * side**2 * 4 * spec.widths[stage - 1] * width
-        flops += depth * 2.0 * side**2 * (49 * width + 8 * width**2)
-    return flops
+    return spec.flops(size) / 1e12
 
 
 def _head_flops(head: HeadShape, rows: float) -> float:
@@ -180,26 +157,9 @@ def _crops_tflops(spec: BackboneSpec, crops: CropShapes) -> float:
 
 def _trained_tflops(spec: BackboneSpec, crops: CropShapes) -> float:
     """Three forward passes' worth, but the gradient of the pixels is not computed."""
-    first = 2 * _first_layer_flops(spec, crops.global_size)
-    first += crops.num_locals * _first_layer_flops(spec, crops.local_size)
+    first = 2 * spec.first_layer_flops(crops.global_size)
+    first += crops.num_locals * spec.first_layer_flops(crops.local_size)
     return TRAINING_FACTOR * _crops_tflops(spec, crops) - first / 1e12
-
-
-@lru_cache(maxsize=256)
-def _custom_flops(spec: CustomSpec, size: int) -> float:
-    from students.custom import count_flops  # builds it
-
-    return count_flops(spec, size)
-
-
-def _first_layer_flops(spec: BackboneSpec, size: int) -> float:
-    if isinstance(spec, CustomSpec):
-        return 0.0  # what comes first in it is not known
-    if isinstance(spec, ConvNeXtSpec):
-        patch, width = STEM, spec.widths[0]
-    else:
-        patch, width = spec.patch, spec.width
-    return 2.0 * (size // patch) ** 2 * spec.in_channels * patch**2 * width
 
 
 def _heads_tflops(heads: Heads, rows: int, crops: CropShapes) -> float:

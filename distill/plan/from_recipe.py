@@ -33,7 +33,8 @@ from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import HeadsSpec, StudentSpec
 from distill.recipe.schedules import StageSpec
 from distill.recipe.to_data import crop_schedule
-from students.shapes import BackboneSpec, CustomSpec, grid_of, student_heads
+from distill.recipe.types import is_custom
+from students.shapes import BackboneSpec, grid_of, student_heads
 from teacher.shapes import KOLEO_GROUP, HeadShape, ViTSpec, scaled_size
 
 ONLINE = "teacher"  # the name of the pretrained network in metrics, checkpoints and plans
@@ -193,7 +194,7 @@ def _plan_family(
     works = []
     for student in recipe.students:
         spec, seen = student.backbone_spec(), shapes.scaled(student.crop_scale)
-        if isinstance(spec, CustomSpec):
+        if is_custom(student.arch):
             _require_whole_patches(recipe, student, spec)
         if shape.heads is None:
             cost = regression_tflops(spec, shape.spec.width, seen)
@@ -238,7 +239,7 @@ def require_whole_groups(recipe: Recipe, plan: Plan) -> None:
             )
 
 
-def _require_whole_patches(recipe: FamilyRecipe, student: StudentSpec, spec: CustomSpec) -> None:
+def _require_whole_patches(recipe: FamilyRecipe, student: StudentSpec, spec: BackboneSpec) -> None:
     """The rule that the recipe checks for networks it knows."""
     sizes = {"global.size": recipe.crops.global_.size, "eval_size": recipe.crops.input_size}
     if recipe.crops.local.count:

@@ -1,8 +1,6 @@
 """What a plan needs: GiB per rank by part, and bytes per rank and step on the wire. From shapes alone.
 
-Weights, gradients and optimizer state are exact. Activations are an estimate: 34 bytes per token,
-channel and block for a transformer in bf16 with a fused attention (Korthikanti et al. 2022, equation
-1 without the attention matrices), two thirds of that in proportion to the channels of a ConvNeXt block.
+Weights, gradients and optimizer state are exact. Activations are an estimate of the network's spec.
 """
 
 from collections.abc import Sequence
@@ -15,7 +13,7 @@ import numpy as np
 from distill.plan.flops import CropShapes, Heads
 from distill.plan.plan import Plan, run_lengths
 from distill.plan.traffic import WireShape, gathered_bytes, slice_bytes
-from students.shapes import BackboneSpec, ConvNeXtSpec
+from students.shapes import BackboneSpec
 from teacher.shapes import PROTOTYPES_AT_ONCE, ViTSpec
 
 GIB = 2**30
@@ -23,8 +21,6 @@ PARAMETER_BYTES = 2  # bf16 weights, and as much for gradients
 SUM_BYTES = 4  # gradients of micro-batches are added up in fp32, sharded over the group
 OPTIMIZER_BYTES = 12  # fp32 master weight and two moments; sharded over the group
 EMA_BYTES = 4  # fp32; sharded like them
-ACTIVATION_BYTES = 34  # per token, channel and transformer block
-CONV_ACTIVATION_BYTES = 24  # per pixel, channel and ConvNeXt block
 HIDDEN_BYTES = 4  # per unit of a head's hidden layer: before and after its GELU
 LOGIT_BYTES = 12  # three fp32 matrices of [rows, chunk] at once
 CONTEXT_GIB = 1.5  # driver, communicators, kernels
@@ -145,8 +141,8 @@ def needs_of(
     wire = wire_shape(crops, heads, teacher_spec.width, patches, has_colours=has_colours)
     of_backbone = teacher_spec.parameters
     if plan.is_teacher_sharded:  # the rank's part, the block at work and the next one
-        depth = teacher_spec.depth if isinstance(teacher_spec, ViTSpec) else 1
-        of_backbone = of_backbone // plan.num_ranks + 2 * of_backbone // depth
+        block = 2 * of_backbone // teacher_spec.equal_blocks
+        of_backbone = of_backbone // plan.num_ranks + block
     of_teacher = of_backbone + (0 if heads is None else head_parameters(heads))
     image_bytes = wire.slice_image_bytes + crops.masked_per_image * wire.slice_patch_bytes
     # weights, gradients, optimizer, EMA, activations, logits
@@ -262,13 +258,12 @@ def fitting_needs(
     """Memory of every rank while heads are learned on a frozen backbone, which keeps nothing but the block at work. Nothing travels."""
     placement, num_ranks = plan.placements[0], plan.num_ranks
     backbone, count = spec.parameters, head_parameters(heads)
-    depth = spec.depth if isinstance(spec, ViTSpec) else 1
     dino, ibot = heads
     hidden = 2 * (2 + crops.num_locals) * dino.hidden + 2 * crops.masked_per_image * ibot.hidden
     memory = []
     for rank in placement.world_ranks:
         images = max(p.stop - p.start for p in placement.parts_of(rank, micro_batch))
-        kept = activation_bytes(spec, crops) / depth + HIDDEN_BYTES * hidden
+        kept = activation_bytes(spec, crops) / spec.equal_blocks + HIDDEN_BYTES * hidden
         memory.append(
             _of_training(
                 backbone + count,  # and the EMA of the heads, which teaches
@@ -318,22 +313,11 @@ def _kept_bytes(spec: ViTSpec, crops: CropShapes, keep: float, is_checkpointing:
     if not is_checkpointing:
         return inside
     sides = [crops.global_size] * 2 + [crops.local_size] * crops.num_locals
-    tokens = sum((side // spec.patch) ** 2 + 1 + spec.registers for side in sides)
+    tokens = sum(spec.tokens(side) for side in sides)
     return inside / spec.depth + PARAMETER_BYTES * tokens * spec.width * spec.depth
 
 
 def activation_bytes(spec: BackboneSpec, crops: CropShapes) -> float:
     """Bytes kept for the backward pass of all crops of one image."""
     sides = [crops.global_size] * 2 + [crops.local_size] * crops.num_locals
-    if isinstance(spec, ViTSpec):
-        tokens = sum((side // spec.patch) ** 2 + 1 + spec.registers for side in sides)
-        ratio = (3 if spec.ffn == "swiglu" else 2) * spec.ffn_width / (8 * spec.width)
-        per_token = ACTIVATION_BYTES * spec.width * (0.5 + 0.5 * ratio)
-        return spec.depth * tokens * per_token
-    if isinstance(spec, ConvNeXtSpec):
-        return sum(
-            depth * width * (side // (4 * 2**stage)) ** 2 * CONV_ACTIVATION_BYTES
-            for side in sides
-            for stage, (depth, width) in enumerate(zip(spec.depths, spec.widths, strict=True))
-        )
-    return float(sum(side**2 for side in sides) * spec.width)  # a network whose inside is not known
+    return float(sum(spec.activation_bytes(side) for side in sides))

@@ -5,7 +5,7 @@ score stands beside its baselines.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -204,20 +204,8 @@ def _loading_meta(spec: BackboneSpec, path: str) -> list[str]:
             "",
             f'backbone = torch.hub.load({entry}, weights="{path}")',
         ]
-    if isinstance(spec, ViTSpec):
-        is_gated = spec.ffn == "swiglu"
-        ratio = spec.ffn_width / spec.width / (SWIGLU_SHARE if is_gated else 1.0)
-        module, class_ = "vision_transformer", "DinoVisionTransformer"
-        arguments = [
-            f"patch_size={spec.patch}, embed_dim={spec.width}, depth={spec.depth}, num_heads={spec.heads},",
-            f'ffn_ratio={ratio:g}, ffn_layer="{"swiglu" if is_gated else "mlp"}", qkv_bias={spec.qv_bias},',
-            f'n_storage_tokens={spec.registers}, norm_layer="layernormbf16", layerscale_init=1.0,',
-            'mask_k_bias=True, pos_embed_rope_dtype="fp32",',
-        ]
-    else:
-        assert isinstance(spec, ConvNeXtSpec), "a custom network is not written for Meta's code"
-        module, class_ = "convnext", "ConvNeXt"
-        arguments = [f"depths={list(spec.depths)}, dims={list(spec.widths)},"]
+    assert type(spec) in _META_CODE, f"a {type(spec).__name__} is not written for Meta's code"
+    module, class_, arguments = _META_CODE[type(spec)](spec)
     return [
         "import torch",
         f"from dinov3.models.{module} import {class_}",
@@ -227,3 +215,26 @@ def _loading_meta(spec: BackboneSpec, path: str) -> list[str]:
         ")",
         f'backbone.load_state_dict(torch.load("{path}", weights_only=True))',
     ]
+
+
+def _meta_vit(spec: ViTSpec) -> tuple[str, str, list[str]]:
+    is_gated = spec.ffn == "swiglu"
+    ratio = spec.ffn_width / spec.width / (SWIGLU_SHARE if is_gated else 1.0)
+    arguments = [
+        f"patch_size={spec.patch}, embed_dim={spec.width}, depth={spec.depth}, num_heads={spec.heads},",
+        f'ffn_ratio={ratio:g}, ffn_layer="{"swiglu" if is_gated else "mlp"}", qkv_bias={spec.qv_bias},',
+        f'n_storage_tokens={spec.registers}, norm_layer="layernormbf16", layerscale_init=1.0,',
+        'mask_k_bias=True, pos_embed_rope_dtype="fp32",',
+    ]
+    return "vision_transformer", "DinoVisionTransformer", arguments
+
+
+def _meta_convnext(spec: ConvNeXtSpec) -> tuple[str, str, list[str]]:
+    return "convnext", "ConvNeXt", [f"depths={list(spec.depths)}, dims={list(spec.widths)},"]
+
+
+# type of spec -> module, class and arguments in Meta's code
+_META_CODE: Mapping[type, Callable[[Any], tuple[str, str, list[str]]]] = {
+    ViTSpec: _meta_vit,
+    ConvNeXtSpec: _meta_convnext,
+}

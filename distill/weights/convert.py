@@ -9,12 +9,12 @@ import torch
 
 from distill.errors import CheckpointError
 from distill.weights.containers import read_json
+from distill.weights.hf_config import hf_config
 from distill.weights.identity import catalogue_name
 from distill.weights.inspect import Inspection, inspect
 from distill.weights.layouts import Layout, origins
 from distill.weights.load import CONFIG, load_backbone
 from distill.weights.save import write_tensors
-from students.catalog import hf_config
 from students.shapes import BackboneSpec
 
 TIMM_NAMES = {

@@ -26,10 +26,10 @@ from distill.errors import CheckpointError, UserError
 from distill.weights.card import Background, WrittenFile, licence_text, model_card
 from distill.weights.containers import read_object
 from distill.weights.convert import convert
+from distill.weights.hf_config import preprocessor_config
 from distill.weights.load import load_backbone
 from distill.weights.onnx import write_onnx
 from distill.weights.verify import TOLERANCE, Format, Parity, verify
-from students.catalog import preprocessor_config
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}

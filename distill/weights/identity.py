@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from distill.weights.layouts import Layout, renamed_vit, shapes
 from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec, CustomSpec
@@ -201,15 +201,13 @@ def _guess_convnext(inner: Shapes, layout: Layout) -> ConvNeXtSpec:
 def catalogue_name(spec: BackboneSpec) -> str | None:
     """The name of a published shape; LayerScale's start does not count."""
     for name, known in CATALOG.items():
-        if (isinstance(known, ViTSpec) and isinstance(spec, ViTSpec)) or (
-            isinstance(known, ConvNeXtSpec) and isinstance(spec, ConvNeXtSpec)
-        ):
-            is_same = known == replace(spec, layerscale_init=known.layerscale_init)
-        else:
-            is_same = False
-        if is_same:
+        if type(known) is type(spec) and _sizes(known) == _sizes(spec):
             return name
     return None
+
+
+def _sizes(spec: BackboneSpec) -> dict[str, Any]:
+    return {key: value for key, value in vars(spec).items() if key != "layerscale_init"}
 
 
 def _difference(

@@ -10,15 +10,14 @@ periods, and holds the final norm of a ConvNeXt twice; timm has no mask token. S
 the three libraries; facts only.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from students.catalog import build_backbone
-from students.shapes import BackboneSpec, ConvNeXtSpec, CustomSpec
+from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.rope import ROPE_BASE
 from teacher.shapes import ViTSpec
 
@@ -72,29 +71,19 @@ def names(spec: BackboneSpec, layout: Layout) -> tuple[str, ...]:
     """Names of all tensors of a network in one layout."""
     if layout != "hf":
         return tuple(_from_hf(spec, layout))
-    with _where(spec):
-        keys = build_backbone(_portable(spec)).state_dict().keys()
+    with torch.device("meta"):
+        keys = spec.exported.build().state_dict().keys()
     return tuple(keys)
 
 
 def shapes(spec: BackboneSpec, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors of a network in one layout; nothing is allocated."""
-    with _where(spec):
-        own = build_backbone(_portable(spec)).state_dict()
+    with torch.device("meta"):
+        own = spec.exported.build().state_dict()
         return {
             name: tuple(origin.make(*(own[part] for part in origin.sources)).shape)
             for name, origin in origins(spec, "hf", layout).items()
         }
-
-
-def _where(spec: BackboneSpec) -> torch.device:
-    """Where a network is built when only its shapes are wanted; code from outside may not stand the meta device."""
-    return torch.device("cpu" if isinstance(spec, CustomSpec) else "meta")
-
-
-def _portable(spec: BackboneSpec) -> BackboneSpec:
-    """Without the norm that acts in training only."""
-    return replace(spec, untie_local_norm=False) if isinstance(spec, ViTSpec) else spec
 
 
 # ViT
@@ -219,10 +208,7 @@ def renamed_convnext(spec: ConvNeXtSpec, layout: Layout) -> list[tuple[str, str]
     return pairs + _pairs("layer_norm", "norm" if is_meta else "head.norm")
 
 
-def _from_hf(spec: BackboneSpec, layout: Layout) -> Table:
-    if isinstance(spec, ViTSpec):
-        return _vit_from_hf(spec, layout)
-    assert isinstance(spec, ConvNeXtSpec), "only these two have published layouts"
+def _convnext_from_hf(spec: ConvNeXtSpec, layout: Layout) -> Table:
     table = {other: _same(own) for own, other in renamed_convnext(spec, layout)}
     if layout == "meta":  # the final norm stands twice in the released files
         last = len(spec.depths) - 1
@@ -231,9 +217,25 @@ def _from_hf(spec: BackboneSpec, layout: Layout) -> Table:
     return table
 
 
-def _to_hf(spec: BackboneSpec, layout: Layout) -> Table:
-    if isinstance(spec, ViTSpec):
-        return _vit_to_hf(spec, layout)
-    assert isinstance(spec, ConvNeXtSpec), "only these two have published layouts"
+def _convnext_to_hf(spec: ConvNeXtSpec, layout: Layout) -> Table:
     table = {own: _same(other) for own, other in renamed_convnext(spec, layout)}
     return {name: table[name] for name in names(spec, "hf")}
+
+
+# type of spec -> from our layout, to our layout
+_TRANSLATIONS: Mapping[
+    type, tuple[Callable[[Any, Layout], Table], Callable[[Any, Layout], Table]]
+] = {
+    ViTSpec: (_vit_from_hf, _vit_to_hf),
+    ConvNeXtSpec: (_convnext_from_hf, _convnext_to_hf),
+}
+
+
+def _from_hf(spec: BackboneSpec, layout: Layout) -> Table:
+    assert type(spec) in _TRANSLATIONS, f"no other library knows a {type(spec).__name__}"
+    return _TRANSLATIONS[type(spec)][0](spec, layout)
+
+
+def _to_hf(spec: BackboneSpec, layout: Layout) -> Table:
+    assert type(spec) in _TRANSLATIONS, f"no other library knows a {type(spec).__name__}"
+    return _TRANSLATIONS[type(spec)][1](spec, layout)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from distill.errors import CheckpointError
 from distill.weights.containers import SINGLE, Container, is_finite, open_weights, read_json
+from distill.weights.hf_config import spec_from_hf_config
 from distill.weights.identity import Identity, identify
 from distill.weights.layouts import Origin, origins
-from students.catalog import build_backbone, spec_from_hf_config
-from students.shapes import BackboneSpec, CustomSpec
+from students.shapes import BackboneSpec
 
 CONFIG = "config.json"
 CPU = torch.device("cpu")
@@ -77,12 +77,12 @@ def load_backbone(
     """
     container = open_weights(path)
     identity = identify_layout(container, spec)
-    if isinstance(identity.spec, CustomSpec):
-        backbone = build_backbone(identity.spec).to(device, dtype)
-    else:
-        with torch.device("meta"):
-            backbone = build_backbone(identity.spec)
-        backbone.to(dtype).to_empty(device=device)
+    with torch.device("meta"):
+        backbone = identity.spec.build().to(dtype)
+    if any(tensor.is_meta for tensor in backbone.state_dict().values()):
+        backbone.to_empty(device=device)
+    else:  # code from outside, which is built where it can run
+        backbone.to(device)
     table = origins(identity.spec, identity.layout, "hf")
     with torch.no_grad():
         for name, target in backbone.state_dict().items():

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from students.catalog import hf_config, preprocessor_config
+from distill.weights.hf_config import hf_config, preprocessor_config
 from students.shapes import BackboneSpec
 
 LOCAL_NORM_PREFIX = (

@@ -195,7 +195,6 @@ def read_trace(run_folder: Path, notes: Path) -> Trace:
 def write_inputs(folder: Path, num_steps: int) -> None:
     """Images, a teacher with heads, and a recipe for three students."""
     from distill.weights.save import ExportFacts, write_backbone, write_heads
-    from students.catalog import build_backbone, init_weights_
     from teacher.heads import Head, init_head_
     from teacher.shapes import HeadShape, ViTSpec
 
@@ -208,8 +207,8 @@ def write_inputs(folder: Path, num_steps: int) -> None:
             picture.save(folder / "images" / name / f"{number}.png")
     spec = ViTSpec(16, 2, 2, 64, 8, "mlp", layerscale_init=1.0)
     generator = torch.Generator().manual_seed(3)
-    backbone = build_backbone(spec)
-    init_weights_(backbone, generator)
+    backbone = spec.build()
+    spec.init_(backbone, generator)
     heads = {name: Head(HeadShape(16, 16, 8, 16)) for name in ("dino_head", "ibot_head")}
     for head in heads.values():
         init_head_(head, generator)

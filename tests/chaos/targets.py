@@ -27,7 +27,6 @@ from distill.weights.heads import load_heads
 from distill.weights.inspect import inspect
 from distill.weights.load import load_backbone
 from distill.weights.save import ExportFacts, write_backbone, write_heads
-from students.catalog import build_backbone, init_weights_
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.heads import Head, init_head_
 from teacher.shapes import HeadShape, ViTSpec
@@ -87,8 +86,8 @@ def weights_target(folder: Path) -> Target:
         ConvNeXtSpec((1, 1, 1), (8, 12, 16), layerscale_init=1e-6),
     ]
     for number, spec in enumerate(specs):
-        backbone = build_backbone(spec)
-        init_weights_(backbone, torch.Generator().manual_seed(number))
+        backbone = spec.build()
+        spec.init_(backbone, torch.Generator().manual_seed(number))
         facts = ExportFacts(32, MEAN, STD, {"recipe": "tiny"})
         write_backbone(folder / f"hf{number}", backbone.state_dict(), spec, facts)
     generator = torch.Generator().manual_seed(0)

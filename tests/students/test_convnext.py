@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from students.catalog import init_weights_
 from students.convnext import ConvNeXt, init_convnext_
 from students.shapes import CATALOG, ConvNeXtSpec
 from tests.teacher.test_vit import (
@@ -111,7 +110,7 @@ def test_convnext_spec__every_field_changes_the_network(field: str) -> None:
 def test_init_convnext__is_a_function_of_the_generator() -> None:
     first, second = shuffled_(ConvNeXt(SMALL)), ConvNeXt(SMALL)
     for network in (first, second):
-        init_weights_(network, torch.Generator().manual_seed(7))
+        network.spec.init_(network, torch.Generator().manual_seed(7))
     for (name, mine), other in zip(first.named_parameters(), second.parameters(), strict=True):
         assert torch.equal(mine, other), name
     init_convnext_(second, torch.Generator().manual_seed(8))

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from students.catalog import build_backbone, init_weights_
 from students.custom import count_flops, probe
 from students.shapes import CustomSpec
 from students.student import seeded
@@ -40,7 +39,7 @@ def write(folder: Path, name: str, body: str, monkeypatch: pytest.MonkeyPatch) -
 def test_probe__the_documented_example_works(mynet: str) -> None:
     spec = probe(mynet, '{"width": 48}')
     assert (spec.width, spec.stride) == (48, 8)
-    network = build_backbone(spec)
+    network = spec.build()
     found = network(torch.randn(2, 3, 16, 24))
     assert found.grid_hw == (2, 3)
     assert found.class_token.shape == (2, 48) and found.patch_tokens.shape == (2, 6, 48)
@@ -62,9 +61,9 @@ def test_init_weights__depend_on_the_generator_alone(mynet: str) -> None:
     for seed, noise in ((0, 1), (0, 2), (1, 3)):
         torch.manual_seed(noise)
         before = torch.random.get_rng_state()
-        network = build_backbone(spec)
+        network = spec.build()
         torch.random.set_rng_state(before)
-        init_weights_(network, seeded(seed, "pyramid"))
+        spec.init_(network, seeded(seed, "pyramid"))
         assert torch.equal(torch.random.get_rng_state(), before)
         networks.append(network.state_dict())
     one, same, other = networks
@@ -99,8 +98,8 @@ def test_count_flops__equals_the_hand_count(
 )
 def test_probe__transformers_backbones(model_type: str, args: dict[str, object]) -> None:
     spec = probe(f"transformers:{model_type}", json.dumps(args))
-    network = build_backbone(spec)
-    init_weights_(network, seeded(0, model_type))
+    network = spec.build()
+    spec.init_(network, seeded(0, model_type))
     found = network(torch.randn(1, 3, 8 * spec.stride, 8 * spec.stride))
     assert found.patch_tokens.shape == (1, 64, spec.width)
     assert count_flops(spec, 8 * spec.stride) > 0

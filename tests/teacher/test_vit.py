@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from students.catalog import build_backbone, hf_config, init_weights_
+from distill.weights.hf_config import hf_config
 from students.convnext import ConvNeXt
 from students.shapes import CATALOG
 from teacher.batch import Features
@@ -262,7 +262,7 @@ def test_init_vit__is_a_function_of_the_generator() -> None:
     for vit in (first, second, untied):
         shuffled_(vit)
         torch.rand(3)  # the global generator plays no part
-        init_weights_(vit, torch.Generator().manual_seed(7))
+        vit.spec.init_(vit, torch.Generator().manual_seed(7))
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
         assert torch.equal(tensor, untied.state_dict()[name]), name
@@ -271,9 +271,9 @@ def test_init_vit__is_a_function_of_the_generator() -> None:
 
 
 def test_init_vit__has_the_published_statistics() -> None:
-    vit = build_backbone(cut(CATALOG["vits16"], depth=1, untie_local_norm=True))
+    vit = cut(CATALOG["vits16"], depth=1, untie_local_norm=True).build()
     shuffled_(vit)
-    init_weights_(vit, torch.Generator().manual_seed(7))
+    vit.spec.init_(vit, torch.Generator().manual_seed(7))
     for name, tensor in vit.state_dict().items():
         if name.endswith(("cls_token", "register_tokens")) or tensor.ndim in (2, 4):
             # five standard errors: of the spread 1 / sqrt(2 n), of the mean 1 / sqrt(n)

@@ -10,7 +10,6 @@ from PIL import Image
 from distill.data.locations import Place
 from distill.evaluate.dense import DenseProbe, Mosaics, compose, drift, mean_iou, segmentation_score
 from distill.evaluate.images import Preparation, Scored
-from students.catalog import build_backbone, init_weights_
 from teacher.shapes import ViTSpec
 
 SIZE, STRIDE = 16, 8
@@ -65,8 +64,8 @@ def test_segmentation_score__separable_is_one_and_noise_is_not() -> None:
 
 def test_dense_probe__scores_a_network_that_sees_colours(split: Scored) -> None:
     spec = ViTSpec(width=32, depth=1, heads=2, ffn_width=32, patch=STRIDE, layerscale_init=1e-5)
-    vit = build_backbone(spec)
-    init_weights_(vit, torch.Generator().manual_seed(0))
+    vit = spec.build()
+    spec.init_(vit, torch.Generator().manual_seed(0))
     probe = DenseProbe((split, split), SIZE, STRIDE)
     preparation = Preparation(SIZE, (0.5,) * 3, (0.25,) * 3)
     score, patches = probe.score(vit.eval(), preparation)

@@ -26,7 +26,6 @@ from distill.evaluate.knn import (
     pixels_score,
 )
 from distill.weights.save import ExportFacts, write_backbone
-from students.catalog import build_backbone, init_weights_
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.batch import Features
 from teacher.shapes import ViTSpec
@@ -145,8 +144,8 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageIndex, ImageI
 
 
 def export(folder: Path, spec: BackboneSpec, size: int) -> None:
-    backbone = build_backbone(spec)
-    init_weights_(backbone, torch.Generator().manual_seed(1))
+    backbone = spec.build()
+    spec.init_(backbone, torch.Generator().manual_seed(1))
     write_backbone(folder, backbone.state_dict(), spec, ExportFacts(size, MEAN, STD, {}))
 
 

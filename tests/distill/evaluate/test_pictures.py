@@ -14,7 +14,6 @@ from distill.evaluate.pictures import (
     rgb,
     turn_towards,
 )
-from students.catalog import build_backbone, init_weights_
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.shapes import ViTSpec
 
@@ -26,9 +25,9 @@ def small_backbones() -> dict[str, torch.nn.Module]:
         "vit": ViTSpec(width=16, depth=1, heads=2, ffn_width=32, patch=8),
         "conv": ConvNeXtSpec(depths=(1, 1, 1), widths=(8, 8, 16)),
     }
-    backbones = {name: build_backbone(spec) for name, spec in specs.items()}
+    backbones = {name: spec.build() for name, spec in specs.items()}
     for backbone in backbones.values():
-        init_weights_(backbone, torch.Generator().manual_seed(0))
+        backbone.spec.init_(backbone, torch.Generator().manual_seed(0))
         backbone.eval()
     return backbones
 

@@ -15,7 +15,6 @@ from distill.plan.flops import (
     teaching_tflops,
     training_tflops,
 )
-from students.catalog import build_backbone
 from students.shapes import CATALOG
 from teacher.shapes import HeadShape
 
@@ -25,7 +24,7 @@ from teacher.shapes import HeadShape
 )
 def test_backbone_tflops__equal_counted_flops(name: str) -> None:
     with torch.device("meta"):
-        network = build_backbone(CATALOG[name])
+        network = CATALOG[name].build()
         pixels = torch.empty(1, 3, 224, 224)
     with FlopCounterMode(display=False) as counter:
         network(pixels)

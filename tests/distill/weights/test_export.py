@@ -31,7 +31,6 @@ from distill.weights.verify import (
     probes,
     verify,
 )
-from students.catalog import build_backbone
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.shapes import ViTSpec
 
@@ -58,7 +57,7 @@ BACKGROUND = Background(
 def write_network(folder: Path, spec: BackboneSpec, seed: int = 0) -> Path:
     """A student's folder in which no tensor is special: biases, norms and scales are random as well."""
     generator = torch.Generator().manual_seed(seed)
-    weights = build_backbone(spec).state_dict()
+    weights = spec.build().state_dict()
     for name, tensor in weights.items():
         is_factor = tensor.ndim == 1 and name.endswith(("weight", "lambda1", "gamma"))
         is_matrix = tensor.ndim > 1 and name.endswith("weight")

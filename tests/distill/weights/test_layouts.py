@@ -9,7 +9,6 @@ from torch import Tensor
 
 from distill.weights.identity import identify
 from distill.weights.layouts import Layout, names, origins, rope_periods, shapes
-from students.catalog import build_backbone
 from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec
 from teacher.shapes import ViTSpec
 
@@ -36,7 +35,7 @@ PUBLISHED = {
 
 def random_weights(spec: BackboneSpec) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    own = build_backbone(spec).state_dict()
+    own = spec.build().state_dict()
     return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in own.items()}
 
 
@@ -174,4 +173,4 @@ def test_identify__refuses_what_is_no_backbone() -> None:
 
 def test_names__are_the_state_dict_of_the_network() -> None:
     spec = SMALL["mlp"]
-    assert list(names(spec, "hf")) == list(build_backbone(spec).state_dict())
+    assert list(names(spec, "hf")) == list(spec.build().state_dict())

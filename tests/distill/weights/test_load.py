@@ -18,10 +18,10 @@ from torch import Tensor
 from distill.errors import CheckpointError
 from distill.weights.containers import read_object
 from distill.weights.convert import convert
+from distill.weights.hf_config import hf_config
 from distill.weights.inspect import inspect
 from distill.weights.load import load_backbone, shape_of
 from distill.weights.save import ExportFacts, write_backbone, write_heads, write_tensors
-from students.catalog import hf_config
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.heads import Head, init_head_
 from teacher.shapes import HeadShape, ViTSpec
@@ -256,7 +256,6 @@ import sys, threading
 from pathlib import Path
 import torch
 from distill.weights.load import load_backbone, shape_of
-from students.catalog import build_backbone
 
 def resident_mb():
     lines = Path("/proc/self/status").read_text().splitlines()

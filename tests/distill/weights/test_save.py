@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from distill.weights.heads import load_heads
+from distill.weights.hf_config import hf_config
 from distill.weights.load import load_backbone
 from distill.weights.save import (
     ExportFacts,
@@ -13,7 +14,6 @@ from distill.weights.save import (
     write_heads,
     write_tensors,
 )
-from students.catalog import build_backbone, hf_config, init_weights_
 from students.shapes import ConvNeXtSpec
 from teacher.heads import Head, init_head_
 from teacher.shapes import HeadShape, ViTSpec
@@ -24,8 +24,8 @@ FACTS = ExportFacts(64, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), {"recipe": "test", "st
 
 
 def weights_of(spec: ViTSpec | ConvNeXtSpec) -> dict[str, torch.Tensor]:
-    backbone = build_backbone(spec)
-    init_weights_(backbone, torch.Generator().manual_seed(0))
+    backbone = spec.build()
+    spec.init_(backbone, torch.Generator().manual_seed(0))
     return backbone.state_dict()
 
 

@@ -1,52 +1,18 @@
-"""From a shape to a network, to a Hugging Face config and back."""
+"""From a shape to the config files of a Hugging Face folder, and back."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
 from students.convnext import NORM_EPS as CONVNEXT_NORM_EPS
-from students.convnext import ConvNeXt, init_convnext_
-from students.custom import Adapted, build_custom, init_custom_
 from students.shapes import BackboneSpec, ConvNeXtSpec, CustomSpec
 from teacher.rope import ROPE_BASE
 from teacher.shapes import ViTSpec
 from teacher.vit import NORM_EPS as VIT_NORM_EPS
-from teacher.vit import ViT, init_vit_
 
 LARGEST = 65_536  # of any number in a config; more is no network, and slow to say so
 MOST_BLOCKS, MOST_STAGES = 256, 8
 CUSTOM_TYPE = "distill_custom"  # no library's; the weights belong to the factory's code
-
-
-def build_backbone(spec: BackboneSpec) -> nn.Module:
-    """The network of a shape; load weights or call ``init_weights_`` before using it.
-
-    Class and register tokens are uninitialised memory until then.
-    """
-    if isinstance(spec, CustomSpec):
-        return build_custom(spec)
-    return ViT(spec) if isinstance(spec, ViTSpec) else ConvNeXt(spec)
-
-
-def init_weights_(backbone: nn.Module, generator: torch.Generator) -> None:
-    """Fresh weights drawn from ``generator``, the published way for each kind of network.
-
-    Raises:
-        ValueError: the network is none of ours.
-    """
-    if isinstance(backbone, ViT):
-        init_vit_(backbone, generator)
-    elif isinstance(backbone, ConvNeXt):
-        init_convnext_(backbone, generator)
-    elif isinstance(backbone, Adapted):
-        init_custom_(backbone, generator)
-    else:
-        raise ValueError(
-            f"{type(backbone).__name__}: only ViT, ConvNeXt and adapted networks have a known initialisation"
-        )
 
 
 def hf_config(spec: BackboneSpec) -> dict[str, Any]:
@@ -56,32 +22,45 @@ def hf_config(spec: BackboneSpec) -> dict[str, Any]:
     not exported. ``layerscale_value`` is the value this network starts from, where the published
     ViT files say 1.0; loading weights overrides either.
     """
-    if isinstance(spec, CustomSpec):
-        return {
-            "model_type": CUSTOM_TYPE,
-            "factory": spec.factory,
-            "args": json.loads(spec.args_json),
-            "width": spec.width,
-            "stride": spec.stride,
-        }
-    shared: dict[str, Any] = {
+    assert type(spec) in _CONFIGS, f"{type(spec).__name__} needs a row in {__name__}._CONFIGS"
+    return _CONFIGS[type(spec)](spec)
+
+
+def _of_custom(spec: CustomSpec) -> dict[str, Any]:
+    return {
+        "model_type": CUSTOM_TYPE,
+        "factory": spec.factory,
+        "args": json.loads(spec.args_json),
+        "width": spec.width,
+        "stride": spec.stride,
+    }
+
+
+def _shared(spec: BackboneSpec) -> dict[str, Any]:
+    return {
         "image_size": 224,
         "num_channels": spec.in_channels,
         "drop_path_rate": 0.0,
         "initializer_range": 0.02,
+        "dtype": "float32",
+        "transformers_version": "4.57.3",
     }
-    shared |= {"dtype": "float32", "transformers_version": "4.57.3"}
-    if isinstance(spec, ConvNeXtSpec):
-        return {
-            "architectures": ["DINOv3ConvNextModel"],
-            "model_type": "dinov3_convnext",
-            "depths": list(spec.depths),
-            "hidden_sizes": list(spec.widths),
-            "hidden_act": "gelu",
-            "layer_norm_eps": CONVNEXT_NORM_EPS,
-            "layer_scale_init_value": spec.layerscale_init,
-            **shared,
-        }
+
+
+def _of_convnext(spec: ConvNeXtSpec) -> dict[str, Any]:
+    return {
+        "architectures": ["DINOv3ConvNextModel"],
+        "model_type": "dinov3_convnext",
+        "depths": list(spec.depths),
+        "hidden_sizes": list(spec.widths),
+        "hidden_act": "gelu",
+        "layer_norm_eps": CONVNEXT_NORM_EPS,
+        "layer_scale_init_value": spec.layerscale_init,
+        **_shared(spec),
+    }
+
+
+def _of_vit(spec: ViTSpec) -> dict[str, Any]:
     is_gated = spec.ffn == "swiglu"
     return {
         "architectures": ["DINOv3ViTModel"],
@@ -106,8 +85,16 @@ def hf_config(spec: BackboneSpec) -> dict[str, Any]:
         "pos_embed_shift": None,
         "pos_embed_jitter": None,
         "pos_embed_rescale": 2.0,
-        **shared,
+        **_shared(spec),
     }
+
+
+# type of spec -> its config
+_CONFIGS: Mapping[type, Callable[[Any], dict[str, Any]]] = {
+    ViTSpec: _of_vit,
+    ConvNeXtSpec: _of_convnext,
+    CustomSpec: _of_custom,
+}
 
 
 def spec_from_hf_config(config: Mapping[str, Any]) -> BackboneSpec:
