@@ -38,14 +38,14 @@ def onto(tensor: Tensor, device: torch.device) -> Tensor:
 class CropBatch:
     """Crops of a contiguous range of positions in the global batch, as decoded.
 
-    ``colours``: mean and standard deviation of each image's source, RGB in [0, 1]; None where all
+    ``pixel_stats``: mean and standard deviation of each image's source, RGB in [0, 1]; None where all
     images are normalised alike.
     """
 
     global_crops: UInt8[Tensor, "images 2 3 global_height global_width"]
     local_crops: UInt8[Tensor, "images locals 3 local_height local_width"]
     anchor_crops: UInt8[Tensor, "images 2 3 anchor_height anchor_width"] | None = None
-    colours: Float32[Tensor, "images 2 3"] | None = None
+    pixel_stats: Float32[Tensor, "images 2 3"] | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class StudentBatch:
     """Everything one student rank needs for its slice of one step.
 
     ``masks`` lie on the teacher's grid ``grid_hw``; ``start`` is the slice's first position in the
-    global batch. ``kept``, on the host, says which crops (global ones first) pass through which
+    global batch. ``active_rows``, on the host, says which crops (global ones first) pass through which
     branch of which block; None for all.
     """
 
@@ -125,7 +125,7 @@ class StudentBatch:
     grid_hw: tuple[int, int]
     start: int
     images_global: int
-    kept: Bool[Tensor, "images crops blocks 2"] | None = None
+    active_rows: Bool[Tensor, "images crops blocks 2"] | None = None
 
     def part(self, images: slice) -> "StudentBatch":
         """The batch of some of its images, by their numbers in the slice; views."""
@@ -135,7 +135,7 @@ class StudentBatch:
             crops=CropBatch(
                 crops.global_crops[images],
                 crops.local_crops[images],
-                colours=None if crops.colours is None else crops.colours[images],
+                pixel_stats=None if crops.pixel_stats is None else crops.pixel_stats[images],
             ),
             masks=self.masks.part(images),
             targets=TeacherTargets(
@@ -146,7 +146,7 @@ class StudentBatch:
             grid_hw=self.grid_hw,
             start=self.start + images.start,
             images_global=self.images_global,
-            kept=None if self.kept is None else self.kept[images],
+            active_rows=None if self.active_rows is None else self.active_rows[images],
         )
 
 
@@ -173,16 +173,16 @@ def normalise(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype,
-    colours: Float32[Tensor, "images 2 3"] | None = None,
+    pixel_stats: Float32[Tensor, "images 2 3"] | None = None,
 ) -> Float[Tensor, "*rows 3 height width"]:
     """Crops scaled to [0, 1], shifted by ``mean`` and divided by ``std`` (RGB), computed in fp32.
 
-    With ``colours`` by those of each image; the crops are then [images, crops, 3, height, width].
+    With ``pixel_stats`` by those of each image; the crops are then [images, crops, 3, height, width].
     """
-    if colours is None:
+    if pixel_stats is None:
         shift, scale = (_filled(values, crops.device) * 255.0 for values in (mean, std))
     else:
-        shift, scale = (colours * 255.0)[:, :, None, :, None, None].unbind(1)
+        shift, scale = (pixel_stats * 255.0)[:, :, None, :, None, None].unbind(1)
     return ((crops.float() - shift) / scale).to(dtype)
 
 

@@ -20,7 +20,7 @@ BRANCHES = 2  # of a block: attention, feed-forward
 
 
 @dataclass(frozen=True)
-class KeptRows:
+class ActiveRows:
     """Rows that pass through each branch, block by block; ``scale`` multiplies what a branch adds."""
 
     rows: tuple[Int64[Tensor, " _"], ...]
@@ -38,9 +38,9 @@ class KeptRows:
         return tokens.index_add(0, rows, added, alpha=self.scale)
 
 
-def kept_rows(
+def active_rows(
     flags: Bool[Tensor, "images crops blocks 2"], probability: float, device: torch.device
-) -> KeptRows:
+) -> ActiveRows:
     """Indices of the kept rows (image-major, then crop), on ``device``.
 
     ``flags`` lie on the host, so that no rank waits for a device to count; ``probability`` is that of
@@ -48,4 +48,4 @@ def kept_rows(
     """
     by_branch = flags.flatten(0, 1).flatten(1).T  # [blocks * 2, rows]
     rows = onto(by_branch.nonzero()[:, 1], device)
-    return KeptRows(rows.split(by_branch.sum(dim=1).tolist()), 1.0 / probability)
+    return ActiveRows(rows.split(by_branch.sum(dim=1).tolist()), 1.0 / probability)

@@ -90,7 +90,7 @@ class FrozenTeacher(nn.Module):
         for start in range(0, num_images, self.micro_images):
             stop = min(start + self.micro_images, num_images)
             features = self._forward(
-                self.backbone, crops.global_crops[start:stop], _part(crops.colours, start, stop)
+                self.backbone, crops.global_crops[start:stop], _part(crops.pixel_stats, start, stop)
             )
             tokens = features.class_token
             class_bottleneck = tokens if self.dino_head is None else self.dino_head(tokens)
@@ -112,10 +112,10 @@ class FrozenTeacher(nn.Module):
         self,
         backbone: nn.Module,
         crops: UInt8[Tensor, "images 2 3 height width"],
-        colours: Float[Tensor, "images 2 3"] | None,
+        pixel_stats: Float[Tensor, "images 2 3"] | None,
     ) -> Features:
         missing = self.micro_images - crops.shape[0]
-        pixels = normalise(crops, self.mean, self.std, self.dtype, colours).flatten(0, 1)
+        pixels = normalise(crops, self.mean, self.std, self.dtype, pixel_stats).flatten(0, 1)
         if missing:
             pixels = torch.cat([pixels, pixels.new_zeros(2 * missing, *pixels.shape[1:])])
         network: Backbone = backbone  # type: ignore[assignment]  # nn.Module that satisfies the protocol
@@ -158,8 +158,8 @@ class FrozenTeacher(nn.Module):
         rows = []
         for start in range(0, crops.shape[0], self.micro_images):
             stop = min(start + self.micro_images, crops.shape[0])
-            colours = _part(batch.colours, start, stop)
-            features = self._forward(self.anchor, crops[start:stop], colours)
+            pixel_stats = _part(batch.pixel_stats, start, stop)
+            features = self._forward(self.anchor, crops[start:stop], pixel_stats)
             patches = features.patch_tokens[: 2 * (stop - start)]
             rows.append(
                 resize_grid(patches, features.grid_hw, self._grid_hw(batch.global_crops), "bicubic")
@@ -211,5 +211,5 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _part(colours: Tensor | None, start: int, stop: int) -> Tensor | None:
-    return None if colours is None else colours[start:stop]
+def _part(pixel_stats: Tensor | None, start: int, stop: int) -> Tensor | None:
+    return None if pixel_stats is None else pixel_stats[start:stop]

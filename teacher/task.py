@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from teacher.batch import Features, StudentBatch, normalise
-from teacher.drop_path import KeptRows, kept_rows
+from teacher.drop_path import ActiveRows, active_rows
 from teacher.gram import gram_sum, resize_grid
 from teacher.heads import Head
 from teacher.losses import koleo_sum
@@ -45,7 +45,7 @@ class Objective:
 class TaskOptions:
     """How one network is trained: masked input for the online network, plain input for students.
 
-    ``crop_scale``: it sees crops at this part of their size. ``keep``: probability that a row passes
+    ``crop_scale``: it sees crops at this part of their size. ``survival``: probability that a row passes
     through a residual branch, below 1 for ViTs only.
     """
 
@@ -53,7 +53,7 @@ class TaskOptions:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     crop_scale: float = 1.0
-    keep: float = 1.0
+    survival: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -183,21 +183,25 @@ def see_crops(
 ) -> tuple[Features, Features]:
     """What a network in training sees of its slice: features of global and of local crops."""
     dtype = next(backbone.parameters()).dtype
-    network: Callable[..., Features] = backbone  # a ``Backbone``; ViTs take ``kept`` too
+    network: Callable[..., Features] = backbone  # a ``Backbone``; ViTs take ``active_rows`` too
     pixels = [
         _shrunk(
-            normalise(crops, options.mean, options.std, torch.float32, batch.crops.colours).flatten(
-                0, 1
-            ),
+            normalise(
+                crops, options.mean, options.std, torch.float32, batch.crops.pixel_stats
+            ).flatten(0, 1),
             options,
         ).to(dtype)
         for crops in (batch.crops.global_crops, batch.crops.local_crops)
     ]
     masks = batch.masks.flags.flatten(0, 1) if options.masks_input else None
-    depth: list[dict[str, KeptRows]] = [{}, {}]
-    if batch.kept is not None:
-        crops = batch.kept.split([NUM_GLOBAL, batch.kept.shape[1] - NUM_GLOBAL], dim=1)
-        depth = [{"kept": kept_rows(part, options.keep, pixels[0].device)} for part in crops]
+    depth: list[dict[str, ActiveRows]] = [{}, {}]
+    if batch.active_rows is not None:
+        crops = batch.active_rows.split(
+            [NUM_GLOBAL, batch.active_rows.shape[1] - NUM_GLOBAL], dim=1
+        )
+        depth = [
+            {"active_rows": active_rows(part, options.survival, pixels[0].device)} for part in crops
+        ]
     return (
         network(pixels[0], masks, rope_scale=scalars.rope_scale_global, is_local=False, **depth[0]),
         network(pixels[1], None, rope_scale=scalars.rope_scale_local, is_local=True, **depth[1]),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from teacher.batch import Features
-from teacher.drop_path import BRANCHES, KeptRows
+from teacher.drop_path import BRANCHES, ActiveRows
 from teacher.init import init_matrix_
 from teacher.rope import rope_angles, rotate
 from teacher.shapes import ViTSpec
@@ -137,10 +137,10 @@ class Block(nn.Module):
         self,
         tokens: Float[Tensor, "rows tokens embed"],
         angles: Angles,
-        kept: KeptRows | None = None,
+        active_rows: ActiveRows | None = None,
         number: int = 0,
     ) -> Float[Tensor, "rows tokens embed"]:
-        """``kept`` are the rows that pass through the branches of block ``number``; all without it."""
+        """``active_rows`` are the rows that pass through the branches of block ``number``; all without it."""
 
         def attend(rows: Tensor) -> Tensor:
             return self.layer_scale1(self.attention(self.norm1(rows), angles))
@@ -148,11 +148,11 @@ class Block(nn.Module):
         def transform(rows: Tensor) -> Tensor:
             return self.layer_scale2(self.mlp(self.norm2(rows)))
 
-        if kept is None:
+        if active_rows is None:
             tokens = tokens + attend(tokens)
             return tokens + transform(tokens)
-        tokens = kept.add(tokens, attend, BRANCHES * number)
-        return kept.add(tokens, transform, BRANCHES * number + 1)
+        tokens = active_rows.add(tokens, attend, BRANCHES * number)
+        return active_rows.add(tokens, transform, BRANCHES * number + 1)
 
 
 class ViT(nn.Module):
@@ -193,17 +193,17 @@ class ViT(nn.Module):
         *,
         rope_scale: float = 1.0,
         is_local: bool = False,
-        kept: KeptRows | None = None,
+        active_rows: ActiveRows | None = None,
     ) -> Features:
         """Normalised class and patch tokens; masked patches are replaced by the mask token.
 
-        ``is_local`` uses the separate class norm of local crops where the network has one. ``kept``
+        ``is_local`` uses the separate class norm of local crops where the network has one. ``active_rows``
         are the rows that pass through each residual branch (stochastic depth); all without it.
 
         Raises:
             ValueError: a side is not a multiple of the patch, or the masks do not fit the grid.
         """
-        tokens = self._run_blocks(pixels, masks, rope_scale, kept)
+        tokens = self._run_blocks(pixels, masks, rope_scale, active_rows)
         normed = self.norm(tokens)
         class_token = normed[:, 0]
         if is_local and self.spec.untie_local_norm:
@@ -228,14 +228,14 @@ class ViT(nn.Module):
         pixels: Tensor,
         masks: Tensor | None,
         rope_scale: float,
-        kept: KeptRows | None = None,
+        active_rows: ActiveRows | None = None,
     ) -> Tensor:
         head_dim = self.spec.width // self.spec.heads
         angles = rope_angles(self._grid_hw(pixels), head_dim, rope_scale, pixels.device)
         tokens = self.embeddings(pixels, masks)
         keeps_less = self.is_checkpointing and tokens.requires_grad
         for number, block in enumerate(self.layer):
-            inputs = (tokens, angles, kept, number)
+            inputs = (tokens, angles, active_rows, number)
             if keeps_less:  # no comparison of shapes: ZeRO-3 empties weights between the passes
                 tokens = checkpoint(
                     block,

@@ -37,7 +37,7 @@ from distill.bench.stand_ins import (
     Witness,
 )
 from distill.data.index import ImageIndex, make_index
-from distill.data.locations import Place
+from distill.data.locations import Location
 from distill.data.sources import Found
 from distill.engine.engine import prepare_deepspeed
 from distill.errors import PlanError
@@ -235,14 +235,14 @@ class Bench:
         groups = make_groups(plan, TIMEOUT)
         folder = self.request.index
         index = _no_images() if folder is None else ImageIndex.load(Path(folder))
-        site = RankContext(self.device, Path(folder or ""), index)
-        scene = PhaseContext(recipe, plan, groups, site, self.shape.spec, self._tell)
+        rank_context = RankContext(self.device, Path(folder or ""), index)
+        context = PhaseContext(recipe, plan, groups, rank_context, self.shape.spec, self._report)
         if self.scale is None:
             assert self.teacher is not None, "only sleeps need no teacher"
             starts = dict.fromkeys((student.label for student in recipe.students), 0)
-            phase = family_phase(scene, self.teacher, self.shape, starts)
+            phase = family_phase(context, self.teacher, self.shape, starts)
         else:
-            phase = self._sleeping_phase(scene, recipe, groups)
+            phase = self._sleeping_phase(context, recipe, groups)
         if folder is None:
             is_tiny = self.scale is not None
             loader = SyntheticLoader(recipe, phase, self.rank, self.device, is_tiny=is_tiny)
@@ -257,22 +257,22 @@ class Bench:
             (phase.teaching, [trainer.training for trainer in phase.trainers]),
             lookahead=phase.lookahead,
             every=recipe.engine.balance,
-            tell=self._tell,
+            report=self._report,
         )
         return replace(phase, after_step=balancer.after_step)
 
-    def _tell(self, event: str) -> None:
+    def _report(self, event: str) -> None:
         if self.rank == 0:
             sys.stderr.write(event + "\n")
 
-    def _sleeping_phase(self, scene: PhaseContext, recipe: FamilyRecipe, groups: Groups) -> Phase:
+    def _sleeping_phase(self, context: PhaseContext, recipe: FamilyRecipe, groups: Groups) -> Phase:
         assert self.scale is not None, "sleeps have a scale"
-        plan = scene.plan
+        plan = context.plan
         factor = self.request.slow_factor if self.rank == self.request.slow_rank else 1.0
         pace = self.scale * factor
         teacher = SleepingTeacher(plan.teach_s * pace)
         phase = build_phase(
-            scene,
+            context,
             "family",
             (0, recipe.schedule.steps),
             teacher,  # type: ignore[arg-type]  # the same calls
@@ -298,11 +298,11 @@ class Bench:
         turns: Turns = {name: [] for name in names}
         for name in names:
             self.warm_up(name)
-        self._tell(f"warmed up: {request.warmup_steps} steps of each")
+        self._report(f"warmed up: {request.warmup_steps} steps of each")
         for block in range(request.num_blocks):
             for name in names:
                 turns[name].append(self.turn(name))
-            self._tell(f"block {block + 1} of {request.num_blocks}")
+            self._report(f"block {block + 1} of {request.num_blocks}")
         return turns
 
     def trace(self) -> Traces:
@@ -379,4 +379,4 @@ class Bench:
 
 def _no_images() -> ImageIndex:
     """An index for a scene whose loader is replaced: one file that is never opened."""
-    return make_index([Found(Place.of(Path("none")), "")], [(1, 1)], (("none", 1),))
+    return make_index([Found(Location.of(Path("none")), "")], [(1, 1)], (("none", 1),))

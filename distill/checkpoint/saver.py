@@ -96,8 +96,8 @@ class Trained(Protocol):
         """Where it trains."""
         ...
 
-    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """Full tensors by name, nothing without ``keep``. Communication: gathers over its group."""
+    def state(self, *, collect: bool = True) -> dict[str, Tensor]:
+        """Full tensors by name, nothing without ``collect``. Communication: gathers over its group."""
         ...
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -156,7 +156,7 @@ class CheckpointPolicy:
     recipe_hash: str
     networks: Mapping[str, NetworkFacts]
     recipe: str
-    keep: int
+    max_to_keep: int
     milestones: int | None
 
 
@@ -174,10 +174,10 @@ class Saver:
     """Writes checkpoints of one run; one per process, the same calls on every rank."""
 
     def __init__(
-        self, keeping: CheckpointPolicy, recorder: Listener, last_saved: tuple[str, int] | None
+        self, policy: CheckpointPolicy, recorder: Listener, last_saved: tuple[str, int] | None
     ) -> None:
         """``last_saved``: phase and step of the checkpoint that the run goes on from."""
-        self._checkpoint_policy, self._recorder = keeping, recorder
+        self._checkpoint_policy, self._recorder = policy, recorder
         self._last_saved = last_saved
         self._thread: Thread | None = None
         self._order: SaveJob | None = None
@@ -197,7 +197,7 @@ class Saver:
         files: dict[str, Mapping[str, Tensor]] = {}
         for trainer in phase.trainers:
             is_first = trainer.placement.first_rank == phase.world_rank
-            state = trainer.state(keep=is_first)
+            state = trainer.state(collect=is_first)
             if is_first:
                 files[trainer.name + SUFFIX] = {name: each.cpu() for name, each in state.items()}
         anchor = phase.teacher.anchor_state()
@@ -218,9 +218,9 @@ class Saver:
         self._order, self._error, self.is_saved = None, None, error is None  # and frees the copy
         assert order is not None, "a thread without an order"
         if isinstance(error, CheckpointError | OSError):
-            kept = "the checkpoints before it are kept"
+            note = "the checkpoints before it are kept"
             name = order.staging.name.removeprefix(".").removesuffix(".part")
-            self._recorder.unsaved(f"checkpoint {name} was not saved: {error}; {kept}")
+            self._recorder.unsaved(f"checkpoint {name} was not saved: {error}; {note}")
         elif error is not None:
             raise error
         elif self._committed is not None and order.manifest is not None:
@@ -237,15 +237,15 @@ class Saver:
     def _order_of(
         self, phase: Saveable, step: int, files: Mapping[str, Mapping[str, Tensor]]
     ) -> SaveJob:
-        keeping = self._checkpoint_policy
-        staging = checkpoint.staging_folder(keeping.folder, phase.name, step)
+        policy = self._checkpoint_policy
+        staging = checkpoint.staging_folder(policy.folder, phase.name, step)
         if phase.world_rank != 0:
             return SaveJob(staging, files, None, {})
         expected = {p.name + SUFFIX: p.first_rank for p in phase.plan.placements}
         expected |= dict.fromkeys([*files, RECIPE_FILE], 0)
         before = self._last_saved
         base = before[1] if before is not None and before[0] == phase.name else 0
-        every = keeping.milestones
+        every = policy.milestones
         manifest = Manifest(
             format_version=checkpoint.FORMAT_VERSION,
             number=0,  # known when it is committed
@@ -253,11 +253,11 @@ class Saver:
             step=step,
             num_ranks=phase.plan.num_ranks,
             is_milestone=every is not None and step // every > base // every,
-            recipe_hash=keeping.recipe_hash,
+            recipe_hash=policy.recipe_hash,
             networks={
-                p.name: keeping.networks[p.name]
+                p.name: policy.networks[p.name]
                 for p in phase.plan.placements
-                if p.name in keeping.networks
+                if p.name in policy.networks
             },
             files={},
         )
@@ -286,7 +286,9 @@ class Saver:
             files = checkpoint.collect(order.staging, order.expected, RECORDS_TIMEOUT_S)
             number = checkpoint.next_number(folder)
             manifest = manifest.model_copy(update={"number": number, "files": files})
-            return checkpoint.commit(folder, order.staging, manifest, self._checkpoint_policy.keep)
+            return checkpoint.commit(
+                folder, order.staging, manifest, self._checkpoint_policy.max_to_keep
+            )
         except (CheckpointError, OSError):
             shutil.rmtree(order.staging, ignore_errors=True)
             raise

@@ -45,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         app(words, prog_name="distill", standalone_mode=True)
     except Exception as error:
-        told = error if isinstance(error, UserError) else _unforeseen(error)
-        report(told, is_debug="--debug" in words)
-        sys.exit(told.exit_code)
+        problem = error if isinstance(error, UserError) else _unforeseen(error)
+        report(problem, is_debug="--debug" in words)
+        sys.exit(problem.exit_code)
 
 
 def _unforeseen(error: Exception) -> UserError:

@@ -77,8 +77,8 @@ def check(
         return
     what = f"{loaded.name}: {', '.join(names)}" + (f" from {teacher.name}" if teacher else "")
     images = ", ".join(f"{source}: {count} images" for source, count in facts.items())
-    said = [what, images, *([story] if story else []), f"valid for {num_ranks} ranks (dry run)"]
-    say("; ".join(said) + ".")
+    parts = [what, images, *([story] if story else []), f"valid for {num_ranks} ranks (dry run)"]
+    say("; ".join(parts) + ".")
 
 
 def plan(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps
 
-from distill.data.locations import Place, Reader
+from distill.data.locations import Location, Reader
 
 MAX_MEGAPIXELS = 64.0
 MAX_ASPECT = 1000  # longer side over shorter; more is a line, and a crop of it holds no information
@@ -24,11 +24,11 @@ TAIL = 4096  # bytes in which the end of an image must lie; some writers append 
 
 
 def measure(
-    reader: Reader, place: Place, max_megapixels: float, is_full: bool
+    reader: Reader, location: Location, max_megapixels: float, is_full: bool
 ) -> tuple[int, int] | str:
     """Height and width after EXIF rotation, or what is wrong; ``is_full`` decodes every pixel."""
     try:
-        encoded = reader.read(place)
+        encoded = reader.read(location)
     except OSError as error:
         return _reason(error)
     return examine(encoded, max_megapixels, is_full=is_full)

@@ -43,7 +43,7 @@ def rows_of(images: Sequence[Image.Image], parameters: CropParameters) -> list[R
     ]
 
 
-def draw_sheet(
+def draw_contact_sheet(
     rows: Sequence[Row],
     crops: CropBatch,
     masks: Bool[Tensor, "images 2 patches"],

@@ -84,7 +84,7 @@ def take_report(
 
 def _look(reader: Reader, max_megapixels: float, found: Found) -> _Image:
     try:
-        encoded = reader.read(found.place)
+        encoded = reader.read(found.location)
     except OSError as error:
         return _Image(error.strerror or str(error), "", 0, b"")
     hw = examine(encoded, max_megapixels, is_full=True)
@@ -111,7 +111,7 @@ def _count(
         longer_side=_quantiles(sizes.max(axis=1)) if len(sizes) else {},
         duplicates=duplicates,
         broken=tuple(
-            Fault(str(each.place), image.hw)
+            Fault(str(each.location), image.hw)
             for each, image in zip(found, images, strict=True)
             if isinstance(image.hw, str)
         ),

@@ -9,11 +9,11 @@ from distill.data.stateless_random import hashes, uniforms
 from teacher.drop_path import BRANCHES
 
 
-def draw_kept(
-    *, seed: int, step: int, positions: range, num_crops: int, num_blocks: int, keep: float
+def draw_active(
+    *, seed: int, step: int, positions: range, num_crops: int, num_blocks: int, survival: float
 ) -> Bool[Tensor, "images crops blocks 2"]:
-    """Flags on the host; each is set with probability ``keep``, whatever rank holds the image."""
+    """Flags on the host; each is set with probability ``survival``, whatever rank holds the image."""
     images = np.arange(positions.start, positions.stop)
     words = hashes("depth", seed, step, images[:, None], np.arange(num_crops)[None])
     draws = uniforms(words, num_blocks * BRANCHES)
-    return torch.from_numpy(draws < keep).unflatten(2, (num_blocks, BRANCHES))
+    return torch.from_numpy(draws < survival).unflatten(2, (num_blocks, BRANCHES))

@@ -40,7 +40,7 @@ class Prepared:
     ids: Ints
     encoded: list[Encoded]
     parameters: CropParameters
-    colours: NDArray[np.float32] | None
+    pixel_stats: NDArray[np.float32] | None
 
 
 class Feed:
@@ -81,9 +81,9 @@ class Feed:
         self._next_step = 0
 
     @property
-    def has_colours(self) -> bool:
+    def has_pixel_stats(self) -> bool:
         """Sources have separate means and standard deviations."""
-        return self._sampler.has_colours
+        return self._sampler.has_pixel_stats
 
     def start(self, step: int) -> None:
         """Forgets what is prepared and goes on from a step."""
@@ -139,7 +139,7 @@ class Feed:
         for _, _, refused in results:
             for image, reason in refused:
                 self._known[image] = reason
-                self._bad.add(str(self._index.place(image)), reason)
+                self._bad.add(str(self._index.location(image)), reason)
         ids = np.array([image for image, *_ in results], np.int64)
         parameters = draw_parameters(
             self._crops.at(step),
@@ -154,7 +154,7 @@ class Feed:
 
     def _pixel_stats(self, pools: Sequence[Pool]) -> NDArray[np.float32] | None:
         """Mean and standard deviation of each image's source, where sources have separate ones."""
-        stats = [pool.colours for pool in pools if pool.colours is not None]
+        stats = [pool.pixel_stats for pool in pools if pool.pixel_stats is not None]
         assert len(stats) in (0, len(pools)), "all pools have colours or none has"
         return np.array(stats, np.float32) if stats else None
 
@@ -173,18 +173,18 @@ class Feed:
             word = hashes("substitute", self._seed, step, position, attempt)
             image = pool.start + int(word % np.uint64(pool.stop - pool.start))
         raise DataError(
-            f"{self._index.place(refused[0][0])}: cannot be used ({refused[0][1]}), and neither can {MAX_SUBSTITUTES - 1} others",
+            f"{self._index.location(refused[0][0])}: cannot be used ({refused[0][1]}), and neither can {MAX_SUBSTITUTES - 1} others",
             fix="Look at the source: distill data check names every file.",
         )
 
     def _try(self, image: int) -> tuple[Encoded, str | None]:
-        place = self._index.place(image)
+        location = self._index.location(image)
         try:
-            encoded = self._reader.read(place)
+            encoded = self._reader.read(location)
         except OSError as error:
-            if not Path(place.container).exists():
+            if not Path(location.container).exists():
                 raise DataError(
-                    f"{place.container}: the source is gone ({error.strerror or error})",
+                    f"{location.container}: the source is gone ({error.strerror or error})",
                     fix="Bring it back; the same command goes on from the last checkpoint.",
                 ) from error
             reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.bad_images import MAX_MEGAPIXELS, measure
-from distill.data.locations import Kind, Place, Reader
+from distill.data.locations import Kind, Location, Reader
 from distill.data.sources import Found, list_source
 from distill.data.stateless_random import mix
 from distill.errors import DataError
@@ -46,7 +46,7 @@ class ImageIndex:
     Args:
         names: UTF-8 bytes of all names.
         name_ends: where each name ends, [images].
-        places: container, offset, length, [images, 3].
+        locations: container, offset, length, [images, 3].
         hw: height and width after EXIF rotation, [images, 2].
         labels: indices into ``class_names``, [images], or None.
         containers: kind and path of each.
@@ -55,7 +55,7 @@ class ImageIndex:
 
     names: NDArray[np.uint8]
     name_ends: NDArray[np.int64]
-    places: NDArray[np.int64]
+    locations: NDArray[np.int64]
     hw: NDArray[np.int32]
     labels: NDArray[np.int32] | None
     class_names: tuple[str, ...]
@@ -66,13 +66,13 @@ class ImageIndex:
         """Images."""
         return len(self.hw)
 
-    def place(self, image: int) -> Place:
+    def location(self, image: int) -> Location:
         """Where an image lies."""
         start = int(self.name_ends[image - 1]) if image else 0
         name = self.names[start : int(self.name_ends[image])].tobytes().decode()
-        container, offset, length = (int(value) for value in self.places[image])
+        container, offset, length = (int(value) for value in self.locations[image])
         kind, path = self.containers[container]
-        return Place(kind, path, name, offset, length)
+        return Location(kind, path, name, offset, length)
 
     @property
     def bounds(self) -> tuple[range, ...]:
@@ -100,7 +100,7 @@ class ImageIndex:
         for name in ARRAYS:
             array = getattr(self, name)
             if array is not None:
-                np.save(aside / f"{name}.npy", array, allow_pickle=False)
+                np.save(aside / _file_of(name), array, allow_pickle=False)
         facts = {
             "format": FORMAT,
             "class_names": self.class_names,
@@ -126,7 +126,7 @@ class ImageIndex:
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
             arrays: dict[str, Any] = {
-                name: _map(folder / f"{name}.npy", dtype) for name, dtype in ARRAYS.items()
+                name: _map(folder / _file_of(name), dtype) for name, dtype in ARRAYS.items()
             }
             return cls(
                 **arrays,
@@ -155,7 +155,7 @@ class ImageIndex:
         return ImageIndex(
             names=np.concatenate(parts or [np.empty(0, np.uint8)]),
             name_ends=np.cumsum([len(part) for part in parts], dtype=np.int64),
-            places=self.places[images],
+            locations=self.locations[images],
             hw=self.hw[images],
             labels=None if self.labels is None else self.labels[images],
             class_names=self.class_names,
@@ -167,10 +167,17 @@ class ImageIndex:
 ARRAYS: Mapping[str, type] = {
     "names": np.uint8,
     "name_ends": np.int64,
-    "places": np.int64,
+    "locations": np.int64,
     "hw": np.int32,
     "labels": np.int32,
 }
+
+
+FILES = {"locations": "places.npy"}  # format 1 is older than the name of the field
+
+
+def _file_of(array: str) -> str:
+    return FILES.get(array, f"{array}.npy")
 
 
 def _map(path: Path, dtype: type) -> NDArray[Any] | None:
@@ -212,10 +219,12 @@ def build_index(
     for survey in surveys:
         sizes += islice(measured, len(survey.found)) if survey.sizes is None else survey.sizes
     bad = [
-        (each.place, size) for each, size in zip(found, sizes, strict=True) if isinstance(size, str)
+        (each.location, size)
+        for each, size in zip(found, sizes, strict=True)
+        if isinstance(size, str)
     ]
-    for place, reason in bad:
-        logger.warning("%s: left out, cannot be used (%s)", place, reason)
+    for location, reason in bad:
+        logger.warning("%s: left out, cannot be used (%s)", location, reason)
     if len(bad) > max(1.0, max_bad_fraction * len(found)) or len(bad) == len(found):
         raise DataError(
             f"{bad[0][0]}: cannot be used ({bad[0][1]}); {len(bad)} of {len(found)} images are broken, "
@@ -244,7 +253,7 @@ def _survey(source: Path, *, reads_index: bool) -> _Survey:
     index = ImageIndex.load(source / INDEX_FOLDER)
     names = index.class_names
     labels = [""] * len(index) if index.labels is None else [names[i] for i in index.labels]
-    found = [Found(index.place(image), label) for image, label in enumerate(labels)]
+    found = [Found(index.location(image), label) for image, label in enumerate(labels)]
     return _Survey(found, [(height, width) for height, width in index.hw.tolist()])
 
 
@@ -255,17 +264,17 @@ def make_index(
 ) -> ImageIndex:
     """The index of images whose heights and widths are known."""
     containers: dict[tuple[Kind, str], int] = {}
-    places = np.empty((len(found), 3), np.int64)
-    names = [each.place.name.encode() for each in found]
+    locations = np.empty((len(found), 3), np.int64)
+    names = [each.location.name.encode() for each in found]
     for row, each in enumerate(found):
-        place = each.place
-        number = containers.setdefault((place.kind, place.container), len(containers))
-        places[row] = number, place.offset, place.length
+        location = each.location
+        number = containers.setdefault((location.kind, location.container), len(containers))
+        locations[row] = number, location.offset, location.length
     labels, class_names = _classes([each.label for each in found])
     return ImageIndex(
         names=np.frombuffer(b"".join(names), np.uint8),
         name_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
-        places=places,
+        locations=locations,
         hw=np.array(sizes, np.int32).reshape(-1, 2),
         labels=labels,
         class_names=class_names,
@@ -283,7 +292,7 @@ def _measure_all(
     reader, is_full = Reader(), len(found) <= FULL_CHECK_FILES
     sizes: list[tuple[int, int] | str] = []
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        for size in pool.map(lambda e: measure(reader, e.place, max_megapixels, is_full), found):
+        for size in pool.map(lambda e: measure(reader, e.location, max_megapixels, is_full), found):
             sizes.append(size)
             if progress is not None:
                 progress(len(sizes), len(found))

@@ -72,14 +72,16 @@ class Loader:
         if self._device.type == "cuda":
             outputs = self._copied(outputs)
         anchors = outputs.pop() if spec.anchor_size is not None else None
-        colours = prepared.colours
+        pixel_stats = prepared.pixel_stats
         batch = CropBatch(
             global_crops=outputs[0],
             local_crops=outputs[1]
             if spec.num_local
             else self._empty(len(outputs[0]), 0, spec.local_size),
             anchor_crops=anchors,
-            colours=None if colours is None else onto(torch.from_numpy(colours), self._device),
+            pixel_stats=None
+            if pixel_stats is None
+            else onto(torch.from_numpy(pixel_stats), self._device),
         )
         self.wait_s += time.perf_counter() - started
         return batch
@@ -181,7 +183,7 @@ class Loader:
             self._empty(0, NUM_GLOBAL, spec.global_size),
             self._empty(0, spec.num_local, spec.local_size),
             None if anchors is None else self._empty(0, NUM_GLOBAL, anchors),
-            torch.empty(0, 2, 3, device=self._device) if self._feed.has_colours else None,
+            torch.empty(0, 2, 3, device=self._device) if self._feed.has_pixel_stats else None,
         )
 
     def _empty(self, num_images: int, num_crops: int, size: int) -> Tensor:

@@ -26,7 +26,7 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """One encoded image.
 
     ``container`` is the folder that ``name`` is relative to, or the tar or Parquet file. ``offset``
@@ -40,9 +40,9 @@ class Place:
     length: int = 0
 
     @staticmethod
-    def of(path: Path) -> "Place":
+    def of(path: Path) -> "Location":
         """A file."""
-        return Place(Kind.FILE, str(path.parent), path.name)
+        return Location(Kind.FILE, str(path.parent), path.name)
 
     def __str__(self) -> str:
         """What people see: a path, or a file and the name inside."""
@@ -58,34 +58,34 @@ class Reader:
         self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._lock = Lock()
 
-    def read(self, place: Place) -> NDArray[np.uint8]:
+    def read(self, location: Location) -> NDArray[np.uint8]:
         """The encoded image.
 
         Raises:
             OSError: it cannot be read, or its container is shorter than it was.
         """
-        if place.kind is Kind.FILE:
-            return np.fromfile(str(place), np.uint8)
-        if place.kind is Kind.PARQUET:
-            return self._row(place)
-        with Path(place.container).open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), place.length, place.offset)
-        if len(data) < place.length:
-            raise OSError(f"{place.container} ends before {place.name} does")
+        if location.kind is Kind.FILE:
+            return np.fromfile(str(location), np.uint8)
+        if location.kind is Kind.PARQUET:
+            return self._row(location)
+        with Path(location.container).open("rb", buffering=0) as file:
+            data = os.pread(file.fileno(), location.length, location.offset)
+        if len(data) < location.length:
+            raise OSError(f"{location.container} ends before {location.name} does")
         return np.frombuffer(data, np.uint8)
 
-    def _row(self, place: Place) -> NDArray[np.uint8]:
-        key = (place.container, place.offset)
+    def _row(self, location: Location) -> NDArray[np.uint8]:
+        key = (location.container, location.offset)
         with self._lock:
             if key not in self._groups:
-                self._groups[key] = image_column(place.container, place.offset)
+                self._groups[key] = image_column(location.container, location.offset)
             self._groups.move_to_end(key)
             while len(self._groups) > OPEN_GROUPS:
                 self._groups.popitem(last=False)
             column = self._groups[key]
-        value = column[place.length].as_py()
+        value = column[location.length].as_py()
         if value is None:
-            raise OSError(f"{place}: the row holds no image")
+            raise OSError(f"{location}: the row holds no image")
         return np.frombuffer(value, np.uint8)
 
 

@@ -45,7 +45,7 @@ def pack(
         "sources": [str(source) for source in sources],
         "images": len(found),
         "images_per_shard": images_per_shard,
-        "names": hashlib.sha256("\0".join(str(f.place) for f in found).encode()).hexdigest(),
+        "names": hashlib.sha256("\0".join(str(f.location) for f in found).encode()).hexdigest(),
     }
     _claim(out, facts)
     starts = range(0, len(found), images_per_shard)
@@ -86,12 +86,12 @@ def _write_shard(path: Path, part: Sequence[Found], start: int, max_megapixels: 
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as shard:
             for number, each in enumerate(part, start):
                 try:
-                    encoded = reader.read(each.place)
+                    encoded = reader.read(each.location)
                     fault = examine(encoded, max_megapixels, is_full=True)
                 except OSError as error:
                     fault = error.strerror or str(error)
                 if isinstance(fault, str):
-                    left_out.append({"sample": str(each.place), "reason": fault})
+                    left_out.append({"sample": str(each.location), "reason": fault})
                     continue
                 _add(shard, f"{number:09}.{SUFFIX_OF[name_format(encoded)]}", encoded.tobytes())
                 if each.label:

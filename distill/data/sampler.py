@@ -115,14 +115,14 @@ class Pool:
     """Samples ``start`` to ``stop`` of the index that are drawn as one.
 
     ``weight`` is its share of all images, ``is_pure``: its images come in separate batches;
-    ``colours`` are their mean and standard deviation, where a source has separate ones.
+    ``pixel_stats`` are their mean and standard deviation, where a source has separate ones.
     """
 
     start: int
     stop: int
     weight: float = 1.0
     is_pure: bool = False
-    colours: PixelStats | None = None
+    pixel_stats: PixelStats | None = None
 
 
 class Sampler:
@@ -142,9 +142,9 @@ class Sampler:
         self._pools = (*self._mixed, *self._pure)
 
     @property
-    def has_colours(self) -> bool:
+    def has_pixel_stats(self) -> bool:
         """Pools have separate pixel statistics."""
-        return self._pools[0].colours is not None
+        return self._pools[0].pixel_stats is not None
 
     def ids(self, step: int, positions: Ints) -> Ints:
         """Sample ids at ``positions`` of a step."""

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from distill.data.locations import Kind, Place, image_field
+from distill.data.locations import Kind, Location, image_field
 from distill.errors import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
@@ -33,7 +33,7 @@ NAME_TYPES = (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE
 class Found:
     """One image of a source; ``label`` is empty where it has none."""
 
-    place: Place
+    location: Location
     label: str
 
 
@@ -92,8 +92,8 @@ def _list_folder(folder: Path) -> list[Found]:
     images: list[str] = []
     containers: list[str] = []
     visited: set[tuple[int, int]] = set()
-    for place, folders, files in os.walk(root, followlinks=True):
-        facts = Path(place).stat()
+    for parent, folders, files in os.walk(root, followlinks=True):
+        facts = Path(parent).stat()
         if (facts.st_dev, facts.st_ino) in visited:  # a link back up
             folders.clear()
             continue
@@ -101,13 +101,13 @@ def _list_folder(folder: Path) -> list[Found]:
         for name in files:
             suffix = _suffix(name)
             if suffix in SUFFIXES or suffix in CONTAINERS:
-                path = f"{place}/{name}"
+                path = f"{parent}/{name}"
                 if Path(path).is_file():
                     (images if suffix in SUFFIXES else containers).append(path[len(root) + 1 :])
     if images:
         parts = sorted(name.split("/") for name in images)
         return [
-            Found(Place(Kind.FILE, root, "/".join(part)), part[0] if len(part) > 1 else "")
+            Found(Location(Kind.FILE, root, "/".join(part)), part[0] if len(part) > 1 else "")
             for part in parts
         ]
     names = sorted(containers)
@@ -122,26 +122,26 @@ def _list_lines(path: Path) -> list[Found]:
     """Images named by the lines of a file; blank lines and lines that begin with # are passed over."""
     lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
     names = [line for line in lines if line and not line.startswith("#")]
-    return [Found(Place(Kind.FILE, str(path.parent), name), "") for name in names]
+    return [Found(Location(Kind.FILE, str(path.parent), name), "") for name in names]
 
 
 def _list_tar(path: Path) -> Iterator[Found]:
     """Images of one shard. Samples are distinguished by their name up to the first dot, as WebDataset does."""
-    images: list[tuple[str, Place]] = []
+    images: list[tuple[str, Location]] = []
     labels: dict[str, str] = {}
     with path.open("rb") as file:
         for name, offset, length in _members(file):
             key, suffix = _split_name(name)
             if suffix in SUFFIXES:
-                images.append((key, Place(Kind.TAR, str(path), name, offset, length)))
+                images.append((key, Location(Kind.TAR, str(path), name, offset, length)))
             elif suffix == ".cls" and length <= 64:  # a number or a short name
                 file_position = file.tell()
                 file.seek(offset)
                 labels[key] = file.read(length).decode(errors="replace").strip()
                 file.seek(file_position)
-    for key, place in images:
-        top, slash, _ = place.name.lstrip("./").partition("/")
-        yield Found(place, labels.get(key, top if slash else ""))
+    for key, location in images:
+        top, slash, _ = location.name.lstrip("./").partition("/")
+        yield Found(location, labels.get(key, top if slash else ""))
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -214,7 +214,7 @@ def _list_parquet(path: Path) -> Iterator[Found]:
                 column = file.read_row_group(group, columns=["label"]).column(0).to_pylist()
                 labels = ["" if value is None else str(value) for value in column]
             for row, label in enumerate(labels):
-                yield Found(Place(Kind.PARQUET, str(path), f"{group}/{row}", group, row), label)
+                yield Found(Location(Kind.PARQUET, str(path), f"{group}/{row}", group, row), label)
     except pyarrow.ArrowException as error:
         raise OSError(str(error).splitlines()[0]) from error
 

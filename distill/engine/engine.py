@@ -38,7 +38,9 @@ from torch import Tensor, nn
 from distill.engine.group_as_world import GroupLayout, as_world
 from distill.engine.layouts import shards_of
 
-Kept = list[dict[str, Tensor]]  # of every parameter group this rank's part of each kind of state
+StateSnapshot = list[
+    dict[str, Tensor]
+]  # of every parameter group this rank's part of each kind of state
 STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 BETA1 = 0.9
 CLIP_EPS = 1e-6  # as torch and DeepSpeed have it
@@ -198,19 +200,19 @@ class Engine:
 
     def poison_if_nonfinite(self, loss: Tensor) -> Tensor:
         """The loss; gradients of NaN where it or a weight of this rank's shards is not finite."""
-        seen = torch.stack(
+        reached = torch.stack(
             [loss.detach().float(), *(shard.sum() for shard in self._shards.weights)]
         )
-        return loss * (1.0 + 0.0 * seen.detach().sum())
+        return loss * (1.0 + 0.0 * reached.detach().sum())
 
-    def full(self, kind: str, *, keep: bool = True) -> dict[str, Tensor]:
-        """Whole tensors of one of ``STATE_KINDS`` by parameter name, fp32, on the host; nothing without ``keep``.
+    def full(self, kind: str, *, collect: bool = True) -> dict[str, Tensor]:
+        """Whole tensors of one of ``STATE_KINDS`` by parameter name, fp32, on the host; nothing without ``collect``.
 
         Communication: all-gathers over the group, which every rank of it must call.
         """
         tensors = {}
-        for name, tensor in self._shards.whole(self._values(kind), torch.float32):
-            if keep:
+        for name, tensor in self._shards.full(self._values(kind), torch.float32):
+            if collect:
                 tensors[name] = tensor.to("cpu", copy=True)
         return tensors
 
@@ -227,12 +229,12 @@ class Engine:
         """
         self._shards.copy_to(self._values("ema"), dict(target.named_parameters()))
 
-    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
+    def state(self, *, collect: bool = True) -> dict[str, Tensor]:
         """Everything needed to go on, independent of the layout: ``kind/name`` and ``step``. Communication as ``full``, four times."""
         tensors = {
             f"{kind}/{name}": tensor
             for kind in STATE_KINDS
-            for name, tensor in self.full(kind, keep=keep).items()
+            for name, tensor in self.full(kind, collect=collect).items()
         }
         tensors["step"] = self._states[0]["step"].reshape(1).to("cpu", copy=True)
         return tensors
@@ -242,20 +244,20 @@ class Engine:
         """The reverse of ``state``, for any number of ranks and any stage. No communication."""
         for kind in STATE_KINDS:
 
-            def whole(name: str, kind: str = kind) -> Tensor:
+            def full(name: str, kind: str = kind) -> Tensor:
                 return tensors[f"{kind}/{name}"]
 
             if kind == "weight":
-                self._shards.load(whole)
+                self._shards.load(full)
                 continue
-            for state, part in zip(self._states, self._shards.own(whole), strict=True):
+            for state, part in zip(self._states, self._shards.rank_parts(full), strict=True):
                 state[kind].copy_(part)
         for state in self._states:
             state["step"].copy_(tensors["step"][0])
 
     def is_finite_here(self) -> Tensor:
         """Weights, moments and EMA of this rank's shards are finite, and so is the network it computes with."""
-        tensors = [shard for each in self._own_shards() for shard in each.values()]
+        tensors = [shard for each in self._local_shards() for shard in each.values()]
         tensors += self._shards.computed_with
         return torch.stack([tensor.sum().isfinite() for tensor in tensors]).all()
 
@@ -267,25 +269,27 @@ class Engine:
         return bool(finite)
 
     @torch.no_grad()
-    def snapshot(self, into: Kept | None = None) -> Kept:
+    def snapshot(self, into: StateSnapshot | None = None) -> StateSnapshot:
         """A copy of this rank's shards in host memory, 16 bytes per parameter over the group; ``into`` is overwritten. No communication."""
-        own = self._own_shards()
+        shards_of = self._local_shards()
         if into is None:
-            return [{kind: shard.to("cpu", copy=True) for kind, shard in e.items()} for e in own]
-        for kept, shards in zip(into, own, strict=True):
+            return [
+                {kind: shard.to("cpu", copy=True) for kind, shard in e.items()} for e in shards_of
+            ]
+        for saved, shards in zip(into, shards_of, strict=True):
             for kind, shard in shards.items():
-                kept[kind].copy_(shard)
+                saved[kind].copy_(shard)
         return into
 
     @torch.no_grad()
-    def restore_snapshot(self, kept: Kept) -> None:
+    def restore_snapshot(self, saved: StateSnapshot) -> None:
         """To the state that ``snapshot`` copied, on every rank of the group together. One all-gather per parameter group."""
-        for shards, before in zip(self._own_shards(), kept, strict=True):
+        for shards, before in zip(self._local_shards(), saved, strict=True):
             for kind, shard in shards.items():
                 shard.copy_(before[kind])
         self._shards.show_weights()
 
-    def _own_shards(self) -> Kept:
+    def _local_shards(self) -> StateSnapshot:
         return [
             {"weight": shard.detach(), **state}
             for shard, state in zip(self._shards.weights, self._states, strict=True)

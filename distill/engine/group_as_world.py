@@ -70,17 +70,17 @@ class _GroupAsWorld:
     def __init__(self, backend: Any, group: dist.ProcessGroup) -> None:
         self._backend, self._group = backend, group
 
-    def _or_own(self, group: Any) -> Any:
+    def _or_default(self, group: Any) -> Any:
         return self._group if group is None or group is dist.group.WORLD else group
 
     def get_rank(self, group: Any = None) -> int:
-        return dist.get_rank(self._or_own(group))
+        return dist.get_rank(self._or_default(group))
 
     def get_world_size(self, group: Any = None) -> int:
-        return dist.get_world_size(self._or_own(group))
+        return dist.get_world_size(self._or_default(group))
 
     def get_global_rank(self, group: Any, group_rank: int) -> int:
-        return dist.get_global_rank(self._or_own(group), group_rank)
+        return dist.get_global_rank(self._or_default(group), group_rank)
 
     def __getattr__(self, name: str) -> Any:
         function = getattr(self._backend, name)
@@ -88,12 +88,12 @@ class _GroupAsWorld:
             return function
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            place = _GROUP_ARGUMENT.get(name)
-            if place is not None and len(args) > place:
-                args = (*args[:place], self._or_own(args[place]), *args[place + 1 :])
+            index = _GROUP_ARGUMENT.get(name)
+            if index is not None and len(args) > index:
+                args = (*args[:index], self._or_default(args[index]), *args[index + 1 :])
                 return function(*args, **kwargs)
             is_world = kwargs.get("group") is None or kwargs["group"] is dist.group.WORLD
-            kwargs["group"] = self._or_own(kwargs.get("group"))
+            kwargs["group"] = self._or_default(kwargs.get("group"))
             root = _ROOTED.get(name)
             if root is not None and is_world and kwargs.get(root) is not None:
                 kwargs[root] = dist.get_global_rank(self._group, kwargs[root])

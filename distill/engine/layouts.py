@@ -22,15 +22,17 @@ class Shards(Protocol):
     weights: list[Tensor]
     computed_with: list[Tensor]
 
-    def whole(self, own: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def full(
+        self, rank_parts: Sequence[Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[str, Tensor]]:
         """Name and whole tensor of every parameter, from what each rank owns. Collective over the group."""
         ...
 
-    def own(self, whole: Callable[[str], Tensor]) -> list[Tensor]:
+    def rank_parts(self, full: Callable[[str], Tensor]) -> list[Tensor]:
         """This rank's part of whole tensors. No communication."""
         ...
 
-    def load(self, whole: Callable[[str], Tensor]) -> None:
+    def load(self, full: Callable[[str], Tensor]) -> None:
         """Sets the master weights and what the network computes with. No communication."""
         ...
 
@@ -38,7 +40,7 @@ class Shards(Protocol):
         """The network computes with the master weights as they are now. Collective over the group."""
         ...
 
-    def copy_to(self, own: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
+    def copy_to(self, rank_parts: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
         """Writes values into parameters of the same names, whole or sharded. Collective over the group."""
         ...
 
@@ -58,24 +60,26 @@ class FlatShards:
         self.weights: list[Tensor] = list(zero.single_partition_of_fp32_groups)
         self.computed_with: list[Tensor] = list(zero.bit16_groups_flat)
 
-    def whole(self, own: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def full(
+        self, rank_parts: Sequence[Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[str, Tensor]]:
         """As the protocol; one all-gather per parameter group."""
         for flat, parameters, shard in zip(
-            self.computed_with, self._zero.bit16_groups, own, strict=True
+            self.computed_with, self._zero.bit16_groups, rank_parts, strict=True
         ):
             values = gather_equal(shard.detach().to(dtype), self._group)
             for parameter in parameters:
-                place = _place(parameter, flat)
-                yield self._names[id(parameter)], values[place].view(parameter.shape)
+                span = _span_of(parameter, flat)
+                yield self._names[id(parameter)], values[span].view(parameter.shape)
 
-    def own(self, whole: Callable[[str], Tensor]) -> list[Tensor]:
+    def rank_parts(self, full: Callable[[str], Tensor]) -> list[Tensor]:
         """As the protocol."""
-        return [self._part(self._assembled(index, whole)) for index in range(len(self.weights))]
+        return [self._part(self._assembled(index, full)) for index in range(len(self.weights))]
 
-    def load(self, whole: Callable[[str], Tensor]) -> None:
+    def load(self, full: Callable[[str], Tensor]) -> None:
         """As the protocol."""
         for index, (shard, flat) in enumerate(zip(self.weights, self.computed_with, strict=True)):
-            values = self._assembled(index, whole)
+            values = self._assembled(index, full)
             shard.copy_(self._part(values))
             flat.copy_(values)
 
@@ -84,22 +88,22 @@ class FlatShards:
         for flat, shard in zip(self.computed_with, self.weights, strict=True):
             flat.copy_(gather_equal(shard.detach(), self._group))
 
-    def copy_to(self, own: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
+    def copy_to(self, rank_parts: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
         """As the protocol; gathers in the targets' dtype."""
         dtype = next(iter(targets.values())).dtype
-        for name, value in self.whole(own, dtype):
+        for name, value in self.full(rank_parts, dtype):
             targets[name].copy_(value)
 
     def _part(self, values: Tensor) -> Tensor:
         """This rank's part of a whole buffer."""
         return values.chunk(dist.get_world_size(self._group))[dist.get_rank(self._group)]
 
-    def _assembled(self, index: int, whole: Callable[[str], Tensor]) -> Tensor:
+    def _assembled(self, index: int, full: Callable[[str], Tensor]) -> Tensor:
         flat = self.computed_with[index]
         values = torch.zeros(flat.numel(), dtype=torch.float32, device=flat.device)
         for parameter in self._zero.bit16_groups[index]:
             name = self._names[id(parameter)]
-            values[_place(parameter, flat)] = whole(name).to(values).flatten()
+            values[_span_of(parameter, flat)] = full(name).to(values).flatten()
         return values
 
 
@@ -111,28 +115,32 @@ class PieceShards:
         self.weights: list[Tensor] = list(zero.fp32_partitioned_groups_flat)
         self.computed_with: list[Tensor] = list(zero.fp16_partitioned_groups_flat)
         rank = dist.get_rank(group)
-        for own in (self.weights, self.computed_with):
-            for _, parameter, piece in self._pieces(own):  # padding is whatever lay in memory
+        for rank_parts in (self.weights, self.computed_with):
+            for _, parameter, piece in self._pieces(
+                rank_parts
+            ):  # padding is whatever lay in memory
                 piece[max(0, parameter.ds_numel - rank * piece.numel()) :].zero_()
 
-    def whole(self, own: Sequence[Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def full(
+        self, rank_parts: Sequence[Tensor], dtype: torch.dtype
+    ) -> Iterator[tuple[str, Tensor]]:
         """As the protocol; one all-gather per parameter, so that only one is ever whole."""
-        for name, parameter, piece in self._pieces(own):
+        for name, parameter, piece in self._pieces(rank_parts):
             yield name, self._gathered(parameter, piece.to(dtype))
 
-    def own(self, whole: Callable[[str], Tensor]) -> list[Tensor]:
+    def rank_parts(self, full: Callable[[str], Tensor]) -> list[Tensor]:
         """As the protocol."""
         rank = dist.get_rank(self._group)
         parts = [torch.zeros_like(shard) for shard in self.weights]
         for name, _, piece in self._pieces(parts):
             size = piece.numel()
-            values = whole(name).flatten()[rank * size : (rank + 1) * size]
+            values = full(name).flatten()[rank * size : (rank + 1) * size]
             piece[: len(values)].copy_(values)
         return parts
 
-    def load(self, whole: Callable[[str], Tensor]) -> None:
+    def load(self, full: Callable[[str], Tensor]) -> None:
         """As the protocol."""
-        for shard, part in zip(self.weights, self.own(whole), strict=True):
+        for shard, part in zip(self.weights, self.rank_parts(full), strict=True):
             shard.copy_(part)
         self.show_weights()
 
@@ -141,9 +149,9 @@ class PieceShards:
         for half, shard in zip(self.computed_with, self.weights, strict=True):
             half.copy_(shard.detach())
 
-    def copy_to(self, own: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
+    def copy_to(self, rank_parts: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
         """As the protocol; what is sharded in the same pieces is copied without communication."""
-        for name, parameter, piece in self._pieces(own):
+        for name, parameter, piece in self._pieces(rank_parts):
             target = targets[name]
             if not isinstance(target, DTensor):
                 target.copy_(self._gathered(parameter, piece.to(target.dtype)))
@@ -152,14 +160,14 @@ class PieceShards:
             if _is_cut_alike(target):
                 local.flatten().copy_(piece)
                 continue
-            whole = self._gathered(parameter, piece.to(local.dtype))
-            parts = whole.chunk(dist.get_world_size(self._group))
+            full = self._gathered(parameter, piece.to(local.dtype))
+            parts = full.chunk(dist.get_world_size(self._group))
             rank = dist.get_rank(self._group)
             if rank < len(parts):
                 local.copy_(parts[rank])
 
-    def _pieces(self, own: Sequence[Tensor]) -> Iterator[tuple[str, Any, Tensor]]:
-        for parameters, shard in zip(self._zero.fp16_groups, own, strict=True):
+    def _pieces(self, rank_parts: Sequence[Tensor]) -> Iterator[tuple[str, Any, Tensor]]:
+        for parameters, shard in zip(self._zero.fp16_groups, rank_parts, strict=True):
             start = 0
             for parameter in parameters:
                 stop = start + parameter.partition_numel()
@@ -167,17 +175,17 @@ class PieceShards:
                 start = stop
 
     def _gathered(self, parameter: Any, piece: Tensor) -> Tensor:
-        whole = gather_equal(piece, self._group)
-        return whole[: parameter.ds_numel].view(parameter.ds_shape)
+        full = gather_equal(piece, self._group)
+        return full[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 def _is_cut_alike(target: DTensor) -> bool:
     """Rows of a sharded parameter are the same numbers as this layout's piece of it; the same answer on every rank."""
-    is_by_rows = all(place == Shard(0) for place in target.placements)
+    is_by_rows = all(placement == Shard(0) for placement in target.placements)
     return is_by_rows and target.shape[0] % target.device_mesh.size() == 0
 
 
-def _place(parameter: Tensor, flat: Tensor) -> slice:
+def _span_of(parameter: Tensor, flat: Tensor) -> slice:
     """Where a parameter lies in the flat buffer of its group."""
     start = (parameter.data_ptr() - flat.data_ptr()) // flat.element_size()
     return slice(start, start + parameter.numel())
@@ -188,9 +196,9 @@ def gather_equal(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
     num_ranks = dist.get_world_size(group)
     if num_ranks == 1:
         return shard.clone()
-    whole = torch.empty(num_ranks * shard.numel(), dtype=shard.dtype, device=shard.device)
+    full = torch.empty(num_ranks * shard.numel(), dtype=shard.dtype, device=shard.device)
     gather = (
         getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     )  # renamed in torch 2.13
-    gather(whole, shard.contiguous(), group=group)
-    return whole
+    gather(full, shard.contiguous(), group=group)
+    return full

@@ -62,7 +62,7 @@ def compose(split: Scored, count: int, size: int, stride: int, *, seed: int = SE
         for region, label in enumerate(chosen):
             image = int(rng.choice(np.flatnonzero(labels == label)))
             inside = nearest == region
-            pixels = decode(reader, split.places[image], size).numpy()
+            pixels = decode(reader, split.locations[image], size).numpy()
             images[number][:, inside] = _mirrored(pixels, side)[:, inside]
             classes[number][inside] = label
     return Mosaics(torch.from_numpy(images), torch.from_numpy(classes))
@@ -98,13 +98,13 @@ def segmentation_score(
     weights = (X'X + ridge I)^-1 X'Y with Y one-hot; a patch belongs to the class with the largest value.
     """
     num_classes = int(torch.cat([train_classes, test_classes]).max()) + 1
-    known, asked = (
+    known, query = (
         torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1).double() for rows in (train, test)
     )
     wanted = nn.functional.one_hot(train_classes, num_classes).double()
     moments = known.T @ known
     ridge = RIDGE * moments.diagonal().mean() * torch.eye(len(moments), dtype=torch.float64)
-    predicted = (asked @ torch.linalg.solve(moments + ridge, known.T @ wanted)).argmax(dim=1)
+    predicted = (query @ torch.linalg.solve(moments + ridge, known.T @ wanted)).argmax(dim=1)
     return mean_iou(predicted, test_classes)
 
 
@@ -133,11 +133,11 @@ class DenseProbe:
         self, backbone: nn.Module, preparation: Preparation
     ) -> tuple[float, Float[Tensor, "images patches width"]]:
         """Mean IoU on held-out mosaics, and the patch features it was found with."""
-        known, asked = (patch_features(backbone, each, preparation) for each in self.mosaics)
+        known, query = (patch_features(backbone, each, preparation) for each in self.mosaics)
         score = segmentation_score(
-            known.flatten(0, 1), self._classes[0], asked.flatten(0, 1), self._classes[1]
+            known.flatten(0, 1), self._classes[0], query.flatten(0, 1), self._classes[1]
         )
-        return score, asked
+        return score, query
 
 
 def drift(

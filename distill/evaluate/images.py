@@ -16,13 +16,13 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from distill.data.index import ImageIndex
-from distill.data.locations import Place, Reader
+from distill.data.locations import Location, Reader
 from distill.errors import UserError
 from teacher.batch import normalise
 
 BATCH = 64  # images per forward; keeps a ViT-L at 256 px below 4 GiB
 MAX_IMAGES = 10_000  # of each split; the pixel baseline holds them in memory
-TELL_EVERY_S = 20.0
+REPORT_EVERY_S = 20.0
 log = logging.getLogger(__name__)
 
 
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class Scored:
     """Images with the labels a score needs, in the order of the index."""
 
-    places: Sequence[Place]
+    locations: Sequence[Location]
     labels: Int64[Tensor, " images"]
 
 
@@ -46,40 +46,40 @@ class Preparation:
 @torch.inference_mode()
 def extract(
     backbone: nn.Module,
-    places: Sequence[Place],
+    locations: Sequence[Location],
     preparation: Preparation,
     *,
     device: torch.device,
     batch: int = BATCH,
-    seen: Callable[[int], None] = lambda _: None,
+    on_batch: Callable[[int], None] = lambda _: None,
 ) -> Float[Tensor, "images width"]:
-    """Class token of each image, in fp32 on the CPU, in the order of ``places``.
+    """Class token of each image, in fp32 on the CPU, in the order of ``locations``.
 
-    The backbone satisfies ``Backbone``, is in evaluation mode and already on ``device``. ``seen`` is
+    The backbone satisfies ``Backbone``, is in evaluation mode and already on ``device``. ``on_batch`` is
     told the number of images of every batch.
     """
     features = []
-    for images in decode_images(places, preparation.size, batch):
+    for images in decode_images(locations, preparation.size, batch):
         pixels = normalise(
             images.to(device), preparation.mean, preparation.std, dtype=torch.float32
         )
         features.append(backbone(pixels).class_token.float().cpu())
-        seen(len(images))
+        on_batch(len(images))
     return torch.cat(features)
 
 
-def decode(reader: Reader, place: Place, size: int) -> UInt8[Tensor, "3 size size"]:
+def decode(reader: Reader, location: Location, size: int) -> UInt8[Tensor, "3 size size"]:
     """The image upright in RGB at ``size`` x ``size``; resized (bilinear) only when it differs.
 
     Raises:
         UserError: the file is missing or is no image.
     """
     try:
-        with Image.open(io.BytesIO(reader.read(place).data)) as file:
+        with Image.open(io.BytesIO(reader.read(location).data)) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")
     except OSError as error:
         raise UserError(
-            f"{place}: cannot be decoded ({error})",
+            f"{location}: cannot be decoded ({error})",
             fix="restore the file, or train again so that the index leaves it out.",
         ) from error
     if image.size != (size, size):
@@ -97,14 +97,14 @@ def count_images(say: Callable[[str], None], what: str, total: int) -> Callable[
     """Adds up counts and reports progress now and then."""
     done, told = 0, time.monotonic()
 
-    def seen(count: int) -> None:
+    def on_batch(count: int) -> None:
         nonlocal done, told
         done += count
-        if time.monotonic() - told > TELL_EVERY_S:
+        if time.monotonic() - told > REPORT_EVERY_S:
             told = time.monotonic()
             say(f"{what}: {done:,} of {total:,} images")
 
-    return seen
+    return on_batch
 
 
 def read_splits(run_folder: Path, k: int, *, part: str = "train") -> tuple[Scored, Scored, str]:
@@ -140,23 +140,23 @@ def _scored(index: ImageIndex, labels: np.ndarray) -> Scored:
     if len(chosen) < len(index):
         log.info("k-NN uses %d of %d images, evenly spaced", len(chosen), len(index))
     return Scored(
-        [index.place(image) for image in chosen.tolist()],
+        [index.location(image) for image in chosen.tolist()],
         torch.from_numpy(np.asarray(labels)[chosen].astype(np.int64)),
     )
 
 
 def decode_images(
-    places: Sequence[Place], size: int, batch: int
+    locations: Sequence[Location], size: int, batch: int
 ) -> Iterator[UInt8[Tensor, "images 3 size size"]]:
     """Batches of decoded images, two files at a time (Pillow decodes without the lock)."""
     reader = Reader()
     with ThreadPoolExecutor(max_workers=2) as threads:
-        for start in range(0, len(places), batch):
-            part = places[start : start + batch]
-            images = threads.map(lambda place: decode(reader, place, size), part)
+        for start in range(0, len(locations), batch):
+            part = locations[start : start + batch]
+            images = threads.map(lambda location: decode(reader, location, size), part)
             yield torch.stack(list(images))
 
 
-def read_pixels(places: Sequence[Place], size: int) -> UInt8[Tensor, "images 3 size size"]:
+def read_pixels(locations: Sequence[Location], size: int) -> UInt8[Tensor, "images 3 size size"]:
     """Decodes all images of a split, resized to ``size`` pixels per side."""
-    return torch.cat(list(decode_images(places, size, BATCH)))
+    return torch.cat(list(decode_images(locations, size, BATCH)))

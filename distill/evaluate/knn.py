@@ -99,22 +99,24 @@ def pixels_score(train: Scored, test: Scored, k: int = KNN_K) -> float:
     Euclidean suits pixels better than cosine (0.38 against 0.22 on the bundled tiles), and a
     baseline is given its better distance.
     """
-    sides = [read_pixels(split.places, BASELINE_PX).flatten(1).float() for split in (train, test)]
+    sides = [
+        read_pixels(split.locations, BASELINE_PX).flatten(1).float() for split in (train, test)
+    ]
     return knn(sides[0], train.labels, sides[1], test.labels, k, measure="euclidean")
 
 
-def colour_score(train: Scored, test: Scored, k: int = KNN_K) -> float:
+def rgb_score(train: Scored, test: Scored, k: int = KNN_K) -> float:
     """k-NN by Euclidean distance of each image's mean and spread of red, green and blue.
 
     The six numbers are standardised by the training images.
     """
-    sides = [colour_statistics(read_pixels(split.places, BASELINE_PX)) for split in (train, test)]
+    sides = [rgb_stats(read_pixels(split.locations, BASELINE_PX)) for split in (train, test)]
     centre, spread = sides[0].mean(0), sides[0].std(0).clamp_min(1e-6)  # fp32; grey images exist
-    known, asked = ((side - centre) / spread for side in sides)
-    return knn(known, train.labels, asked, test.labels, k, measure="euclidean")
+    known, query = ((side - centre) / spread for side in sides)
+    return knn(known, train.labels, query, test.labels, k, measure="euclidean")
 
 
-def colour_statistics(images: UInt8[Tensor, "images 3 height width"]) -> Float[Tensor, "images 6"]:
+def rgb_stats(images: UInt8[Tensor, "images 3 height width"]) -> Float[Tensor, "images 6"]:
     """Mean and standard deviation of each colour of each image, in fp32."""
     values = images.flatten(2).float()  # [images, 3, height * width]
     return torch.cat([values.mean(2), values.std(2, correction=0)], dim=1)
@@ -151,16 +153,16 @@ def evaluate_run(
         if not reason:
             what = f"k-NN of {name} and its untrained copy ({number} of {len(folders)})"
             say(what)
-            seen = count_images(say, what, 2 * (len(train.places) + len(test.places)))
-            place = device or torch.device("cpu")
+            on_batch = count_images(say, what, 2 * (len(train.locations) + len(test.locations)))
+            target_device = device or torch.device("cpu")
             entry["knn"], untrained[name] = _network_scores(
-                folder, (specs or {}).get(name), train, test, k, place, seen
+                folder, (specs or {}).get(name), train, test, k, target_device, on_batch
             )
     if not reason:
         say("k-NN of raw pixels and of colours")
     summary["baselines"] = {
         "pixels": None if reason else pixels_score(train, test, k),
-        "colour": None if reason else colour_score(train, test, k),
+        "colour": None if reason else rgb_score(train, test, k),
         "untrained": untrained,
     }
     summary.pop("knn_reason", None)
@@ -196,7 +198,7 @@ def _network_scores(
     test: Scored,
     k: int,
     device: torch.device,
-    seen: Callable[[int], None],
+    on_batch: Callable[[int], None],
 ) -> tuple[float, float]:
     """Scores of the exported network and of an untrained copy with a fixed seed, one after the other in memory."""
     backbone, spec = load_backbone(folder, spec=spec)
@@ -207,11 +209,11 @@ def _network_scores(
             backbone = spec.build()
             spec.init_(backbone, torch.Generator().manual_seed(UNTRAINED_SEED))
         backbone.to(device).eval()
-        known, asked = (
-            extract(backbone, split.places, preparation, device=device, seen=seen)
+        known, query = (
+            extract(backbone, split.locations, preparation, device=device, on_batch=on_batch)
             for split in (train, test)
         )
-        scores.append(knn(known, train.labels, asked, test.labels, k))
+        scores.append(knn(known, train.labels, query, test.labels, k))
     return scores[0], scores[1]
 
 

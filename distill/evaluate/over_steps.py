@@ -62,28 +62,28 @@ def score_steps(run_folder: Path, say: Callable[[str], None]) -> list[StepScores
     preparation = Preparation(recipe.crops.input_size, recipe.data.mean, recipe.data.std)
     probe = DenseProbe((train, test), preparation.size, spec.stride)
     backbone, cpu = spec.build().eval(), torch.device("cpu")
-    moments: list[StepScores] = []
+    history: list[StepScores] = []
     first: Tensor | None = None
     for stage, step, path in found:
         backbone.load_state_dict(read_ema(path))
-        known, asked = (
-            extract(backbone, split.places, preparation, device=cpu) for split in (train, test)
+        known, query = (
+            extract(backbone, split.locations, preparation, device=cpu) for split in (train, test)
         )
         dense, patches = probe.score(backbone, preparation)
         first = patches if first is None else first
-        moment = StepScores(
+        scores = StepScores(
             stage,
             step,
-            knn(known, train.labels, asked, test.labels),
+            knn(known, train.labels, query, test.labels),
             dense,
             drift(patches, first),
         )
-        moments.append(moment)
+        history.append(scores)
         say(
-            f"{stage} step {step}: k-NN {moment.knn:.3f}, dense {dense:.3f}, drift {moment.drift:.4f}"
+            f"{stage} step {step}: k-NN {scores.knn:.3f}, dense {dense:.3f}, drift {scores.drift:.4f}"
         )
-    write_json(run_folder / "progress.json", [asdict(moment) for moment in moments])
-    return moments
+    write_json(run_folder / "progress.json", [asdict(scores) for scores in history])
+    return history
 
 
 def checkpoints_of(run_folder: Path, recipe: TeacherRecipe) -> list[tuple[str, int, Path]]:
@@ -120,9 +120,9 @@ def draw_progress(runs: Mapping[str, Sequence[StepScores]], out: Path) -> Path:
         "drift": "patch similarities: change since the first point",
     }
     for axes, (key, title) in zip(figure.subplots(1, len(titles)), titles.items(), strict=True):
-        for name, moments in runs.items():
-            values: list[Any] = [getattr(moment, key) for moment in moments]
-            axes.plot([m.step for m in moments], values, marker="o", ms=3, label=name)
+        for name, history in runs.items():
+            values: list[Any] = [getattr(scores, key) for scores in history]
+            axes.plot([m.step for m in history], values, marker="o", ms=3, label=name)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("steps")
         axes.grid(alpha=0.3)

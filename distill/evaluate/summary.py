@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from distill.data.index import ImageIndex
-from distill.data.locations import Place, Reader
+from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
 from distill.evaluate.knn import evaluate_run
 from distill.evaluate.pictures import draw
@@ -37,11 +37,11 @@ def finish(run_folder: Path) -> dict[str, Any]:
     status = status_file.read()
     assert status is not None, "a run that ended has a status"
 
-    def tell(text: str) -> None:
+    def show(text: str) -> None:
         now = replace(status, state="evaluating", message=text, updated_unix=time.time())
         status_file.write(now)
 
-    tell("")
+    show("")
     timing = json.loads((run_folder / "timing.json").read_text())
     students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
     specs = {student.label: student.backbone_spec() for student in students}
@@ -55,8 +55,8 @@ def finish(run_folder: Path) -> dict[str, Any]:
     write_json(run_folder / "summary.json", summary)
     device = torch.device("cuda" if has_gpu(job.recipe.engine.device) else "cpu")
     teacher = job.teacher_paths[0]
-    summary = evaluate_run(run_folder, tell, teacher_folder=teacher, specs=specs, device=device)
-    tell("drawing features.png")
+    summary = evaluate_run(run_folder, show, teacher_folder=teacher, specs=specs, device=device)
+    show("drawing features.png")
     networks = {"teacher": load_backbone(teacher)[0].to(device)}
     for name, spec in specs.items():
         networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0].to(device)
@@ -84,14 +84,14 @@ def _photographs(run_folder: Path, source: str) -> list[np.ndarray[Any, np.dtype
     """A few photographs to look at: the bundled ones uncropped, or the first of the user's images."""
     if source == BUILTIN_PHOTOGRAPHS:
         paths = photograph_paths()
-        chosen = [Place.of(paths[n]) for n in ("astronaut", "chelsea", "coffee", "rocket")]
+        chosen = [Location.of(paths[n]) for n in ("astronaut", "chelsea", "coffee", "rocket")]
     else:
         held_out = run_folder / "data" / "held_out"
         index = ImageIndex.load(held_out if held_out.is_dir() else run_folder / "data" / "train")
         step = max(1, len(index) // NUM_PHOTOGRAPHS)
-        chosen = [index.place(image) for image in range(0, len(index), step)][:NUM_PHOTOGRAPHS]
+        chosen = [index.location(image) for image in range(0, len(index), step)][:NUM_PHOTOGRAPHS]
     images, reader = [], Reader()
-    for place in chosen:
-        with Image.open(io.BytesIO(reader.read(place).data)) as opened:
+    for location in chosen:
+        with Image.open(io.BytesIO(reader.read(location).data)) as opened:
             images.append(np.asarray(ImageOps.exif_transpose(opened).convert("RGB")))
     return images

@@ -57,15 +57,15 @@ class RankContext:
 class PhaseContext:
     """What the parts of a phase are built from, on one rank.
 
-    ``taught_by`` is the teacher's backbone; ``tell`` takes events that people should read.
+    ``teacher_spec`` is the teacher's backbone; ``report`` takes events that people should read.
     """
 
     recipe: Recipe
     plan: Plan
     groups: Groups
-    site: RankContext
-    taught_by: BackboneSpec
-    tell: Callable[[str], None]
+    rank_context: RankContext
+    teacher_spec: BackboneSpec
+    report: Callable[[str], None]
 
     def placement(self, name: str) -> Placement:
         """Where a network trains."""
@@ -83,49 +83,49 @@ def objective_of(spec: ObjectiveSpec, gram: float = 0.0) -> Objective:
 
 
 def task_options(
-    recipe: Recipe, *, masks_input: bool, crop_scale: float = 1.0, keep: float = 1.0
+    recipe: Recipe, *, masks_input: bool, crop_scale: float = 1.0, survival: float = 1.0
 ) -> TaskOptions:
     """How a network of this recipe is trained."""
-    return TaskOptions(masks_input, recipe.data.mean, recipe.data.std, crop_scale, keep)
+    return TaskOptions(masks_input, recipe.data.mean, recipe.data.std, crop_scale, survival)
 
 
 def build_task(
-    scene: PhaseContext, name: str, network: tuple[nn.Module, Head, Head], options: TaskOptions
+    context: PhaseContext, name: str, network: tuple[nn.Module, Head, Head], options: TaskOptions
 ) -> DistillationTask:
     """A network with heads, on the group of ``name``."""
-    placement = scene.placement(name)
+    placement = context.placement(name)
     return DistillationTask(
         *network,
         options,
-        scene.groups.by_network[name],
+        context.groups.by_network[name],
         len(placement.slices),
         placement.koleo_is_local,
     )
 
 
 def build_engine(
-    scene: PhaseContext,
+    context: PhaseContext,
     name: str,
     task: nn.Module,
     lr_factor: Callable[[str], float] = lambda _: 1.0,
 ) -> Engine:
     """A task on its group, wrapped by its own engine. Collective over the group."""
-    groups, parts = scene.groups, scene.parts_of(name)
-    if scene.recipe.engine.activation_checkpointing:
+    groups, parts = context.groups, context.parts_of(name)
+    if context.recipe.engine.activation_checkpointing:
         for module in task.modules():
             if isinstance(module, ViT):
                 module.is_checkpointing = True
     settings = EngineSettings(
-        zero_stage=scene.recipe.engine.zero,
-        precision=scene.recipe.engine.precision,
-        gradient_clip=scene.recipe.schedule.clip,
+        zero_stage=context.recipe.engine.zero,
+        precision=context.recipe.engine.precision,
+        gradient_clip=context.recipe.schedule.clip,
         images_per_rank=max(part.stop - part.start for part in parts),
         num_parts=len(parts),
-        beta2=scene.recipe.schedule.beta2,
+        beta2=context.recipe.schedule.beta2,
         lr_factor=lr_factor,
-        first_id=IDS_PER_NETWORK * [p.name for p in scene.plan.placements].index(name),
+        first_id=IDS_PER_NETWORK * [p.name for p in context.plan.placements].index(name),
     )
-    device = scene.site.device
+    device = context.rank_context.device
     return Engine(task.to(device), groups.by_network[name], groups.alone, settings)
 
 
@@ -144,7 +144,7 @@ def freeze(
 
 
 def build_phase(
-    scene: PhaseContext,
+    context: PhaseContext,
     name: str,
     steps: tuple[int, int],
     teacher: FrozenTeacher,
@@ -162,22 +162,27 @@ def build_phase(
     ``steps``: where the phase begins in the stream of samples, and its length. ``stage``: of
     pretraining. ``later``: plans for when networks are finished.
     """
-    recipe, plan, rank, site = scene.recipe, scene.plan, scene.groups.world_rank, scene.site
+    recipe, plan, rank, rank_context = (
+        context.recipe,
+        context.plan,
+        context.groups.world_rank,
+        context.rank_context,
+    )
     plan_schedule = PlanSchedule(plan, later)
     bounds, settings = recipe.schedule.rope_rescale, recipe.schedule
     crops = crop_schedule(recipe, stage)
     feed = build_feed(
         recipe,
-        site.index,
+        rank_context.index,
         crops,
-        site.run_folder / BAD_SAMPLES_FILE,
+        rank_context.run_folder / BAD_SAMPLES_FILE,
         lambda step: plan_schedule.at(step).share(rank, step),
         sum(steps),
     )
-    loader = build_loader(recipe, feed, crops, plan_schedule.most_images(rank), site.device)
+    loader = build_loader(recipe, feed, crops, plan_schedule.most_images(rank), rank_context.device)
 
     def grid_at(step: int) -> tuple[int, int]:
-        return grid_of(scene.taught_by, crops.at(step).global_size)
+        return grid_of(context.teacher_spec, crops.at(step).global_size)
 
     return Phase(
         name=name,
@@ -189,10 +194,12 @@ def build_phase(
         world_rank=rank,
         grid_at=grid_at,
         loader=loader,
-        masks=StepMasks(recipe.masks, plan_schedule, rank, grid_at, recipe.seed, site.device),
+        masks=StepMasks(
+            recipe.masks, plan_schedule, rank, grid_at, recipe.seed, rank_context.device
+        ),
         teacher=teacher,
-        teaching=Stopwatch(site.device),
-        exchange=exchange(plan_schedule, rank, scene.groups.exchange, site.device),
+        teaching=Stopwatch(rank_context.device),
+        exchange=exchange(plan_schedule, rank, context.groups.exchange, rank_context.device),
         trainers=trainers,
         temperature=lambda step: schedule.teacher_temperature(settings, step),
         scalars=lambda step: StepScalars(
@@ -236,14 +243,14 @@ def load_teacher(
     return freeze(recipe, device, backbone, both)
 
 
-def shard_teacher(scene: PhaseContext, teacher: FrozenTeacher) -> None:
+def shard_teacher(context: PhaseContext, teacher: FrozenTeacher) -> None:
     """Leaves each rank its part of a teacher that was loaded to the CPU, where the plan says so. Collective over the world."""
-    if not scene.plan.is_teacher_sharded:
+    if not context.plan.is_teacher_sharded:
         return
-    teacher.shard(scene.groups.teacher, scene.site.device)
-    teacher.to(scene.site.device)
-    most = max(scene.plan.largest_shares)
-    teacher.min_forwards = -(-most // scene.recipe.engine.teacher_micro_batch)
+    teacher.shard(context.groups.teacher, context.rank_context.device)
+    teacher.to(context.rank_context.device)
+    most = max(context.plan.largest_shares)
+    teacher.min_forwards = -(-most // context.recipe.engine.teacher_micro_batch)
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -252,26 +259,29 @@ def compute_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def family_phase(
-    scene: PhaseContext, teacher: FrozenTeacher, shape: TeacherShape, first_steps: Mapping[str, int]
+    context: PhaseContext,
+    teacher: FrozenTeacher,
+    shape: TeacherShape,
+    first_steps: Mapping[str, int],
 ) -> Phase:
     """The distillation phase: one engine per student this rank trains. Collective over the world.
 
     ``first_steps``: where each student joined; its own schedule begins there and ends with the others'.
     """
-    recipe = scene.recipe
+    recipe = context.recipe
     assert isinstance(recipe, FamilyRecipe), "students are a family's"
     trainers = []
-    for student, placement in zip(recipe.students, scene.plan.placements, strict=True):
-        if scene.groups.world_rank not in placement.world_ranks:
+    for student, placement in zip(recipe.students, context.plan.placements, strict=True):
+        if context.groups.world_rank not in placement.world_ranks:
             continue
-        task, targets = _student(scene, student, teacher, shape)
+        task, targets = _student(context, student, teacher, shape)
         lr = recipe.schedule.lr
         if student.lr is not None:
             lr = lr.model_copy(update={"peak": student.lr})
-        engine = build_engine(scene, student.label, task)
+        engine = build_engine(context, student.label, task)
         end = student.steps or recipe.schedule.steps
         rates = _student_rates(recipe.schedule, lr, first_steps[student.label], end)
-        parts = scene.parts_of(student.label)
+        parts = context.parts_of(student.label)
         trainer = StudentTrainer(
             student.label, placement, engine, rates, targets, parts=parts, num_steps=student.steps
         )
@@ -279,7 +289,7 @@ def family_phase(
     objective = objective_of(recipe.objective)
     steps = (0, recipe.schedule.steps)
     phase = build_phase(
-        scene,
+        context,
         FAMILY_PHASE,
         steps,
         teacher,
@@ -288,51 +298,51 @@ def family_phase(
         lambda _: None,
         lookahead=recipe.engine.lookahead,
         exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
-        later=later_plans(recipe, scene.plan),
+        later=later_plans(recipe, context.plan),
     )
-    if not recipe.engine.balance or not scene.plan.is_dithered:
+    if not recipe.engine.balance or not context.plan.is_dithered:
         return phase
     balancer = Balancer(
         phase.plan_schedule,
-        scene.groups.world_rank,
-        scene.groups.control,
+        context.groups.world_rank,
+        context.groups.control,
         phase.loader,
         (phase.teaching, [trainer.training for trainer in trainers]),
         lookahead=phase.lookahead,
         every=recipe.engine.balance,
-        tell=scene.tell,
+        report=context.report,
     )
     return replace(phase, after_step=balancer.after_step)
 
 
 def _student(
-    scene: PhaseContext, student: StudentSpec, teacher: FrozenTeacher, shape: TeacherShape
+    context: PhaseContext, student: StudentSpec, teacher: FrozenTeacher, shape: TeacherShape
 ) -> tuple[nn.Module, TargetBuilder]:
     """A student with fresh weights, and what makes its targets: heads if the teacher has them, projectors if not."""
-    recipe, device = scene.recipe, scene.site.device
+    recipe, device = context.recipe, context.rank_context.device
     spec, generator = student.backbone_spec(), seeded(recipe.seed, student.label)
     size = recipe.crops.global_.size
-    grid_hw, taught_hw = (
+    grid_hw, teacher_hw = (
         grid_of(spec, scaled_size(size, student.crop_scale)),
-        grid_of(scene.taught_by, size),
+        grid_of(context.teacher_spec, size),
     )
-    if grid_hw[0] > taught_hw[0]:
+    if grid_hw[0] > teacher_hw[0]:
         raise CheckpointError(
-            f"students.{student.label}: its {grid_hw} patch grid is finer than the teacher's {taught_hw}",
+            f"students.{student.label}: its {grid_hw} patch grid is finer than the teacher's {teacher_hw}",
             fix="Choose a student whose stride is at least the teacher's patch size.",
         )
     backbone = spec.build()
     spec.init_(backbone, generator)
     options = task_options(recipe, masks_input=False, crop_scale=student.crop_scale)
     if shape.heads is None:
-        taught = shape.spec.width
-        projectors = build_projectors(spec.width, taught, generator)
-        num_ranks = len(scene.placement(student.label).slices)
+        teacher_dim = shape.spec.width
+        projectors = build_projectors(spec.width, teacher_dim, generator)
+        num_ranks = len(context.placement(student.label).slices)
         task = FeatureTask(backbone, *projectors, options, num_ranks)
-        return task, FeatureNormalizer(taught, device)
+        return task, FeatureNormalizer(teacher_dim, device)
     assert teacher.dino_head is not None and teacher.ibot_head is not None, "shapes without heads"
     heads = build_heads(*heads_of_student(student, spec, shape.heads), generator)
-    network = build_task(scene, student.label, (backbone, *heads), options)
+    network = build_task(context, student.label, (backbone, *heads), options)
     return network, SinkhornTargets(teacher.dino_head, teacher.ibot_head)
 
 

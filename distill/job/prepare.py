@@ -179,12 +179,16 @@ def _write_recipes(job: Job) -> None:
     """The recipe as given, and as resolved with the teacher's recipe beside it: together they run."""
     source = find_recipe(job.request.recipe)
     folder = job.run_folder
-    own = [text for text in job.request.overrides if not text.startswith(TEACHER_PREFIX)]
+    family_overrides = [
+        text for text in job.request.overrides if not text.startswith(TEACHER_PREFIX)
+    ]
     shutil.copyfile(source, folder / "recipe.yaml")
-    (folder / RESOLVED).write_text(resolved_yaml(str(source), own, job.recipe))
+    (folder / RESOLVED).write_text(resolved_yaml(str(source), family_overrides, job.recipe))
     if job.teacher_recipe is not None and isinstance(job.recipe, FamilyRecipe):
         theirs = [
-            text.removeprefix(TEACHER_PREFIX) for text in job.request.overrides if text not in own
+            text.removeprefix(TEACHER_PREFIX)
+            for text in job.request.overrides
+            if text not in family_overrides
         ]
         path = source.parent / str(job.recipe.teacher.train)
         (folder / path.name).write_text(resolved_yaml(str(path), theirs, job.teacher_recipe))
@@ -237,21 +241,21 @@ def _index(data: DataSpec) -> ImageIndex:
         DataError: ``data.index`` is of other sources.
     """
     paths = [Path(source.path).absolute() for source in data.sources]
-    kept = None if data.index is None else Path(data.index)
-    if kept is not None and kept.exists():
-        index = ImageIndex.load(kept)
+    index_folder = None if data.index is None else Path(data.index)
+    if index_folder is not None and index_folder.exists():
+        index = ImageIndex.load(index_folder)
         if [name for name, _ in index.sources] != [str(path) for path in paths]:
             held = ", ".join(name for name, _ in index.sources)
             raise DataError(
-                f"data.index = {kept}: is of other sources ({held})",
+                f"data.index = {index_folder}: is of other sources ({held})",
                 fix="Name another folder, or remove this one so that it is made again.",
             )
         return index
     index = build_index(
         paths, max_bad_fraction=data.max_bad_fraction, max_megapixels=data.max_megapixels
     )
-    if kept is not None:
-        index.save(kept)
+    if index_folder is not None:
+        index.save(index_folder)
     return index
 
 

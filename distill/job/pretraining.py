@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.data.depth import draw_kept
+from distill.data.depth import draw_active
 from distill.errors import CheckpointError
 from distill.job.build import (
     PhaseContext,
@@ -44,7 +44,7 @@ from teacher.task import NUM_GLOBAL
 from teacher.vit import ViT
 
 
-def _own_targets(ema: FrozenTeacher) -> SinkhornTargets:
+def _ema_targets(ema: FrozenTeacher) -> SinkhornTargets:
     assert ema.dino_head is not None and ema.ibot_head is not None, (
         "a network that teaches has heads"
     )
@@ -62,35 +62,37 @@ class Pretraining:
     the other two are gathered block by block for their forward passes.
     """
 
-    def __init__(self, recipe: TeacherRecipe, groups: Groups, site: RankContext) -> None:
+    def __init__(self, recipe: TeacherRecipe, groups: Groups, rank_context: RankContext) -> None:
         """Builds the networks; collective over the world."""
         self.recipe, self.shape = recipe, shape_of_recipe(recipe)
         assert self.shape.heads is not None, "a pretrained teacher has heads"
-        self._groups, self._site = groups, site
+        self._groups, self._rank_context = groups, rank_context
         spec, heads = self.shape.spec, self.shape.heads
         online = build_network(spec, *heads, seeded(recipe.seed, ONLINE))
         backbone, *copies = build_network(spec, *heads, seeded(recipe.seed, ONLINE))
-        scene = self._scene(recipe.stages[0])
-        self._keep = 1.0 - recipe.schedule.drop_path
-        options = task_options(recipe, masks_input=True, keep=self._keep)
-        self._trainee = build_task(scene, ONLINE, online, options)
-        self.engine = build_engine(scene, ONLINE, self._trainee, lr_factors(recipe, spec))
+        context = self._context(recipe.stages[0])
+        self._survival = 1.0 - recipe.schedule.drop_path
+        options = task_options(recipe, masks_input=True, survival=self._survival)
+        self._task = build_task(context, ONLINE, online, options)
+        self.engine = build_engine(context, ONLINE, self._task, lr_factors(recipe, spec))
         self._is_sharded = recipe.engine.zero == 3 and groups.num_ranks > 1
-        place = torch.device("cpu") if self._is_sharded else site.device
-        self.ema = freeze(recipe, place, backbone, (copies[0], copies[1]))
+        target_device = torch.device("cpu") if self._is_sharded else rank_context.device
+        self.ema = freeze(recipe, target_device, backbone, (copies[0], copies[1]))
         if self._is_sharded:
-            self.ema.shard(groups.teacher, site.device)
-            self.ema.to(site.device)
+            self.ema.shard(groups.teacher, rank_context.device)
+            self.ema.to(rank_context.device)
 
-    def _scene(self, stage: StageSpec) -> PhaseContext:
+    def _context(self, stage: StageSpec) -> PhaseContext:
         recipe = self.recipe.at_stage(stage)
         plan = plan_stage(self.recipe, stage, self._groups.num_ranks)
-        return PhaseContext(recipe, plan, self._groups, self._site, self.shape.spec, _say_nothing)
+        return PhaseContext(
+            recipe, plan, self._groups, self._rank_context, self.shape.spec, _say_nothing
+        )
 
     def phase(self, stage: StageSpec, anchor_weights: dict[str, Tensor] | None = None) -> Phase:
         """The phase of one stage; ``anchor_weights`` come from a checkpoint when the stage is resumed. Collective over the world."""
-        scene, gram = self._scene(stage), stage.gram
-        recipe, first_step = scene.recipe, self.recipe.first_step(stage)
+        context, gram = self._context(stage), stage.gram
+        recipe, first_step = context.recipe, self.recipe.first_step(stage)
         self.ema.anchor = None
         if gram is not None:
             if anchor_weights is None:
@@ -98,14 +100,14 @@ class Pretraining:
                 anchor_weights = self._read_snapshot(gram.teacher)
             self.ema.anchor = self._anchor(anchor_weights)
         if self._is_sharded:
-            most = max(scene.plan.largest_shares)
+            most = max(context.plan.largest_shares)
             self.ema.min_forwards = -(-most // recipe.engine.teacher_micro_batch)
-        whole = (0, sum(s.steps for s in self.recipe.stages))
-        lr_steps = whole if stage.lr is None else (first_step, stage.steps)
+        span = (0, sum(s.steps for s in self.recipe.stages))
+        lr_steps = span if stage.lr is None else (first_step, stage.steps)
         settings = self.recipe.at_stage(stage).schedule
         ema_end = None if stage.ema is not None else settings.ema_end
-        placement = scene.placement(ONLINE)
-        self._trainee.koleo_is_local = placement.koleo_is_local
+        placement = context.placement(ONLINE)
+        self._task.koleo_is_local = placement.koleo_is_local
         trainer = StudentTrainer(
             ONLINE,
             placement,
@@ -113,18 +115,18 @@ class Pretraining:
             step_rates(
                 settings,
                 settings.lr,
-                lambda step: schedule.cosine(settings.ema, ema_end, step, whole[1]),
+                lambda step: schedule.cosine(settings.ema, ema_end, step, span[1]),
                 lr_steps,
                 lambda step: schedule.cosine(
-                    settings.weight_decay, settings.weight_decay_end, step, whole[1]
+                    settings.weight_decay, settings.weight_decay_end, step, span[1]
                 ),
             ),
-            _own_targets(self.ema),
-            parts=scene.parts_of(ONLINE),
+            _ema_targets(self.ema),
+            parts=context.parts_of(ONLINE),
             prepare=self._with_depth,
         )
         return build_phase(
-            scene,
+            context,
             stage.name,
             (first_step, stage.steps),
             self.ema,
@@ -136,35 +138,35 @@ class Pretraining:
 
     def _with_depth(self, batch: StudentBatch, step: int) -> StudentBatch:
         """The batch with the rows that pass through each branch of the online network."""
-        if self._keep == 1.0:
+        if self._survival == 1.0:
             return batch
-        kept = draw_kept(
+        active = draw_active(
             seed=self.recipe.seed,
             step=step,
             positions=range(batch.start, batch.start + len(batch.masks)),
             num_crops=NUM_GLOBAL + self.recipe.crops.local.count,
             num_blocks=self.shape.spec.equal_blocks,
-            keep=self._keep,
+            survival=self._survival,
         )
-        return replace(batch, kept=kept)
+        return replace(batch, active_rows=active)
 
     def _after_step(self, stage: StageSpec, step: int) -> None:
         """EMA into the teaching network; snapshots that a later stage asks for; the anchor at its refresh steps."""
         self.engine.copy_ema_to(self.ema)
-        moment = f"{stage.name}@{step}"
-        if moment in {s.gram.teacher for s in self.recipe.stages if s.gram}:
-            self._write_snapshot(moment)
+        reference = f"{stage.name}@{step}"
+        if reference in {s.gram.teacher for s in self.recipe.stages if s.gram}:
+            self._write_snapshot(reference)
         gram = stage.gram
         if gram and step % gram.refresh == 0 and step // gram.refresh <= gram.max_refreshes:
             self.ema.refresh_anchor()
 
-    def _write_snapshot(self, moment: str) -> None:
+    def _write_snapshot(self, reference: str) -> None:
         """Keeps the EMA's backbone for a later stage. Collective over the world."""
         is_first = self._groups.world_rank == 0
-        weights = self.engine.full("ema", keep=is_first)
+        weights = self.engine.full("ema", collect=is_first)
         if not is_first:
             return
-        path = self._snapshot(moment)
+        path = self._snapshot(reference)
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".part")
         prefix = "backbone."
@@ -172,25 +174,25 @@ class Pretraining:
         write_file(aside, encode(backbone))
         rename(aside, path)
 
-    def _read_snapshot(self, moment: str) -> dict[str, Tensor]:
-        path = self._snapshot(moment)
+    def _read_snapshot(self, reference: str) -> dict[str, Tensor]:
+        path = self._snapshot(reference)
         if not path.is_file():
             raise CheckpointError(
-                f"{path}: the network at {moment}, which a Gram stage starts from, is missing",
+                f"{path}: the network at {reference}, which a Gram stage starts from, is missing",
                 fix="Put it back, or start over with --fresh.",
             )
         return read_tensors(path)
 
-    def _snapshot(self, moment: str) -> Path:
-        return self._site.run_folder / "anchors" / f"{moment}.safetensors"
+    def _snapshot(self, reference: str) -> Path:
+        return self._rank_context.run_folder / "anchors" / f"{reference}.safetensors"
 
     def _anchor(self, weights: dict[str, Tensor]) -> nn.Module:
         backbone = self.shape.spec.build()
         backbone.load_state_dict(weights)
         backbone.requires_grad_(False).eval().to(self.ema.dtype)
         if self._is_sharded:
-            shard_blocks(backbone, self._groups.teacher, self._site.device)
-        return backbone.to(self._site.device)
+            shard_blocks(backbone, self._groups.teacher, self._rank_context.device)
+        return backbone.to(self._rank_context.device)
 
 
 def lr_factors(recipe: TeacherRecipe, spec: BackboneSpec) -> Callable[[str], float]:
@@ -203,8 +205,8 @@ def lr_factors(recipe: TeacherRecipe, spec: BackboneSpec) -> Callable[[str], flo
 
     def factor(name: str) -> float:
         if name.startswith("backbone.embeddings."):
-            own = settings.patch_embed_lr if ".patch_embeddings." in name else 1.0
-            return own * settings.layer_decay ** (depth + 1)
+            rate = settings.patch_embed_lr if ".patch_embeddings." in name else 1.0
+            return rate * settings.layer_decay ** (depth + 1)
         if name.startswith("backbone.layer."):
             block = int(name.split(".")[2])
             return float(settings.layer_decay ** (depth - block))
@@ -227,25 +229,25 @@ class HeadFitting:
         shape: TeacherShape,
         plan: Plan,
         groups: Groups,
-        site: RankContext,
+        rank_context: RankContext,
     ) -> None:
         """Builds the heads; collective over the world."""
         assert shape.heads is not None, "heads to fit have shapes"
         self.recipe = recipe
-        self.scene = PhaseContext(recipe, plan, groups, site, shape.spec, _say_nothing)
+        self.context = PhaseContext(recipe, plan, groups, rank_context, shape.spec, _say_nothing)
         backbone.requires_grad_(False).eval()
         heads, copies = (
             build_heads(*shape.heads, seeded(recipe.seed, HEADS_PHASE)) for _ in range(2)
         )
         task = build_task(
-            self.scene,
+            self.context,
             HEADS_PHASE,
             (backbone, *heads),
             # nothing else has a mask token
             task_options(recipe, masks_input=isinstance(backbone, ViT)),
         )
-        self.engine = build_engine(self.scene, HEADS_PHASE, task)
-        self.ema = freeze(recipe, site.device, backbone, copies)
+        self.engine = build_engine(self.context, HEADS_PHASE, task)
+        self.ema = freeze(recipe, rank_context.device, backbone, copies)
 
     def phase(self) -> Phase:
         """The phase that fits the heads."""
@@ -255,11 +257,11 @@ class HeadFitting:
             dino=objective.dino, ibot=objective.ibot, koleo=0.0, local=objective.local
         )
         rates = step_rates(self.recipe.schedule, lr, lambda _: fit.ema, (0, fit.steps))
-        placement, parts = self.scene.placement(HEADS_PHASE), self.scene.parts_of(HEADS_PHASE)
-        targets = _own_targets(self.ema)
+        placement, parts = self.context.placement(HEADS_PHASE), self.context.parts_of(HEADS_PHASE)
+        targets = _ema_targets(self.ema)
         trainer = StudentTrainer(HEADS_PHASE, placement, self.engine, rates, targets, parts=parts)
         return build_phase(
-            self.scene,
+            self.context,
             HEADS_PHASE,
             (0, fit.steps),
             self.ema,

@@ -21,7 +21,7 @@ Found = tuple[Path, Manifest]
 
 
 def agreed_checkpoint(
-    folder: Path, recipe_hash: str, control: dist.ProcessGroup, tell: Callable[[str], None]
+    folder: Path, recipe_hash: str, control: dist.ProcessGroup, report: Callable[[str], None]
 ) -> Found | None:
     """The checkpoint to go on from, chosen and verified by world rank 0, which first removes what a run that died left.
 
@@ -33,7 +33,7 @@ def agreed_checkpoint(
     name = b""
     if dist.get_rank() == 0:
         checkpoint.clean(folder)
-        found = checkpoint.find_latest(folder, recipe_hash, tell)
+        found = checkpoint.find_latest(folder, recipe_hash, report)
         name = b"" if found is None else found[0].name.encode()
     letters = torch.zeros(MAX_NAME_BYTES, dtype=torch.uint8)
     letters[: len(name)] = torch.tensor(list(name), dtype=torch.uint8)

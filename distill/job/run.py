@@ -62,7 +62,7 @@ COLLECTIVE_TIMEOUT = timedelta(
 )  # longer than any save or first step here; a dead peer fails at once
 
 
-def work(job: Job, asked: StopSaveRequests, heartbeat: Heartbeat) -> None:
+def work(job: Job, requests: StopSaveRequests, heartbeat: Heartbeat) -> None:
     """Runs one rank of a prepared job; the launcher has set the usual rank variables."""
     device = take_device(job.recipe.engine.device)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -71,7 +71,7 @@ def work(job: Job, asked: StopSaveRequests, heartbeat: Heartbeat) -> None:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
     try:
         prepare_deepspeed(device.type)
-        _Run(job, device, asked, heartbeat).run()
+        _Run(job, device, requests, heartbeat).run()
     finally:
         dist.destroy_process_group()
 
@@ -80,37 +80,37 @@ class _Run:
     """The phases of one job on one rank."""
 
     def __init__(
-        self, job: Job, device: torch.device, asked: StopSaveRequests, heartbeat: Heartbeat
+        self, job: Job, device: torch.device, requests: StopSaveRequests, heartbeat: Heartbeat
     ) -> None:
         self.job, self.device, self.heartbeat = job, device, heartbeat
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
         recipe, teacher_recipe = job.recipe, job.teacher_recipe
         self.teacher_recipe = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
         self.family = recipe if isinstance(recipe, FamilyRecipe) else None
-        self.control, told = make_control(COLLECTIVE_TIMEOUT), list[str]()
+        self.control, notes = make_control(COLLECTIVE_TIMEOUT), list[str]()
         folder = job.run_folder / CHECKPOINTS
-        self.saved = agreed_checkpoint(folder, job.hash, self.control, told.append)
+        self.saved = agreed_checkpoint(folder, job.hash, self.control, notes.append)
         self.first_steps = joining_steps(recipe, job.networks, self.saved)
         every = recipe.checkpoint
         self.recorder = Recorder(
             job.run_folder,
             self._phases(),
             self.rank,
-            asked,
+            requests,
             every.every_s,
             [steps for steps in (every.every_steps, every.milestones) if steps is not None],
             job.resume_command,
             self.control,
         )
-        self.recorder.show("preparing", message="; ".join(told))
+        self.recorder.show("preparing", message="; ".join(notes))
         last_saved = None if self.saved is None else (self.saved[1].phase, self.saved[1].step)
         self.saver = Saver(self._checkpoint_policy(), self.recorder, last_saved)
 
     def _checkpoint_policy(self) -> CheckpointPolicy:
         job = self.job
         networks = {
-            name: NetworkFacts(hash=own, first_step=self.first_steps[name])
-            for name, own in job.networks.items()
+            name: NetworkFacts(hash=network_hash, first_step=self.first_steps[name])
+            for name, network_hash in job.networks.items()
         }
         return CheckpointPolicy(
             job.run_folder / CHECKPOINTS,
@@ -150,23 +150,23 @@ class _Run:
         if HEADS_PHASE in left and not self._fit_heads():
             return self._stopped()
         if self.job.request.until == HEADS_PHASE:
-            told = f"heads are in {self.job.run_folder / FITTED_HEADS}"
-            return self.recorder.show("stopped", message=told)
+            text = f"heads are in {self.job.run_folder / FITTED_HEADS}"
+            return self.recorder.show("stopped", message=text)
         if self.family is not None and not self._train_family():
             return self._stopped()
         self.recorder.show("exporting")
         return None
 
     def _stopped(self) -> None:
-        told = "saved" if self.saver.is_saved else self.recorder.status.message
-        self.recorder.show("stopped", message=f"{told}; run the same command to go on")
+        text = "saved" if self.saver.is_saved else self.recorder.status.message
+        self.recorder.show("stopped", message=f"{text}; run the same command to go on")
 
     def _pretrain(self, names: list[str]) -> bool:
         recipe = self.teacher_recipe
         assert recipe is not None, "pretraining without a teacher recipe"
         plan = plan_stage(recipe, recipe.stages[0], self.num_ranks)
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
-        pretraining = Pretraining(recipe, groups, self._site("teacher"))
+        pretraining = Pretraining(recipe, groups, self._rank_context("teacher"))
         for stage in recipe.stages:
             if stage.name not in names:
                 continue
@@ -177,7 +177,7 @@ class _Run:
             pretraining.engine.copy_ema_to(pretraining.ema)
             if not self._run_phase(phase, start_step):
                 return False
-        weights = pretraining.engine.full("ema", keep=self.rank == 0)
+        weights = pretraining.engine.full("ema", collect=self.rank == 0)
         if self.rank == 0:
             self._write_teacher(weights, pretraining.shape.spec)
         dist.barrier()
@@ -190,7 +190,9 @@ class _Run:
         plan = plan_fitting(recipe, shape, self.num_ranks)
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
         teacher = load_teacher(recipe, self.job.teacher_paths[0], None, self.device)
-        fitting = HeadFitting(recipe, teacher.backbone, shape, plan, groups, self._site("train"))
+        fitting = HeadFitting(
+            recipe, teacher.backbone, shape, plan, groups, self._rank_context("train")
+        )
         phase = fitting.phase()
         start_step = self._restore(phase)
         fitting.engine.copy_ema_to(fitting.ema)
@@ -207,19 +209,21 @@ class _Run:
         assert recipe is not None, "a family phase without a family recipe"
         shape = teacher_shape(recipe, self.teacher_recipe)
         plan = plan_family(recipe, shape, self.num_ranks, self._planned_device())
-        place = torch.device("cpu") if plan.is_teacher_sharded else self.device
-        teacher = load_teacher(recipe, *self.job.teacher_paths, place)
+        target_device = torch.device("cpu") if plan.is_teacher_sharded else self.device
+        teacher = load_teacher(recipe, *self.job.teacher_paths, target_device)
         is_first = any(placement.first_rank == self.rank for placement in plan.placements)
-        taught_by = fingerprint(teacher.backbone.state_dict()) if is_first else ""
+        teacher_fingerprint = fingerprint(teacher.backbone.state_dict()) if is_first else ""
         if self.rank == 0:
             write_json(self.job.run_folder / "plan.json", plan.to_json())
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
-        scene = PhaseContext(recipe, plan, groups, self._site("train"), shape.spec, self._tell)
-        shard_teacher(scene, teacher)
-        phase = family_phase(scene, teacher, shape, self.first_steps)
+        context = PhaseContext(
+            recipe, plan, groups, self._rank_context("train"), shape.spec, self._report
+        )
+        shard_teacher(context, teacher)
+        phase = family_phase(context, teacher, shape, self.first_steps)
         finished = self._run_phase(phase, self._restore(phase))
         if finished:
-            self._write_students(phase, recipe, taught_by)
+            self._write_students(phase, recipe, teacher_fingerprint)
         return finished
 
     def _planned_device(self) -> Device:
@@ -231,10 +235,10 @@ class _Run:
         dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
         return replace(DEFAULT_DEVICE, memory_gib=float(smallest) / 2**30)
 
-    def _tell(self, event: str) -> None:
+    def _report(self, event: str) -> None:
         self.recorder.show("training", message=event)
 
-    def _site(self, images: str) -> RankContext:
+    def _rank_context(self, images: str) -> RankContext:
         folder = self.job.run_folder
         return RankContext(self.device, folder, ImageIndex.load(folder / "data" / images))
 
@@ -286,17 +290,17 @@ class _Run:
         write_heads(folder / TRAINED_HEADS, weights)
         write_backbone(folder, _backbone_only(weights), spec, facts)
 
-    def _write_students(self, phase: Phase, recipe: FamilyRecipe, taught_by: str) -> None:
+    def _write_students(self, phase: Phase, recipe: FamilyRecipe, teacher_fingerprint: str) -> None:
         """Every student's EMA as a folder, by the first rank of its group."""
         specs = {student.label: student.backbone_spec() for student in recipe.students}
         provenance = self._provenance(recipe, phase.num_steps)
-        provenance["teacher_fingerprint"] = taught_by
+        provenance["teacher_fingerprint"] = teacher_fingerprint
         sizes = {student.label: recipe.input_size_of(student.label) for student in recipe.students}
         mean, std = recipe.data.mean, recipe.data.std
         for trainer in phase.trainers:
             engine: Engine = trainer.engine
             is_first = trainer.placement.first_rank == self.rank
-            weights = engine.full("ema", keep=is_first)
+            weights = engine.full("ema", collect=is_first)
             if is_first:
                 folder = self.job.run_folder / "students" / trainer.name
                 facts = ExportFacts(sizes[trainer.name], mean, std, provenance)

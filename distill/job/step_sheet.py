@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from distill.data.contact_sheet import draw_sheet, rows_of
+from distill.data.contact_sheet import draw_contact_sheet, rows_of
 from distill.data.mask_counts import mask_counts
 from distill.data.masks import draw_masks
 from distill.errors import RecipeError
@@ -42,13 +42,13 @@ def draw_step(
         if isinstance(recipe, TeacherRecipe)
         else teacher_shape(recipe, teacher_recipe, has_files=False)
     )
-    own = None
+    stage_spec = None
     if stage is not None:
-        own = _stage_named(recipe, stage)
+        stage_spec = _stage_named(recipe, stage)
         assert isinstance(recipe, TeacherRecipe), "only they have stages"
-        step += recipe.first_step(own)
-        recipe = recipe.at_stage(own)
-    crops = crop_schedule(recipe, own)
+        step += recipe.first_step(stage_spec)
+        recipe = recipe.at_stage(stage_spec)
+    crops = crop_schedule(recipe, stage_spec)
     grid_hw = grid_of(shape.spec, crops.at(step).global_size)
     count = min(num_images, recipe.schedule.batch)
     feeds = [
@@ -77,7 +77,7 @@ def draw_step(
     masks = draw_masks(
         seed=recipe.seed, step=step, counts=counts, positions=positions, grid_hw=grid_hw
     )
-    return draw_sheet(rows_of(images, prepared.parameters), batch, masks, grid_hw, out)
+    return draw_contact_sheet(rows_of(images, prepared.parameters), batch, masks, grid_hw, out)
 
 
 def _stage_named(recipe: FamilyRecipe | TeacherRecipe, name: str) -> StageSpec:

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from distill.errors import SetupError, UserError
 from distill.runfolder.lock import run_lock
-from distill.runfolder.requests import SAVE, STOP, ask, forget, is_asked
+from distill.runfolder.requests import SAVE, STOP, forget, is_requested, leave_request
 
 if TYPE_CHECKING:
     from distill.job.prepare import JobRequest
@@ -59,8 +59,12 @@ def run(recipe: str, overrides: list[str], options: Options) -> int:
 
     parsed, _ = load_job(recipe, overrides)
     run_folder = options.out / (options.name or parsed.name)
-    kept = recipe if recipe in builtin_recipes() else str(Path(recipe).absolute())  # for any folder
-    request = JobRequest(kept, tuple(overrides), str(run_folder), resume_command(), options.until)
+    recipe_name = (
+        recipe if recipe in builtin_recipes() else str(Path(recipe).absolute())
+    )  # for any folder
+    request = JobRequest(
+        recipe_name, tuple(overrides), str(run_folder), resume_command(), options.until
+    )
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _run_as_rank(request, options)
     wanted = options.processes or parsed.engine.processes
@@ -177,7 +181,7 @@ def _finalize(run_folder: Path, failure: "Failure | None", *, was_interrupted: b
 
     status_file = StatusFile(run_folder)
     status = status_file.read()
-    was_ended = failure is not None and failure.kind == "died" and is_asked(run_folder, STOP)
+    was_ended = failure is not None and failure.kind == "died" and is_requested(run_folder, STOP)
     if failure is not None and not was_ended:
         if status is not None:
             now = time.time()
@@ -223,14 +227,14 @@ class _Signals:
             signal.signal(number, handler)
 
     def _on_stop(self, *_: object) -> None:
-        ask(self._run_folder, STOP)
+        leave_request(self._run_folder, STOP)
 
     def _on_save(self, *_: object) -> None:
-        ask(self._run_folder, SAVE)
+        leave_request(self._run_folder, SAVE)
 
     def _on_interrupt(self, *_: object) -> None:
         self.num_interrupts += 1
-        ask(self._run_folder, STOP)
+        leave_request(self._run_folder, STOP)
         if self.num_interrupts == 1:
             sys.stderr.write("\nstopping: every rank saves first; Ctrl-C again ends at once\n")
             return

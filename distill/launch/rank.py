@@ -37,16 +37,16 @@ GRACE_S = 5.0  # from the first cause on, for a rank to end by itself
 def entry(run_folder: str, launcher_pid: int | None) -> None:
     """Runs one rank of the prepared job; ``launcher_pid`` is None under another launcher."""
     folder, rank = Path(run_folder), int(os.environ["RANK"])
-    asked, guard = StopSaveRequests(folder), RankMonitor(folder, rank, launcher_pid)
-    heartbeat = Heartbeat(folder, rank, on_beat=lambda: guard.look(asked))
-    with asked.listening(), stacks_on_signal(folder, rank), run_lock(folder) as lock:
+    requests, guard = StopSaveRequests(folder), RankMonitor(folder, rank, launcher_pid)
+    heartbeat = Heartbeat(folder, rank, on_beat=lambda: guard.look(requests))
+    with requests.listening(), stacks_on_signal(folder, rank), run_lock(folder) as lock:
         if launcher_pid is not None:
             lock.share()
         with heartbeat:
             try:
                 job = read_job(folder)
                 heartbeat.limit_s = guard.limit_s = job.recipe.engine.hang_limit_s
-                work(job, asked, heartbeat)
+                work(job, requests, heartbeat)
             except BaseException as error:
                 if not is_lost_connection(error):
                     write_failure(folder, failure_of(error, heartbeat.record(), folder))
@@ -66,12 +66,12 @@ class RankMonitor:
         self._failed_at: float | None = None
         self.limit_s: float | None = None
 
-    def look(self, asked: StopSaveRequests) -> None:
+    def look(self, requests: StopSaveRequests) -> None:
         """Reads requests, watches if that is this rank's part, and ends the process when there is nothing left to do."""
         if self._launcher_pid is not None and os.getppid() != self._launcher_pid:
             os._exit(LOST_EXIT_CODE)
         if self._world_rank == 0:
-            asked.look()
+            requests.look()
         if self._watches and self.limit_s is not None:
             self._watch(self.limit_s)
         self._end_with_the_others()
@@ -81,20 +81,20 @@ class RankMonitor:
         dead = find_dead(self._run_folder, self._num_ranks, self._world_rank)
         found = read_failure(self._run_folder)
         if found is None:
-            found = failure_of_dead(dead, {}) if dead else _nobody_knows()
+            found = failure_of_dead(dead, {}) if dead else _unknown_failure()
             write_failure(self._run_folder, found)
         return found
 
     def _watch(self, limit_s: float) -> None:
         if self._watchdog is None:
             self._watchdog = Watchdog(self._run_folder, self._num_ranks, limit_s)
-        verdict = self._watchdog.look()
-        if verdict is None or read_failure(self._run_folder) is not None:
+        stragglers = self._watchdog.look()
+        if stragglers is None or read_failure(self._run_folder) is not None:
             return
-        write_failure(self._run_folder, verdict.to_failure(self._run_folder))
-        note(self._run_folder, Event("hung", verdict.message))
+        write_failure(self._run_folder, stragglers.to_failure(self._run_folder))
+        note(self._run_folder, Event("hung", stragglers.message))
         records = read_records(self._run_folder, self._num_ranks)
-        end_ranks([record for record in records if record.world_rank in verdict.world_ranks])
+        end_ranks([record for record in records if record.world_rank in stragglers.world_ranks])
 
     def _end_with_the_others(self) -> None:
         if self._failed_at is None:
@@ -107,6 +107,6 @@ class RankMonitor:
         os._exit(LOST_EXIT_CODE)
 
 
-def _nobody_knows() -> Failure:
+def _unknown_failure() -> Failure:
     fix = "The network between hosts may have failed; the same command resumes."
     return Failure("died", "every rank lives, but they lost each other", fix, LOST_EXIT_CODE)

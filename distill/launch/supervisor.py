@@ -31,7 +31,7 @@ from distill.runfolder.failure import (
     write_failure,
 )
 from distill.runfolder.heartbeat import read_records, record_path, state_of
-from distill.runfolder.requests import STOP, is_asked
+from distill.runfolder.requests import STOP, is_requested
 
 LOOK_S = 0.25
 KINDS: dict[FailureKind, EventKind] = {
@@ -89,11 +89,11 @@ class Supervisor:
             note(self._run_folder, Event(KINDS[failure.kind], failure.message))
             is_counted = failure.kind != "student"
             is_last = is_counted and num_restarts == self._max_restarts
-            if failure.kind == "user" or is_last or is_asked(self._run_folder, STOP):
+            if failure.kind == "user" or is_last or is_requested(self._run_folder, STOP):
                 break
             num_restarts += is_counted
-            told = f"restart {num_restarts} of {self._max_restarts}" if is_counted else "restarted"
-            note(self._run_folder, Event("restarted", f"{told}, from the last checkpoint"))
+            text = f"restart {num_restarts} of {self._max_restarts}" if is_counted else "restarted"
+            note(self._run_folder, Event("restarted", f"{text}, from the last checkpoint"))
         return failure
 
     def _attempt(self) -> Failure | None:
@@ -107,9 +107,9 @@ class Supervisor:
         while ranks.is_alive():
             ranks.join(timeout=LOOK_S)
             rest.end_if_one_is_dead()
-            verdict = None if watchdog is None else watchdog.look()
-            if verdict is not None:
-                write_failure(self._run_folder, verdict.to_failure(self._run_folder))
+            stragglers = None if watchdog is None else watchdog.look()
+            if stragglers is not None:
+                write_failure(self._run_folder, stragglers.to_failure(self._run_folder))
                 end_ranks(read_records(self._run_folder, self._num_ranks))
                 watchdog = None
         return self.reduce_grad_norm()

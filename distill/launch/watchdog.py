@@ -35,7 +35,7 @@ DUMP_S = 1.0  # for the ranks to write their stacks
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StragglerReport:
     """Ranks that hold the job up, and the message for it."""
 
     world_ranks: tuple[int, ...]
@@ -65,20 +65,20 @@ class Watchdog:
         self._started = clock()
         self._last: dict[int, tuple[tuple[int, int], float]] = {}
 
-    def look(self) -> Verdict | None:
+    def look(self) -> StragglerReport | None:
         """Who holds the job up, if somebody does."""
         now = self._clock()
         records = read_records(self._run_folder, self._num_ranks)
         missing = set(range(self._num_ranks)) - {record.world_rank for record in records}
         if missing and now - self._started > FIRST_ALLOWED_S:
             names = ", ".join(map(str, sorted(missing)))
-            return Verdict(
+            return StragglerReport(
                 tuple(sorted(missing)),
                 f"no record of rank {names} after {now - self._started:.0f} s",
             )
         running = [record for record in records if not record.end]
         quiet_s = {record.world_rank: self._quiet_s(record, now) for record in running}
-        return self._silent(running, quiet_s) or self._still(running, bool(missing))
+        return self._silent(running, quiet_s) or self._idle(running, bool(missing))
 
     def _quiet_s(self, record: HeartbeatRecord, now: float) -> float:
         """Since the rank's file last changed, by this host's clock."""
@@ -91,7 +91,7 @@ class Watchdog:
 
     def _silent(
         self, running: Sequence[HeartbeatRecord], quiet_s: dict[int, float]
-    ) -> Verdict | None:
+    ) -> StragglerReport | None:
         silent = []
         for record in running:
             quiet = quiet_s[record.world_rank]
@@ -99,32 +99,36 @@ class Watchdog:
                 continue
             is_stopped = self._state_of(record) == STOPPED
             if is_stopped or quiet > MARGIN * record.allowed_s:
-                told = "its process is stopped" if is_stopped else "no record of life"
-                silent.append((record, f"{record.describe()}; {told} for {quiet:.0f} s"))
-        return _verdict(silent)
+                why = "its process is stopped" if is_stopped else "no record of life"
+                silent.append((record, f"{record.describe()}; {why} for {quiet:.0f} s"))
+        return _report_on(silent)
 
-    def _still(self, running: Sequence[HeartbeatRecord], is_one_missing: bool) -> Verdict | None:
+    def _idle(
+        self, running: Sequence[HeartbeatRecord], is_one_missing: bool
+    ) -> StragglerReport | None:
         late = [record for record in running if record.idle_s > MARGIN * record.allowed_s]
         stuck = [record for record in late if not record.is_waiting]
         if stuck:
-            return _verdict([(record, _stillness(record)) for record in stuck])
+            return _report_on([(record, _stillness(record)) for record in stuck])
         if is_one_missing or not late or len(late) < len(running):
             return None
         least = min(record.progress for record in late)
         behind = [record for record in late if record.progress == least]
-        told = "every rank waits; furthest behind: "
-        return _verdict([(record, told + _stillness(record)) for record in behind])
+        why = "every rank waits; furthest behind: "
+        return _report_on([(record, why + _stillness(record)) for record in behind])
 
 
 def _stillness(record: HeartbeatRecord) -> str:
-    return f"{record.describe()}; does not move for {record.idle_s:.0f} s, in {record.place}"
+    return f"{record.describe()}; does not move for {record.idle_s:.0f} s, in {record.frame}"
 
 
-def _verdict(told: Sequence[tuple[HeartbeatRecord, str]]) -> Verdict | None:
-    if not told:
+def _report_on(stragglers: Sequence[tuple[HeartbeatRecord, str]]) -> StragglerReport | None:
+    if not stragglers:
         return None
-    more = f" (and {len(told) - 1} more ranks)" if len(told) > 1 else ""
-    return Verdict(tuple(record.world_rank for record, _ in told), told[0][1] + more)
+    more = f" (and {len(stragglers) - 1} more ranks)" if len(stragglers) > 1 else ""
+    return StragglerReport(
+        tuple(record.world_rank for record, _ in stragglers), stragglers[0][1] + more
+    )
 
 
 def end_ranks(records: Sequence[HeartbeatRecord]) -> None:

@@ -121,18 +121,18 @@ def training_tflops(
     heads: Heads,
     crops: CropShapes,
     *,
-    keep: float = 1.0,
+    survival: float = 1.0,
     is_twice: bool = False,
 ) -> float:
     """Teraflops of one network's step on one image: all crops, heads, prototypes, Sinkhorn, backward.
 
-    ``keep``: part of the rows that pass through a block. ``is_twice``: blocks run forward again for
+    ``survival``: part of the rows that pass through a block. ``is_twice``: blocks run forward again for
     the backward pass.
     """
     rows = 2 + crops.num_locals
     trained = TRAINING_FACTOR * _heads_tflops(heads, rows, crops)
     backbone = _trained_tflops(spec, crops) + (_crops_tflops(spec, crops) if is_twice else 0.0)
-    return keep * backbone + trained + _logits_tflops(heads, crops)
+    return survival * backbone + trained + _logits_tflops(heads, crops)
 
 
 def fitting_tflops(spec: BackboneSpec, heads: Heads, crops: CropShapes) -> float:

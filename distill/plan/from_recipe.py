@@ -86,9 +86,9 @@ def plan_stage(
     assert shape.heads is not None, "a pretrained teacher has heads"
     train_s = teach_s = 0.0
     for share, shapes, anchor_size in stage_shapes(recipe, stage):
-        keep = 1.0 - recipe.schedule.drop_path
+        survival = 1.0 - recipe.schedule.drop_path
         again = recipe.engine.activation_checkpointing
-        work = training_tflops(shape.spec, shape.heads, shapes, keep=keep, is_twice=again)
+        work = training_tflops(shape.spec, shape.heads, shapes, survival=survival, is_twice=again)
         train_s += share * device.seconds(work)
         work = teaching_tflops(shape.spec, shape.heads, shapes)
         if anchor_size is not None:
@@ -140,7 +140,7 @@ def stage_needs(recipe: TeacherRecipe, stage: StageSpec, plan: Plan) -> Needs:
         kinds,
         zero_stage=recipe.engine.zero,
         micro_batch=recipe.engine.micro_batch,
-        keep=1.0 - recipe.schedule.drop_path,
+        survival=1.0 - recipe.schedule.drop_path,
         is_checkpointing=recipe.engine.activation_checkpointing,
         has_anchor=stage.gram is not None,
     )
@@ -274,7 +274,7 @@ def family_needs(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs
         lookahead=recipe.engine.lookahead,
         micro_batch=recipe.engine.micro_batch,
         patches=grid_hw[0] * grid_hw[1],
-        has_colours=recipe.data.has_own_colours,
+        has_pixel_stats=recipe.data.has_own_colours,
     )
 
 

@@ -73,7 +73,7 @@ def wire_shape(
     teacher_width: int,
     patches: int,
     *,
-    has_colours: bool,
+    has_pixel_stats: bool,
 ) -> WireShape:
     """Values per image on the wire; the teacher's rows travel in bf16."""
     dino, ibot = (
@@ -88,7 +88,7 @@ def wire_shape(
         patch_row_values=ibot,
         value_bytes=2,
         patches=patches,
-        colour_values=2 * 3 if has_colours else 0,
+        stat_values=2 * 3 if has_pixel_stats else 0,
     )
 
 
@@ -135,10 +135,10 @@ def needs_of(
     lookahead: int,
     micro_batch: int | None,
     patches: int,
-    has_colours: bool,
+    has_pixel_stats: bool,
 ) -> Needs:
     """Memory and traffic of every rank of a family's plan; masked patches at their mean."""
-    wire = wire_shape(crops, heads, teacher_spec.width, patches, has_colours=has_colours)
+    wire = wire_shape(crops, heads, teacher_spec.width, patches, has_pixel_stats=has_pixel_stats)
     of_backbone = teacher_spec.parameters
     if plan.is_teacher_sharded:  # the rank's part, the block at work and the next one
         block = 2 * of_backbone // teacher_spec.equal_blocks
@@ -167,7 +167,7 @@ def needs_of(
             parts[rank, 4:] = np.maximum(parts[rank, 4:], (activations, logits))
     largest = plan.largest_shares
     teaching = [PARAMETER_BYTES * of_teacher if most else 0 for most in largest]
-    held = [sum(map(len, plan.needs(rank))) for rank in range(plan.num_ranks)]
+    held = [sum(map(len, plan.required_positions(rank))) for rank in range(plan.num_ranks)]
     memory = tuple(
         Memory(
             teacher=teaching[rank] / GIB,
@@ -199,7 +199,7 @@ def pretraining_needs(
     *,
     zero_stage: int,
     micro_batch: int | None,
-    keep: float,
+    survival: float,
     is_checkpointing: bool,
     has_anchor: bool,
 ) -> Needs:
@@ -212,7 +212,7 @@ def pretraining_needs(
         kinds: crops of its batches; the largest count.
         zero_stage: what is sharded; with 3 the EMA and the anchor are, too.
         micro_batch: images at once.
-        keep: part of the rows that pass through a block.
+        survival: part of the rows that pass through a block.
         is_checkpointing: of each block only the input is kept.
         has_anchor: there is a Gram anchor.
     """
@@ -228,7 +228,7 @@ def pretraining_needs(
     memory = []
     for rank in placement.world_ranks:
         images = max(p.stop - p.start for p in placement.parts_of(rank, micro_batch))
-        kept = max(_kept_bytes(spec, crops, keep, is_checkpointing) for crops in kinds)
+        kept = max(_kept_bytes(spec, crops, survival, is_checkpointing) for crops in kinds)
         rows = images * max(2 + c.num_locals + c.masked_per_image for c in kinds)
         memory.append(
             _of_training(
@@ -307,9 +307,9 @@ def _of_training(
     )
 
 
-def _kept_bytes(spec: ViTSpec, crops: CropShapes, keep: float, is_checkpointing: bool) -> float:
+def _kept_bytes(spec: ViTSpec, crops: CropShapes, survival: float, is_checkpointing: bool) -> float:
     """Bytes kept for the backward pass of one image's crops; with checkpointing the inputs of all blocks and the inside of one."""
-    inside = keep * activation_bytes(spec, crops)
+    inside = survival * activation_bytes(spec, crops)
     if not is_checkpointing:
         return inside
     sides = [crops.global_size] * 2 + [crops.local_size] * crops.num_locals

@@ -96,18 +96,18 @@ class Plan:
     student_s: tuple[float, ...]
     notes: tuple[str, ...]
 
-    def needs(self, world_rank: int) -> tuple[range, ...]:
+    def required_positions(self, world_rank: int) -> tuple[range, ...]:
         """Positions a rank receives: the union of its students' slices, merged and ascending."""
-        return self._needs[world_rank]
+        return self._required[world_rank]
 
     @cached_property
     def needed(self) -> NDArray[np.int64]:
         """(rank, start, stop) of every part of all ranks' needs, [3, parts]: a step's splits are array arithmetic."""
-        listed = [(r, p.start, p.stop) for r, parts in enumerate(self._needs) for p in parts]
+        listed = [(r, p.start, p.stop) for r, parts in enumerate(self._required) for p in parts]
         return np.array(listed, np.int64).reshape(-1, 3).T
 
     @cached_property
-    def _needs(self) -> tuple[tuple[range, ...], ...]:
+    def _required(self) -> tuple[tuple[range, ...], ...]:
         hosted: list[list[range]] = [[] for _ in range(self.num_ranks)]
         for placement in self.placements:
             for rank, part in zip(placement.world_ranks, placement.slices, strict=True):
@@ -153,8 +153,8 @@ class Plan:
         if self.is_dithered:
             return False
         return all(
-            needs == ((share,) if len(share) else ())
-            for needs, share in zip(self._needs, self.shares(0), strict=True)
+            required_positions == ((share,) if len(share) else ())
+            for required_positions, share in zip(self._required, self.shares(0), strict=True)
         )
 
     @property

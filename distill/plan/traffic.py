@@ -14,7 +14,7 @@ Counts = NDArray[np.int64]
 class WireShape:
     """Bytes of one image and of one patch row on the wire, for predictions; ``patches`` per crop.
 
-    ``colour_values``: fp32 numbers about an image's source.
+    ``stat_values``: fp32 numbers about an image's source.
     """
 
     global_crop_values: int
@@ -23,13 +23,13 @@ class WireShape:
     patch_row_values: int
     value_bytes: int
     patches: int
-    colour_values: int = 0
+    stat_values: int = 0
 
     @property
     def slice_image_bytes(self) -> int:
         """Of one image in ``Slices``, without its masked patches."""
         crops = self.global_crop_values + self.local_crop_values  # uint8
-        return crops + self.class_row_values * self.value_bytes + 4 * self.colour_values
+        return crops + self.class_row_values * self.value_bytes + 4 * self.stat_values
 
     @property
     def slice_patch_bytes(self) -> int:
@@ -41,7 +41,7 @@ class WireShape:
         """Of one image in ``AllGather``, all patches of both global crops included."""
         values = self.global_crop_values + self.local_crop_values + self.class_row_values
         values += 2 * self.patches * self.patch_row_values
-        return values * self.value_bytes + 4 * self.colour_values
+        return values * self.value_bytes + 4 * self.stat_values
 
 
 def slice_bytes(plan: Plan, step: int, wire: WireShape, per_image: Counts) -> list[int]:
@@ -54,7 +54,7 @@ def slice_bytes(plan: Plan, step: int, wire: WireShape, per_image: Counts) -> li
     for rank in range(plan.num_ranks):
         local = range(int(starts[rank]), int(starts[rank + 1]))
         images = patches = 0
-        for part in plan.needs(rank):
+        for part in plan.required_positions(rank):
             stays = _overlap(part, local)
             images += len(part) - len(stays)
             patches += int(masked[part.stop] - masked[part.start])

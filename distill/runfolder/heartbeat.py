@@ -56,7 +56,7 @@ class HeartbeatRecord:
     idle_s: float
     allowed_s: float
     is_waiting: bool
-    place: str
+    frame: str
     end: str
 
     def describe(self) -> str:
@@ -135,7 +135,7 @@ class Heartbeat:
         count, longest = self._times.get((now.name, now.network), (0, 0.0))
         is_known = count >= FIRST_TIMES and now.name not in SELDOM
         allowed_s = max(self.limit_s, SLOWER * longest) if is_known else FIRST_ALLOWED_S
-        place, is_collective = _place(sys._current_frames().get(self._main or 0))
+        frame, is_collective = _frame_of(sys._current_frames().get(self._main or 0))
         return HeartbeatRecord(
             self._world_rank,
             self._host,
@@ -149,7 +149,7 @@ class Heartbeat:
             time.monotonic() - now.since_s,
             allowed_s,
             now.name in WAITING or is_collective,
-            place,
+            frame,
             self._end,
         )
 
@@ -169,7 +169,7 @@ class Heartbeat:
             os.close(descriptor)
 
 
-def _place(frame: FrameType | None) -> tuple[str, bool]:
+def _frame_of(frame: FrameType | None) -> tuple[str, bool]:
     """File, line and function where a thread stands in our code, and whether that is inside a collective."""
     is_collective, innermost = False, ""
     while frame is not None:

@@ -132,14 +132,14 @@ class MetricsReader:
                 data = file.read()
         except FileNotFoundError:
             return []
-        whole = data[: data.rfind(b"\n") + 1]
+        complete = data[: data.rfind(b"\n") + 1]
         num_known = len(self.rows)
         fresh = [
             _parse_row(line, self.path, num_known + number)
-            for number, line in enumerate(whole.splitlines(), start=1)
+            for number, line in enumerate(complete.splitlines(), start=1)
         ]
         self.rows.extend(fresh)
-        self._offset += len(whole)
+        self._offset += len(complete)
         return fresh
 
 
@@ -165,17 +165,17 @@ def drop_after(
         raise ValueError(f"phase {phase!r} is not one of this run's phases: {', '.join(phases)}")
     path = metrics_path(run_folder, network)
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = []
+    good = []
     for number, line in enumerate(lines, start=1):
         with suppress(UserError):
             row = _parse_row(line, path, number)
             if (order[row.phase], row.step) <= (order[phase], step):
-                kept.append(line)
-    if len(kept) < len(lines):
+                good.append(line)
+    if len(good) < len(lines):
         aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_bytes(b"".join(kept))
+        aside.write_bytes(b"".join(good))
         aside.replace(path)
-    return len(lines) - len(kept)
+    return len(lines) - len(good)
 
 
 def metrics_path(run_folder: Path, network: str) -> Path:

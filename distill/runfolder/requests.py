@@ -15,22 +15,22 @@ from pathlib import Path
 STOP, SAVE = "stop", "save"
 
 
-def ask(run_folder: Path, wish: str) -> None:
+def leave_request(run_folder: Path, request: str) -> None:
     """Leaves a request (``STOP`` or ``SAVE``) for the ranks."""
     folder = run_folder / "control"
     folder.mkdir(exist_ok=True)
-    (folder / wish).touch()
+    (folder / request).touch()
 
 
 def forget(run_folder: Path) -> None:
     """Removes the requests of an earlier launch."""
-    for wish in (STOP, SAVE):
-        (run_folder / "control" / wish).unlink(missing_ok=True)
+    for request in (STOP, SAVE):
+        (run_folder / "control" / request).unlink(missing_ok=True)
 
 
-def is_asked(run_folder: Path, wish: str) -> bool:
+def is_requested(run_folder: Path, request: str) -> bool:
     """The request was left."""
-    return (run_folder / "control" / wish).exists()
+    return (run_folder / "control" / request).exists()
 
 
 class StopSaveRequests:
@@ -57,7 +57,7 @@ class StopSaveRequests:
 
     def look(self) -> None:
         """Takes up what was left in files."""
-        self._stops = self._stops or is_asked(self._run_folder, STOP)
+        self._stops = self._stops or is_requested(self._run_folder, STOP)
         save = self._run_folder / "control" / SAVE
         if save.exists():
             self._saves = True

@@ -22,12 +22,12 @@ class Narrator:
     def __init__(self) -> None:
         """Nothing has been printed."""
         self._status: Status | None = None
-        self._told_work = 0.0
-        self._told_unix = -math.inf
-        self._has_told_silence = False
+        self._printed_work = 0.0
+        self._printed_unix = -math.inf
+        self._has_printed_silence = False
         self._num_events = 0
 
-    def tell(self, snapshot: Snapshot) -> list[str]:
+    def lines(self, snapshot: Snapshot) -> list[str]:
         """The lines for what happened since the last snapshot, oldest first."""
         before, now = self._status, snapshot.status
         fresh = snapshot.events[self._num_events :]
@@ -42,30 +42,30 @@ class Narrator:
             events.append(f"saved {saved.path} ({saved.phase} step {saved.step})")
         if now.phase and (before is None or before.phase != now.phase):
             events.append(_phase_line(now))
-            self._told_work, self._told_unix = now.work_done, snapshot.now_unix
+            self._printed_work, self._printed_unix = now.work_done, snapshot.now_unix
         if now.bad_samples and (before is None or before.bad_samples < now.bad_samples):
             events.append(f"{now.bad_samples:,} bad samples so far, named in bad_samples.jsonl")
         if self._is_progress_due(snapshot):
             events.append(_progress_line(snapshot))
-            self._told_work, self._told_unix = now.work_done, snapshot.now_unix
+            self._printed_work, self._printed_unix = now.work_done, snapshot.now_unix
         if before is None or (before.state, before.message) != (now.state, now.message):
             events.extend(_state_lines(before, snapshot))
         quiet_s = silence_s(snapshot)
-        if quiet_s and not self._has_told_silence:
+        if quiet_s and not self._has_printed_silence:
             events.append(f"no news for {duration(quiet_s)}: is the job still running?")
-        self._has_told_silence = bool(quiet_s)
+        self._has_printed_silence = bool(quiet_s)
         self._status = now
         return _stamped(events, snapshot.now_unix)
 
     def _is_progress_due(self, snapshot: Snapshot) -> bool:
         now = snapshot.status
         assert now is not None, "progress of a run without a status"
-        if now.state != "training" or now.work_done <= self._told_work:
+        if now.state != "training" or now.work_done <= self._printed_work:
             return False
         gap_s = max(PROGRESS_S, 0.02 * (snapshot.now_unix - now.started_unix))
         return (
-            now.work_done - self._told_work >= PROGRESS_FRACTION
-            or snapshot.now_unix - self._told_unix >= gap_s
+            now.work_done - self._printed_work >= PROGRESS_FRACTION
+            or snapshot.now_unix - self._printed_unix >= gap_s
         )
 
 

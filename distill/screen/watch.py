@@ -72,7 +72,7 @@ def _watch_plain(files: RunFiles, console: Console, stop: threading.Event) -> St
     while True:
         is_last = stop.is_set()
         snapshot = files.take_snapshot()
-        for line in narrator.tell(snapshot):
+        for line in narrator.lines(snapshot):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         if is_last or _is_over(snapshot):
             return snapshot.status

@@ -64,9 +64,9 @@ def duration(seconds: float) -> str:
 
 def clock_time(unix: float, now_unix: float) -> str:
     """The local time of day, with the date when it is not within the next twelve hours."""
-    moment = datetime.fromtimestamp(unix)
-    is_far = abs(moment - datetime.fromtimestamp(now_unix)) > timedelta(hours=12)
-    return moment.strftime("%a %d %b %H:%M") if is_far else moment.strftime("%H:%M")
+    local_time = datetime.fromtimestamp(unix)
+    is_far = abs(local_time - datetime.fromtimestamp(now_unix)) > timedelta(hours=12)
+    return local_time.strftime("%a %d %b %H:%M") if is_far else local_time.strftime("%H:%M")
 
 
 def count_text(number: int, one: str, many: str) -> str:

@@ -43,16 +43,16 @@ class Balancer:
         *,
         lookahead: int,
         every: int,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
-        """``clocks``: of teaching, and of each student on this rank. ``tell`` gets one line per event, on rank 0."""
+        """``clocks``: of teaching, and of each student on this rank. ``report`` gets one line per event, on rank 0."""
         self._plan_schedule, self._rank = plan_schedule, world_rank
         self._num_ranks = dist.get_world_size(group)
         self._delayed_reduce = DelayedAllReduce(group, lookahead)
         self._loader, self._teaching, self._training = loader, *clocks
         self._every = every
         self._delay = lookahead + STEPS_AHEAD + MARGIN
-        self._tell = tell
+        self._report_event = report
         self._known_slow: set[int] = set()
         self._known_s: dict[int, float] = {}
         self._last_step = -1
@@ -70,13 +70,13 @@ class Balancer:
         if step - self._last_step < self._every or self._delayed_reduce.is_open:
             return
         now = self._read()
-        taught, teach_s, train_s = (
+        images, teach_s, train_s = (
             after - before for after, before in zip(now, self._last, strict=True)
         )
-        own = (teach_s / taught if taught else 0.0, train_s / (step - self._last_step))
+        local = (teach_s / images if images else 0.0, train_s / (step - self._last_step))
         self._last_step, self._last = step, now
         self._delayed_reduce.start(
-            step, gather_rows(own, self._rank, self._num_ranks), dist.ReduceOp.SUM
+            step, gather_rows(local, self._rank, self._num_ranks), dist.ReduceOp.SUM
         )
         if self._delayed_reduce.is_due(step):
             self._replan(step, self._delayed_reduce.result().tolist())
@@ -105,8 +105,8 @@ class Balancer:
         changed = rebalanced(plan, each, student_s)
         before, after = (
             max(
-                own_s + share * image_s
-                for own_s, share, image_s in zip(
+                local_s + share * image_s
+                for local_s, share, image_s in zip(
                     changed.student_s, which.exact_shares, each, strict=True
                 )
             )
@@ -122,7 +122,7 @@ class Balancer:
         slow = {rank for rank, seconds in enumerate(each) if seconds > SLOW * typical}
         recovered = {rank for rank, seconds in enumerate(each) if seconds < RECOVERED * typical}
         for rank in sorted(slow - self._known_slow):
-            self._tell(
+            self._report_event(
                 f"step {step}: rank {rank} takes {each[rank] / typical:.2f}x the usual time per image; it will teach less"
             )
         self._known_slow = (self._known_slow | slow) - recovered

@@ -44,14 +44,14 @@ class Delivery:
 class Outgoing:
     """What a rank hands over for one step: its share, and what every rank knows about the batch.
 
-    ``masks_of_needs`` belong to the positions this rank *needs*; ``counts`` are masked patches per
+    ``masks_of_required`` belong to the positions this rank *needs*; ``counts`` are masked patches per
     crop of the whole batch, [images_global, 2].
     """
 
     step: int
     crops: CropBatch
     targets: TeacherTargets
-    masks_of_needs: PatchMasks
+    masks_of_required: PatchMasks
     counts: Counts
 
 
@@ -61,7 +61,7 @@ class Pending:
 
     works: tuple[dist.Work, ...]
     finish: Callable[[], Delivery]
-    keep: tuple[Tensor, ...]
+    alive: tuple[Tensor, ...]
     """What is being sent; it must live until the collectives are done."""
 
 
@@ -106,10 +106,10 @@ class Slices:
         """Launches one all-to-all per tensor; none when every rank trains on what it teaches."""
         crops, targets, counts = outgoing.crops, outgoing.targets, outgoing.counts
         plan = self._plan_schedule.at(outgoing.step)
-        needs = plan.needs(self._rank)
+        required_positions = plan.required_positions(self._rank)
         if plan.is_local:
-            told = Delivery(crops, targets, outgoing.masks_of_needs, needs)
-            return Pending((), lambda: told, ())
+            delivery = Delivery(crops, targets, outgoing.masks_of_required, required_positions)
+            return Pending((), lambda: delivery, ())
         routes = self._routes(plan, outgoing.step, counts.sum(axis=1))
         moved = [
             self._launch(tensor, routes.images if by_image else routes.masked)
@@ -120,7 +120,7 @@ class Slices:
                 (targets.patch_features, False),
             )
         ]
-        more = {"anchor": targets.anchor_patches, "colours": crops.colours}
+        more = {"anchor": targets.anchor_patches, "pixel_stats": crops.pixel_stats}
         extra = {
             name: self._launch(tensor, routes.images)
             for name, tensor in more.items()
@@ -129,10 +129,12 @@ class Slices:
 
         def finish() -> Delivery:
             global_crops, local_crops, class_features, patch_features = (m[2] for m in moved)
-            anchor, colours = (extra[name][2] if name in extra else None for name in more)
-            kept = CropBatch(global_crops, local_crops, colours=colours)
-            told = TeacherTargets(class_features, patch_features, anchor)
-            return Delivery(kept, told, outgoing.masks_of_needs, needs)
+            anchor, pixel_stats = (extra[name][2] if name in extra else None for name in more)
+            received_crops = CropBatch(global_crops, local_crops, pixel_stats=pixel_stats)
+            received_targets = TeacherTargets(class_features, patch_features, anchor)
+            return Delivery(
+                received_crops, received_targets, outgoing.masks_of_required, required_positions
+            )
 
         launched = [*moved, *extra.values()]
         return Pending(tuple(m[0] for m in launched), finish, tuple(m[1] for m in launched))
@@ -170,7 +172,7 @@ class Slices:
         np.add.at(masked_out, to, masked_before[stops] - masked_before[starts])
         sizes_in = np.zeros(num_ranks, np.int64)
         masked_in = np.zeros(num_ranks, np.int64)
-        for part in plan.needs(rank):
+        for part in plan.required_positions(rank):
             inside = borders.clip(part.start, part.stop)
             sizes_in += np.diff(inside)
             masked_in += np.diff(masked_before[inside])
@@ -224,7 +226,7 @@ class AllGather:
         """Launches one all-gather per tensor. ``patch_features`` hold all patches here, [images * 2 * patches, taught]."""
         crops, targets = outgoing.crops, outgoing.targets
         dtype, images = targets.class_features.dtype, len(targets.class_features)
-        patches = outgoing.masks_of_needs.flags.shape[2]
+        patches = outgoing.masks_of_required.flags.shape[2]
         by_image = [
             crops.global_crops.to(dtype),  # whole numbers up to 255 are exact in bf16
             crops.local_crops.to(dtype),
@@ -232,23 +234,27 @@ class AllGather:
             targets.patch_features.view(images, 2, patches, -1),
         ]
         gathered = [self._launch(tensor) for tensor in by_image]
-        colours = None if crops.colours is None else self._launch(crops.colours)
+        pixel_stats = None if crops.pixel_stats is None else self._launch(crops.pixel_stats)
 
         def finish() -> Delivery:
             plan = self._plan_schedule.at(outgoing.step)
-            whole = [self._unpad(tensor, plan, outgoing.step) for _, _, tensor in gathered]
-            global_crops, local_crops, class_features, patch_features = whole
-            kept = CropBatch(
+            full = [self._unpad(tensor, plan, outgoing.step) for _, _, tensor in gathered]
+            global_crops, local_crops, class_features, patch_features = full
+            received_crops = CropBatch(
                 global_crops.to(torch.uint8),
                 local_crops.to(torch.uint8),
-                colours=None if colours is None else self._unpad(colours[2], plan, outgoing.step),
+                pixel_stats=None
+                if pixel_stats is None
+                else self._unpad(pixel_stats[2], plan, outgoing.step),
             )
-            masked = patch_features.flatten(0, 2)[outgoing.masks_of_needs.rows()]
-            told = TeacherTargets(class_features, masked)
-            needs = plan.needs(self._rank)
-            return Delivery(kept, told, outgoing.masks_of_needs, needs)
+            masked = patch_features.flatten(0, 2)[outgoing.masks_of_required.rows()]
+            received_targets = TeacherTargets(class_features, masked)
+            required_positions = plan.required_positions(self._rank)
+            return Delivery(
+                received_crops, received_targets, outgoing.masks_of_required, required_positions
+            )
 
-        launched = [*gathered, *([] if colours is None else [colours])]
+        launched = [*gathered, *([] if pixel_stats is None else [pixel_stats])]
         return Pending(tuple(g[0] for g in launched), finish, tuple(g[1] for g in launched))
 
     wait = Slices.wait
@@ -265,12 +271,12 @@ class AllGather:
         self.received_bytes += (num_ranks - 1) * sent.numel() * sent.element_size()
         return work, sent, received
 
-    def _unpad(self, whole: Tensor, plan: Plan, step: int) -> Tensor:
+    def _unpad(self, full: Tensor, plan: Plan, step: int) -> Tensor:
         """The rows of the positions this rank needs."""
         shares = plan.shares(step)
-        padded = whole.view(len(shares), self._padded, *whole.shape[1:])
+        padded = full.view(len(shares), self._padded, *full.shape[1:])
         batch = torch.cat([padded[rank, : len(share)] for rank, share in enumerate(shares)])
-        parts = [batch[part.start : part.stop] for part in plan.needs(self._rank)]
+        parts = [batch[part.start : part.stop] for part in plan.required_positions(self._rank)]
         return torch.cat(parts) if parts else batch[:0]
 
 
@@ -289,7 +295,7 @@ def student_batch(
             break
         before += len(part)
     first = before + wanted.start - part.start
-    whole = StudentBatch(
+    full = StudentBatch(
         crops=delivery.crops,
         masks=delivery.masks,
         targets=delivery.targets,
@@ -297,4 +303,4 @@ def student_batch(
         start=wanted.start - first,
         images_global=images_global,
     )
-    return whole.part(slice(first, first + len(wanted)))
+    return full.part(slice(first, first + len(wanted)))

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.engine.engine import Kept
+from distill.engine.engine import StateSnapshot
 from distill.errors import StudentError
 from distill.runfolder.events import Event, EventKind, note
 from distill.runfolder.failure import is_lost_connection
@@ -48,15 +48,15 @@ class AppliedFlag:
     """Whether a step was applied, on its way to the host: whoever asks waits for that step, not for what was started after it."""
 
     def __init__(self) -> None:
-        self._told: Tensor | None = None
+        self._host_flag: Tensor | None = None
         self._sent: torch.cuda.Event | None = None
 
     def send(self, is_applied: Tensor) -> None:
         """Starts on its way what the device will know. No waiting."""
-        if self._told is None:
-            self._told = torch.empty((), dtype=torch.bool, pin_memory=is_applied.is_cuda)
-            self._value = self._told.numpy()  # shows what arrives in the tensor
-        self._told.copy_(is_applied, non_blocking=True)
+        if self._host_flag is None:
+            self._host_flag = torch.empty((), dtype=torch.bool, pin_memory=is_applied.is_cuda)
+            self._value = self._host_flag.numpy()  # shows what arrives in the tensor
+        self._host_flag.copy_(is_applied, non_blocking=True)
         if is_applied.is_cuda:
             self._sent = torch.cuda.current_stream(is_applied.device).record_event(self._sent)
 
@@ -82,15 +82,15 @@ class PendingStep:
 class _Record:
     """How one network fares on this rank; the same on every rank of its group."""
 
-    verdict: AppliedFlag = field(default_factory=AppliedFlag)
-    unheard: PendingStep | None = None
-    kept: Kept | None = None
-    kept_targets: dict[str, Tensor] = field(default_factory=dict)
-    kept_step: int = 0
+    applied: AppliedFlag = field(default_factory=AppliedFlag)
+    pending: PendingStep | None = None
+    snapshot: StateSnapshot | None = None
+    snapshot_targets: dict[str, Tensor] = field(default_factory=dict)
+    snapshot_step: int = 0
     in_a_row: int = 0
     num_skipped: int = 0
     num_rolled_back: int = 0
-    back_to_kept: int = 0
+    num_roll_backs: int = 0
     has_moved: bool = False
     is_parked: bool = False
 
@@ -110,7 +110,7 @@ class FaultHandler:
         for trainer in self._phase.trainers:
             record = self._records[trainer.name]
             record.is_parked = bool(flags[names.index(trainer.name)])
-            self._keep(trainer, phase_step)
+            self._take_snapshot(trainer, phase_step)
 
     def is_training(self, trainer: StudentTrainer, phase_step: int) -> bool:
         """The network is neither finished nor parked; asked before each step, after which the last one is resolved. Collective over its group."""
@@ -132,24 +132,24 @@ class FaultHandler:
     ) -> None:
         """Sends for the verdict on a step, which ``is_training`` reads before the next one. No waiting."""
         record = self._records[trainer.name]
-        record.verdict.send(attempt.is_applied)
-        record.unheard = PendingStep(
+        record.applied.send(attempt.is_applied)
+        record.pending = PendingStep(
             attempt, batch.targets, batch.masks.counts, batch.start, phase_step
         )
 
     def resolve_pending(self, trainer: StudentTrainer) -> None:
         """Takes in how the network's last step went, if that is not known yet. Waits for that step; collective over the group where it was skipped."""
         record = self._records[trainer.name]
-        last, record.unheard = record.unheard, None
+        last, record.pending = record.pending, None
         if last is None:
             return
-        if record.verdict.read():
+        if record.applied.read():
             record.in_a_row, record.has_moved = 0, True
             return
         record.num_skipped += 1
         record.in_a_row += 1
         step = last.phase_step
-        self._tell(
+        self._report(
             trainer, "skipped", f"step {step} skipped, {self._diagnose(trainer, last)}", step
         )
         if record.in_a_row == IN_A_ROW:
@@ -166,8 +166,8 @@ class FaultHandler:
                 self._roll_back(trainer, phase_step, "its state is not finite")
             elif not record.in_a_row:
                 if record.has_moved:
-                    record.back_to_kept = 0
-                self._keep(trainer, phase_step)
+                    record.num_roll_backs = 0
+                self._take_snapshot(trainer, phase_step)
 
     def counts(self) -> list[float]:
         """Of every network of the phase: steps skipped, times rolled back, parked (1). Zero for those of other ranks."""
@@ -176,23 +176,23 @@ class FaultHandler:
         each = ((r.num_skipped, r.num_rolled_back, r.is_parked) for r in records)
         return [float(value) for values in each for value in values]
 
-    def _keep(self, trainer: StudentTrainer, phase_step: int) -> None:
+    def _take_snapshot(self, trainer: StudentTrainer, phase_step: int) -> None:
         record = self._records[trainer.name]
-        record.kept, record.kept_step = trainer.engine.snapshot(record.kept), phase_step
-        record.kept_targets = {k: v.clone() for k, v in trainer.targets.state().items()}
+        record.snapshot, record.snapshot_step = trainer.engine.snapshot(record.snapshot), phase_step
+        record.snapshot_targets = {k: v.clone() for k, v in trainer.targets.state().items()}
         record.has_moved = False
 
     def _roll_back(self, trainer: StudentTrainer, phase_step: int, reason: str) -> None:
         record = self._records[trainer.name]
-        assert record.kept is not None, "a phase starts by keeping its states"
-        trainer.engine.restore_snapshot(record.kept)
-        trainer.targets.load_state(record.kept_targets)
+        assert record.snapshot is not None, "a phase starts by keeping its states"
+        trainer.engine.restore_snapshot(record.snapshot)
+        trainer.targets.load_state(record.snapshot_targets)
         record.in_a_row, record.has_moved = 0, False
         record.num_rolled_back += 1
-        record.back_to_kept += 1
-        told = f"rolled back to step {record.kept_step}: {reason}"
-        self._tell(trainer, "rolled back", told, phase_step)
-        if record.back_to_kept == ROLL_BACKS:
+        record.num_roll_backs += 1
+        text = f"rolled back to step {record.snapshot_step}: {reason}"
+        self._report(trainer, "rolled back", text, phase_step)
+        if record.num_roll_backs == ROLL_BACKS:
             self._park(trainer, phase_step, f"rolled back {ROLL_BACKS} times to the same state")
 
     def _park(self, trainer: StudentTrainer, phase_step: int, reason: str) -> None:
@@ -200,8 +200,8 @@ class FaultHandler:
         record.is_parked = True
         if trainer.placement.first_rank == self._phase.world_rank:
             self._write_parked(trainer, phase_step, reason)
-        told = f"parked with its state of step {record.kept_step}: {reason}"
-        self._tell(trainer, "parked", told, phase_step)
+        text = f"parked with its state of step {record.snapshot_step}: {reason}"
+        self._report(trainer, "parked", text, phase_step)
 
     def _write_parked(self, trainer: StudentTrainer, phase_step: int, reason: str) -> None:
         path = _parked_file(self._run_folder, trainer.name)
@@ -213,15 +213,15 @@ class FaultHandler:
         record = self._records[trainer.name]
         if is_lost_connection(error) or isinstance(error, torch.AcceleratorError):
             raise error
-        if record.kept is None:  # a benchmark, which has nothing to go back to
+        if record.snapshot is None:  # a benchmark, which has nothing to go back to
             raise error
         lines = str(error).strip().splitlines() or ["no message"]
         reason = f"{type(error).__name__}: {lines[0]}"
         if dist.get_world_size(trainer.engine.group) > 1:
             self._write_parked(trainer, phase_step, reason)
             raise StudentError(f"{trainer.name} is parked from now on: {reason}") from error
-        trainer.engine.restore_snapshot(record.kept)
-        trainer.targets.load_state(record.kept_targets)
+        trainer.engine.restore_snapshot(record.snapshot)
+        trainer.targets.load_state(record.snapshot_targets)
         self._park(trainer, phase_step, reason)
 
     def _diagnose(self, trainer: StudentTrainer, last: PendingStep) -> str:
@@ -248,7 +248,7 @@ class FaultHandler:
             return "its weights are not finite"
         return f"its {names[term - 1]} loss is not finite" if term else "a gradient is not finite"
 
-    def _tell(self, trainer: StudentTrainer, kind: EventKind, text: str, phase_step: int) -> None:
+    def _report(self, trainer: StudentTrainer, kind: EventKind, text: str, phase_step: int) -> None:
         if trainer.placement.first_rank == self._phase.world_rank:
             note(self._run_folder, Event(kind, f"{trainer.name}: {text}", trainer.name, phase_step))
 
@@ -264,10 +264,10 @@ def _sender(last: PendingStep, borders: "np.ndarray[tuple[int], np.dtype[np.int6
         torch.tensor(last.mask_counts, device=bad.device),
     )
     bad[images[~targets.patch_features.isfinite().all(dim=1)]] = True
-    places = torch.nonzero(bad).flatten().tolist()
-    if not places:
+    positions = torch.nonzero(bad).flatten().tolist()
+    if not positions:
         return -1
-    return int(np.searchsorted(borders, last.start + places[0], side="right")) - 1
+    return int(np.searchsorted(borders, last.start + positions[0], side="right")) - 1
 
 
 def _parked_file(run_folder: Path, name: str) -> Path:

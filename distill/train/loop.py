@@ -76,9 +76,9 @@ def _load(phase: Phase, run_step: int) -> tuple[int, CropBatch, DrawnMasks]:
 
 def _teach(phase: Phase, run_step: int, crops: CropBatch, masks: DrawnMasks) -> Outgoing:
     """Targets of this rank's share of a step, with all that goes to the ranks that train on it."""
-    asked = masks.of_share
+    required = masks.of_share
     if phase.exchange.wants_all_patches:
-        asked = PatchMasks.all_of(asked)
+        required = PatchMasks.all_of(required)
     with phase.teaching.running(len(masks.of_share)):
-        targets = phase.teacher.teach(crops, asked)
-    return Outgoing(run_step, crops, targets, masks.of_needs, masks.counts)
+        targets = phase.teacher.teach(crops, required)
+    return Outgoing(run_step, crops, targets, masks.of_required, masks.counts)

@@ -21,7 +21,7 @@ class DrawnMasks:
     """Masks on the teacher's grid, and how many patches are masked in each crop of the whole batch."""
 
     of_share: PatchMasks
-    of_needs: PatchMasks
+    of_required: PatchMasks
     counts: Counts
 
 
@@ -59,14 +59,14 @@ class StepMasks:
         drawn = None
         if ahead is not None and ahead.step == step and ahead.plan is plan:
             drawn = ahead.drawn.result()
-        following = self._plan_schedule.at(step + 1)
-        task = self._worker.submit(self._draw, step + 1, following)
-        self._ahead = _Ahead(step + 1, following, task)
+        next_plan = self._plan_schedule.at(step + 1)
+        task = self._worker.submit(self._draw, step + 1, next_plan)
+        self._ahead = _Ahead(step + 1, next_plan, task)
         drawn = drawn or self._draw(step, plan)
         of_share = drawn.of_share.to(self._device)
-        is_same = drawn.of_needs is drawn.of_share
+        is_same = drawn.of_required is drawn.of_share
         return DrawnMasks(
-            of_share, of_share if is_same else drawn.of_needs.to(self._device), drawn.counts
+            of_share, of_share if is_same else drawn.of_required.to(self._device), drawn.counts
         )
 
     def _draw(self, step: int, plan: Plan) -> DrawnMasks:
@@ -82,10 +82,13 @@ class StepMasks:
         )
         share, *parts = (
             np.arange(part.start, part.stop)
-            for part in (plan.share(self._world_rank, step), *plan.needs(self._world_rank))
+            for part in (
+                plan.share(self._world_rank, step),
+                *plan.required_positions(self._world_rank),
+            )
         )
-        needs = np.concatenate(parts or [np.empty(0, np.int64)])
-        positions = np.union1d(share, needs)
+        required_positions = np.concatenate(parts or [np.empty(0, np.int64)])
+        positions = np.union1d(share, required_positions)
         masks = draw_masks(
             seed=self._seed, step=step, counts=counts, positions=positions, grid_hw=grid_hw
         )
@@ -95,4 +98,8 @@ class StepMasks:
             return PatchMasks(flags, tuple(counts[wanted].sum(axis=1).tolist()))
 
         of_share = of(share)
-        return DrawnMasks(of_share, of_share if np.array_equal(share, needs) else of(needs), counts)
+        return DrawnMasks(
+            of_share,
+            of_share if np.array_equal(share, required_positions) else of(required_positions),
+            counts,
+        )

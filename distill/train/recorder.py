@@ -52,14 +52,14 @@ class Recorder:
         run_folder: Path,
         phases: Sequence[PhaseStatus],
         world_rank: int,
-        asked: StopSaveRequests,
+        requests: StopSaveRequests,
         save_every_s: float | None,
         save_every_steps: Sequence[int],
         resume_command: str,
         control: dist.ProcessGroup,
     ) -> None:
         """``save_every_steps``: a save is due where any of these numbers of steps is passed. ``control`` is a gloo group of the world."""
-        self._run_folder, self._world_rank, self._asked = run_folder, world_rank, asked
+        self._run_folder, self._world_rank, self._requests = run_folder, world_rank, requests
         self._control = control
         self._save_every_s, self._save_every_steps = save_every_s, save_every_steps
         self._file = StatusFile(run_folder)
@@ -77,7 +77,7 @@ class Recorder:
         )
         self._writers: dict[str, MetricsWriter] = {}
         self._last_save = time.monotonic()
-        self._images_seen = 0
+        self._images_trained = 0
         self._loader_wait = 0.0
         self._complaint = ""
 
@@ -119,8 +119,8 @@ class Recorder:
     def saved(self, phase: str, step: int, path: str) -> None:
         """Notes a finished checkpoint."""
         done = CheckpointStatus(phase, step, path, time.time())
-        told = self.status.message
-        message = "" if told == self._complaint else told
+        text = self.status.message
+        message = "" if text == self._complaint else text
         self.show(self.status.state, last_checkpoint=done, message=message)
 
     def unsaved(self, message: str) -> None:
@@ -183,7 +183,7 @@ class Recorder:
                     terms=values,
                 )
                 self._writers[trainer.name].write(row)
-        self._images_seen += num_steps * phase.plan.images_global
+        self._images_trained += num_steps * phase.plan.images_global
         done = work_done(self.status.phases, phase.name, step)
         before = work_done(self.status.phases, phase.name, self._phase_start_step)
         phase_s = time.monotonic() - self._phase_started
@@ -215,7 +215,7 @@ class Recorder:
 
     def take_images(self) -> int:
         """Images trained on since the last call."""
-        taken, self._images_seen = self._images_seen, 0
+        taken, self._images_trained = self._images_trained, 0
         return taken
 
     def _read_clocks(self, phase: Phase) -> tuple[float, float]:
@@ -245,5 +245,5 @@ class Recorder:
             self._save_every_s is not None
             and time.monotonic() - self._last_save >= self._save_every_s
         )
-        saves = self._asked.take_save() or (due and self._world_rank == 0)
-        return torch.tensor([self._asked.to_stop(), saves, loader_wait, *faults])
+        saves = self._requests.take_save() or (due and self._world_rank == 0)
+        return torch.tensor([self._requests.to_stop(), saves, loader_wait, *faults])

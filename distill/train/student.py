@@ -151,20 +151,20 @@ class StudentTrainer:
         if dist.get_world_size(self.engine.group) > 1:
             dist.all_reduce(sums, group=self.engine.group)
             sums /= dist.get_world_size(self.engine.group)
-        told = torch.cat(
+        sums = torch.cat(
             [sums[:-1] / applied, sums[-1:], torch.stack([self.engine.grad_norm, applied])]
         )
         names = [*self._sums, "wait", "grad_norm", "skipped"]
-        values = dict(zip(names, told.tolist(), strict=True))
+        values = dict(zip(names, sums.tolist(), strict=True))
         values["skipped"] = self._num_steps - values["skipped"]
         self._sums, self._num_steps = {}, 0
         return values
 
-    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
-        """Everything needed to go on, independent of the layout; parts of it without ``keep``. Communication as ``Engine.state``."""
+    def state(self, *, collect: bool = True) -> dict[str, Tensor]:
+        """Everything needed to go on, independent of the layout; parts of it without ``collect``. Communication as ``Engine.state``."""
         state = self.targets.state()
-        own = {TARGETS_PREFIX + name: tensor.clone() for name, tensor in state.items()}
-        return {**self.engine.state(keep=keep), **own}
+        target_state = {TARGETS_PREFIX + name: tensor.clone() for name, tensor in state.items()}
+        return {**self.engine.state(collect=collect), **target_state}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The reverse of ``state``, for any number of ranks. No communication."""

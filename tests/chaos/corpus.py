@@ -141,7 +141,7 @@ def open_index(scratch: Path, entries: int) -> bool:
         hw=np.full((entries, 2), 375, np.int32),
         names=text,
         name_ends=np.arange(1, entries + 1, dtype=np.int64) * 12,
-        places=np.tile(np.array([[0, 0, 0]], np.int64), (entries, 1)),
+        locations=np.tile(np.array([[0, 0, 0]], np.int64), (entries, 1)),
         labels=None,
         class_names=(),
         containers=((Kind.FILE, str(scratch)),),

@@ -253,7 +253,7 @@ class _Witness:
 
     def _has_skipped(self, trainer: StudentTrainer) -> bool:
         """Its last step did nothing, and the fault_handler has not heard of it yet."""
-        last = self._fault_handler._records[trainer.name].unheard
+        last = self._fault_handler._records[trainer.name].pending
         return last is not None and not bool(last.attempt.is_applied)
 
     def _is_here(self, fault: Fault, trainer: StudentTrainer, step: int) -> bool:
@@ -355,9 +355,9 @@ class _Masks:
 
     def draw(self, step: int) -> DrawnMasks:
         masks, share = batch_of(step)[1], self._plan.share(self._rank, step)
-        needs = PatchMasks.of(take(masks, self._plan.needs(self._rank)))
+        required_positions = PatchMasks.of(take(masks, self._plan.required_positions(self._rank)))
         own = PatchMasks.of(masks[share.start : share.stop])
-        return DrawnMasks(own, needs, masks.sum(dim=2).numpy())
+        return DrawnMasks(own, required_positions, masks.sum(dim=2).numpy())
 
 
 class _Recorder:

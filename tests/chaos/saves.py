@@ -34,8 +34,8 @@ class StudentTrainer:
     step: int
     scale: int
 
-    def state(self, *, keep: bool = True) -> dict[str, Tensor]:
-        assert keep, "its only rank keeps it"
+    def state(self, *, collect: bool = True) -> dict[str, Tensor]:
+        assert collect, "its only rank keeps it"
         return state_of(self.name, self.step, self.scale)
 
 

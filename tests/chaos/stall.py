@@ -27,8 +27,8 @@ def run(arguments: list[str]) -> bool:
     live = {f"weight/{number}": torch.randn(size) for number in range(NUM_TENSORS)}
     placement = SimpleNamespace(name="student", first_rank=0)
 
-    def state(*, keep: bool) -> dict[str, torch.Tensor]:
-        assert keep, "its only rank keeps it"
+    def state(*, collect: bool) -> dict[str, torch.Tensor]:
+        assert collect, "its only rank keeps it"
         return {name: tensor.clone() for name, tensor in live.items()}
 
     trainer = SimpleNamespace(name="student", placement=placement, state=state)

@@ -2,7 +2,7 @@
 
 import torch
 
-from teacher.drop_path import kept_rows
+from teacher.drop_path import active_rows
 from teacher.shapes import ViTSpec
 from teacher.vit import ViT, init_vit_
 
@@ -18,29 +18,31 @@ def network() -> ViT:
 
 def test_kept_rows__indices_of_the_flags_image_major() -> None:
     flags = torch.tensor([[[[1, 0]], [[0, 0]]], [[[1, 1]], [[1, 0]]]], dtype=torch.bool)
-    kept = kept_rows(flags, 0.5, CPU)
-    assert [rows.tolist() for rows in kept.rows] == [[0, 2, 3], [2]]
-    assert kept.scale == 2.0
+    found = active_rows(flags, 0.5, CPU)
+    assert [rows.tolist() for rows in found.rows] == [[0, 2, 3], [2]]
+    assert found.scale == 2.0
 
 
 def test_vit__kept_rows_equal_full_branches_with_flags() -> None:
     vit, keep = network(), 0.5
     pixels = torch.randn(6, 3, 16, 16, dtype=torch.float64)
     flags = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(2)) < keep
-    found = vit(pixels, kept=kept_rows(flags, keep, CPU))
+    found = vit(pixels, active_rows=active_rows(flags, keep, CPU))
     for row in range(6):
-        alone = vit(pixels[row : row + 1], kept=kept_rows(flags[row : row + 1], keep, CPU))
+        alone = vit(pixels[row : row + 1], active_rows=active_rows(flags[row : row + 1], keep, CPU))
         torch.testing.assert_close(found.class_token[row : row + 1], alone.class_token)
         torch.testing.assert_close(found.patch_tokens[row : row + 1], alone.patch_tokens)
-    everything = kept_rows(torch.ones(6, 1, 2, 2, dtype=torch.bool), 1.0, CPU)
-    torch.testing.assert_close(vit(pixels, kept=everything).class_token, vit(pixels).class_token)
+    everything = active_rows(torch.ones(6, 1, 2, 2, dtype=torch.bool), 1.0, CPU)
+    torch.testing.assert_close(
+        vit(pixels, active_rows=everything).class_token, vit(pixels).class_token
+    )
 
 
 def test_vit__rows_that_skip_everything_keep_their_embedding() -> None:
     vit = network()
     pixels = torch.randn(3, 3, 16, 16, dtype=torch.float64)
-    nothing = kept_rows(torch.zeros(3, 1, 2, 2, dtype=torch.bool), 0.5, CPU)
-    found = vit(pixels, kept=nothing)
+    nothing = active_rows(torch.zeros(3, 1, 2, 2, dtype=torch.bool), 0.5, CPU)
+    found = vit(pixels, active_rows=nothing)
     torch.testing.assert_close(found.class_token, vit.norm(vit.embeddings(pixels, None))[:, 0])
     found.class_token.sum().backward()
     gradient = vit.layer[0].mlp.up_proj.weight.grad

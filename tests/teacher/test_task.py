@@ -82,10 +82,10 @@ def test_normalise__by_each_images_own_colours() -> None:
     alike = torch.tensor([MEAN, STD]).expand(3, 2, 3)
     same = normalise(crops, MEAN, STD, torch.float32)
     assert torch.equal(normalise(crops, (0, 0, 0), (1, 1, 1), torch.float32, alike), same)
-    colours = torch.rand(3, 2, 3) + 0.1
-    together = normalise(crops, MEAN, STD, torch.float32, colours)
+    pixel_stats = torch.rand(3, 2, 3) + 0.1
+    together = normalise(crops, MEAN, STD, torch.float32, pixel_stats)
     for image in range(3):
-        mean, std = colours[image].tolist()
+        mean, std = pixel_stats[image].tolist()
         torch.testing.assert_close(
             together[image], normalise(crops[image], mean, std, torch.float32)
         )

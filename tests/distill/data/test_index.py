@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from distill.data.index import ImageIndex, build_index, make_index, split
-from distill.data.locations import Place
+from distill.data.locations import Location
 from distill.data.photographs import NAMES, write_tiles
 from distill.data.sources import Found
 from distill.errors import DataError
@@ -39,7 +39,7 @@ def test_build_index__a_relative_folder(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     index = build_index([Path("images")], max_bad_fraction=0.0)
     assert index.class_names == ("cat", "dog")
-    assert all(Path(str(index.place(i))).is_absolute() for i in range(2))
+    assert all(Path(str(index.location(i))).is_absolute() for i in range(2))
 
 
 def test_build_index__no_classes_in_a_flat_folder(tmp_path: Path) -> None:
@@ -87,16 +87,16 @@ def test_build_index__missing_and_empty_folders(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_labelled", [True, False])
 def test_save__load_gives_the_same_back(is_labelled: bool, tmp_path: Path) -> None:
-    places = [Place.of(Path("/x/ä 1.png")), Place.of(Path("/y/2.png"))]
+    locations = [Location.of(Path("/x/ä 1.png")), Location.of(Path("/y/2.png"))]
     found = [
-        Found(place, label if is_labelled else "")
-        for place, label in zip(places, "äb", strict=True)
+        Found(location, label if is_labelled else "")
+        for location, label in zip(locations, "äb", strict=True)
     ]
     index = make_index(found, [(1, 2), (3, 4)], (("x", 1), ("y", 1)))
     for _ in range(2):  # a second time over the first
         index.save(tmp_path / "index")
     loaded = ImageIndex.load(tmp_path / "index")
-    assert [loaded.place(i) for i in range(2)] == places
+    assert [loaded.location(i) for i in range(2)] == locations
     assert loaded.class_names == (("b", "ä") if is_labelled else ())
     assert (loaded.labels is None) != is_labelled and loaded.bounds == (range(1), range(1, 2))
     assert loaded.fingerprint == index.fingerprint
@@ -106,7 +106,7 @@ def test_save__load_gives_the_same_back(is_labelled: bool, tmp_path: Path) -> No
 def test_load__what_is_no_index_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a readable index"):
         ImageIndex.load(tmp_path / "nothing")
-    index = make_index([Found(Place.of(Path("/x/1.png")), "")], [(1, 2)], (("x", 1),))
+    index = make_index([Found(Location.of(Path("/x/1.png")), "")], [(1, 2)], (("x", 1),))
     index.save(tmp_path / "index")
     np.save(tmp_path / "index/hw.npy", np.zeros((1, 2)))
     with pytest.raises(DataError, match=r"hw\.npy holds float64, not int32"):
@@ -130,7 +130,7 @@ def test_subset__keeps_sources_and_places(tmp_path: Path) -> None:
     assert index.bounds == (range(2), range(2, 4))
     some = index.subset(np.array([1, 2, 3]))
     assert some.bounds == (range(1), range(1, 3))
-    assert [Path(str(some.place(i))).name for i in range(3)] == ["2.png", "3.png", "4.png"]
+    assert [Path(str(some.location(i))).name for i in range(3)] == ["2.png", "3.png", "4.png"]
 
 
 def test_split__holds_out_a_part_of_every_class(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_split__holds_out_a_part_of_every_class(tmp_path: Path) -> None:
     train, held_out = split(build_index([tmp_path], max_bad_fraction=0.0), 0.2)
     assert (len(train), len(held_out)) == (16, 4)
     assert held_out.labels is not None and sorted(held_out.labels.tolist()) == [0, 0, 1, 1]
-    names = [{str(part.place(i)) for i in range(len(part))} for part in (train, held_out)]
+    names = [{str(part.location(i)) for i in range(len(part))} for part in (train, held_out)]
     assert not names[0] & names[1]
 
 

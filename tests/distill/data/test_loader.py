@@ -260,7 +260,7 @@ def test_fetch__images_that_only_pillow_decodes_are_used(tmp_path: Path) -> None
         Image.fromarray(picture(i)).save(tmp_path / f"{i}.webp", exif=exif, lossless=True)
         Image.fromarray(picture(i)).rotate(-90, expand=True).save(tmp_path / f"{i}.png")
     odd, plain = (
-        index.subset(np.flatnonzero([str(index.place(i)).endswith(kind) for i in range(6)]))
+        index.subset(np.flatnonzero([str(index.location(i)).endswith(kind) for i in range(6)]))
         for index in [build_index([tmp_path], max_bad_fraction=0.0)]
         for kind in (".webp", ".png")
     )
@@ -288,21 +288,21 @@ def test_fetch__each_batch_has_one_of_several_sizes(index: ImageIndex) -> None:
 
 
 def test_fetch__sources_are_mixed_by_weight_and_pure_batches_are_pure(index: ImageIndex) -> None:
-    colours = [((n / 10, 0.5, 0.5), (0.2, 0.2, 0.2)) for n in range(3)]
+    pixel_stats = [((n / 10, 0.5, 0.5), (0.2, 0.2, 0.2)) for n in range(3)]
     pools = [
-        Pool(0, 10, 0.6, colours=colours[0]),
-        Pool(10, 15, 0.2, colours=colours[1]),
-        Pool(15, 20, 0.2, is_pure=True, colours=colours[2]),
+        Pool(0, 10, 0.6, pixel_stats=pixel_stats[0]),
+        Pool(10, 15, 0.2, pixel_stats=pixel_stats[1]),
+        Pool(15, 20, 0.2, is_pure=True, pixel_stats=pixel_stats[2]),
     ]
     first = loader(index, range(IMAGES), pools=pools)
     second = loader(index, range(4, 9), pools=pools)
     reds = []
     for step in range(12):
         whole, part = first.fetch(step), second.fetch(step)
-        assert whole.colours is not None and part.colours is not None
+        assert whole.pixel_stats is not None and part.pixel_stats is not None
         assert torch.equal(whole.global_crops[4:9], part.global_crops)
-        assert torch.equal(whole.colours[4:9], part.colours)
-        reds.append({round(red, 1) for red in whole.colours[:, 0, 0].tolist()})
+        assert torch.equal(whole.pixel_stats[4:9], part.pixel_stats)
+        reds.append({round(red, 1) for red in whole.pixel_stats[:, 0, 0].tolist()})
     assert {0.2} in reds and {0.0, 0.1} in reds  # pure, and mixed
     assert not any(0.2 in red for red in reds if len(red) > 1)
 
@@ -429,7 +429,7 @@ def test_reference__gives_what_the_graph_gives(index: ImageIndex) -> None:
     photometric = parameters.photometric
     photometric[..., 0] = np.minimum(photometric[..., 0], 1.0)
     photometric[..., 1], photometric[..., 3] = 1.0, 0.0
-    encoded = [np.fromfile(str(index.place(image)), np.uint8) for image in range(6)]
+    encoded = [np.fromfile(str(index.location(image)), np.uint8) for image in range(6)]
     batch = source_outputs(encoded, parameters, spec)
     outputs = build_pipeline(spec, lambda: batch, 6, 1, None, 1).run()
     kinds = [torch.from_dlpack(output.as_tensor()) for output in outputs]

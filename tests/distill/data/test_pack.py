@@ -55,7 +55,7 @@ def test_pack__holds_every_image_and_is_found_where_it_is_moved(
     assert index.labels.tolist() == [0, 0, 0, 1, 1, 1, 1] and set(map(tuple, index.hw)) == {
         (48, 64)
     }
-    data = [Reader().read(index.place(image)).tobytes() for image in range(7)]
+    data = [Reader().read(index.location(image)).tobytes() for image in range(7)]
     assert len(set(data)) == 7 and all(each.startswith(b"\x89PNG") for each in data)
     with tarfile.open(tmp_path / "moved/shard-000000.tar") as shard:
         names = [f"{number:09}.{kind}" for number in range(3) for kind in ("png", "cls")]

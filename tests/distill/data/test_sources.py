@@ -63,7 +63,7 @@ def test_list_source__every_kind_gives_the_same_bytes(folder: Path, tmp_path: Pa
     expected = [(folder / name).read_bytes() for name in NAMES]
     for suffix, path in {"": folder, **as_other_kinds(folder, tmp_path / "other")}.items():
         found = list_source(path)
-        assert [reader.read(each.place).tobytes() for each in found] == expected, suffix
+        assert [reader.read(each.location).tobytes() for each in found] == expected, suffix
         labels = ["", "", ""] if suffix == ".txt" else ["cat", "cat", "dog"]
         assert [each.label for each in found] == labels
         assert build_index([path], max_bad_fraction=0.0).hw.tolist() == [[48, 64]] * 3
@@ -83,7 +83,7 @@ def test_list_source__a_folder_of_shards_in_order(folder: Path, tmp_path: Path) 
     for name in ("0.tar", "1.tar"):
         (tmp_path / name).rename(shards / name)
     found = list_source(shards)
-    assert [each.place.name for each in found] == ["0.png", "1.png"]
+    assert [each.location.name for each in found] == ["0.png", "1.png"]
     assert [each.label for each in found] == ["7", "7"]
 
 
@@ -107,8 +107,8 @@ def test_list_source__hostile_members_are_names_and_nothing_else(tmp_path: Path)
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         path = write_tar(tmp_path / f"{kind}.tar", [*members, hard], format=kind)
         found = list_source(path)
-        assert [each.place.name for each in found] == ["../../up.jpg", "/abs.jpg", long]
-        assert all(Reader().read(each.place).tobytes() == data for each in found)
+        assert [each.location.name for each in found] == ["../../up.jpg", "/abs.jpg", long]
+        assert all(Reader().read(each.location).tobytes() == data for each in found)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.tar", "2.tar"]
 
 
@@ -124,7 +124,7 @@ def test_list_source__a_header_that_claims_too_much_is_refused(tmp_path: Path) -
     info = tarfile.TarInfo("././@PaxHeader")  # a name of 10 MB is no name
     info.type, info.size = tarfile.XHDTYPE, 10_000_000
     path.write_bytes(info.tobuf() + bytes(10_000_384) + whole)
-    assert [each.place.name for each in list_source(path)] == ["a.jpg"]
+    assert [each.location.name for each in list_source(path)] == ["a.jpg"]
 
 
 @settings(max_examples=100, deadline=None)
@@ -145,7 +145,7 @@ def test_list_source__a_damaged_tar_gives_images_or_one_line(
     except DataError as error:
         assert "\n" not in error.message
     else:
-        assert all(each.place.offset + each.place.length <= len(data) for each in found)
+        assert all(each.location.offset + each.location.length <= len(data) for each in found)
 
 
 def test_list_source__links_in_circles_end(folder: Path) -> None:
@@ -172,9 +172,9 @@ def test_read__a_row_without_an_image(tmp_path: Path) -> None:
     table = pyarrow.table({"image": pyarrow.array([b"x", None], pyarrow.binary())})
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     first, second = list_source(tmp_path / "x.parquet")
-    assert Reader().read(first.place).tobytes() == b"x"
+    assert Reader().read(first.location).tobytes() == b"x"
     with pytest.raises(OSError, match="the row holds no image"):
-        Reader().read(second.place)
+        Reader().read(second.location)
 
 
 def test_read__a_shard_that_was_cut(tmp_path: Path) -> None:
@@ -182,5 +182,5 @@ def test_read__a_shard_that_was_cut(tmp_path: Path) -> None:
     (found,) = list_source(path)
     path.write_bytes(path.read_bytes()[:560])
     with pytest.raises(OSError, match=r"ends before a\.jpg does"):
-        Reader().read(found.place)
+        Reader().read(found.location)
     assert np.fromfile(path, np.uint8).size == 560

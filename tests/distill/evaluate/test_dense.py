@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.data.locations import Place
+from distill.data.locations import Location
 from distill.evaluate.dense import DenseProbe, Mosaics, compose, drift, mean_iou, segmentation_score
 from distill.evaluate.images import Preparation, Scored
 from teacher.shapes import ViTSpec
@@ -18,16 +18,16 @@ SIZE, STRIDE = 16, 8
 @pytest.fixture
 def split(tmp_path: Path) -> Scored:
     """Eight classes of one colour each (red numbers the class), two images of each."""
-    places, labels = [], []
+    locations, labels = [], []
     for label in range(8):
         for copy in range(2):
             path = tmp_path / f"{label}-{copy}.png"
             Image.new(
                 "RGB", (20, 20), (30 * label, 255 * (label % 2), 255 * (label // 2 % 2))
             ).save(path)
-            places.append(Place.of(path))
+            locations.append(Location.of(path))
             labels.append(label)
-    return Scored(places, torch.tensor(labels))
+    return Scored(locations, torch.tensor(labels))
 
 
 def test_compose__each_pixel_is_of_its_class_and_the_seed_decides(split: Scored) -> None:

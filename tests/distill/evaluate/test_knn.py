@@ -13,17 +13,17 @@ from PIL import Image
 from torch import Tensor, nn
 
 from distill.data.index import ImageIndex, build_index
-from distill.data.locations import Place, Reader
+from distill.data.locations import Location, Reader
 from distill.errors import UserError
 from distill.evaluate.images import Preparation, Scored, decode, extract
 from distill.evaluate.knn import (
     balanced_accuracy,
-    colour_score,
-    colour_statistics,
     evaluate_run,
     knn,
     network_folders,
     pixels_score,
+    rgb_score,
+    rgb_stats,
 )
 from distill.weights.save import ExportFacts, write_backbone
 from students.shapes import BackboneSpec, ConvNeXtSpec
@@ -117,7 +117,7 @@ def test_balanced_accuracy__classes_count_the_same() -> None:
 
 def test_colour_statistics__mean_and_spread() -> None:
     images = torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8)
-    statistics = colour_statistics(images)
+    statistics = rgb_stats(images)
     expected = np.concatenate(
         [images.numpy().mean((2, 3)), images.numpy().reshape(2, 3, -1).std(2)], axis=1
     )
@@ -168,7 +168,7 @@ def scored(index: ImageIndex) -> Scored:
 
 
 def test_colour_score__sees_colour(splits: tuple[ImageIndex, ImageIndex]) -> None:
-    assert colour_score(scored(splits[0]), scored(splits[1])) == 1.0
+    assert rgb_score(scored(splits[0]), scored(splits[1])) == 1.0
 
 
 def test_pixels_score__is_a_fraction(splits: tuple[ImageIndex, ImageIndex]) -> None:
@@ -198,9 +198,9 @@ class MeanColour(nn.Module):
 def test_extract__keeps_the_order_whatever_the_batch(
     splits: tuple[ImageIndex, ImageIndex], batch: int
 ) -> None:
-    places = [splits[0].place(image) for image in range(len(splits[0]))]
-    features = extract(MeanColour(), places, Preparation(16, MEAN, STD), device=CPU, batch=batch)
-    images = np.stack([np.asarray(Image.open(str(place))) for place in places]) / 255.0
+    locations = [splits[0].place(image) for image in range(len(splits[0]))]
+    features = extract(MeanColour(), locations, Preparation(16, MEAN, STD), device=CPU, batch=batch)
+    images = np.stack([np.asarray(Image.open(str(place))) for place in locations]) / 255.0
     expected = (images.mean((1, 2)) - np.array(MEAN)) / np.array(STD)
     # fp32 means of 256 normalised pixels
     np.testing.assert_allclose(features.numpy(), expected, atol=1e-5)
@@ -211,15 +211,16 @@ def test_decode__resizes_only_when_the_size_differs(tmp_path: Path) -> None:
     Image.fromarray(tile).save(tmp_path / "a.png")
     Image.fromarray(tile[..., 0]).save(tmp_path / "grey.png")
     assert torch.equal(
-        decode(Reader(), Place.of(tmp_path / "a.png"), 16), torch.from_numpy(tile).permute(2, 0, 1)
+        decode(Reader(), Location.of(tmp_path / "a.png"), 16),
+        torch.from_numpy(tile).permute(2, 0, 1),
     )
-    assert decode(Reader(), Place.of(tmp_path / "grey.png"), 8).shape == (3, 8, 8)
+    assert decode(Reader(), Location.of(tmp_path / "grey.png"), 8).shape == (3, 8, 8)
 
 
 def test_decode__broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"broken\.png: cannot be decoded"):
-        decode(Reader(), Place.of(tmp_path / "broken.png"), 16)
+        decode(Reader(), Location.of(tmp_path / "broken.png"), 16)
 
 
 def test_evaluate_run__scores_everything_and_keeps_the_rest(run_folder: Path) -> None:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from distill.data.depth import draw_kept
+from distill.data.depth import draw_active
 from distill.data.index import build_index
 from distill.data.mask_counts import mask_counts
 from distill.data.masks import draw_masks
@@ -129,8 +129,8 @@ def pretrain(
     groups = make_groups(
         plan_stage(recipe, recipe.stages[0], dist.get_world_size()), timedelta(seconds=60)
     )
-    site = RankContext(device, folder, build_index([images], max_bad_fraction=0.0))
-    pretraining, witness = Pretraining(recipe, groups, site), Witness()
+    rank_context = RankContext(device, folder, build_index([images], max_bad_fraction=0.0))
+    pretraining, witness = Pretraining(recipe, groups, rank_context), Witness()
     for stage in recipe.stages:
         phase = pretraining.phase(stage)
         pretraining.engine.copy_ema_to(pretraining.ema)
@@ -361,8 +361,13 @@ def plain_loss(
         seed=recipe.seed, step=step, counts=counts, positions=np.arange(count), grid_hw=(side, side)
     )
     keep = 1.0 - settings.drop_path
-    kept = draw_kept(
-        seed=recipe.seed, step=step, positions=range(count), num_crops=4, num_blocks=2, keep=keep
+    kept = draw_active(
+        seed=recipe.seed,
+        step=step,
+        positions=range(count),
+        num_crops=4,
+        num_blocks=2,
+        survival=keep,
     )
     temperature = schedule.teacher_temperature(settings, step)
     with torch.no_grad():

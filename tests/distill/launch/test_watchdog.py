@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.launch.watchdog import Verdict, Watchdog
+from distill.launch.watchdog import StragglerReport, Watchdog
 from distill.runfolder.failure import LOST_EXIT_CODE
 from distill.runfolder.heartbeat import FIRST_ALLOWED_S, HeartbeatRecord, record_path
 
@@ -23,7 +23,7 @@ SIGN = HeartbeatRecord(
     idle_s=0.0,
     allowed_s=LIMIT_S,
     is_waiting=False,
-    place="distill/train/student.py:90 in learn",
+    frame="distill/train/student.py:90 in learn",
     end="",
 )
 
@@ -42,7 +42,9 @@ class Job:
             state_of=lambda s: self.states.get(s.pid, "S"),
         )
 
-    def look(self, after_s: float = 0.0, beating: tuple[int, ...] = (0, 1)) -> Verdict | None:
+    def look(
+        self, after_s: float = 0.0, beating: tuple[int, ...] = (0, 1)
+    ) -> StragglerReport | None:
         self.now += after_s
         for rank, record in self.records.items():
             self.records[rank] = replace(record, beat=record.beat + (rank in beating))
@@ -69,11 +71,11 @@ def test_look__a_moving_job_is_left_alone(job: Job) -> None:
 def test_look__a_rank_without_a_sign_of_life_is_named_within_the_limit(job: Job) -> None:
     job.change(0, activity="exchange", is_waiting=True, idle_s=26.0)
     assert job.look(20.0, beating=(0,)) is None
-    verdict = job.look(5.0, beating=(0,))
-    assert verdict is not None and verdict.world_ranks == (1,)
+    stragglers = job.look(5.0, beating=(0,))
+    assert stragglers is not None and stragglers.world_ranks == (1,)
     said = "rank 1 on node1: learning small, family step 40; no record of life for 25 s"
-    assert verdict.message == said
-    failure = verdict.to_failure(job.folder)
+    assert stragglers.message == said
+    failure = stragglers.to_failure(job.folder)
     assert failure.exit_code == LOST_EXIT_CODE and "stacks" in failure.fix
 
 
@@ -81,8 +83,8 @@ def test_look__a_stopped_process_is_named_even_in_a_long_activity(job: Job) -> N
     job.change(1, activity="saving", allowed_s=FIRST_ALLOWED_S)
     assert job.look(25.0, beating=(0,)) is None
     job.states[100] = "T"
-    verdict = job.look(1.0, beating=(0,))
-    assert verdict is not None and "its process is stopped for 26 s" in verdict.message
+    stragglers = job.look(1.0, beating=(0,))
+    assert stragglers is not None and "its process is stopped for 26 s" in stragglers.message
 
 
 def test_look__who_is_waited_for_is_named_and_not_who_waits(job: Job) -> None:
@@ -90,9 +92,9 @@ def test_look__who_is_waited_for_is_named_and_not_who_waits(job: Job) -> None:
     job.change(1, idle_s=20.0)
     assert job.look(1.0) is None
     job.change(1, idle_s=25.0)
-    verdict = job.look(1.0)
-    assert verdict is not None and verdict.world_ranks == (1,)
-    assert "does not move for 25 s, in distill/train/student.py:90 in learn" in verdict.message
+    stragglers = job.look(1.0)
+    assert stragglers is not None and stragglers.world_ranks == (1,)
+    assert "does not move for 25 s, in distill/train/student.py:90 in learn" in stragglers.message
 
 
 def test_look__those_who_wait_for_a_long_save_are_not_hung(job: Job) -> None:
@@ -104,9 +106,9 @@ def test_look__those_who_wait_for_a_long_save_are_not_hung(job: Job) -> None:
 def test_look__when_all_wait_the_ones_furthest_behind_are_named(job: Job) -> None:
     job.change(0, idle_s=30.0, is_waiting=True)
     job.change(1, idle_s=30.0, is_waiting=True, phase_step=39)
-    verdict = job.look(1.0)
-    assert verdict is not None and verdict.world_ranks == (1,)
-    assert verdict.message.startswith("every rank waits; furthest behind: rank 1")
+    stragglers = job.look(1.0)
+    assert stragglers is not None and stragglers.world_ranks == (1,)
+    assert stragglers.message.startswith("every rank waits; furthest behind: rank 1")
 
 
 def test_look__a_rank_that_ended_is_not_waited_for(job: Job) -> None:
@@ -120,8 +122,8 @@ def test_look__a_rank_that_never_came_is_named(tmp_path: Path) -> None:
     watchdog = Watchdog(tmp_path, 2, LIMIT_S, clock=clock)
     assert watchdog.look() is None
     now[0] = FIRST_ALLOWED_S + 1.0
-    verdict = watchdog.look()
-    assert verdict is not None and "no record of rank 0, 1 after 601 s" in verdict.message
+    stragglers = watchdog.look()
+    assert stragglers is not None and "no record of rank 0, 1 after 601 s" in stragglers.message
 
 
 def test_look__furthest_behind_is_the_rank_in_the_earlier_phase(job: Job) -> None:
@@ -130,6 +132,6 @@ def test_look__furthest_behind_is_the_rank_in_the_earlier_phase(job: Job) -> Non
     for rank, phase, number, step in ((0, "gram", 2, 3), (1, "base", 1, 90)):
         waiting = {"idle_s": 2 * LIMIT_S, "is_waiting": True, "activity": "exchange"}
         job.change(rank, phase=phase, phase_number=number, phase_step=step, **waiting)
-    verdict = job.look(1.0)
-    assert verdict is not None and verdict.world_ranks == (1,)
-    assert "base step 90" in verdict.message
+    stragglers = job.look(1.0)
+    assert stragglers is not None and stragglers.world_ranks == (1,)
+    assert "base step 90" in stragglers.message

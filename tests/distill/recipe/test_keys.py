@@ -9,7 +9,7 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from distill.data.index import make_index
-from distill.data.locations import Place
+from distill.data.locations import Location
 from distill.data.sampler import Pool
 from distill.data.sources import Found
 from distill.errors import RecipeError
@@ -902,7 +902,7 @@ def test_sources__what_does_not_go_together(sources: str, message: str, tmp_path
 
 
 def test_sources__become_pools_of_the_sampler(tmp_path: Path) -> None:
-    found = [Found(Place.of(Path(f"/x/{i}.png")), "") for i in range(5)]
+    found = [Found(Location.of(Path(f"/x/{i}.png")), "") for i in range(5)]
     index = make_index(found, [(8, 8)] * 5, (("a", 2), ("b", 3)))
     path = write(tmp_path, FAMILY)
     plain = load_recipe(path, ["data.sources=[a, b]"])

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from distill.runfolder.requests import SAVE, STOP, StopSaveRequests, ask, forget, is_asked
+from distill.runfolder.requests import (
+    SAVE,
+    STOP,
+    StopSaveRequests,
+    forget,
+    is_requested,
+    leave_request,
+)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -27,12 +34,12 @@ def test_asked__finds_what_was_left_in_files(tmp_path: Path) -> None:
     asked = StopSaveRequests(tmp_path)
     asked.look()
     assert not asked.to_stop() and not asked.take_save()
-    ask(tmp_path, SAVE)
-    ask(tmp_path, STOP)
+    leave_request(tmp_path, SAVE)
+    leave_request(tmp_path, STOP)
     asked.look()
     assert asked.to_stop() and asked.take_save()
     asked.look()
     assert not asked.take_save()  # a wish is granted once
-    assert is_asked(tmp_path, STOP) and not is_asked(tmp_path, SAVE)
+    assert is_requested(tmp_path, STOP) and not is_requested(tmp_path, SAVE)
     forget(tmp_path)
-    assert not is_asked(tmp_path, STOP)
+    assert not is_requested(tmp_path, STOP)

@@ -100,27 +100,27 @@ def test_narrator__each_event_once(run_folder: Path) -> None:
     fresh = snapshot_of(
         run_folder, phase="base", step=0, work_done=0.0, last_checkpoint=None, eta_s=None
     )
-    (line,) = narrator.tell(fresh)
+    (line,) = narrator.lines(fresh)
     assert line.endswith("phase base (1 of 3): 300 steps of teacher")
-    assert narrator.tell(fresh) == []
-    assert narrator.tell(snapshot_of(run_folder, phase="base", last_checkpoint=None)) != []
-    lines = [line[10:] for line in narrator.tell(snapshot_of(run_folder, work_done=0.7))]
+    assert narrator.lines(fresh) == []
+    assert narrator.lines(snapshot_of(run_folder, phase="base", last_checkpoint=None)) != []
+    lines = [line[10:] for line in narrator.lines(snapshot_of(run_folder, work_done=0.7))]
     assert lines == [
         "saved checkpoints/family-10 (family step 10)",
         "phase family (3 of 3): 200 steps of small, tiny",
     ]
     exporting = snapshot_of(run_folder, state="exporting", message="student small", work_done=0.7)
-    assert [line[10:] for line in narrator.tell(exporting)] == ["exporting: student small"]
+    assert [line[10:] for line in narrator.lines(exporting)] == ["exporting: student small"]
 
 
 def test_narrator__progress_by_share_or_by_time(run_folder: Path) -> None:
     narrator = Narrator()
     start = snapshot_of(run_folder, work_done=0.70)
-    narrator.tell(start)
+    narrator.lines(start)
 
     def told(work_done: float, after_s: float) -> list[str]:
         moved = snapshot_of(run_folder, work_done=work_done, updated_unix=NOW + after_s)
-        return narrator.tell(replace(moved, now_unix=NOW + after_s))
+        return narrator.lines(replace(moved, now_unix=NOW + after_s))
 
     assert told(0.75, 5.0) == []
     assert len(told(0.81, 6.0)) == 1
@@ -133,11 +133,11 @@ def test_narrator__progress_by_share_or_by_time(run_folder: Path) -> None:
 def test_narrator__long_runs_speak_less_often(run_folder: Path) -> None:
     narrator = Narrator()
     day_s = 86_400.0
-    narrator.tell(replace(snapshot_of(run_folder, work_done=0.1), now_unix=NOW + day_s))
+    narrator.lines(replace(snapshot_of(run_folder, work_done=0.1), now_unix=NOW + day_s))
     soon = snapshot_of(run_folder, work_done=0.11, updated_unix=NOW + day_s + 600)
-    assert narrator.tell(replace(soon, now_unix=NOW + day_s + 600)) == []
+    assert narrator.lines(replace(soon, now_unix=NOW + day_s + 600)) == []
     late = snapshot_of(run_folder, work_done=0.12, updated_unix=NOW + day_s + 1800)
-    assert len(narrator.tell(replace(late, now_unix=NOW + day_s + 1800))) == 1
+    assert len(narrator.lines(replace(late, now_unix=NOW + day_s + 1800))) == 1
 
 
 def test_watch__plain_has_one_line_per_event_and_no_escape_codes(run_folder: Path) -> None:
@@ -260,13 +260,13 @@ def test_phases__are_the_ones_the_status_names() -> None:
 
 def test_events__are_told_once_and_shown_on_the_panel(run_folder: Path) -> None:
     narrator = Narrator()
-    narrator.tell(snapshot_of(run_folder))
+    narrator.lines(snapshot_of(run_folder))
     note(
         run_folder, Event("skipped", "small: step 7 skipped, a gradient is not finite", "small", 7)
     )
-    (line,) = narrator.tell(snapshot_of(run_folder))
+    (line,) = narrator.lines(snapshot_of(run_folder))
     assert line.endswith("small: step 7 skipped, a gradient is not finite")
-    assert narrator.tell(snapshot_of(run_folder)) == []
+    assert narrator.lines(snapshot_of(run_folder)) == []
     assert "a gradient is not finite" in panel_text(snapshot_of(run_folder))
     later = RunFiles(run_folder, since_unix=2.0 * time.time()).take_snapshot()
     assert not later.events

@@ -51,7 +51,7 @@ def shares_with_a_slow_rank(slow: int, factor: float) -> dict[str, Any]:
         (teaching, [training]),
         lookahead=lookahead,
         every=10,
-        tell=told.append,
+        report=told.append,
     )
     pace = factor if rank == slow else 1.0
     for step in range(1, 42):

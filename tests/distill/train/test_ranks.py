@@ -30,15 +30,15 @@ from tests.teacher.test_task import MEAN, STD, network, teacher
 IMAGES = 32
 SCALARS = StepScalars(Objective(1.0, 1.0, 0.1, 1.0, cosine=1.0, smooth_l1=1.0), 1.0, 1.0)
 # 2 global crops of 16 px and 2 local ones of 8 px; bottlenecks of 6 numbers in fp32; 4 patches
-WIRE = WireShape(2 * 3 * 16 * 16, 2 * 3 * 8 * 8, 2 * 6, 6, 4, 4, colour_values=6)
+WIRE = WireShape(2 * 3 * 16 * 16, 2 * 3 * 8 * 8, 2 * 6, 6, 4, 4, stat_values=6)
 RATES = StepRates(lr=1e-3, lr_prototypes=1e-3, weight_decay=0.04, ema_momentum=0.9)
 
 
 def some(crops: CropBatch, images: slice) -> CropBatch:
     """Some of the images."""
-    assert crops.colours is not None
+    assert crops.pixel_stats is not None
     return CropBatch(
-        crops.global_crops[images], crops.local_crops[images], colours=crops.colours[images]
+        crops.global_crops[images], crops.local_crops[images], pixel_stats=crops.pixel_stats[images]
     )
 
 
@@ -49,8 +49,10 @@ def batch_of(step: int) -> tuple[CropBatch, Tensor]:
     def draw(*shape: int) -> Tensor:
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
-    colours = 0.3 + 0.4 * torch.rand(IMAGES, 2, 3, generator=generator)  # as if from many sources
-    crops = CropBatch(draw(IMAGES, 2, 3, 16, 16), draw(IMAGES, 2, 3, 8, 8), colours=colours)
+    pixel_stats = 0.3 + 0.4 * torch.rand(
+        IMAGES, 2, 3, generator=generator
+    )  # as if from many sources
+    crops = CropBatch(draw(IMAGES, 2, 3, 16, 16), draw(IMAGES, 2, 3, 8, 8), pixel_stats=pixel_stats)
     return crops, torch.rand(IMAGES, 2, 4, generator=generator) < 0.3
 
 
@@ -120,7 +122,7 @@ def train_family(
             mine = some(crops, part)
             asked = PatchMasks.of(torch.ones_like(masks[part]) if is_published else masks[part])
             counts = masks.sum(dim=2).numpy()
-            needed = PatchMasks.of(take(masks, now.needs(rank)))
+            needed = PatchMasks.of(take(masks, now.required_positions(rank)))
             on_the_way.append(
                 exchange.start(Outgoing(ahead, mine, taught.teach(mine, asked), needed, counts))
             )
@@ -290,7 +292,7 @@ def test_exchange__counts_what_arrives_from_other_ranks(num_ranks: int) -> None:
         for step in range(3):
             per_image = batch_of(step)[1].sum(dim=(1, 2))
             share = plan.share(rank, step)
-            foreign = [i for part in plan.needs(rank) for i in part if i not in share]
+            foreign = [i for part in plan.required_positions(rank) for i in part if i not in share]
             pixels = 2 * 3 * 16 * 16 + 2 * 3 * 8 * 8
             expected += len(foreign) * (pixels + 2 * 6 * 4 + 2 * 3 * 4)
             expected += sum(int(per_image[i]) for i in foreign) * 6 * 4
