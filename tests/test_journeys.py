@@ -14,61 +14,21 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
-TEACHER = """\
-name: tiny-teacher
-model: {arch: vit, width: 16, depth: 1, heads: 2, patch: 8, untie_local_norm: true}
-heads:
-  dino: {hidden: 16, bottleneck: 8, prototypes: 16}
-  ibot: {hidden: 16, bottleneck: 8, prototypes: 16}
-data: {sources: [{path: "DATA"}]}
-crops: {global: {size: 32}, local: {count: 2, size: 16}, flip: 0.5}
-schedule: {batch: 16, lr: {peak: 1.0e-3}, rope_rescale: [0.5, 2.0], drop_path: 0.2, layer_decay: 0.9}
-stages:
-  - {name: base, steps: 20}
-  - name: gram
-    steps: 10
-    batch: 8
-    gram: {teacher: base@10, refresh: 5, max_refreshes: 1, resolution: 1.5}
-    crops: [{global: 32, local: 16, ratio: 0.5}, {global: 48, local: 24, ratio: 0.5}]
-engine: {device: cpu, processes: 2, precision: fp32}
-checkpoint: {every: 1000}
-"""
-FAMILY = """\
-name: tiny
-teacher: {train: teacher.yaml}
-students:
-  - {name: plain, arch: vit, width: 16, depth: 1, heads: 2, patch: 8, head_widths: {dino_hidden: 16, ibot_hidden: 16}}
-  - {name: gated, arch: vit, width: 16, depth: 1, heads: 2, patch: 8, ffn: swiglu, head_widths: {dino_hidden: 16, ibot_hidden: 16}}
-  - {name: conv, arch: convnext, depths: [1, 1, 1], widths: [8, 12, 16], head_widths: {dino_hidden: 16, ibot_hidden: 16}}
-data: {sources: [{path: "DATA"}]}
-crops: {global: {size: 32}, local: {count: 2, size: 16}, flip: 0.5}
-schedule: {batch: 16, steps: STEPS, lr: {peak: 1.0e-3, warmup: 2, decay: cosine}}
-engine: {device: cpu, processes: 2, precision: fp32}
-checkpoint: {every: 1000}
-"""
-
-
-def write_images(folder: Path) -> Path:
-    """Two classes of 64 px pictures that differ in the direction of their stripes."""
-    draw = np.random.default_rng(0)
-    for name in ("across", "along"):
-        (folder / name).mkdir(parents=True)
-        for i in range(15):
-            stripes = (
-                np.sin(np.arange(64) * draw.uniform(0.3, 0.6))[:, None] * np.ones((64, 64)) * 80
-                + 128
-            )
-            pixels = (stripes if name == "across" else stripes.T)[..., None] + draw.normal(
-                0, 20, (64, 64, 3)
-            )
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
-    return folder
+from tests.support.jobs import (
+    FAMILY,
+    TEACHER,
+    assert_equal_students,
+    distill,
+    is_in,
+    run_and_interrupt,
+    students_of,
+    without_heads,
+    write_images,
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,23 +41,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-
-
-def distill(*words: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "distill", *words],
-        capture_output=True,
-        text=True,
-        timeout=timeout_s,
-        env=ENVIRONMENT,
-    )
-
-
-def students_of(run: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {
-        path.name: load_file(path / "model.safetensors")
-        for path in sorted((run / "students").iterdir())
-    }
 
 
 @pytest.fixture(scope="module")
@@ -188,46 +131,6 @@ def test_stop__and_resume_equals_never_stopping(phase: str, finished: Path, reci
     resumed = distill("train", str(recipe), "--out", str(out))
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert_equal_students(out / "tiny", finished)
-
-
-def run_and_interrupt(words: list[str], status: Path, phase: str) -> None:
-    """Starts a job and stops it by Ctrl-C once it is in ``phase``."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "distill", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    deadline = time.monotonic() + 120
-    while not is_in(status, phase):
-        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
-    state = json.loads(status.read_text())["state"]
-    if process.returncode == 0:
-        assert state == "finished"  # the signal came after the last step
-    else:
-        assert process.returncode == 130 and state == "stopped", output
-        assert "distill train " in output
-
-
-def assert_equal_students(one: Path, other: Path) -> None:
-    assert set(students_of(one)) == set(students_of(other))
-    for name, weights in students_of(one).items():
-        for key, tensor in students_of(other)[name].items():
-            assert torch.equal(weights[key], tensor), f"{name} {key}"
-
-
-def without_heads(finished: Path, mode: str) -> list[str]:
-    """Overrides for a released teacher: weights, no heads."""
-    heads = "{hidden: 16, bottleneck: 8, prototypes: 16}"
-    fit = f"{{steps: 20, lr: 1.0e-3, warmup: 2, heads: {{dino: {heads}, ibot: {heads}}}}}"
-    return [
-        f"teacher={{weights: {finished / 'teacher'}, heads: {mode}, fit: {fit}}}",
-        "schedule.steps=10",
-    ]
 
 
 def test_train__students_that_leave_and_join_do_not_touch_the_others(
@@ -379,10 +282,6 @@ def test_check__says_what_a_teacher_without_heads_needs(
     for mode, said in (("fit", "20 steps (heads: fit)"), ("none", "features (heads: none)")):
         ended = distill("check", str(recipe), *without_heads(finished, mode))
         assert ended.returncode == 0 and said in ended.stdout, ended.stderr
-
-
-def is_in(path: Path, phase: str) -> bool:
-    return path.is_file() and json.loads(path.read_text())["phase"] == phase
 
 
 def test_torchrun__three_ranks(recipe: Path, finished: Path) -> None:

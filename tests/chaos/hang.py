@@ -13,7 +13,7 @@ from pathlib import Path
 
 from distill.runfolder.failure import LOST_EXIT_CODE
 from distill.runfolder.heartbeat import read_records, stacks_path
-from tests.chaos import job
+from tests.support import jobs
 
 NUM_RANKS = 2
 TIMEOUT_S = 120.0
@@ -28,7 +28,7 @@ def run(arguments: list[str]) -> bool:
     options = parser.parse_args(arguments)
     draw, wrong, seconds = random.Random(options.seed), [], []
     with tempfile.TemporaryDirectory() as name:
-        recipe = job.write_recipes(Path(name), stage_steps=20, steps=100_000, save_every=1000)
+        recipe = jobs.write_recipes(Path(name), stage_steps=20, steps=100_000, save_every=1000)
         for number in range(options.count):
             out = Path(name) / f"hang-{number}"
             took_s, problems = _stop_a_rank(recipe, out, options.limit, draw)
@@ -47,12 +47,12 @@ def _stop_a_rank(
     recipe: Path, out: Path, limit_s: float, draw: random.Random
 ) -> tuple[float, list[str]]:
     """Seconds until a stopped rank was named, and which claims did not hold."""
-    process, run_folder = job.start(recipe, out, f"engine.hang_limit_s={limit_s}"), out / job.RUN
+    process, run_folder = jobs.start(recipe, out, f"engine.hang_limit_s={limit_s}"), out / jobs.RUN
     try:
-        job.wait_for_step(process, run_folder, "family", 20)
+        jobs.wait_for_step(process, run_folder, "family", 20)
         sign = draw.choice(read_records(run_folder, NUM_RANKS))
         time.sleep(draw.uniform(0.0, 1.0))
-        ranks = job.ranks_of(process.pid)
+        ranks = jobs.ranks_of(process.pid)
         os.kill(sign.pid, signal.SIGSTOP)
         stopped = time.monotonic()
         named_after_s = _wait_for_failure(run_folder / "failure.json", stopped, limit_s + 30.0)
@@ -70,7 +70,7 @@ def _stop_a_rank(
         f"not named in {said[-500:]!r}": re.search(who, said) is not None,
         f"exit code {process.returncode}": process.returncode == LOST_EXIT_CODE,
         "no stacks": all(p.is_file() and "File " in p.read_text() for p in stacks),
-        "ranks left behind": not job.left_after(ranks, wait_s=5.0),
+        "ranks left behind": not jobs.left_after(ranks, wait_s=5.0),
     }
     return named_after_s, [problem for problem, holds in claims.items() if not holds]
 

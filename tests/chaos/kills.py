@@ -18,7 +18,7 @@ from pathlib import Path
 
 from distill.runfolder.events import read_events
 from distill.runfolder.heartbeat import read_records
-from tests.chaos import job
+from tests.support import jobs
 
 TARGETS = ("rank", "launcher", "all")
 LATEST_S = 9.0  # after a start: about half of it is spent before the first step
@@ -63,17 +63,17 @@ def run(arguments: list[str]) -> bool:
     draw, tally = random.Random(options.seed), Tally()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe = job.write_recipes(
+        recipe = jobs.write_recipes(
             folder, stage_steps=options.stage_steps, steps=options.steps, save_every=10
         )
-        calm = job.start(recipe, folder / "calm")
+        calm = jobs.start(recipe, folder / "calm")
         said, _ = calm.communicate(timeout=TIMEOUT_S)
         assert calm.returncode == 0, said
         while sum(tally.kills.values()) < options.count or not tally.num_jobs:
             out = folder / f"killed-{tally.num_jobs}"
             _disturb(recipe, out, options, draw, tally)
             tally.num_jobs += 1
-            different = job.differing(folder / "calm" / job.RUN, out / job.RUN)
+            different = jobs.differing(folder / "calm" / jobs.RUN, out / jobs.RUN)
             tally.wrong += [f"job {tally.num_jobs}: {name} differs" for name in different]
     sys.stdout.write(tally.summary() + "\n")
     return bool(tally.wrong) or tally.num_named < tally.num_nameable
@@ -85,12 +85,12 @@ def _disturb(
     """One job from its first launch to its end, killed until the count is reached."""
     count: int = options.count
     words = ("--max-restarts", str(count))
-    process = job.start(recipe, out, *words)
+    process = jobs.start(recipe, out, *words)
     tally.num_launches += 1
     while True:
         is_enough = sum(tally.kills.values()) >= count
         try:
-            moment_s = TIMEOUT_S if is_enough else _moment(out / job.RUN, draw)
+            moment_s = TIMEOUT_S if is_enough else _moment(out / jobs.RUN, draw)
             said, _ = process.communicate(timeout=moment_s)
         except subprocess.TimeoutExpired:
             if is_enough:
@@ -101,8 +101,8 @@ def _disturb(
             if process.returncode != 0:
                 tally.wrong.append(f"exit code {process.returncode}: {said[-2000:]}")
             return
-        if not _strike(process, out / job.RUN, draw.choice(options.targets), draw, tally):
-            process = job.start(recipe, out, *words)
+        if not _strike(process, out / jobs.RUN, draw.choice(options.targets), draw, tally):
+            process = jobs.start(recipe, out, *words)
             tally.num_launches += 1
 
 
@@ -112,7 +112,7 @@ def _moment(run: Path, draw: random.Random) -> float:
         return draw.uniform(0.2, LATEST_S)
     started = time.time()
     while time.time() < started + MOVING_S:
-        status = job.status_of(run)
+        status = jobs.status_of(run)
         if status.get("state") == "finished" or status.get("updated_unix", 0.0) > started + 1.0:
             break
         time.sleep(0.05)
@@ -123,7 +123,7 @@ def _strike(
     process: subprocess.Popen[str], run: Path, target: str, draw: random.Random, tally: Tally
 ) -> bool:
     """Kills something; whether the launcher is still there."""
-    ranks = job.ranks_of(process.pid)
+    ranks = jobs.ranks_of(process.pid)
     if target == "rank" and len(ranks) < NUM_RANKS:
         return True  # just starting or just ending: another time
     tally.kills[target] += 1
@@ -133,7 +133,7 @@ def _strike(
     for pid in (process.pid, *(ranks if target == "all" else ())):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    left = job.left_after(ranks, wait_s=10.0)
+    left = jobs.left_after(ranks, wait_s=10.0)
     if left:
         tally.wrong.append(f"{len(left)} ranks outlived their launcher")
     return False

@@ -42,9 +42,9 @@ from distill.train.stopwatch import Stopwatch
 from distill.train.student import Attempt, StudentTrainer
 from teacher.batch import CropBatch, PatchMasks, StudentBatch
 from teacher.task import Losses
-from tests.distill.train.test_ranks import IMAGES, SCALARS, Ways, batch_of, make_pupil, some, take
-from tests.ranks import on_ranks
-from tests.teacher.test_task import teacher
+from tests.support.families import IMAGES, SCALARS, Ways, batch_of, make_pupil, some, take
+from tests.support.spawn import on_ranks
+from tests.support.tiny import teacher
 
 STUDENTS = ("a", "b", "c")
 KINDS = ("loss", "gradient", "parameter", "weight shard", "received rows", "teacher rows")

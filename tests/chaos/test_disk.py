@@ -9,7 +9,7 @@ import pytest
 from distill.runfolder.files import write_file
 from tests.chaos import bitflips, crashpoints, fuzz, resume, saves
 from tests.chaos.__main__ import KINDS
-from tests.full_disk import small_files
+from tests.support.full_disk import small_files
 
 MEMORY = Path("/dev/shm")  # where there is one, a sync costs nothing
 SMALL_COUNTS = {"crashpoints": 12, "bitflips": 15, "fuzz": 80}

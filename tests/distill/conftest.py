@@ -1,18 +1,7 @@
-from collections.abc import Callable
-from typing import NamedTuple
-
 import pytest
 
 from distill.cli.app import main
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
+from tests.support.command import Result, Run
 
 
 @pytest.fixture

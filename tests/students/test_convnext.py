@@ -7,7 +7,7 @@ import torch
 
 from students.convnext import ConvNeXt, init_convnext_
 from students.shapes import CATALOG, ConvNeXtSpec
-from tests.teacher.test_vit import (
+from tests.support.oracles import (
     assert_gradient_parity,
     assert_parity,
     cut,

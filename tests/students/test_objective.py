@@ -18,7 +18,7 @@ from students.objective import (
 from students.shapes import ConvNeXtSpec
 from teacher.batch import CropBatch, normalise
 from teacher.task import Objective, StepScalars, TaskOptions
-from tests.teacher.test_task import IMAGES, LOCALS, MEAN, STD, network, student_batch, teacher
+from tests.support.tiny import IMAGES, LOCALS, MEAN, STD, network, student_batch, teacher
 
 SCALARS = StepScalars(
     Objective(0.0, 0.0, 0.0, local=0.5, cosine=1.0, smooth_l1=0.7),

@@ -8,21 +8,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from tests.gpu import CPU_AND_GPU
-from tests.test_journeys import distill, write_images
-
-TINY = """\
-name: tiny
-teacher: {arch: vits16, weights: /nowhere, fit: {heads: HEADS}}
-students:
-  - {name: one, arch: vit, width: 32, depth: 2, heads: 2, patch: 16, head_widths: {dino_hidden: 16, ibot_hidden: 16}}
-  - {name: two, arch: vit, width: 16, depth: 1, heads: 2, patch: 16, head_widths: {dino_hidden: 16, ibot_hidden: 16}}
-data: {sources: [{path: /nowhere}]}
-crops: {global: {size: 64}, local: {count: 2, size: 32}}
-schedule: {batch: 8, steps: 10, lr: {peak: 1.0e-3}}
-engine: {device: cpu, processes: 2, precision: fp32, teacher_micro_batch: 1}
-"""
-HEADS = "{dino: {hidden: 16, bottleneck: 8, prototypes: 16}, ibot: {hidden: 16, bottleneck: 8, prototypes: 16}}"
+from tests.support.gpu import CPU_AND_GPU
+from tests.support.jobs import HEADS, TINY, distill, write_images
 
 
 @pytest.fixture

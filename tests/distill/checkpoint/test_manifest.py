@@ -20,7 +20,7 @@ from distill.checkpoint.manifest import (
 from distill.errors import CheckpointError
 from distill.runfolder.files import make_folder, read_back, replace_text, write_file
 from distill.runfolder.tensor_file import encode, num_bytes, read_tensors
-from tests.full_disk import small_files
+from tests.support.full_disk import small_files
 
 FILE = "teacher.safetensors"
 

@@ -21,7 +21,7 @@ from distill.launch import local as launch
 from distill.launch.local import Options
 from distill.recipe.reader import load_job
 from distill.recipe.writer import copy_recipe
-from tests.distill.conftest import Result, Run
+from tests.support.command import Result, Run
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:

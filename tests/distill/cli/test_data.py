@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.distill.conftest import Run
-from tests.distill.data.test_loader import picture
+from tests.support.command import Run
+from tests.support.pictures import picture
 
 RECIPE = """\
 name: tiny

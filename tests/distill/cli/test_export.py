@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.cli import app as cli
 from distill.weights import export as formats
-from tests.distill.weights.test_export import CONVNEXT, GATED, VIT, names, write_network
+from tests.support.exports import CONVNEXT, GATED, VIT, names, write_network
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 

@@ -10,8 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.cli import app as cli
 from distill.weights.save import write_heads
-from tests.distill.weights.test_layouts import random_weights, translate
-from tests.distill.weights.test_load import VIT, folder_of, heads
+from tests.support.weights import VIT, folder_of, heads, random_weights, translate
 
 
 @pytest.fixture

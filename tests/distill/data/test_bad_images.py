@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from distill.data.bad_images import examine, find_fault, redraw
 from distill.data.crops import CropParameters, CropSpec, source_outputs
 from distill.data.pipeline import build_pipeline
-from tests.distill.data.test_loader import NEUTRAL, picture
+from tests.support.pictures import NEUTRAL, picture
 
 PICTURE = Image.fromarray(picture(0, 48, 64))
 GREY_16 = Image.fromarray(np.asarray(PICTURE.convert("L")).astype(np.uint16) * 257)

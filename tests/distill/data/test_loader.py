@@ -29,17 +29,11 @@ from distill.data.pipeline import build_pipeline
 from distill.data.sampler import Pool, Sampler
 from distill.errors import DataError
 from teacher.batch import CropBatch
+from tests.support.pictures import NEUTRAL, picture
 
 SPEC = CropSpec(32, (0.32, 1.0), 2, 16, (0.05, 0.32), None, 0.5, (0.1, 2.0))
-NEUTRAL = [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
 IMAGES = 12
 OPEN: list[Loader] = []  # by the test at work; closed after it
-
-
-def picture(seed: int, height: int = 48, width: int = 64) -> NDArray[np.uint8]:
-    """Smooth random colours, so that resampling is well defined."""
-    coarse = np.random.default_rng(seed).integers(0, 255, (6, 8, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from distill.data.index import INDEX_FOLDER, build_index
 from distill.data.locations import Reader
 from distill.data.pack import pack
 from distill.errors import DataError
-from tests.distill.data.test_loader import picture
+from tests.support.pictures import picture
 
 
 @pytest.fixture

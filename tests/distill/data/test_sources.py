@@ -16,7 +16,7 @@ from distill.data.index import build_index
 from distill.data.locations import Reader
 from distill.data.sources import list_source
 from distill.errors import DataError
-from tests.distill.data.test_loader import picture
+from tests.support.pictures import picture
 
 NAMES = ("cat/1.png", "cat/2.jpg", "dog/3.webp")
 

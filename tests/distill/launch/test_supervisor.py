@@ -6,7 +6,7 @@ import pytest
 
 from distill.runfolder.events import read_events
 from distill.train.faults import parked_reason
-from tests.chaos import job
+from tests.support import jobs
 
 SHAKY = """\
 import os
@@ -32,7 +32,7 @@ class Shaky(nn.Module):
 
 def write_shaky(folder: Path) -> Path:
     """A family of two students on both ranks; one of them raises on rank 1 after some steps while ``mark`` exists."""
-    recipe = job.write_recipes(folder, stage_steps=10, steps=30, save_every=10)
+    recipe = jobs.write_recipes(folder, stage_steps=10, steps=30, save_every=10)
     (folder / "shaky.py").write_text(SHAKY.replace("MARK", str(folder / "mark")))
     lines = recipe.read_text().splitlines()
     kept = [line for line in lines if "name: gated" not in line and "name: conv" not in line]
@@ -48,15 +48,15 @@ def test_run__goes_on_without_a_student_that_failed_on_one_of_its_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = write_shaky(tmp_path)
-    monkeypatch.setitem(job.ENVIRONMENT, "PYTHONPATH", str(tmp_path))
+    monkeypatch.setitem(jobs.ENVIRONMENT, "PYTHONPATH", str(tmp_path))
     for name in ("calm", "shaken"):
-        process = job.start(recipe, tmp_path / name)
+        process = jobs.start(recipe, tmp_path / name)
         said, _ = process.communicate(timeout=240)
         assert process.returncode == 0, said
         (tmp_path / "mark").touch()
-    calm, shaken = tmp_path / "calm" / job.RUN, tmp_path / "shaken" / job.RUN
+    calm, shaken = tmp_path / "calm" / jobs.RUN, tmp_path / "shaken" / jobs.RUN
     assert parked_reason(shaken, "shaky") == "ValueError: no more of this"
     kinds = [event.kind for event in read_events(shaken)]
     assert kinds == ["failed", "restarted"]
-    different = job.differing(calm, shaken)
+    different = jobs.differing(calm, shaken)
     assert different and all(name.startswith("shaky/") for name in different)

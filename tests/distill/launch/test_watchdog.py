@@ -7,25 +7,8 @@ import pytest
 
 from distill.launch.watchdog import StragglerReport, Watchdog
 from distill.runfolder.failure import LOST_EXIT_CODE
-from distill.runfolder.heartbeat import FIRST_ALLOWED_S, HeartbeatRecord, record_path
-
-LIMIT_S = 30.0
-SIGN = HeartbeatRecord(
-    world_rank=0,
-    host="node1",
-    pid=100,
-    beat=1,
-    phase="family",
-    phase_number=1,
-    phase_step=40,
-    activity="learning",
-    network="small",
-    idle_s=0.0,
-    allowed_s=LIMIT_S,
-    is_waiting=False,
-    frame="distill/train/student.py:90 in learn",
-    end="",
-)
+from distill.runfolder.heartbeat import FIRST_ALLOWED_S, record_path
+from tests.support.status import LIMIT_S, SIGN
 
 
 class Job:

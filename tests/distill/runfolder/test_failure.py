@@ -17,7 +17,7 @@ from distill.runfolder.failure import (
 )
 from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.lock import run_lock
-from tests.distill.launch.test_watchdog import SIGN
+from tests.support.status import SIGN
 
 
 def test_write_failure__the_first_cause_stays(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from distill.screen.snapshot import RunFiles, Snapshot
 from distill.screen.tables import scores_table
 from distill.screen.watch import watch
 from distill.screen.words import clock_time, duration, rank_ranges, sparkline
-from tests.distill.runfolder.test_metrics import PHASES, ROW, STATUS
+from tests.support.status import PHASES, ROW, STATUS
 
 NOW = STATUS.updated_unix
 SUMMARY = {

@@ -12,7 +12,7 @@ from distill.plan.plan import make_plan
 from distill.train.balance import Balancer
 from distill.train.groups import make_groups
 from distill.train.stopwatch import Stopwatch
-from tests.ranks import on_ranks
+from tests.support.spawn import on_ranks
 
 WORKS = [
     NetworkCost(name, 1 / 3) for name in "abc"

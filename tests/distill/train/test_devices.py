@@ -22,12 +22,10 @@ from distill.runfolder.requests import StopSaveRequests
 from distill.train.device import take_device
 from distill.train.faults import IN_A_ROW
 from distill.train.groups import make_control
-from tests.chaos.job import write_recipes
-from tests.distill.bench.test_measure import HEADS, TINY
-from tests.distill.job.test_pretraining import GENTLE, images, pretrain  # noqa: F401  # images: a fixture
-from tests.pretend_gpu import GPU, WrongDeviceError, pretending
-from tests.ranks import on_ranks
-from tests.test_journeys import without_heads
+from tests.support.jobs import HEADS, TINY, without_heads, write_recipes
+from tests.support.pretend_gpu import GPU, WrongDeviceError, pretending
+from tests.support.pretraining import GENTLE, pretrain, write_pretraining
+from tests.support.spawn import on_ranks
 
 STEPS = 4
 TIMEOUT_S = 400  # every operator passes through Python
@@ -38,6 +36,11 @@ def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.replace("HEADS", HEADS))
     return path
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_pretraining(tmp_path_factory.mktemp("pretraining"))
 
 
 def bench_of(recipe: Path, overrides: tuple[str, ...], against: tuple[str, ...]) -> Bench:
@@ -165,7 +168,7 @@ def spoil(recipe: Path, folder: Path) -> Any:
 @pytest.mark.parametrize("zero", [1, 3])
 def test_pretraining__gives_the_bits_of_a_cpu(
     zero: int,
-    images: Path,  # noqa: F811
+    images: Path,
     tmp_path: Path,
 ) -> None:
     words = (f"engine.zero={zero}", *GENTLE)
@@ -174,7 +177,7 @@ def test_pretraining__gives_the_bits_of_a_cpu(
     assert here["losses"] == there["losses"]
 
 
-def pretrain_pretended(images: Path, folder: Path, *overrides: str) -> dict[str, Any]:  # noqa: F811
+def pretrain_pretended(images: Path, folder: Path, *overrides: str) -> dict[str, Any]:
     prepare_deepspeed("cpu")
     with pretending():
         return pretrain(images, folder, *overrides, device=GPU)

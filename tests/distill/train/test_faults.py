@@ -7,7 +7,7 @@ import torch
 
 from distill.train.faults import IN_A_ROW, ROLL_BACKS, parked_reason
 from tests.chaos.nan import NUM_STEPS, Fault, Outcome, train_all
-from tests.ranks import on_ranks
+from tests.support.spawn import on_ranks
 
 NAN = float("nan")
 LASTING = Fault("loss", "b", 0, 1, NAN, until=NUM_STEPS)

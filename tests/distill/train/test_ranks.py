@@ -1,75 +1,41 @@
 """Claims about several processes, on real gloo groups and real engines with tiny networks."""
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from distill.engine.engine import Engine, EngineSettings, StepRates, prepare_deepspeed
+from distill.engine.engine import prepare_deepspeed
 from distill.plan.by_step import PlanSchedule
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, make_plan, without
-from distill.plan.traffic import WireShape, gathered_bytes, slice_bytes
+from distill.plan.traffic import gathered_bytes, slice_bytes
 from distill.train.exchange import AllGather, Outgoing, Pending, Slices, student_batch
 from distill.train.groups import make_groups
-from distill.train.student import SinkhornTargets, StudentTrainer, TargetBuilder
-from students.objective import FeatureNormalizer, FeatureTask, build_projectors
-from teacher.batch import CropBatch, PatchMasks
+from distill.train.student import StudentTrainer
+from teacher.batch import PatchMasks
 from teacher.frozen import FrozenTeacher
 from teacher.losses import koleo_sum
 from teacher.sinkhorn import sinkhorn
-from teacher.task import DistillationTask, Objective, StepScalars, TaskOptions
-from tests.ranks import on_ranks
-from tests.teacher.test_task import MEAN, STD, network, teacher
-
-IMAGES = 32
-SCALARS = StepScalars(Objective(1.0, 1.0, 0.1, 1.0, cosine=1.0, smooth_l1=1.0), 1.0, 1.0)
-# 2 global crops of 16 px and 2 local ones of 8 px; bottlenecks of 6 numbers in fp32; 4 patches
-WIRE = WireShape(2 * 3 * 16 * 16, 2 * 3 * 8 * 8, 2 * 6, 6, 4, 4, stat_values=6)
-RATES = StepRates(lr=1e-3, lr_prototypes=1e-3, weight_decay=0.04, ema_momentum=0.9)
-
-
-def some(crops: CropBatch, images: slice) -> CropBatch:
-    """Some of the images."""
-    assert crops.pixel_stats is not None
-    return CropBatch(
-        crops.global_crops[images], crops.local_crops[images], pixel_stats=crops.pixel_stats[images]
-    )
-
-
-def batch_of(step: int) -> tuple[CropBatch, Tensor]:
-    """The whole global batch of a step, the same on every rank."""
-    generator = torch.Generator().manual_seed(100 + step)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-
-    pixel_stats = 0.3 + 0.4 * torch.rand(
-        IMAGES, 2, 3, generator=generator
-    )  # as if from many sources
-    crops = CropBatch(draw(IMAGES, 2, 3, 16, 16), draw(IMAGES, 2, 3, 8, 8), pixel_stats=pixel_stats)
-    return crops, torch.rand(IMAGES, 2, 4, generator=generator) < 0.3
-
-
-def take(tensor: Tensor, parts: tuple[range, ...]) -> Tensor:
-    return torch.cat([tensor[p.start : p.stop] for p in parts]) if parts else tensor[:0]
-
-
-@dataclass(frozen=True)
-class Ways:
-    """How a family is trained, apart from what it learns; ``ends``: students that finish early."""
-
-    has_heads: bool = True
-    lookahead: int = 0
-    is_published: bool = False
-    is_sharded: bool = False
-    micro_batch: int | None = None
-    ends: tuple[tuple[str, int], ...] = ()
+from tests.support.families import (
+    IMAGES,
+    SCALARS,
+    WHOLE,
+    WIRE,
+    Ways,
+    batch_of,
+    make_pupil,
+    metrics_of,
+    some,
+    take,
+)
+from tests.support.spawn import on_ranks
+from tests.support.tiny import MEAN, STD, network, teacher
 
 
 def train_family(
@@ -78,7 +44,7 @@ def train_family(
     zero: int,
     precision: str,
     bad: tuple[str, int] | None = None,
-    ways: Ways = Ways(),
+    ways: Ways = WHOLE,
 ) -> dict[str, Any]:
     """Losses and EMA of every student this rank trains, through exchange, engines and trainers as in the loop."""
     prepare_deepspeed("cpu")
@@ -151,41 +117,6 @@ def train_family(
         "received_bytes": exchange.received_bytes,
         "predicted_bytes": predicted_bytes,
     }
-
-
-def make_pupil(
-    plan: Plan, groups: Any, name: str, zero: int, precision: str, ways: Ways = Ways()
-) -> StudentTrainer:
-    placement = next(p for p in plan.placements if p.name == name)
-    group, group_ranks = groups.by_network[name], len(placement.slices)
-    options = TaskOptions(masks_input=False, mean=MEAN, std=STD)
-    backbone, *heads = network(sum(map(ord, name)))
-    task: nn.Module
-    targets: TargetBuilder
-    if ways.has_heads:
-        taught = teacher()
-        assert taught.dino_head is not None and taught.ibot_head is not None
-        task = DistillationTask(
-            backbone, *heads, options, group, group_ranks, placement.koleo_is_local
-        )
-        targets = SinkhornTargets(taught.dino_head, taught.ibot_head)
-    else:
-        projectors = build_projectors(16, 16, torch.Generator().manual_seed(7))
-        task = FeatureTask(backbone, *projectors, options, group_ranks)
-        targets = FeatureNormalizer(16, torch.device("cpu"))
-    parts = placement.parts_of(groups.world_rank, ways.micro_batch)
-    settings = EngineSettings(zero, precision, 3.0, parts[0].stop, len(parts))
-    engine = Engine(task, group, groups.alone, settings)
-    end = dict(ways.ends).get(name)
-    return StudentTrainer(
-        name, placement, engine, lambda step: RATES, targets, parts=parts, num_steps=end
-    )
-
-
-def metrics_of(trainer: StudentTrainer) -> dict[str, float]:
-    values = trainer.read_metrics(wait=0.0)
-    assert values is not None
-    return values
 
 
 def merged(results: list[dict[str, Any]], key: str, name: str) -> Any:

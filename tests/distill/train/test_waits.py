@@ -10,10 +10,10 @@ import torch
 from distill.bench.measure import Bench, Request, family_of
 from distill.bench.report import OURS
 from distill.engine.engine import prepare_deepspeed
-from tests.distill.bench.test_measure import HEADS, TINY
-from tests.gpu import CPU_AND_GPU
-from tests.pretend_gpu import package_in, pretending
-from tests.ranks import on_ranks
+from tests.support.gpu import CPU_AND_GPU
+from tests.support.jobs import HEADS, TINY
+from tests.support.pretend_gpu import package_in, pretending
+from tests.support.spawn import on_ranks
 
 STEPS = 8
 

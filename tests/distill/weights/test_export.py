@@ -18,7 +18,7 @@ from torch import Tensor
 from distill.errors import CheckpointError, SetupError, UserError
 from distill.weights import export as formats
 from distill.weights.card import Background, teacher_licence
-from distill.weights.export import DTYPES, Dtype, Exported, Inputs, export_network
+from distill.weights.export import DTYPES, Dtype, Exported, export_network
 from distill.weights.load import load_backbone
 from distill.weights.onnx import require_exporter, write_onnx
 from distill.weights.save import ExportFacts, fingerprint, write_backbone
@@ -31,42 +31,11 @@ from distill.weights.verify import (
     probes,
     verify,
 )
-from students.shapes import BackboneSpec, ConvNeXtSpec
+from students.shapes import ConvNeXtSpec
 from teacher.shapes import ViTSpec
+from tests.support.exports import BACKGROUND, CONVNEXT, GATED, INPUTS, VIT, names, write_network
 
-VIT = ViTSpec(width=32, depth=2, heads=2, ffn_width=64, patch=8, layerscale_init=0.5)
-GATED = ViTSpec(
-    width=24, depth=2, heads=2, ffn_width=48, patch=8, ffn="swiglu", layerscale_init=0.5
-)
-CONVNEXT = ConvNeXtSpec((1, 1, 2, 1), (8, 12, 16, 20), layerscale_init=0.5)
 SPECS = {"vit": VIT, "gated": GATED, "convnext": CONVNEXT}
-INPUTS = Inputs(64, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-BACKGROUND = Background(
-    teacher="big (fingerprint 12ab)",
-    data="766 images of photographs (fingerprint 34cd)",
-    licence={},
-    provenance={"recipe": "family", "recipe_hash": "feed", "steps": 7},
-    scores={
-        "teacher": {"knn": 0.9},
-        "students": {"small": {"knn": 0.8}},
-        "baselines": {"pixels": 0.3, "colour": 0.6, "untrained": {"small": 0.5}},
-    },
-)
-
-
-def write_network(folder: Path, spec: BackboneSpec, seed: int = 0) -> Path:
-    """A student's folder in which no tensor is special: biases, norms and scales are random as well."""
-    generator = torch.Generator().manual_seed(seed)
-    weights = spec.build().state_dict()
-    for name, tensor in weights.items():
-        is_factor = tensor.ndim == 1 and name.endswith(("weight", "lambda1", "gamma"))
-        is_matrix = tensor.ndim > 1 and name.endswith("weight")
-        spread = tensor[0].numel() ** -0.5 if is_matrix else 0.2
-        noise = spread * torch.randn(tensor.shape, generator=generator)
-        weights[name] = 1.0 + noise if is_factor else noise
-    facts = ExportFacts(64, INPUTS.mean, INPUTS.std, dict(BACKGROUND.provenance))
-    write_backbone(folder, weights, spec, facts)
-    return folder
 
 
 def export(
@@ -74,10 +43,6 @@ def export(
 ) -> Exported:
     told = Background(**{**vars(BACKGROUND), **background})
     return export_network("small", source, folder, form, dtype, told, INPUTS)
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 from distill.errors import CheckpointError
 from distill.weights.heads import has_heads, head_shapes_of, load_heads
 from distill.weights.save import write_heads
-from tests.distill.weights.test_load import HEAD, folder_of, heads
+from tests.support.weights import HEAD, folder_of, heads
 
 
 def test_load_heads__from_our_file_and_from_a_training_file(tmp_path: Path) -> None:

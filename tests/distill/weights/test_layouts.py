@@ -5,19 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
 
 from distill.weights.identity import identify
-from distill.weights.layouts import Layout, names, origins, rope_periods, shapes
-from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec
-from teacher.shapes import ViTSpec
+from distill.weights.layouts import Layout, names, rope_periods, shapes
+from students.shapes import CATALOG
+from tests.support.weights import SMALL, random_weights, translate
 
-SMALL: dict[str, BackboneSpec] = {
-    "mlp": ViTSpec(32, 2, 2, 64, patch=8),
-    "swiglu": ViTSpec(32, 2, 2, 64, patch=8, ffn="swiglu"),
-    "no bias": ViTSpec(32, 2, 2, 64, ffn="swiglu", qv_bias=False, in_channels=4, registers=2),
-    "convnext": ConvNeXtSpec((1, 2, 1), (8, 12, 16)),
-}
 # Meta parameters() and keys, timm qkvb parameters: counted on the meta device in the three libraries
 PUBLISHED = {
     "vits16": (21_601_152, 188, 21_596_160),
@@ -31,21 +24,6 @@ PUBLISHED = {
     "convnext_base": (87_566_464, 344, 87_566_464),
     "convnext_large": (196_230_336, 344, 196_230_336),
 }
-
-
-def random_weights(spec: BackboneSpec) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    own = spec.build().state_dict()
-    return {name: torch.randn(tensor.shape, generator=generator) for name, tensor in own.items()}
-
-
-def translate(
-    weights: dict[str, Tensor], spec: BackboneSpec, source: Layout, target: Layout
-) -> dict[str, Tensor]:
-    return {
-        name: origin.make(*(weights[part] for part in origin.sources))
-        for name, origin in origins(spec, source, target).items()
-    }
 
 
 @pytest.mark.parametrize("arch", PUBLISHED)

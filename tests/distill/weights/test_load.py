@@ -21,29 +21,18 @@ from distill.weights.convert import convert
 from distill.weights.hf_config import hf_config
 from distill.weights.inspect import inspect
 from distill.weights.load import load_backbone, shape_of
-from distill.weights.save import ExportFacts, write_backbone, write_heads, write_tensors
+from distill.weights.save import write_backbone, write_heads, write_tensors
 from students.shapes import BackboneSpec, ConvNeXtSpec
-from teacher.heads import Head, init_head_
-from teacher.shapes import HeadShape, ViTSpec
-from tests.distill.weights.test_layouts import SMALL, random_weights, translate
-
-VIT = ViTSpec(width=16, depth=1, heads=2, ffn_width=32, patch=8)
-FACTS = ExportFacts(64, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), {"recipe": "test"})
-HEAD = HeadShape(width=16, hidden=12, bottleneck=6, prototypes=20)
-
-
-def folder_of(path: Path, spec: BackboneSpec = VIT) -> Path:
-    write_backbone(path, random_weights(spec), spec, FACTS)
-    return path
-
-
-def heads() -> dict[str, Tensor]:
-    tensors = {}
-    for name in ("dino_head", "ibot_head"):
-        head = Head(HEAD)
-        init_head_(head, torch.Generator().manual_seed(1))
-        tensors |= {f"{name}.{key}": value for key, value in head.state_dict().items()}
-    return tensors
+from teacher.shapes import ViTSpec
+from tests.support.weights import (
+    FACTS,
+    SMALL,
+    VIT,
+    folder_of,
+    heads,
+    random_weights,
+    translate,
+)
 
 
 def outputs(path: Path, spec: BackboneSpec) -> Tensor:
