@@ -1,13 +1,17 @@
 # Everything runs in a virtual environment of its own, with the versions in constraints.txt.
 #   make quickstart   photographs -> teacher -> family of students -> scores and a picture
-#   make test         format, lint, types, tests
+#   make test         format, lint, types, tests; the commit that passed is in .test-passed
+#   make test-slow    the tests marked slow: whole jobs, large counts, the pretended GPU
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
+COMMIT := $(shell git rev-parse --verify HEAD 2>/dev/null)
+# Two workers; tests of one xdist_group share what the group's fixtures trained.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
-.PHONY: setup quickstart quickstart-short test format lint types unit clean
+.PHONY: setup quickstart quickstart-short test test-slow format lint types unit clean
 
 setup: $(READY)
 
@@ -28,6 +32,11 @@ quickstart-short: setup
 		schedule.steps=20 teacher:stages.0.steps=20 teacher:stages.1.steps=10 teacher:stages.1.gram.teacher=base@10 teacher:stages.1.gram.refresh=5
 
 test: format lint types unit
+	@if [ -n "$(COMMIT)" ] && [ "$$(git rev-parse HEAD)" = "$(COMMIT)" ] && [ -z "$$(git status --porcelain)" ]; \
+	then echo $(COMMIT) > .test-passed; fi
+
+test-slow: setup
+	$(PYTEST) -m slow
 
 format: setup
 	$(BIN)/ruff format --check .
@@ -39,7 +48,7 @@ types: setup
 	$(BIN)/mypy
 
 unit: setup
-	$(BIN)/python -m pytest
+	$(PYTEST) -m "not slow"
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs .test-passed .pytest_cache .mypy_cache .ruff_cache

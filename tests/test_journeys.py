@@ -6,7 +6,6 @@ torchrun with three ranks, one process, broken images, a killed rank
 """
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -18,17 +17,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.support.command import Run
 from tests.support.jobs import (
+    ENVIRONMENT,
     FAMILY,
     TEACHER,
     assert_equal_students,
-    distill,
     is_in,
     run_and_interrupt,
+    run_distill,
     students_of,
     without_heads,
     write_images,
 )
+
+pytestmark = pytest.mark.xdist_group("journeys")  # on one worker: they share runs
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +43,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "family.yaml"
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}
-
-
 @pytest.fixture(scope="module")
 def finished(recipe: Path) -> Path:
     out = recipe.parent / "runs"
-    ended = distill("train", str(recipe), "--out", str(out))
+    ended = run_distill("train", str(recipe), "--out", str(out))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     (recipe.parent / "screen.txt").write_text(ended.stdout)
     return out / "tiny"
@@ -83,7 +83,7 @@ def test_train__leaves_everything_a_user_expects(finished: Path, recipe: Path) -
     assert "\x1b" not in screen and "finished" in screen
 
 
-def test_eval__a_full_disk_costs_the_picture_only(finished: Path) -> None:
+def test_eval__a_full_disk_costs_the_picture_only(distill: Run, finished: Path) -> None:
     picture, aside = finished / "features.png", finished / ".features.png.part"
     before = picture.read_bytes()
     for is_full in (True, False):
@@ -91,12 +91,10 @@ def test_eval__a_full_disk_costs_the_picture_only(finished: Path) -> None:
             aside.symlink_to("/dev/full")
         ended = distill("eval", str(finished))
         aside.unlink(missing_ok=True)
-        assert ended.returncode == 0 and "teacher" in ended.stdout, ended.stderr
+        assert ended.code == 0 and "teacher" in ended.out, ended.err
         status = json.loads((finished / "status.json").read_text())
         assert status["state"] == "finished"
-        assert (
-            ("No space left" in status["message"]) == ("No space left" in ended.stderr) == is_full
-        )
+        assert ("No space left" in status["message"]) == ("No space left" in ended.err) == is_full
         assert picture.read_bytes() == before
 
 
@@ -109,9 +107,10 @@ def test_train__folders_load_in_transformers(finished: Path) -> None:
         assert model(torch.randn(1, 3, 32, 32)).last_hidden_state.isfinite().all()
 
 
+@pytest.mark.slow
 def test_train__one_process_equals_two(finished: Path, recipe: Path) -> None:
     out = recipe.parent / "runs1"
-    assert distill("train", str(recipe), "--out", str(out), "--gpus", "1").returncode == 0
+    assert run_distill("train", str(recipe), "--out", str(out), "--gpus", "1").returncode == 0
     for name, weights in students_of(out / "tiny").items():
         for key, tensor in students_of(finished)[name].items():
             # 50 steps of AdamW turn a last-bit difference of a gradient into about a learning rate, 1e-3, at worst
@@ -123,16 +122,19 @@ def test_train__one_process_equals_two(finished: Path, recipe: Path) -> None:
     assert one == pytest.approx(two, rel=1e-3)
 
 
-@pytest.mark.parametrize("phase", ["base", "gram", "family"])
-def test_stop__and_resume_equals_never_stopping(phase: str, finished: Path, recipe: Path) -> None:
-    out = recipe.parent / f"stopped-{phase}"
+def test_stop__in_every_phase_and_resume_equals_never_stopping(
+    finished: Path, recipe: Path
+) -> None:
+    out = recipe.parent / "stopped"
     words = ["train", str(recipe), "--out", str(out)]
-    run_and_interrupt(words, out / "tiny/status.json", phase)
-    resumed = distill("train", str(recipe), "--out", str(out))
+    for phase in ("base", "gram", "family"):
+        run_and_interrupt(words, out / "tiny/status.json", phase)
+    resumed = run_distill(*words)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert_equal_students(out / "tiny", finished)
 
 
+@pytest.mark.slow
 def test_train__students_that_leave_and_join_do_not_touch_the_others(
     recipe: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -143,17 +145,17 @@ def test_train__students_that_leave_and_join_do_not_touch_the_others(
     words = ["train", str(recipe), f"teacher={{weights: {finished / 'teacher'}}}"]
     words += ["schedule.steps=40", "--out"]
     before, after = f"students=[{stays}, {leaves}]", f"students=[{stays}, {joins}]"
-    ended = distill(*words, str(tmp_path / "once"), before)
+    ended = run_distill(*words, str(tmp_path / "once"), before)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     run = tmp_path / "twice/tiny"
     run_and_interrupt([*words, str(tmp_path / "twice"), before], run / "status.json", "family")
     step = json.loads((run / "status.json").read_text())["last_checkpoint"]["step"]
     assert 0 < step < 40
-    ended = distill(
+    ended = run_distill(
         *words, str(tmp_path / "twice"), after.replace("name: stays,", "name: stays, lr: 1.0e-4,")
     )
     assert ended.returncode == 1 and "students.stays: its lines in the recipe" in ended.stderr
-    ended = distill(*words, str(tmp_path / "twice"), after)
+    ended = run_distill(*words, str(tmp_path / "twice"), after)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert f"joins: new, starts at step {step} with fresh weights" in ended.stdout
     assert f"leaves: no longer in the recipe, left at step {step}" in ended.stdout
@@ -165,22 +167,24 @@ def test_train__students_that_leave_and_join_do_not_touch_the_others(
         assert torch.equal(tensor, once[key]), key
 
 
+@pytest.mark.slow
 def test_train__a_teacher_whose_features_are_learned(
     recipe: Path, finished: Path, tmp_path: Path
 ) -> None:
     words = ["train", str(recipe), *without_heads(finished, "none"), "--out"]
-    ended = distill(*words, str(tmp_path / "once"))
+    ended = run_distill(*words, str(tmp_path / "once"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     run_and_interrupt(
         [*words, str(tmp_path / "twice")], tmp_path / "twice/tiny/status.json", "family"
     )
-    ended = distill(*words, str(tmp_path / "twice"))
+    ended = run_distill(*words, str(tmp_path / "twice"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert_equal_students(tmp_path / "once/tiny", tmp_path / "twice/tiny")
     row = json.loads((tmp_path / "once/tiny/metrics/conv.jsonl").read_text().splitlines()[-1])
     assert {"cosine", "smooth_l1"} <= row.keys() and "dino" not in row
 
 
+@pytest.mark.slow
 def test_train__a_network_from_outside(recipe: Path, finished: Path, tmp_path: Path) -> None:
     (tmp_path / "mynet.py").write_text(
         "from torch import nn\n"
@@ -209,10 +213,11 @@ def test_train__a_network_from_outside(recipe: Path, finished: Path, tmp_path: P
     assert ended.returncode == 0, ended.stdout + ended.stderr
     summary = json.loads((tmp_path / "runs/tiny/summary.json").read_text())
     assert summary["students"]["mine"]["knn"] > 0
-    ended = distill("train", str(recipe), *words, "--out", str(tmp_path / "elsewhere"))
+    ended = run_distill("train", str(recipe), *words, "--out", str(tmp_path / "elsewhere"))
     assert ended.returncode == 2 and "is its folder on PYTHONPATH" in ended.stderr
 
 
+@pytest.mark.slow
 def test_train__students_of_every_kind_in_one_job(
     recipe: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -228,7 +233,7 @@ def test_train__students_of_every_kind_in_one_job(
         "schedule.steps=30",
         "--out",
     ]
-    ended = distill(*words, str(tmp_path / "once"))
+    ended = run_distill(*words, str(tmp_path / "once"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     run = tmp_path / "once/tiny"
     steps = {
@@ -242,7 +247,7 @@ def test_train__students_of_every_kind_in_one_job(
     words[-1:] = ["engine.teacher_sharding=sharded", "engine.lookahead=1", "--out"]  # no matter
     words.append(str(tmp_path / "twice"))
     run_and_interrupt(words, tmp_path / "twice/tiny/status.json", "family")
-    ended = distill(*words)
+    ended = run_distill(*words)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     plan = json.loads((tmp_path / "twice/tiny/plan.json").read_text())
     assert any("sharded" in note for note in plan["notes"])
@@ -254,16 +259,17 @@ def test_train__students_of_every_kind_in_one_job(
         assert all(torch.equal(once[key], twice[key]) for key in once)
 
 
+@pytest.mark.slow
 def test_fit_heads__then_train_equals_train(recipe: Path, finished: Path, tmp_path: Path) -> None:
     words = [str(recipe), *without_heads(finished, "fit"), "--out"]
-    ended = distill("train", *words, str(tmp_path / "once"))
+    ended = run_distill("train", *words, str(tmp_path / "once"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    ended = distill("weights", "fit-heads", *words, str(tmp_path / "twice"))
+    ended = run_distill("weights", "fit-heads", *words, str(tmp_path / "twice"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "heads/teacher.safetensors" in ended.stdout
     fitted = load_file(tmp_path / "twice/tiny/heads/teacher.safetensors")
     assert not (tmp_path / "twice/tiny/students").exists()
-    ended = distill("train", *words, str(tmp_path / "twice"))
+    ended = run_distill("train", *words, str(tmp_path / "twice"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert_equal_students(tmp_path / "once/tiny", tmp_path / "twice/tiny")
     straight = load_file(tmp_path / "once/tiny/heads/teacher.safetensors")
@@ -271,19 +277,20 @@ def test_fit_heads__then_train_equals_train(recipe: Path, finished: Path, tmp_pa
 
 
 def test_check__says_what_a_teacher_without_heads_needs(
-    recipe: Path, finished: Path, tmp_path: Path
+    distill: Run, recipe: Path, finished: Path, tmp_path: Path
 ) -> None:
     for path in (finished / "teacher").iterdir():
         if path.name != "heads.safetensors":
             (tmp_path / path.name).write_bytes(path.read_bytes())
     ended = distill("check", str(recipe), f"teacher={{weights: {tmp_path}}}")
-    assert ended.returncode == 1
-    assert "no heads.safetensors beside them" in ended.stderr and "`heads: fit`" in ended.stderr
+    assert ended.code == 1
+    assert "no heads.safetensors beside them" in ended.err and "`heads: fit`" in ended.err
     for mode, said in (("fit", "20 steps (heads: fit)"), ("none", "features (heads: none)")):
         ended = distill("check", str(recipe), *without_heads(finished, mode))
-        assert ended.returncode == 0 and said in ended.stdout, ended.stderr
+        assert ended.code == 0 and said in ended.out, ended.err
 
 
+@pytest.mark.slow
 def test_torchrun__three_ranks(recipe: Path, finished: Path) -> None:
     out = recipe.parent / "runs3"
     words = [
@@ -310,37 +317,39 @@ def test_torchrun__three_ranks(recipe: Path, finished: Path) -> None:
     assert (out / "tiny" / "summary.json").is_file()
 
 
-def test_train__another_recipe_does_not_mix_with_a_run(recipe: Path, finished: Path) -> None:
+def test_train__another_recipe_does_not_mix_with_a_run(
+    distill: Run, recipe: Path, finished: Path
+) -> None:
     ended = distill("train", str(recipe), "seed=1", "--out", str(finished.parent))
-    assert ended.returncode == 1
+    assert ended.code == 1
     assert (
-        "belongs to another version of this recipe" in ended.stderr
-        and "Fix: Pass --fresh" in ended.stderr
+        "belongs to another version of this recipe" in ended.err
+        and "Fix: Pass --fresh" in ended.err
     )
     # the run was not touched
     assert "override" not in (finished / "recipe.resolved.yaml").read_text()
 
 
-def test_train__a_folder_of_something_else_is_left_alone(recipe: Path, tmp_path: Path) -> None:
+def test_train__a_folder_of_something_else_is_left_alone(
+    distill: Run, recipe: Path, tmp_path: Path
+) -> None:
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / "precious.txt").write_text("mine")
     ended = distill("train", str(recipe), "--out", str(tmp_path), "--fresh")
-    assert ended.returncode == 1 and "holds files but is not a run folder" in ended.stderr
+    assert ended.code == 1 and "holds files but is not a run folder" in ended.err
     assert [path.name for path in (tmp_path / "tiny").iterdir()] == ["precious.txt"]
 
 
-def test_train__a_broken_folder_is_one_clear_line(recipe: Path, tmp_path: Path) -> None:
+def test_train__a_broken_folder_is_one_clear_line(
+    distill: Run, recipe: Path, tmp_path: Path
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     ended = distill("train", str(recipe), "--data", str(empty), "--out", str(tmp_path / "runs"))
-    assert (
-        ended.returncode == 1
-        and "holds no images" in ended.stderr
-        and "Traceback" not in ended.stderr
-    )
+    assert ended.code == 1 and "holds no images" in ended.err and "Traceback" not in ended.err
     (empty / "a.jpg").write_bytes(b"not a jpeg")
     ended = distill("train", str(recipe), "--data", str(empty), "--out", str(tmp_path / "runs"))
-    assert ended.returncode == 1 and "a.jpg: cannot be used" in ended.stderr
+    assert ended.code == 1 and "a.jpg: cannot be used" in ended.err
     assert not (tmp_path / "runs" / "tiny").exists()
 
 
@@ -377,6 +386,7 @@ def test_train__a_killed_rank_ends_the_job_and_is_named(recipe: Path, tmp_path: 
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
 
 
+@pytest.mark.slow
 def test_train__sigusr1_saves_and_goes_on_and_sigterm_saves_and_ends(
     recipe: Path, tmp_path: Path
 ) -> None:

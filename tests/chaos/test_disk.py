@@ -27,6 +27,7 @@ def test_chaos__a_few_of_each(kind: str) -> None:
     assert not module.run(["--count", str(SMALL_COUNTS[kind]), "--seed", "5"])
 
 
+@pytest.mark.slow
 def test_resume__on_as_many_ranks_and_on_others() -> None:
     assert not resume.run(["--layouts", "2,1", "--steps", "10"])
 

@@ -12,6 +12,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_chaos__every_claim_holds(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     failed = importlib.import_module(f"tests.chaos.{kind}").run(RUNS[kind].split())

@@ -168,7 +168,7 @@ def write_images(folder: Path) -> Path:
     return folder
 
 
-def distill(*words: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+def run_distill(*words: str, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "distill", *words],
         capture_output=True,

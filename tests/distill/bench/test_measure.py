@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.support.command import Run
 from tests.support.gpu import CPU_AND_GPU
-from tests.support.jobs import HEADS, TINY, distill, write_images
+from tests.support.jobs import HEADS, TINY, run_distill, write_images
 
 
 @pytest.fixture
@@ -20,18 +21,19 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def run(*words: object) -> dict[str, Any]:
-    ended = distill("bench", "--steps", "10", "--warmup", "1", "--json", *map(str, words))
+    ended = run_distill("bench", "--steps", "10", "--warmup", "1", "--json", *map(str, words))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     report: dict[str, Any] = json.loads(ended.stdout)
     return report
 
 
+@pytest.mark.slow
 @CPU_AND_GPU
 def test_bench__networks_in_every_mode(device: str, recipe: Path, tmp_path: Path) -> None:
     before = set(Path("runs").glob(".bench-*"))
     words = (recipe, f"engine.device={device}", "--steps", "10", "--warmup", "1")
     words += ("--against", "published,separate,saving", "--ranks", 2 if device == "cpu" else 1)
-    ended = distill("bench", *map(str, words), "--json", str(tmp_path / "b.json"))
+    ended = run_distill("bench", *map(str, words), "--json", str(tmp_path / "b.json"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "seconds of a rank and step" in ended.stdout
     report = json.loads((tmp_path / "b.json").read_text())
@@ -55,6 +57,7 @@ def test_bench__networks_in_every_mode(device: str, recipe: Path, tmp_path: Path
         assert picture.size[0] > 100
 
 
+@pytest.mark.slow
 def test_bench__on_the_recipes_images(recipe: Path, tmp_path: Path) -> None:
     images = write_images(tmp_path / "images")
     report = run(recipe, f"data.sources=[{images}]", "--data", "recipe", "--against", "none")
@@ -62,6 +65,7 @@ def test_bench__on_the_recipes_images(recipe: Path, tmp_path: Path) -> None:
     assert not (Path("bad_samples.jsonl")).exists()
 
 
+@pytest.mark.slow
 def test_bench__sleeps_between_the_recipes_images(recipe: Path, tmp_path: Path) -> None:
     """The loader works beside a trainer that takes no core from it."""
     images = write_images(tmp_path / "images")
@@ -79,7 +83,7 @@ def test_bench__sleeps_take_the_planned_time(recipe: Path) -> None:
     )  # sleeps never end early; how late is not a test's business
 
 
-def test_bench__says_what_is_wrong(recipe: Path) -> None:
+def test_bench__says_what_is_wrong(distill: Run, recipe: Path) -> None:
     for words, message in (
         (("--slow", "1=2"), "--slow needs --sleep"),
         (("--slow", "x", "--sleep", "1"), "--slow x: not RANK=FACTOR"),
@@ -92,4 +96,4 @@ def test_bench__says_what_is_wrong(recipe: Path) -> None:
         (("--json", "a.json", "b.json"), "--json a.json b.json: several files"),
     ):
         ended = distill("bench", str(recipe), *words)
-        assert ended.returncode == 2 and message in ended.stderr
+        assert ended.code == 2 and message in ended.err

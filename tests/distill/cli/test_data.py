@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.support.command import Run
@@ -68,6 +69,7 @@ def test_show__draws_a_sheet(distill: Run, tmp_path: Path) -> None:
     assert wrong.code == 2 and "--stage gramm: not a stage" in wrong.err
 
 
+@pytest.mark.slow
 def test_bench_loader__compares_with_pillow(distill: Run, tmp_path: Path) -> None:
     words = ("bench", "loader", recipe(tmp_path, images(tmp_path / "images")), "--images", "8")
     synthetic = json.loads(distill(*words, "--json").out)

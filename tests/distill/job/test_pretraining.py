@@ -34,6 +34,8 @@ from tests.support.pretraining import (
 )
 from tests.support.spawn import on_ranks
 
+pytestmark = pytest.mark.xdist_group("pretraining")  # on one worker: they share runs
+
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -78,7 +80,7 @@ def unclipped(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     return found
 
 
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_pretraining__zero_stages_give_the_same_bits(
     zero: int, images: Path, unclipped: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -92,6 +94,7 @@ def test_pretraining__zero_stages_give_the_same_bits(
         assert found["held"] < 0.8 * unclipped["held"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
 def test_pretraining__zero_stages_clip_alike(
     zero: int,
@@ -115,6 +118,7 @@ def test_pretraining__layouts_give_nearly_the_same_losses(
     assert three["losses"] == pytest.approx(two["losses"], rel=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 3])
 def test_pretraining__bf16_follows_fp32(
     zero: int, images: Path, two: dict[str, Any], tmp_path: Path
@@ -124,6 +128,7 @@ def test_pretraining__bf16_follows_fp32(
     assert found["losses"] == pytest.approx(two["losses"], rel=3e-2)  # 8 bits of mantissa
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_pretraining__one_block_of_the_7b(precision: str, images: Path, tmp_path: Path) -> None:
     wide = "model={arch: vit, width: 4096, depth: 1, heads: 32, ffn: swiglu, ffn_width: 8192, patch: 16}"

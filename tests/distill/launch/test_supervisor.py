@@ -44,6 +44,7 @@ def write_shaky(folder: Path) -> Path:
     return recipe
 
 
+@pytest.mark.slow
 def test_run__goes_on_without_a_student_that_failed_on_one_of_its_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def mixed() -> tuple[str, ...]:
     return (*found, dict(gpu.asked))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bench__every_mode_and_a_save(precision: str, recipe: Path) -> None:
     overrides = (f"engine.precision={precision}",)
@@ -100,6 +101,7 @@ def run_bench(recipe: Path, overrides: tuple[str, ...], against: tuple[str, ...]
         bench.trace()
 
 
+@pytest.mark.slow
 def test_job__teacher_and_students_then_more_from_its_files(tmp_path: Path) -> None:
     recipe = write_recipes(tmp_path, stage_steps=12, steps=4, save_every=4)
     text = recipe.read_text()
@@ -130,6 +132,7 @@ def work_pretended(folder: Path) -> None:
                 finish(folder)
 
 
+@pytest.mark.slow
 def test_isolation__rolls_back_and_a_state_comes_back(recipe: Path, tmp_path: Path) -> None:
     told, losses = on_ranks(1, spoil, recipe, tmp_path)[0]
     assert told == (IN_A_ROW, 1, False)
@@ -165,6 +168,7 @@ def spoil(recipe: Path, folder: Path) -> Any:
     return (record.num_skipped, record.num_rolled_back, record.is_parked), losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [1, 3])
 def test_pretraining__gives_the_bits_of_a_cpu(
     zero: int,

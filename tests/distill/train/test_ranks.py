@@ -37,6 +37,8 @@ from tests.support.families import (
 from tests.support.spawn import on_ranks
 from tests.support.tiny import MEAN, STD, network, teacher
 
+pytestmark = pytest.mark.xdist_group("family")  # on one worker: they share runs
+
 
 def train_family(
     works: list[NetworkCost],
@@ -133,7 +135,14 @@ def alone() -> dict[str, Any]:
     return on_ranks(1, train_family, FAMILY, 4, 1, "fp32")[0]
 
 
-@pytest.mark.parametrize(("num_ranks", "zero"), [(2, 1), (3, 2), (5, 1)])
+@pytest.mark.parametrize(
+    ("num_ranks", "zero"),
+    [
+        pytest.param(2, 1, marks=pytest.mark.slow),
+        (3, 2),
+        pytest.param(5, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_family__many_processes_equal_one(num_ranks: int, zero: int, alone: dict[str, Any]) -> None:
     results = on_ranks(num_ranks, train_family, FAMILY, 4, zero, "fp32")
     for name in "abc":
@@ -163,6 +172,7 @@ def test_family__a_fault_of_one_student_leaves_the_others_bit_equal(alone: dict[
         )
 
 
+@pytest.mark.slow
 def test_family__bf16_follows_fp32(alone: dict[str, Any]) -> None:
     half = on_ranks(2, train_family, FAMILY, 4, 1, "bf16")
     for name in "abc":
@@ -171,7 +181,13 @@ def test_family__bf16_follows_fp32(alone: dict[str, Any]) -> None:
         )  # 8 bits of mantissa
 
 
-WAYS = [(0, False), (1, False), (3, False), (0, True), (2, True)]  # look-ahead, published
+WAYS = [  # look-ahead, published
+    pytest.param(0, False, marks=pytest.mark.slow),
+    pytest.param(1, False, marks=pytest.mark.slow),
+    (3, False),
+    pytest.param(0, True, marks=pytest.mark.slow),
+    (2, True),
+]
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +219,7 @@ def test_family__a_sharded_teacher_gives_the_same_bits(filled: list[dict[str, An
         assert result["received_bytes"] == result["predicted_bytes"]
 
 
+@pytest.mark.slow
 def test_exchange__lookahead_gives_the_same_bits_where_groups_overlap() -> None:
     runs = [
         on_ranks(3, train_family, FAMILY, 4, 1, "fp32", None, Ways(lookahead=lookahead))
@@ -214,7 +231,7 @@ def test_exchange__lookahead_gives_the_same_bits_where_groups_overlap() -> None:
         assert ahead["received_bytes"] == ahead["predicted_bytes"]
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_exchange__counts_what_arrives_from_other_ranks(num_ranks: int) -> None:
     results = on_ranks(num_ranks, train_family, FAMILY, 3, 1, "fp32", None, Ways(lookahead=2))
     plan = make_plan(FAMILY, 1.0, IMAGES, num_ranks, lookahead=2)
@@ -231,7 +248,12 @@ def test_exchange__counts_what_arrives_from_other_ranks(num_ranks: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "zero", "has_heads"), [(1, 1, True), (1, 2, False), (2, 2, True)]
+    ("num_ranks", "zero", "has_heads"),
+    [
+        pytest.param(1, 1, True, marks=pytest.mark.slow),
+        pytest.param(1, 2, False, marks=pytest.mark.slow),
+        (2, 2, True),
+    ],
 )
 def test_family__micro_batches_add_up_to_the_whole_slice(
     num_ranks: int, zero: int, has_heads: bool, alone: dict[str, Any]
@@ -247,6 +269,7 @@ def test_family__micro_batches_add_up_to_the_whole_slice(
             torch.testing.assert_close(tensor, whole["ema"][name][key], rtol=0, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_family__micro_batches_in_bf16_add_up_in_fp32(alone: dict[str, Any]) -> None:
     results = on_ranks(2, train_family, FAMILY, 4, 1, "bf16", None, Ways(micro_batch=16))
     for name in "abc":
@@ -254,7 +277,7 @@ def test_family__micro_batches_in_bf16_add_up_in_fp32(alone: dict[str, Any]) -> 
         assert losses == pytest.approx(alone["losses"][name], rel=2e-2)  # 8 bits of mantissa
 
 
-@pytest.mark.parametrize("lookahead", [0, 2])
+@pytest.mark.parametrize("lookahead", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_family__a_student_that_finishes_early_leaves_the_others_as_they_were(
     lookahead: int, filled: list[dict[str, Any]]
 ) -> None:
@@ -287,7 +310,7 @@ def sinkhorn_and_koleo(num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
     return assignment.columns(0, 9), loss.detach(), grad
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_losses__over_ranks_equal_one_process(num_ranks: int) -> None:
     (columns, loss, grad), *_ = on_ranks(1, sinkhorn_and_koleo, 11)
     parts = on_ranks(num_ranks, sinkhorn_and_koleo, 11)
@@ -296,6 +319,7 @@ def test_losses__over_ranks_equal_one_process(num_ranks: int) -> None:
     torch.testing.assert_close(torch.cat([p[2] for p in parts]), grad, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_family__without_heads_many_processes_equal_one() -> None:
     alone = on_ranks(1, train_family, FAMILY, 4, 1, "fp32", None, Ways(has_heads=False))[0]
     results = on_ranks(3, train_family, FAMILY, 4, 2, "fp32", None, Ways(has_heads=False))

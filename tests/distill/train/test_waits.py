@@ -46,7 +46,10 @@ def asked_in_a_block(request: Request, device_type: str) -> dict[str, int]:
     return dict(Counter(package_in(path) or path for path in waits))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param("fp32", marks=pytest.mark.slow), pytest.param("bf16", marks=pytest.mark.slow)],
+)
 @CPU_AND_GPU
 def test_loop__nobody_asks_the_device_for_anything(
     device: str, precision: str, recipe: Path

@@ -70,8 +70,16 @@ def test_export_network__transformers_gives_the_same(
 
 
 @pytest.mark.usefixtures("_unchecked_shapes")
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        pytest.param(
+            kind, dtype, marks=() if (kind, dtype) == ("gated", "bf16") else pytest.mark.slow
+        )
+        for kind in SPECS
+        for dtype in ("fp32", "bf16")
+    ],
+)
 def test_export_network__onnxruntime_gives_the_same(
     kind: str, dtype: Dtype, tmp_path: Path
 ) -> None:
@@ -103,6 +111,7 @@ def test_export_network__onnxruntime_gives_the_same(
             torch.testing.assert_close(torch.from_numpy(patches), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_unchecked_shapes")
 def test_write_onnx__bf16_is_half_the_size(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
@@ -144,7 +153,7 @@ def test_export_network__timm_folder_has_names_and_pooling(tmp_path: Path) -> No
     assert "mask_token" not in keys
 
 
-@pytest.mark.parametrize("form", ["hf", "onnx"])
+@pytest.mark.parametrize("form", ["hf", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_export_network__swapped_queries_and_keys_are_rejected(
     form: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
