@@ -6,7 +6,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
-from tests.support.command import Result, Run
+from tests.support.command import Result, Run, exit_code_of
 
 
 @pytest.fixture(autouse=True)
@@ -18,16 +18,13 @@ def _deterministic() -> None:
 @pytest.fixture
 def distill(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command line in this process: exit code, standard output, standard error."""
-    from distill.cli.app import main
-
     monkeypatch.setenv("COLUMNS", "200")
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*words: object) -> Result:
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
+        code = exit_code_of(*map(str, words))
         captured = capsys.readouterr()
-        return Result(int(ended.value.code or 0), captured.out, captured.err)
+        return Result(code, captured.out, captured.err)
 
     return run

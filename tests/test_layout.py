@@ -1,9 +1,12 @@
 """Rules about the tree itself."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.covered_by import COVERED_BY
 
 ROOT = Path(__file__).parent.parent
 # Top to bottom: a package imports only from packages below it.
@@ -36,6 +39,13 @@ FILES = [
     for package in ("teacher", "students", "distill")
     for path in sorted((ROOT / package).rglob("*.py"))
 ]
+
+
+# Outside distill/engine: files that name DeepSpeed without importing it, and why
+NAMES_DEEPSPEED = {
+    "distill/cli/doctor.py": "tries the import in a process of its own, and prints the version",
+    "distill/runfolder/heartbeat.py": "tells frames of a collective by their folder",
+}
 
 
 def package_of(module: str) -> str:
@@ -125,3 +135,67 @@ def test_annotations__are_not_postponed(path: Path) -> None:
 def test_groups__are_made_in_one_file() -> None:
     makers = {path.name for path in FILES if "new_group(" in path.read_text()}
     assert makers == {"groups.py"}
+
+
+def test_deepspeed__is_imported_behind_one_door() -> None:
+    outside = [path for path in FILES if "distill/engine/" not in str(path)]
+    for path in outside:
+        assert not any(name.split(".")[0] == "deepspeed" for name in imported(path)), path
+    naming = {str(path.relative_to(ROOT)) for path in outside if names_deepspeed(path)}
+    assert naming == NAMES_DEEPSPEED.keys()
+
+
+def names_deepspeed(path: Path) -> bool:
+    """Whether a text of the program, docstrings apart, names a module or folder of DeepSpeed."""
+    tree = ast.parse(path.read_text())
+    prose = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    return any(
+        isinstance(node, ast.Constant) and "deepspeed" in str(node.value)
+        for node in ast.walk(tree)
+        if id(node) not in prose
+    )
+
+
+def modules() -> dict[str, Path]:
+    """The modules of the product by name."""
+    return {module_of(path): path for path in FILES if not path.name.startswith("__")}
+
+
+def mirror_of(path: Path) -> Path:
+    own = path.relative_to(ROOT)
+    return ROOT / "tests" / own.parent / f"test_{own.name}"
+
+
+def reached_by(test: Path) -> set[str]:
+    """What a test imports: itself, through what tests share, and three modules of the product further: the command line, a verb, what it calls."""
+    names, todo = set[str](), [test]
+    while todo:
+        for name in imported_names(todo.pop()) - names:
+            names.add(name)
+            file = ROOT / f"{name.replace('.', '/')}.py"
+            if name.startswith("tests.") and file.is_file():
+                todo.append(file)
+    known = modules()
+    for _ in range(3):
+        names = names.union(*(imported_names(known[name]) for name in names & known.keys()))
+    return names
+
+
+@cache
+def imported_names(path: Path) -> set[str]:
+    """As ``imported``, and each name that is taken from a module: it may be a module."""
+    taken = {
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    return imported(path) | taken
+
+
+def test_modules__are_found_from_their_test() -> None:
+    without = {name for name, path in modules().items() if not mirror_of(path).is_file()}
+    assert COVERED_BY.keys() == without, "tests/covered_by.py: one line for each of these modules"
+    reached = {test: reached_by(ROOT / test) for test in set(COVERED_BY.values())}
+    missed = {name: test for name, test in COVERED_BY.items() if name not in reached[test]}
+    assert not missed, "these tests do not import the module"

@@ -23,7 +23,6 @@ that is not finite on one rank is made to spoil that rank's gradients, so it is 
 way; a number times one is the same number.
 """
 
-import inspect
 import os
 import sys
 import warnings
@@ -35,6 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.engine.deepspeed_private import count_from, require_private_names
 from distill.engine.group_as_world import GroupLayout, as_world
 from distill.engine.layouts import shards_of
 
@@ -86,6 +86,7 @@ def prepare_deepspeed(device_type: str) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel("ERROR")
+    require_private_names()
     # CPU start-up would build a shared-memory kernel with a compiler (55 s); gloo does not need it.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     deepspeed.init_distributed(
@@ -120,7 +121,7 @@ class Engine:
         self._clip, self._judges = settings.gradient_clip, settings.zero_stage != 3
         with as_world(self._mpu):
             if settings.zero_stage == 3:
-                _count_from(settings.first_id)
+                count_from(settings.first_id)
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=self._adamw,
@@ -315,16 +316,6 @@ def _parameter_groups(module: nn.Module, lr_factor: Callable[[str], float]) -> l
         }
         for (is_prototypes, is_decayed, factor), parameters in kinds.items()
     ]
-
-
-def _count_from(first_id: int) -> None:
-    """Where stage 3's numbers of parameters and modules go on: they are compared between ranks that hold other engines."""
-    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
-    from deepspeed.runtime.zero.partition_parameters import Init
-
-    Init.param_id = first_id
-    register = inspect.unwrap(DeepSpeedZeRoOffload._register_deepspeed_module)
-    register.__defaults__[0][0] = first_id
 
 
 def _config(settings: EngineSettings, num_parameters: int) -> dict[str, Any]:

@@ -14,6 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from distill.engine.deepspeed_private import (
+    OF_FLAT,
+    OF_PARAMETER,
+    OF_PIECES,
+    require_attributes,
+)
+
 
 @runtime_checkable
 class Shards(Protocol):
@@ -48,8 +55,12 @@ class Shards(Protocol):
 def shards_of(zero: Any, module: nn.Module, group: dist.ProcessGroup) -> Shards:
     """The layout of a DeepSpeed optimizer."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    kind = PieceShards if hasattr(zero, "fp32_partitioned_groups_flat") else FlatShards
-    return kind(zero, names, group)
+    if hasattr(zero, "fp32_partitioned_groups_flat"):
+        require_attributes(zero, OF_PIECES)
+        require_attributes(next(module.parameters()), OF_PARAMETER)
+        return PieceShards(zero, names, group)
+    require_attributes(zero, OF_FLAT)
+    return FlatShards(zero, names, group)
 
 
 class FlatShards:
