@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 ARGS ?=
 COMMIT := $(shell git rev-parse --verify HEAD 2>/dev/null)
-# Two workers; tests of one xdist_group share what the group's fixtures trained.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+# Two workers; the tests of a file stay together, since they share what its fixtures trained.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup quickstart quickstart-short test test-slow format lint types unit clean
 

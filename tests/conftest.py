@@ -8,6 +8,14 @@ import torch
 
 from tests.support.command import Result, Run, exit_code_of
 
+# Their tests start whole jobs or many ranks: of two workers neither may end alone with one of them.
+LONG_FILES = ("test_journeys.py", "test_pretraining.py", "test_ranks.py", "test_faults.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; within a file and between the others the order stays."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
 
 @pytest.fixture(autouse=True)
 def _deterministic() -> None:

@@ -31,8 +31,6 @@ from tests.support.jobs import (
     write_images,
 )
 
-pytestmark = pytest.mark.xdist_group("journeys")  # on one worker: they share runs
-
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:

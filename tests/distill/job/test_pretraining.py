@@ -34,8 +34,6 @@ from tests.support.pretraining import (
 )
 from tests.support.spawn import on_ranks
 
-pytestmark = pytest.mark.xdist_group("pretraining")  # on one worker: they share runs
-
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:

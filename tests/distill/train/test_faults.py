@@ -9,8 +9,6 @@ from distill.train.faults import IN_A_ROW, ROLL_BACKS, parked_reason
 from tests.chaos.nan import NUM_STEPS, Fault, Outcome, train_all
 from tests.support.spawn import on_ranks
 
-pytestmark = pytest.mark.xdist_group("faults")  # on one worker: they share runs
-
 NAN = float("nan")
 LASTING = Fault("loss", "b", 0, 1, NAN, until=NUM_STEPS)
 MEMORY = Fault("memory", "b", 0, 6, NAN, has_heads=False)

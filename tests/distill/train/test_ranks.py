@@ -37,8 +37,6 @@ from tests.support.families import (
 from tests.support.spawn import on_ranks
 from tests.support.tiny import MEAN, STD, network, teacher
 
-pytestmark = pytest.mark.xdist_group("family")  # on one worker: they share runs
-
 
 def train_family(
     works: list[NetworkCost],
