@@ -78,7 +78,6 @@ COVERED_BY = {
     "distill.weights.inspect": "tests/distill/weights/test_load.py",
     "distill.weights.onnx": "tests/distill/weights/test_export.py",
     "distill.weights.verify": "tests/distill/weights/test_export.py",
-    "students.shapes": "tests/students/test_catalog.py",
     "students.student": "tests/distill/job/test_pretraining.py",
     "teacher.batch": "tests/teacher/test_task.py",
     "teacher.frozen": "tests/teacher/test_task.py",
