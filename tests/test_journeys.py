@@ -370,18 +370,15 @@ def test_train__a_killed_rank_ends_the_job_and_is_named(recipe: Path, tmp_path: 
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     time.sleep(2.0)  # four heartbeats: each rank has told that it is in this phase
-    import psutil
+    from tests.support.jobs import left_after, ranks_of, servers_of
 
-    ranks = [
-        child
-        for child in psutil.Process(process.pid).children()
-        if "spawn_main" in " ".join(child.cmdline())
-    ]
-    ranks[-1].kill()
+    ranks, servers = ranks_of(process.pid), servers_of(process.pid)
+    assert len(ranks) == 2 and len(servers) == 1  # on a CPU
+    os.kill(ranks[-1], signal.SIGKILL)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 4 and "The same command resumes" in output
     assert re.search(r"rank \d on \S+: .*, family step \d+; ended by SIGKILL", output), output
-    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    assert not left_after([*ranks, *servers], wait_s=5.0)
 
 
 @pytest.mark.slow

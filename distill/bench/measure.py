@@ -48,6 +48,7 @@ from distill.job.build import (
     family_phase,
     freeze,
 )
+from distill.job.forkserver import choose_start_method
 from distill.plan.flops import DEFAULT_DEVICE
 from distill.plan.from_recipe import TeacherShape, plan_family
 from distill.plan.teacher_source import teacher_shape
@@ -128,6 +129,7 @@ def measure(request: Request) -> dict[str, Any]:
         prefix=".bench-", dir=runs if SAVING in request.against else None
     ) as folder:
         request = replace(request, folder=folder)
+        engine_device = "cpu" if request.sleep_s is not None else family.engine.device
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -137,7 +139,7 @@ def measure(request: Request) -> dict[str, Any]:
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             monitor_interval=0.1,
-            start_method="spawn",
+            start_method=choose_start_method(engine_device),
             logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=Std.NONE),
         )
         results = elastic_launch(config, measure_rank)(asdict(request))

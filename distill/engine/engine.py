@@ -78,6 +78,10 @@ class StepRates:
     ema_momentum: float
 
 
+# what DeepSpeed imports by the first step; the last one brings torch's compiler, 3 s
+DEEPSPEED_MODULES = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
+
+
 def prepare_deepspeed(device_type: str) -> None:
     """Imports DeepSpeed for ``device_type`` without compiling anything; call after ``init_process_group``."""
     os.environ.setdefault("DS_ACCELERATOR", device_type)

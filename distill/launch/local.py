@@ -68,7 +68,7 @@ def run(recipe: str, overrides: list[str], options: Options) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _run_as_rank(request, options)
     wanted = options.processes or parsed.engine.processes
-    return _run_locally(request, options, count_processes(wanted))
+    return _run_locally(request, options, count_processes(wanted), parsed.engine.device)
 
 
 def resume_command() -> str:
@@ -86,13 +86,17 @@ def count_processes(wanted: int | str) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _run_locally(request: "JobRequest", options: Options, num_ranks: int) -> int:
+def _run_locally(
+    request: "JobRequest", options: Options, num_ranks: int, engine_device: str
+) -> int:
+    from distill.job.forkserver import choose_start_method
     from distill.job.prepare import prepare
     from distill.launch.supervisor import Supervisor
 
     console = Console()
     live = console.is_terminal and not options.plain
     folder = Path(request.run_folder)
+    start_method = choose_start_method(engine_device)  # it imports while the job is prepared
     with run_lock(folder) as lock:
         lock.alone()
         job = prepare(request, num_ranks=num_ranks, fresh=options.fresh, say=console.print)
@@ -103,6 +107,7 @@ def _run_locally(request: "JobRequest", options: Options, num_ranks: int) -> int
             num_ranks,
             max_restarts=options.max_restarts,
             hang_limit_s=job.recipe.engine.hang_limit_s,
+            start_method=start_method,
         )
         with _Signals(folder) as signals, _screen(folder, console, live=live, hint=SAVE_HINT):
             failure = supervisor.run()

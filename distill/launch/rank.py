@@ -14,6 +14,7 @@ from pathlib import Path
 
 from distill.job.prepare import read_job
 from distill.job.run import work
+from distill.launch.process import ProcessMark
 from distill.launch.watchdog import Watchdog, end_ranks
 from distill.runfolder.events import Event, note
 from distill.runfolder.failure import (
@@ -34,13 +35,13 @@ from distill.runfolder.requests import StopSaveRequests
 GRACE_S = 5.0  # from the first cause on, for a rank to end by itself
 
 
-def entry(run_folder: str, launcher_pid: int | None) -> None:
-    """Runs one rank of the prepared job; ``launcher_pid`` is None under another launcher."""
+def entry(run_folder: str, launcher: ProcessMark | None) -> None:
+    """Runs one rank of the prepared job; ``launcher`` is None under another launcher."""
     folder, rank = Path(run_folder), int(os.environ["RANK"])
-    requests, guard = StopSaveRequests(folder), RankMonitor(folder, rank, launcher_pid)
+    requests, guard = StopSaveRequests(folder), RankMonitor(folder, rank, launcher)
     heartbeat = Heartbeat(folder, rank, on_beat=lambda: guard.look(requests))
     with requests.listening(), stacks_on_signal(folder, rank), run_lock(folder) as lock:
-        if launcher_pid is not None:
+        if launcher is not None:
             lock.share()
         with heartbeat:
             try:
@@ -50,7 +51,7 @@ def entry(run_folder: str, launcher_pid: int | None) -> None:
             except BaseException as error:
                 if not is_lost_connection(error):
                     write_failure(folder, failure_of(error, heartbeat.record(), folder))
-                elif launcher_pid is None:
+                elif launcher is None:
                     raise guard.cause().to_error() from error
                 raise
 
@@ -58,17 +59,17 @@ def entry(run_folder: str, launcher_pid: int | None) -> None:
 class RankMonitor:
     """Looks around at every beat of one rank."""
 
-    def __init__(self, run_folder: Path, world_rank: int, launcher_pid: int | None) -> None:
-        self._run_folder, self._launcher_pid = run_folder, launcher_pid
+    def __init__(self, run_folder: Path, world_rank: int, launcher: ProcessMark | None) -> None:
+        self._run_folder, self._launcher = run_folder, launcher
         self._num_ranks, self._world_rank = int(os.environ["WORLD_SIZE"]), world_rank
-        self._watches = launcher_pid is None and world_rank in {0, self._num_ranks - 1}
+        self._watches = launcher is None and world_rank in {0, self._num_ranks - 1}
         self._watchdog: Watchdog | None = None
         self._failed_at: float | None = None
         self.limit_s: float | None = None
 
     def look(self, requests: StopSaveRequests) -> None:
         """Reads requests, watches if that is this rank's part, and ends the process when there is nothing left to do."""
-        if self._launcher_pid is not None and os.getppid() != self._launcher_pid:
+        if self._launcher is not None and not self._launcher.is_running():
             os._exit(LOST_EXIT_CODE)
         if self._world_rank == 0:
             requests.look()

@@ -19,6 +19,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from distill.launch.process import this_process
 from distill.launch.rank import GRACE_S, entry
 from distill.launch.watchdog import Watchdog, end_ranks
 from distill.runfolder.events import Event, EventKind, note
@@ -72,10 +73,18 @@ class Supervisor:
     """The ranks of one launch on this machine."""
 
     def __init__(
-        self, run_folder: Path, num_ranks: int, *, max_restarts: int, hang_limit_s: float
+        self,
+        run_folder: Path,
+        num_ranks: int,
+        *,
+        max_restarts: int,
+        hang_limit_s: float,
+        start_method: str,
     ) -> None:
+        """``start_method``: of the ranks' processes, from ``choose_start_method``."""
         self._run_folder, self._num_ranks = run_folder, num_ranks
         self._max_restarts, self._hang_limit_s = max_restarts, hang_limit_s
+        self._start_method = start_method
         self._exit_codes: dict[int, int] = {}
         self._has_failed, self._start_error = False, ""
 
@@ -112,9 +121,9 @@ class Supervisor:
                 write_failure(self._run_folder, stragglers.to_failure(self._run_folder))
                 end_ranks(read_records(self._run_folder, self._num_ranks))
                 watchdog = None
-        return self.reduce_grad_norm()
+        return self.diagnose()
 
-    def reduce_grad_norm(self) -> Failure | None:
+    def diagnose(self) -> Failure | None:
         """Why the attempt failed: what a rank or the watchdog wrote, or else who died without a word."""
         if not self._has_failed:
             return None
@@ -147,11 +156,11 @@ class Supervisor:
             rdzv_endpoint="localhost:0",
             max_restarts=0,
             monitor_interval=0.1,
-            start_method="spawn",
+            start_method=self._start_method,
             logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
         )
         try:
-            elastic_launch(config, entry)(str(self._run_folder), os.getpid())
+            elastic_launch(config, entry)(str(self._run_folder), this_process())
         except ChildFailedError as error:
             self._has_failed = True
             self._exit_codes = {rank: each.exitcode for rank, each in error.failures.items()}

@@ -123,7 +123,7 @@ def _strike(
     process: subprocess.Popen[str], run: Path, target: str, draw: random.Random, tally: Tally
 ) -> bool:
     """Kills something; whether the launcher is still there."""
-    ranks = jobs.ranks_of(process.pid)
+    ranks, servers = jobs.ranks_of(process.pid), jobs.servers_of(process.pid)
     if target == "rank" and len(ranks) < NUM_RANKS:
         return True  # just starting or just ending: another time
     tally.kills[target] += 1
@@ -133,9 +133,9 @@ def _strike(
     for pid in (process.pid, *(ranks if target == "all" else ())):
         os.kill(pid, signal.SIGKILL)
     process.communicate()
-    left = jobs.left_after(ranks, wait_s=10.0)
+    left = jobs.left_after([*ranks, *servers], wait_s=10.0)
     if left:
-        tally.wrong.append(f"{len(left)} ranks outlived their launcher")
+        tally.wrong.append(f"{len(left)} processes outlived their launcher")
     return False
 
 

@@ -64,7 +64,18 @@ def wait_for_step(
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """Process ids of the ranks that a launcher started."""
+    """Process ids of the ranks that a launcher started, by itself or through its fork server."""
+    forked = [pid for server in servers_of(launcher) for pid in _children(server, b"forkserver")]
+    return sorted([*_children(launcher, b"spawn_main"), *forked])
+
+
+def servers_of(launcher: int) -> list[int]:
+    """Process ids of the fork server that a launcher started: one, or none on a GPU."""
+    return _children(launcher, b"forkserver")
+
+
+def _children(parent: int, word: bytes) -> list[int]:
+    """Children of a process that have a word in their command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -72,9 +83,9 @@ def ranks_of(launcher: int) -> list[int]:
             words = (path.parent / "cmdline").read_bytes()
         except OSError:
             continue
-        if int(fields[1]) == launcher and b"spawn_main" in words:
+        if int(fields[1]) == parent and word in words:
             found.append(int(path.parent.name))
-    return sorted(found)
+    return found
 
 
 def is_running(pid: int) -> bool:
