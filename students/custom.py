@@ -1,6 +1,6 @@
 """Custom students: a module of yours, a transformers backbone, a timm model.
 
-    "package.module:factory"     factory(**args) returns the network
+    "package.module:factory"     factory(**args) returns the network; from the current folder or installed
     "transformers:NAME"          a model type such as convnextv2, with args for its config, or a local folder
     "timm:NAME"                  timm.create_model(NAME, **args), where timm is installed
 
@@ -15,6 +15,7 @@ checkpoints hold parameters. Nothing is downloaded.
 import difflib
 import importlib
 import json
+import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
@@ -143,15 +144,21 @@ def _make(factory: str, args: Mapping[str, Any]) -> nn.Module:
 
 
 def _own(module_name: str, name: str, args: Mapping[str, Any]) -> nn.Module:
+    if "" not in sys.path:
+        sys.path.append("")  # the current folder, after everything that is installed
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ValueError(f"{module_name}:{name}: {error}; is its folder on PYTHONPATH?") from error
+        raise ValueError(
+            f"{module_name}:{name}: {error}; run distill in the folder that holds the module, "
+            "or pass --allow-code if it lies beside the recipe"
+        ) from error
     if not callable(getattr(module, name, None)):
         known = [key for key in vars(module) if not key.startswith("_")]
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" - did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{module_name}:{name}: the module has no such factory{hint}")
+        where = f" ({module.__file__})" if module.__file__ else ""
+        raise ValueError(f"{module_name}:{name}: the module{where} has no such factory{hint}")
     try:
         network = getattr(module, name)(**args)
     except TypeError as error:

@@ -197,7 +197,8 @@ def test_train__a_network_from_outside(recipe: Path, finished: Path, tmp_path: P
     )
     student = '{name: mine, arch: "mynet:Net", head_widths: {dino_hidden: 16, ibot_hidden: 16}}'
     words = [f"teacher={{weights: {finished / 'teacher'}}}", f"students=[{student}]"]
-    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path)}
+    (tmp_path / "teacher").mkdir()  # a user's own; ours are found first
+    (tmp_path / "students.py").write_text("raise ImportError('not ours')\n")
     ended = subprocess.run(
         [
             *(sys.executable, "-m", "distill", "train", str(recipe), *words),
@@ -206,13 +207,16 @@ def test_train__a_network_from_outside(recipe: Path, finished: Path, tmp_path: P
         capture_output=True,
         text=True,
         timeout=240,
-        env=environment,
+        env=ENVIRONMENT,
+        cwd=tmp_path,
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
     summary = json.loads((tmp_path / "runs/tiny/summary.json").read_text())
     assert summary["students"]["mine"]["knn"] > 0
     ended = run_distill("train", str(recipe), *words, "--out", str(tmp_path / "elsewhere"))
-    assert ended.returncode == 2 and "is its folder on PYTHONPATH" in ended.stderr
+    assert (
+        ended.returncode == 2 and "run distill in the folder that holds the module" in ended.stderr
+    )
 
 
 @pytest.mark.slow

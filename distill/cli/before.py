@@ -1,17 +1,20 @@
 """``distill doctor``, ``check`` and ``plan``: what is asked before anything is trained."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from distill.cli.options import (
+    AllowCodeOption,
     DataOption,
     DebugOption,
     GpusOption,
     JsonOption,
     OverridesArgument,
     RecipeArgument,
+    allow_code,
     count_ranks,
     print_json,
     say,
@@ -41,11 +44,15 @@ def check(
     overrides: OverridesArgument = None,
     data: DataOption = None,
     gpus: GpusOption = None,
+    allow: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Validate a recipe, its data and its plan; name the line that is wrong and the likely fix."""
     from distill.recipe.keys import FamilyRecipe
+
+    if allow:
+        allow_code(Path(recipe).parent)
     from distill.recipe.reader import load_job
 
     try:
@@ -91,6 +98,7 @@ def plan(
     device: Annotated[
         str, typer.Option("--device", help="h100, h200, a100, cpu, or measured: this machine's.")
     ] = "h100",
+    allow: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -98,6 +106,8 @@ def plan(
 
     A recipe that names its teacher's arch is planned before the weights are there.
     """
+    if allow:
+        allow_code(Path(recipe).parent)
     from distill.recipe.reader import load_job
 
     loaded, teacher = load_job(recipe, list(overrides or []))

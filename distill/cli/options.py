@@ -45,6 +45,13 @@ RestartsOption = Annotated[
         "--max-restarts", min=0, help="Times the job starts again by itself when a rank fails."
     ),
 ]
+AllowCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        help="Also import students' modules from the folder of the recipe or of the run; they run as your code.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -71,6 +78,11 @@ def with_data(recipe: str, overrides: Sequence[str] | None, data: Path | None) -
     source = f"data.sources=[{{path: {json.dumps(str(data.absolute()))}}}]"
     is_for_two = names_teacher_recipe(recipe, texts)
     return [*texts, source, *([f"teacher:{source}"] if is_for_two else [])]
+
+
+def allow_code(*folders: Path) -> None:
+    """Lets recipes name modules in these folders: appends them to the search path, which every rank gets."""
+    sys.path.extend(str(folder.absolute()) for folder in folders)
 
 
 def count_ranks(processes: int | str, requested: int | None) -> int:

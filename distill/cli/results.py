@@ -1,5 +1,6 @@
 """``distill eval``: scores and pictures of a run."""
 
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -10,9 +11,11 @@ import typer
 from rich.console import Console
 
 from distill.cli.options import (
+    AllowCodeOption,
     DebugOption,
     JsonOption,
     RunArgument,
+    allow_code,
     print_json,
     require_run,
     say,
@@ -31,6 +34,7 @@ def evaluate(
         list[Path] | None,
         typer.Option("--beside", help="With --over-steps: another run in the same picture."),
     ] = None,
+    allow: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -40,6 +44,9 @@ def evaluate(
     from distill.screen.tables import scores_table
 
     require_run(run)
+    if allow:
+        recipe = json.loads((run / "job.json").read_text())["request"]["recipe"]
+        allow_code(Path(recipe).parent, run)
     if over_steps:
         return _score_steps([run, *(beside or [])], as_json=as_json)
     with redirect_stdout(sys.stderr if as_json else sys.stdout):

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from distill.cli.options import (
+    AllowCodeOption,
     DataOption,
     DebugOption,
     FreshOption,
@@ -24,6 +25,7 @@ from distill.cli.options import (
     RecipeArgument,
     RestartsOption,
     RunArgument,
+    allow_code,
     print_json,
     require_run,
     with_data,
@@ -64,11 +66,14 @@ def training_verb(accept: Callable[[str, list[str]], None]) -> Callable[..., Non
         fresh: FreshOption = False,
         max_restarts: RestartsOption = 0,
         plain: PlainOption = False,
+        allow: AllowCodeOption = False,
         as_json: JsonOption = False,
         debug: DebugOption = False,  # noqa: ARG001  # read by main
     ) -> None:
         from distill.launch.local import Options
 
+        if allow:
+            allow_code(Path(recipe).parent)
         texts = with_data(recipe, overrides, data)
         accept(recipe, texts)
         options = Options(

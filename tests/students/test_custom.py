@@ -146,7 +146,7 @@ def test_probe__refuses_what_breaks_the_protocol(
 @pytest.mark.parametrize(
     ("factory", "args", "message"),
     [
-        ("nowhere.at.all:Net", "{}", "is its folder on PYTHONPATH"),
+        ("nowhere.at.all:Net", "{}", "run distill in the folder that holds the module"),
         ("torch.nn:Linaer", "{}", "no such factory - did you mean 'Linear'"),
         ("torch.nn:Linear", '{"size": 3}', "unexpected keyword argument"),
         ("builtins:dict", "{}", "gave a dict, not an nn.Module"),
