@@ -140,10 +140,10 @@ def _make(factory: str, args: Mapping[str, Any]) -> nn.Module:
         return _TransformersNetwork(name, args)
     if source == TIMM:
         return _TimmNetwork(name, args)
-    return _own(source, name, args)
+    return _from_module(source, name, args)
 
 
-def _own(module_name: str, name: str, args: Mapping[str, Any]) -> nn.Module:
+def _from_module(module_name: str, name: str, args: Mapping[str, Any]) -> nn.Module:
     if "" not in sys.path:
         sys.path.append("")  # the current folder, after everything that is installed
     try:

@@ -1,1 +1,1 @@
-"""What is taught from and how it is made: ViT, heads, losses, Gram anchoring."""
+"""The teacher and its training: ViT, heads, losses, Gram anchoring."""

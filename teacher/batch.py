@@ -115,7 +115,7 @@ class StudentBatch:
     """Everything one student rank needs for its slice of one step.
 
     ``masks`` lie on the teacher's grid ``grid_hw``; ``start`` is the slice's first position in the
-    global batch. ``active_rows``, on the host, says which crops (global ones first) pass through which
+    global batch. ``active_rows``, on the host, lists which crops (global ones first) pass through which
     branch of which block; None for all.
     """
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from distill.bench.report import OURS, SAVING, build_report
 from distill.bench.stand_ins import (
-    SleepingPupil,
+    SleepingStudent,
     SleepingTeacher,
     Span,
     SyntheticLoader,
@@ -116,7 +116,7 @@ def measure(request: Request) -> dict[str, Any]:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     family, shape = family_of(request)
-    plan = plan_family(family, shape, request.num_ranks)  # what cannot work is said here, once
+    plan = plan_family(family, shape, request.num_ranks)  # what cannot work is reported here, once
     if plan.is_teacher_sharded and request.sleep_s is None:
         raise PlanError(
             "bench compares teachers that are replicated on every rank; this one would be sharded",
@@ -285,7 +285,7 @@ class Bench:
             exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
         )
         trainers = tuple(
-            SleepingPupil(placement, groups.by_network[placement.name], image_s * pace, self.rank)
+            SleepingStudent(placement, groups.by_network[placement.name], image_s * pace, self.rank)
             for placement, image_s in zip(plan.placements, plan.image_s, strict=True)
             if self.rank in placement.world_ranks
         )

@@ -212,7 +212,7 @@ class SleepingTeacher:
         )
 
 
-class SleepingPupil:
+class SleepingStudent:
     """Takes its time for its slice, and meets the others of its group as gradients would."""
 
     def __init__(

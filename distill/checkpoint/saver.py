@@ -69,7 +69,7 @@ class Placed(Protocol):
 
 @runtime_checkable
 class Layout(Protocol):
-    """Which networks train in the whole job."""
+    """Which networks train in the full job."""
 
     @property
     def num_ranks(self) -> int:

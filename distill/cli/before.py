@@ -1,4 +1,4 @@
-"""``distill doctor``, ``check`` and ``plan``: what is asked before anything is trained."""
+"""``distill doctor``, ``check`` and ``plan``: what can be checked before anything is trained."""
 
 from pathlib import Path
 from typing import Annotated

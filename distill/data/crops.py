@@ -1,7 +1,7 @@
 """What happens to an image before the network sees it: crop windows and photometric parameters, computed outside the image library.
 
 All parameters of a sample come from its hash, so the pipeline that executes them needs no generator
-of its own.
+with state.
 
 Values: METHOD section 2 (two global and N local crops, colour jitter 0.4/0.4/0.2/0.1 with p 0.8,
 grayscale p 0.2, blur p 1.0 / 0.1 / 0.5 with sigma 0.1-2.0, solarise p 0.2 on the second global

@@ -21,7 +21,7 @@ from distill.data.sources import Found, list_source
 
 
 @dataclass(frozen=True)
-class Fault:
+class BrokenFile:
     """An image that cannot be used, and why."""
 
     sample: str
@@ -40,7 +40,7 @@ class DatasetReport:
     shorter_side: dict[str, int]
     longer_side: dict[str, int]
     duplicates: int
-    broken: tuple[Fault, ...]
+    broken: tuple[BrokenFile, ...]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -111,7 +111,7 @@ def _count(
         longer_side=_quantiles(sizes.max(axis=1)) if len(sizes) else {},
         duplicates=duplicates,
         broken=tuple(
-            Fault(str(each.location), image.hw)
+            BrokenFile(str(each.location), image.hw)
             for each, image in zip(found, images, strict=True)
             if isinstance(image.hw, str)
         ),

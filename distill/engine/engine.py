@@ -7,8 +7,8 @@ engine owns the world, so:
 collective and rank query;
 - stage 0 is never used (its gradient reduction reads a module global that the last engine wins),
 not even for a group of one;
-- stage 3 counts modules and parameters of the whole process and compares the counts between ranks;
-they start from a number of its own for every network;
+- stage 3 counts modules and parameters of the full process and compares the counts between ranks;
+they start from a separate number for every network;
 - stage 3's replacement of ``F.linear``, process-wide, is switched off: it corrupts other engines;
 - engines of one process are driven in the same order on every rank.
 
@@ -17,7 +17,7 @@ communication to update.
 
 A step whose gradient norm (reduced over the group, so every rank agrees) is not finite is skipped,
 and the host does not wait to learn it: the norm goes to AdamW as a tensor, and its fused kernel
-clips or leaves everything as it is, as it does for a loss scaler. DeepSpeed's own norm and checks,
+clips or leaves everything as it is, as it does for a loss scaler. DeepSpeed's norm and checks,
 each of which asks the device, are switched off; stage 3 cannot do without them. A loss or a weight
 that is not finite on one rank is made to spoil that rank's gradients, so it is agreed on in the same
 way; a number times one is the same number.
@@ -45,7 +45,7 @@ STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 BETA1 = 0.9
 CLIP_EPS = 1e-6  # as torch and DeepSpeed have it
 ONE_GROUP = 10**12  # numbers; a parameter group is never split
-MOST_AT_ONCE = 500_000_000  # gradients that are reduced together, DeepSpeed's own limit
+MOST_AT_ONCE = 500_000_000  # gradients that are reduced together, DeepSpeed's limit
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Engine:
             self.grad_norm = torch.full_like(self.grad_norm, norm)
             is_applied = self._engine.skipped_steps == skipped_before
             self.is_applied = torch.full_like(self.is_applied, is_applied)
-        self._follow(rates.ema_momentum)
+        self._update_ema(rates.ema_momentum)
 
     @torch.no_grad()
     def reduce_grad_norm(self) -> None:
@@ -197,7 +197,7 @@ class Engine:
         self._adamw.found_inf = (~self.is_applied).float()
 
     @torch.no_grad()
-    def _follow(self, momentum: float) -> None:
+    def _update_ema(self, momentum: float) -> None:
         """The EMA goes a step towards the weights if there was one. No communication."""
         for shard, state in zip(self._shards.weights, self._states, strict=True):
             ema = state["ema"]
@@ -211,7 +211,7 @@ class Engine:
         return loss * (1.0 + 0.0 * reached.detach().sum())
 
     def full(self, kind: str, *, collect: bool = True) -> dict[str, Tensor]:
-        """Whole tensors of one of ``STATE_KINDS`` by parameter name, fp32, on the host; nothing without ``collect``.
+        """Full tensors of one of ``STATE_KINDS`` by parameter name, fp32, on the host; nothing without ``collect``.
 
         Communication: all-gathers over the group, which every rank of it must call.
         """
@@ -302,7 +302,7 @@ class Engine:
 
 
 def _parameter_groups(module: nn.Module, lr_factor: Callable[[str], float]) -> list[dict[str, Any]]:
-    """Trained parameters in as few groups as differ: matrices, vectors (no weight decay), prototypes (own learning rate while frozen), each by its factor."""
+    """Trained parameters in as few groups as differ: matrices, vectors (no weight decay), prototypes (separate learning rate while frozen), each by its factor."""
     kinds: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
@@ -327,7 +327,7 @@ def _config(settings: EngineSettings, num_parameters: int) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": settings.zero_stage,
         "overlap_comm": False,
-        "reduce_bucket_size": min(MOST_AT_ONCE, num_parameters),  # taken whole at every step
+        "reduce_bucket_size": min(MOST_AT_ONCE, num_parameters),  # all of it is taken at every step
     }
     if settings.zero_stage == 3:
         zero |= {

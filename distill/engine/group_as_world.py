@@ -104,7 +104,7 @@ class _GroupAsWorld:
 
 @contextmanager
 def as_world(layout: GroupLayout) -> Iterator[None]:
-    """While inside, DeepSpeed in this process sees the layout's group as the whole world."""
+    """While inside, DeepSpeed in this process gets the layout's group as the world."""
     import deepspeed.comm.comm as comm
     import deepspeed.utils.groups as groups
 

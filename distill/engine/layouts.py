@@ -1,4 +1,4 @@
-"""How DeepSpeed divides a network's fp32 values over its ranks, in both of its layouts, and the way back to whole tensors.
+"""How DeepSpeed divides a network's fp32 values over its ranks, in both of its layouts, and the way back to full tensors.
 
     stages 1 and 2   all parameters of a group behind one another, cut into equal parts
     stage 3          each parameter cut into equal parts, the last padded; a rank's parts behind one another
@@ -32,11 +32,11 @@ class Shards(Protocol):
     def full(
         self, rank_parts: Sequence[Tensor], dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
-        """Name and whole tensor of every parameter, from what each rank owns. Collective over the group."""
+        """Name and full tensor of every parameter, from the parts of the ranks. Collective over the group."""
         ...
 
     def rank_parts(self, full: Callable[[str], Tensor]) -> list[Tensor]:
-        """This rank's part of whole tensors. No communication."""
+        """This rank's part of full tensors. No communication."""
         ...
 
     def load(self, full: Callable[[str], Tensor]) -> None:
@@ -48,7 +48,7 @@ class Shards(Protocol):
         ...
 
     def copy_to(self, rank_parts: Sequence[Tensor], targets: Mapping[str, Tensor]) -> None:
-        """Writes values into parameters of the same names, whole or sharded. Collective over the group."""
+        """Writes values into parameters of the same names, full or sharded. Collective over the group."""
         ...
 
 
@@ -106,7 +106,7 @@ class FlatShards:
             targets[name].copy_(value)
 
     def _part(self, values: Tensor) -> Tensor:
-        """This rank's part of a whole buffer."""
+        """This rank's part of a full buffer."""
         return values.chunk(dist.get_world_size(self._group))[dist.get_rank(self._group)]
 
     def _assembled(self, index: int, full: Callable[[str], Tensor]) -> Tensor:
@@ -135,7 +135,7 @@ class PieceShards:
     def full(
         self, rank_parts: Sequence[Tensor], dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor]]:
-        """As the protocol; one all-gather per parameter, so that only one is ever whole."""
+        """As the protocol; one all-gather per parameter, so that only one is full at a time."""
         for name, parameter, piece in self._pieces(rank_parts):
             yield name, self._gathered(parameter, piece.to(dtype))
 

@@ -56,7 +56,7 @@ def extract(
     """Class token of each image, in fp32 on the CPU, in the order of ``locations``.
 
     The backbone satisfies ``Backbone``, is in evaluation mode and already on ``device``. ``on_batch`` is
-    told the number of images of every batch.
+    called with the number of images of every batch.
     """
     features = []
     for images in decode_images(locations, preparation.size, batch):
@@ -95,13 +95,13 @@ def read_preparation(folder: Path) -> Preparation:
 
 def count_images(say: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
     """Adds up counts and reports progress now and then."""
-    done, told = 0, time.monotonic()
+    done, last_s = 0, time.monotonic()
 
     def on_batch(count: int) -> None:
-        nonlocal done, told
+        nonlocal done, last_s
         done += count
-        if time.monotonic() - told > REPORT_EVERY_S:
-            told = time.monotonic()
+        if time.monotonic() - last_s > REPORT_EVERY_S:
+            last_s = time.monotonic()
             say(f"{what}: {done:,} of {total:,} images")
 
     return on_batch

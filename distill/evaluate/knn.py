@@ -74,9 +74,9 @@ def knn(
     for rows in torch.split(test, SIMILARITY_ROWS):
         similarity = rows @ train.T if measure == "cosine" else -torch.cdist(rows, train)
         nearest, index = similarity.topk(k, dim=1)
-        ballots = torch.nn.functional.one_hot(train_labels[index], num_classes).double()
-        votes = ballots.sum(1)  # [test, classes]
-        support = (ballots * nearest[..., None]).sum(1)
+        votes_by_class = torch.nn.functional.one_hot(train_labels[index], num_classes).double()
+        votes = votes_by_class.sum(1)  # [test, classes]
+        support = (votes_by_class * nearest[..., None]).sum(1)
         has_most = votes == votes.amax(1, keepdim=True)
         predicted.append(support.masked_fill(~has_most, -torch.inf).argmax(1))
     return balanced_accuracy(torch.cat(predicted), test_labels)

@@ -109,7 +109,7 @@ def build_engine(
     task: nn.Module,
     lr_factor: Callable[[str], float] = lambda _: 1.0,
 ) -> Engine:
-    """A task on its group, wrapped by its own engine. Collective over the group."""
+    """A task on its group, wrapped by an engine. Collective over the group."""
     groups, parts = context.groups, context.parts_of(name)
     if context.recipe.engine.activation_checkpointing:
         for module in task.modules():
@@ -244,7 +244,7 @@ def load_teacher(
 
 
 def shard_teacher(context: PhaseContext, teacher: FrozenTeacher) -> None:
-    """Leaves each rank its part of a teacher that was loaded to the CPU, where the plan says so. Collective over the world."""
+    """Leaves each rank its part of a teacher that was loaded to the CPU, where the plan shards it. Collective over the world."""
     if not context.plan.is_teacher_sharded:
         return
     teacher.shard(context.groups.teacher, context.rank_context.device)
@@ -266,7 +266,7 @@ def family_phase(
 ) -> Phase:
     """The distillation phase: one engine per student this rank trains. Collective over the world.
 
-    ``first_steps``: where each student joined; its own schedule begins there and ends with the others'.
+    ``first_steps``: where each student joined; its schedule begins there and ends with the others'.
     """
     recipe = context.recipe
     assert isinstance(recipe, FamilyRecipe), "students are a family's"

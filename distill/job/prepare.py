@@ -40,7 +40,7 @@ FITTED_HEADS = "heads/teacher.safetensors"  # in a run folder
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What the user asked for, enough to read the recipes again in another process."""
+    """What the user requested, enough to read the recipes again in another process."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -68,7 +68,7 @@ class Job:
 
     @property
     def hash(self) -> str:
-        """Identifies everything that decides a network's result but its own lines: both recipes and the images."""
+        """Identifies everything that decides a network's result except its entry in the recipe: both recipes and the images."""
         shared: FamilyRecipe | TeacherRecipe = self.recipe
         if isinstance(shared, FamilyRecipe):
             shared = shared.model_copy(update={"students": ()})
@@ -81,7 +81,7 @@ class Job:
 
     @property
     def networks(self) -> dict[str, str]:
-        """Every student, and a hash of what the recipe says of it."""
+        """Every student, and a hash of its recipe entry."""
         if not isinstance(self.recipe, FamilyRecipe):
             return {}
         return {student.label: recipe_hash(student) for student in self.recipe.students}
@@ -155,7 +155,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     job = Job(request, recipe, teacher_recipe, fingerprint)
     if fresh:
         shutil.rmtree(run_folder, ignore_errors=True)
-    resumed = find_latest(run_folder / CHECKPOINTS, job.hash, lambda _: None)  # the run tells
+    resumed = find_latest(run_folder / CHECKPOINTS, job.hash, lambda _: None)  # the run reports
     joining_steps(job.recipe, job.networks, resumed)
     for line in describe_changes(job.networks, resumed):
         say(line)
@@ -212,7 +212,7 @@ def _indices(
     paths = [source.path for source in data.sources]
     if BUILTIN_PHOTOGRAPHS in paths and len(paths) > 1:
         raise DataError(
-            f"data.sources: {BUILTIN_PHOTOGRAPHS} brings its own held-out part and cannot be mixed",
+            f"data.sources: {BUILTIN_PHOTOGRAPHS} has a held-out part already and cannot be mixed",
             fix="Name it alone, or name folders only.",
         )
     if paths == [BUILTIN_PHOTOGRAPHS]:

@@ -218,7 +218,7 @@ def lr_factors(recipe: TeacherRecipe, spec: BackboneSpec) -> Callable[[str], flo
 class HeadFitting:
     """DINO and iBOT heads learned on a frozen backbone; the EMA of the heads makes the targets.
 
-    The heads in training see masked global crops and local crops, the EMA sees whole global crops,
+    The heads in training see masked global crops and local crops, the EMA sees full global crops,
     as in pretraining. Both share one copy of the backbone.
     """
 

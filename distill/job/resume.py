@@ -2,7 +2,7 @@
 
 Everything that decides the result must be as it was, except the list of students: one that was
 removed is not loaded, one that was added begins at the checkpoint's step with fresh weights and a
-schedule of its own from there to the family's end. The others go on as if nothing had changed.
+separate schedule from there to the family's end. The others continue as if nothing had changed.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -53,12 +53,12 @@ def agreed_checkpoint(
 def joining_steps(
     recipe: FamilyRecipe | TeacherRecipe, networks: Mapping[str, str], found: Found | None
 ) -> dict[str, int]:
-    """The step of the family at which each student begins: the checkpoint's word, its own step for one that it does not hold.
+    """The step of the family at which each student begins: that of the checkpoint, the checkpoint's step for one that it does not hold.
 
-    ``networks`` gives a hash of what the recipe says of each student.
+    ``networks`` gives a hash of each student's recipe entry.
 
     Raises:
-        CheckpointError: a student is not what it was when it was saved, or would join after its own
+        CheckpointError: a student is not what it was when it was saved, or would join after its
             end.
     """
     if not isinstance(recipe, FamilyRecipe):

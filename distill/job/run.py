@@ -5,7 +5,7 @@
     fitted, then the family phase, then the students' folders
 
 The run folder is prepared before (``distill.job.prepare``): indices and the resolved recipe are there.
-A checkpoint says in which phase and at which step to go on; phases before it are not repeated.
+A checkpoint names the phase and the step to resume at; phases before it are not repeated.
 """
 
 import gc

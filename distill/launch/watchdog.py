@@ -48,7 +48,7 @@ class StragglerReport:
 
 
 class Watchdog:
-    """Compares what the ranks say now with what they said before. Needs no clock of another host."""
+    """Compares the records of the ranks with those of before. Needs no clock of another host."""
 
     def __init__(
         self,

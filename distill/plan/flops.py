@@ -141,10 +141,10 @@ def fitting_tflops(spec: BackboneSpec, heads: Heads, crops: CropShapes) -> float
     return _crops_tflops(spec, crops) + trained + _logits_tflops(heads, crops)
 
 
-def regression_tflops(spec: BackboneSpec, taught_width: int, crops: CropShapes) -> float:
+def regression_tflops(spec: BackboneSpec, teacher_dim: int, crops: CropShapes) -> float:
     """Teraflops of one student's step on one image without heads: all crops, two projectors, backward."""
     rows = 2 + crops.num_locals + crops.masked_per_image
-    projected = 2.0 * rows * spec.width * taught_width / 1e12
+    projected = 2.0 * rows * spec.width * teacher_dim / 1e12
     return _trained_tflops(spec, crops) + TRAINING_FACTOR * projected
 
 

@@ -20,12 +20,12 @@ from distill.plan.flops import (
     training_tflops,
 )
 from distill.plan.memory import (
-    Needs,
+    Footprint,
     Student,
-    fitting_needs,
+    fitting_footprint,
+    footprint_of,
     head_parameters,
-    needs_of,
-    pretraining_needs,
+    pretraining_footprint,
 )
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, make_plan, without
@@ -94,11 +94,11 @@ def plan_stage(
         if anchor_size is not None:
             work += 2 * backbone_tflops(shape.spec, anchor_size)
         teach_s += share * device.seconds(work)
-    whole = recipe.engine.micro_batch is not None
+    in_groups = recipe.engine.micro_batch is not None
     batch = recipe.at_stage(stage).schedule.batch
     works = [NetworkCost(ONLINE, train_s, num_ranks)]
-    plan = make_plan(works, teach_s, batch, num_ranks, has_whole_groups=whole)
-    require_whole_groups(recipe, plan)
+    plan = make_plan(works, teach_s, batch, num_ranks, has_full_groups=in_groups)
+    require_full_groups(recipe, plan)
     first = recipe.at_stage(recipe.stages[0]).schedule.batch
     parts, first_parts = (_num_parts(recipe, images, num_ranks) for images in (batch, first))
     if parts != first_parts:
@@ -127,13 +127,13 @@ def stage_shapes(
         yield quota / sum(quotas), shapes, kind.anchor_size
 
 
-def stage_needs(recipe: TeacherRecipe, stage: StageSpec, plan: Plan) -> Needs:
+def stage_footprint(recipe: TeacherRecipe, stage: StageSpec, plan: Plan) -> Footprint:
     """Memory of a stage of pretraining, at its largest crops."""
     shape = shape_of_recipe(recipe)
     assert shape.heads is not None, "a pretrained teacher has heads"
     assert isinstance(shape.spec, ViTSpec), "a pretrained teacher is a ViT"
     kinds = [shapes for _, shapes, _ in stage_shapes(recipe, stage)]
-    return pretraining_needs(
+    return pretraining_footprint(
         plan,
         shape.spec,
         shape.heads,
@@ -159,10 +159,10 @@ def plan_fitting(
     return make_plan([work], teach_s, recipe.schedule.batch, num_ranks)
 
 
-def fitting_needs_of(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs:
+def fitting_footprint_of(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Footprint:
     """Memory while heads are fitted."""
     assert shape.heads is not None, "heads to fit have shapes"
-    return fitting_needs(
+    return fitting_footprint(
         plan,
         shape.spec,
         shape.heads,
@@ -179,10 +179,10 @@ def plan_family(
     sharding = recipe.engine.teacher_sharding
     plan = _plan_family(recipe, shape, num_ranks, device, is_sharded=sharding == "sharded")
     if sharding == "auto" and num_ranks > 1:
-        most = family_needs(recipe, shape, plan).fullest.total
+        most = family_footprint(recipe, shape, plan).fullest.total
         if most > device.memory_gib:
             sharded = _plan_family(recipe, shape, num_ranks, device, is_sharded=True)
-            if family_needs(recipe, shape, sharded).fullest.total <= device.memory_gib:
+            if family_footprint(recipe, shape, sharded).fullest.total <= device.memory_gib:
                 return sharded
     return plan
 
@@ -193,14 +193,14 @@ def _plan_family(
     shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
     works = []
     for student in recipe.students:
-        spec, seen = student.backbone_spec(), shapes.scaled(student.crop_scale)
+        spec, scaled = student.backbone_spec(), shapes.scaled(student.crop_scale)
         if is_custom(student.arch):
-            _require_whole_patches(recipe, student, spec)
+            _require_full_patches(recipe, student, spec)
         if shape.heads is None:
-            cost = regression_tflops(spec, shape.spec.width, seen)
+            cost = regression_tflops(spec, shape.spec.width, scaled)
         else:
-            cost = training_tflops(spec, heads_of_student(student, spec, shape.heads), seen)
-        works.append(NetworkCost(student.label, device.seconds(cost), student.asked_ranks))
+            cost = training_tflops(spec, heads_of_student(student, spec, shape.heads), scaled)
+        works.append(NetworkCost(student.label, device.seconds(cost), student.requested_ranks))
     plan = make_plan(
         works,
         device.seconds(teaching_tflops(shape.spec, shape.heads, shapes)),
@@ -210,15 +210,15 @@ def _plan_family(
         unit=recipe.engine.teacher_micro_batch,
         has_even_shares=recipe.engine.exchange == "all_gather",
         is_teacher_sharded=is_sharded,
-        has_whole_groups=recipe.engine.micro_batch is not None,
+        has_full_groups=recipe.engine.micro_batch is not None,
     )
     if recipe.objective.koleo and shape.heads is not None:
-        require_whole_groups(recipe, plan)
+        require_full_groups(recipe, plan)
     ends = [f"{s.label} is finished at step {s.steps:,}" for s in recipe.students if s.steps]
     return replace(plan, notes=(*plan.notes, *ends))
 
 
-def require_whole_groups(recipe: Recipe, plan: Plan) -> None:
+def require_full_groups(recipe: Recipe, plan: Plan) -> None:
     """Micro-batches must not cut the groups of images that KoLeo compares.
 
     Raises:
@@ -227,10 +227,10 @@ def require_whole_groups(recipe: Recipe, plan: Plan) -> None:
     micro_batch = recipe.engine.micro_batch
     for placement in plan.placements:
         parts = [placement.parts_of(rank, micro_batch) for rank in placement.world_ranks]
-        whole = placement.koleo_is_local and all(
+        in_groups = placement.koleo_is_local and all(
             part.start % KOLEO_GROUP == 0 for each in parts for part in each
         )
-        if len(parts[0]) > 1 and not whole:
+        if len(parts[0]) > 1 and not in_groups:
             unit = KOLEO_GROUP * len(placement.slices)
             near = max(unit, round(plan.images_global / unit) * unit)
             raise PlanError(
@@ -239,7 +239,7 @@ def require_whole_groups(recipe: Recipe, plan: Plan) -> None:
             )
 
 
-def _require_whole_patches(recipe: FamilyRecipe, student: StudentSpec, spec: BackboneSpec) -> None:
+def _require_full_patches(recipe: FamilyRecipe, student: StudentSpec, spec: BackboneSpec) -> None:
     """The rule that the recipe checks for networks it knows."""
     sizes = {"global.size": recipe.crops.global_.size, "eval_size": recipe.crops.input_size}
     if recipe.crops.local.count:
@@ -252,7 +252,7 @@ def _require_whole_patches(recipe: FamilyRecipe, student: StudentSpec, spec: Bac
             )
 
 
-def family_needs(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs:
+def family_footprint(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Footprint:
     """Memory and traffic of a family's plan."""
     grid_hw = grid_of(shape.spec, recipe.crops.global_.size)
     students = []
@@ -264,7 +264,7 @@ def family_needs(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs
             extra = head_parameters(heads_of_student(student, spec, shape.heads))
         parameters = spec.parameters + extra
         students.append(Student(student.label, spec, parameters, student.crop_scale))
-    return needs_of(
+    return footprint_of(
         plan,
         students,
         shape.spec,
@@ -274,15 +274,14 @@ def family_needs(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Needs
         lookahead=recipe.engine.lookahead,
         micro_batch=recipe.engine.micro_batch,
         patches=grid_hw[0] * grid_hw[1],
-        has_pixel_stats=recipe.data.has_own_colours,
+        has_pixel_stats=recipe.data.has_source_stats,
     )
 
 
 def later_plans(recipe: FamilyRecipe, plan: Plan) -> tuple[tuple[int, Plan], ...]:
     """The plans from each step on at which a student is finished."""
     ends = {student.label: student.steps or recipe.schedule.steps for student in recipe.students}
-    moments = sorted({end for end in ends.values() if end < recipe.schedule.steps})
+    steps = sorted({end for end in ends.values() if end < recipe.schedule.steps})
     return tuple(
-        (moment, without(plan, {name for name, end in ends.items() if end <= moment}))
-        for moment in moments
+        (step, without(plan, {name for name, end in ends.items() if end <= step})) for step in steps
     )

@@ -9,15 +9,15 @@ from distill.errors import PlanError
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.from_recipe import (
     TeacherShape,
-    family_needs,
-    fitting_needs_of,
+    family_footprint,
+    fitting_footprint_of,
     later_plans,
     plan_family,
     plan_fitting,
     plan_stage,
-    stage_needs,
+    stage_footprint,
 )
-from distill.plan.memory import Needs
+from distill.plan.memory import Footprint
 from distill.plan.plan import Plan
 from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import (
@@ -39,7 +39,7 @@ class JobPlan:
     name: str
     plan: Plan
     num_steps: int
-    needs: Needs
+    footprint: Footprint
     later: tuple[tuple[int, Plan], ...] = ()
 
     @property
@@ -51,8 +51,8 @@ class JobPlan:
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
         days = self.seconds / 86_400
-        own = {"phase": self.name, "steps": self.num_steps, "days": days}
-        return {**self.plan.to_json(), **self.needs.to_json(), **own}
+        facts = {"phase": self.name, "steps": self.num_steps, "days": days}
+        return {**self.plan.to_json(), **self.footprint.to_json(), **facts}
 
 
 def check_job(
@@ -77,16 +77,16 @@ def check_job(
         for stage in pretrained.stages:
             plan = plan_stage(pretrained, stage, num_ranks, device)
             plans.append(
-                JobPlan(stage.name, plan, stage.steps, stage_needs(pretrained, stage, plan))
+                JobPlan(stage.name, plan, stage.steps, stage_footprint(pretrained, stage, plan))
             )
     if isinstance(recipe, FamilyRecipe):
         shape = teacher_shape(recipe, teacher_recipe, has_files=has_files)
         if recipe.teacher.heads_mode == "fit":
-            fitting, needs = _planned(recipe, shape, HEADS_PHASE, num_ranks, device)
-            plans.append(JobPlan(HEADS_PHASE, fitting, recipe.teacher.fit.steps, needs))
-        family, needs = _planned(recipe, shape, FAMILY_PHASE, num_ranks, device)
+            fitting, footprint = _planned(recipe, shape, HEADS_PHASE, num_ranks, device)
+            plans.append(JobPlan(HEADS_PHASE, fitting, recipe.teacher.fit.steps, footprint))
+        family, footprint = _planned(recipe, shape, FAMILY_PHASE, num_ranks, device)
         later = later_plans(recipe, family)
-        plans.append(JobPlan(FAMILY_PHASE, family, recipe.schedule.steps, needs, later))
+        plans.append(JobPlan(FAMILY_PHASE, family, recipe.schedule.steps, footprint, later))
     return tuple(plans)
 
 
@@ -101,7 +101,7 @@ def require_fit(
     Raises:
         PlanError: names the part that is largest, and the nearest plan that fits.
     """
-    if job.needs.fullest.total <= device.memory_gib:
+    if job.footprint.fullest.total <= device.memory_gib:
         return
     trained = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
     if isinstance(recipe, FamilyRecipe) and job.name in RESERVED_PHASES:
@@ -110,8 +110,8 @@ def require_fit(
     else:
         assert trained is not None, "a stage without a teacher recipe"
         fix = _nearest_stage_fit(trained, job, device)
-    told = f"{job.name}: rank {job.needs.fullest_rank} needs {job.needs.fullest.describe()}"
-    raise PlanError(f"{told}; {device.name} has {device.memory_gib:.0f} GiB", fix=fix)
+    text = f"{job.name}: rank {job.footprint.fullest_rank} needs {job.footprint.fullest.describe()}"
+    raise PlanError(f"{text}; {device.name} has {device.memory_gib:.0f} GiB", fix=fix)
 
 
 def _nearest_stage_fit(recipe: TeacherRecipe, job: JobPlan, device: Device) -> str:
@@ -128,10 +128,10 @@ def _nearest_stage_fit(recipe: TeacherRecipe, job: JobPlan, device: Device) -> s
                 changed = recipe.model_copy(update={"engine": engine})
                 with suppress(PlanError):
                     plan = plan_stage(changed, stage, factor * job.plan.num_ranks, device)
-                    found = stage_needs(changed, stage, plan).fullest.total
+                    found = stage_footprint(changed, stage, plan).fullest.total
                     if found <= device.memory_gib:
-                        own = recipe.engine.model_dump()
-                        keys = [k for k, value in update.items() if value != own[k]]
+                        facts = recipe.engine.model_dump()
+                        keys = [k for k, value in update.items() if value != facts[k]]
                         words = [f"engine.{key}={str(update[key]).lower()}" for key in keys]
                         on = [f"{factor * job.plan.num_ranks} ranks"] if factor > 1 else []
                         return f"{' '.join([*words, *on])} needs {found:.0f} GiB."
@@ -148,8 +148,8 @@ def _nearest_fit(recipe: FamilyRecipe, shape: TeacherShape, job: JobPlan, device
             engine = recipe.engine.model_copy(update={"micro_batch": micro_batch})
             changed = recipe.model_copy(update={"engine": engine})
             with suppress(PlanError):
-                _, needs = _planned(changed, shape, job.name, factor * num_ranks, device)
-                found = needs.fullest.total
+                _, footprint = _planned(changed, shape, job.name, factor * num_ranks, device)
+                found = footprint.fullest.total
                 if found <= device.memory_gib:
                     on = f" on {factor * num_ranks} ranks" if factor > 1 else ""
                     return f"engine.micro_batch={micro_batch}{on} needs {found:.0f} GiB."
@@ -158,10 +158,10 @@ def _nearest_fit(recipe: FamilyRecipe, shape: TeacherShape, job: JobPlan, device
 
 def _planned(
     recipe: FamilyRecipe, shape: TeacherShape, phase: str, num_ranks: int, device: Device
-) -> tuple[Plan, Needs]:
+) -> tuple[Plan, Footprint]:
     """A phase of a family's job and what it needs."""
     if phase == HEADS_PHASE:
         plan = plan_fitting(recipe, shape, num_ranks, device)
-        return plan, fitting_needs_of(recipe, shape, plan)
+        return plan, fitting_footprint_of(recipe, shape, plan)
     plan = plan_family(recipe, shape, num_ranks, device)
-    return plan, family_needs(recipe, shape, plan)
+    return plan, family_footprint(recipe, shape, plan)

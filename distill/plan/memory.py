@@ -93,7 +93,7 @@ def wire_shape(
 
 
 @dataclass(frozen=True)
-class Needs:
+class Footprint:
     """What a family needs on some ranks. ``memory`` is per rank; bytes are per rank and step."""
 
     memory: tuple[Memory, ...]
@@ -124,7 +124,7 @@ class Needs:
         }
 
 
-def needs_of(
+def footprint_of(
     plan: Plan,
     students: Sequence[Student],
     teacher_spec: BackboneSpec,
@@ -136,7 +136,7 @@ def needs_of(
     micro_batch: int | None,
     patches: int,
     has_pixel_stats: bool,
-) -> Needs:
+) -> Footprint:
     """Memory and traffic of every rank of a family's plan; masked patches at their mean."""
     wire = wire_shape(crops, heads, teacher_spec.width, patches, has_pixel_stats=has_pixel_stats)
     of_backbone = teacher_spec.parameters
@@ -183,7 +183,7 @@ def needs_of(
         for rank in range(plan.num_ranks)
     )
     masked = np.full(plan.images_global, round(crops.masked_per_image), np.int64)
-    return Needs(
+    return Footprint(
         memory=memory,
         sliced_bytes=tuple(slice_bytes(plan, 0, wire, masked)),
         sliced_bytes_bound=tuple(int(count * image_bytes) for count in held),
@@ -191,7 +191,7 @@ def needs_of(
     )
 
 
-def pretraining_needs(
+def pretraining_footprint(
     plan: Plan,
     spec: ViTSpec,
     heads: Heads,
@@ -202,7 +202,7 @@ def pretraining_needs(
     survival: float,
     is_checkpointing: bool,
     has_anchor: bool,
-) -> Needs:
+) -> Footprint:
     """Memory of every rank of a network that teaches itself. Nothing travels.
 
     Args:
@@ -228,7 +228,7 @@ def pretraining_needs(
     memory = []
     for rank in placement.world_ranks:
         images = max(p.stop - p.start for p in placement.parts_of(rank, micro_batch))
-        kept = max(_kept_bytes(spec, crops, survival, is_checkpointing) for crops in kinds)
+        per_image = max(_saved_bytes(spec, crops, survival, is_checkpointing) for crops in kinds)
         rows = images * max(2 + c.num_locals + c.masked_per_image for c in kinds)
         memory.append(
             _of_training(
@@ -238,15 +238,15 @@ def pretraining_needs(
                 num_ranks,
                 zero_stage,
                 is_added_up=images < len(placement.slice_of(rank)),
-                kept_bytes=images * kept,
+                saved_bytes=images * per_image,
                 rows=rows,
             )
         )
     nothing = (0,) * num_ranks
-    return Needs(tuple(memory), nothing, nothing, 0)
+    return Footprint(tuple(memory), nothing, nothing, 0)
 
 
-def fitting_needs(
+def fitting_footprint(
     plan: Plan,
     spec: BackboneSpec,
     heads: Heads,
@@ -254,7 +254,7 @@ def fitting_needs(
     *,
     zero_stage: int,
     micro_batch: int | None,
-) -> Needs:
+) -> Footprint:
     """Memory of every rank while heads are learned on a frozen backbone, which keeps nothing but the block at work. Nothing travels."""
     placement, num_ranks = plan.placements[0], plan.num_ranks
     backbone, count = spec.parameters, head_parameters(heads)
@@ -263,7 +263,7 @@ def fitting_needs(
     memory = []
     for rank in placement.world_ranks:
         images = max(p.stop - p.start for p in placement.parts_of(rank, micro_batch))
-        kept = activation_bytes(spec, crops) / spec.equal_blocks + HIDDEN_BYTES * hidden
+        per_image = activation_bytes(spec, crops) / spec.equal_blocks + HIDDEN_BYTES * hidden
         memory.append(
             _of_training(
                 backbone + count,  # and the EMA of the heads, which teaches
@@ -272,42 +272,44 @@ def fitting_needs(
                 num_ranks,
                 zero_stage,
                 is_added_up=images < len(placement.slice_of(rank)),
-                kept_bytes=images * kept,
+                saved_bytes=images * per_image,
                 rows=images * (2 + crops.num_locals + crops.masked_per_image),
             )
         )
     nothing = (0,) * num_ranks
-    return Needs(tuple(memory), nothing, nothing, 0)
+    return Footprint(tuple(memory), nothing, nothing, 0)
 
 
 def _of_training(
-    taught_by: float,
+    teacher_parameters: float,
     computed_with: float,
     trained: int,
     num_ranks: int,
     zero_stage: int,
     *,
     is_added_up: bool,
-    kept_bytes: float,
+    saved_bytes: float,
     rows: float,
 ) -> Memory:
     """A rank of one network that trains on all ranks: numbers of parameters that teach, compute and train; bytes kept for the backward pass; rows of logits."""
     gradients = PARAMETER_BYTES * (trained / num_ranks if zero_stage >= 2 else trained)
     gradients += is_added_up * SUM_BYTES * trained / num_ranks
     return Memory(
-        teacher=PARAMETER_BYTES * taught_by / GIB,
+        teacher=PARAMETER_BYTES * teacher_parameters / GIB,
         weights=PARAMETER_BYTES * computed_with / GIB,
         gradients=gradients / GIB,
         optimizer=OPTIMIZER_BYTES * trained / num_ranks / GIB,
         ema=EMA_BYTES * trained / num_ranks / GIB,
-        activations=kept_bytes / GIB,
+        activations=saved_bytes / GIB,
         logits=rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES / GIB,
         buffers=0.0,
         context=CONTEXT_GIB,
     )
 
 
-def _kept_bytes(spec: ViTSpec, crops: CropShapes, survival: float, is_checkpointing: bool) -> float:
+def _saved_bytes(
+    spec: ViTSpec, crops: CropShapes, survival: float, is_checkpointing: bool
+) -> float:
     """Bytes kept for the backward pass of one image's crops; with checkpointing the inputs of all blocks and the inside of one."""
     inside = survival * activation_bytes(spec, crops)
     if not is_checkpointing:

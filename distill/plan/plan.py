@@ -241,7 +241,7 @@ def make_plan(
     unit: int = 1,
     has_even_shares: bool = False,
     is_teacher_sharded: bool = False,
-    has_whole_groups: bool = False,
+    has_full_groups: bool = False,
     ranks_per_node: int = 8,
 ) -> Plan:
     """Places networks on ranks and divides the teaching.
@@ -254,7 +254,7 @@ def make_plan(
         lookahead: steps that teaching may run ahead; above 0 shares may differ from step to step.
         unit: images the teacher takes at once; shares are multiples of it where they divide the batch.
         has_even_shares: divide the teaching evenly, as published.
-        has_whole_groups: slices are full KoLeo groups wherever there are enough.
+        has_full_groups: slices are full KoLeo groups wherever there are enough.
         is_teacher_sharded: every rank holds a part of the teacher, so shares are even.
         ranks_per_node: groups are laid out so that few of them cross a node border.
 
@@ -280,7 +280,7 @@ def make_plan(
                 fix=f"Use at most {images_global} ranks, or a larger schedule.batch.",
             )
     placements = tuple(
-        Placement(work.name, first, split_evenly(images_global, count, in_groups=has_whole_groups))
+        Placement(work.name, first, split_evenly(images_global, count, in_groups=has_full_groups))
         for work, first, count in zip(works, firsts, counts, strict=True)
     )
     image_s = tuple(work.image_s for work in works)

@@ -1,4 +1,4 @@
-"""What a recipe says of its teacher: its shape, and where its heads are."""
+"""The teacher of a recipe: its shape, and where its heads are."""
 
 from dataclasses import replace
 from pathlib import Path

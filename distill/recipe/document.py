@@ -35,7 +35,7 @@ class Document:
     label: str
     lines: tuple[str, ...]
     values: dict[str, Any]
-    places: Mapping[Loc, tuple[int, int]]
+    marks: Mapping[Loc, tuple[int, int]]
     overridden: frozenset[Loc] = frozenset()
 
 
@@ -105,10 +105,10 @@ def read_document(path: Path) -> Document:
             f"{path.name}:1:1: a recipe is a mapping of keys to values",
             fix="Start from `distill recipes copy quickstart my.yaml`.",
         )
-    places: dict[Loc, tuple[int, int]] = {}
-    values = _plain(tree, (), places)
-    _write_out(values, places)
-    return Document(path.name, tuple(text.split("\n")), values, places)
+    marks: dict[Loc, tuple[int, int]] = {}
+    values = _plain(tree, (), marks)
+    _write_out(values, marks)
+    return Document(path.name, tuple(text.split("\n")), values, marks)
 
 
 def _depth(text: str) -> int:
@@ -127,9 +127,9 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _plain(node: Any, loc: Loc, places: dict[Loc, tuple[int, int]]) -> Any:
-    """The tree as dicts, lists and scalars, noting the place of every value in ``places``."""
-    if len(places) > MAX_VALUES:
+def _plain(node: Any, loc: Loc, marks: dict[Loc, tuple[int, int]]) -> Any:
+    """The tree as dicts, lists and scalars, noting the place of every value in ``marks``."""
+    if len(marks) > MAX_VALUES:
         raise RecipeError(
             f"more than {MAX_VALUES} values, so not a recipe", fix="Use fewer or no YAML aliases."
         )
@@ -139,25 +139,25 @@ def _plain(node: Any, loc: Loc, places: dict[Loc, tuple[int, int]]) -> Any:
                 raise RecipeError(
                     f"line {node.lc.line + 1}: {str(key)[:40]!r} is no key", fix="A key is a word."
                 )
-            if key not in (node.lc.data or {}):  # merged by `<<`: it has no place of its own here
-                places[*loc, key] = places[*loc, key, KEY] = places.get(loc, (0, 0))
+            if key not in (node.lc.data or {}):  # merged by `<<`: it has no position here
+                marks[*loc, key] = marks[*loc, key, KEY] = marks.get(loc, (0, 0))
                 continue
             is_scalar = not isinstance(value, CommentedMap | CommentedSeq)
             here = node.lc.value(key) if is_scalar else node.lc.key(key)
-            places[*loc, key] = here or places.get(loc, (0, 0))  # tagged values may have no place
-            places[*loc, key, KEY] = node.lc.key(key) or places[*loc, key]
-        return {key: _plain(value, (*loc, key), places) for key, value in node.items()}
+            marks[*loc, key] = here or marks.get(loc, (0, 0))  # tagged values may have no place
+            marks[*loc, key, KEY] = node.lc.key(key) or marks[*loc, key]
+        return {key: _plain(value, (*loc, key), marks) for key, value in node.items()}
     if isinstance(node, CommentedSeq):
         for index in range(len(node)):
-            places[*loc, index] = node.lc.item(index) or places.get(loc, (0, 0))
-        return [_plain(value, (*loc, index), places) for index, value in enumerate(node)]
+            marks[*loc, index] = node.lc.item(index) or marks.get(loc, (0, 0))
+        return [_plain(value, (*loc, index), marks) for index, value in enumerate(node)]
     for kind in (bool, int, float, str):  # ruamel's scalars remember how they were written
         if isinstance(node, kind):
             return kind(node)
     return node
 
 
-def _write_out(values: dict[str, Any], places: dict[Loc, tuple[int, int]]) -> None:
+def _write_out(values: dict[str, Any], marks: dict[Loc, tuple[int, int]]) -> None:
     """Replaces shorthands by what they stand for, in place: ``global: 64``, ``- vits16``."""
     crops, students = values.get("crops"), values.get("students")
     slots: list[tuple[Any, Loc, str]] = [(values, ("model",), "arch")]
@@ -165,13 +165,13 @@ def _write_out(values: dict[str, Any], places: dict[Loc, tuple[int, int]]) -> No
         slots += [(crops, ("crops", key), "size") for key in ("global", "local")]
     if isinstance(students, list):
         slots += [(students, ("students", index), "arch") for index in range(len(students))]
-    for holder, place, key in slots:
-        here = place[-1]
+    for holder, key_path, key in slots:
+        here = key_path[-1]
         is_there = isinstance(holder, list) or here in holder
         if is_there and isinstance(holder[here], int | float | str):
             holder[here] = {key: holder[here]}
-            if place in places:
-                places[*place, key] = places[place]
+            if key_path in marks:
+                marks[*key_path, key] = marks[key_path]
 
 
 def with_overrides(document: Document, overrides: Sequence[str]) -> tuple[Document, list[Problem]]:

@@ -59,7 +59,7 @@ class SourceSpec(Section):
     """A folder, ``.tar`` shards, a ``.txt`` list, a ``.parquet`` file, or ``builtin:photographs``.
 
     ``weight``: its share of all images; without, sources are one pool. ``batches: pure``: its images fill
-    batches of their own, in the share of its weight; those of the others are mixed. ``mean`` and ``std``
+    separate batches, in the share of its weight; those of the others are mixed. ``mean`` and ``std``
     replace the data's for its images.
     """
 
@@ -88,6 +88,6 @@ class DataSpec(Section):
     num_threads: int = machine(1, ge=1)
 
     @property
-    def has_own_colours(self) -> bool:
+    def has_source_stats(self) -> bool:
         """Images are normalised by their source's mean and standard deviation, which travel with them."""
         return any(source.mean or source.std for source in self.sources)

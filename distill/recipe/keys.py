@@ -1,9 +1,9 @@
 """The recipe as typed, frozen models.
 
-Two kinds, told apart by their keys: a *family* recipe has ``students``, a *teacher* recipe has
+Two kinds, distinguished by their keys: a *family* recipe has ``students``, a *teacher* recipe has
 ``stages``. The sections are in ``networks``, ``inputs`` and ``schedules``.
 
-``distill.recipe.reader`` reads YAML into these models and says what is wrong, where. Imports no
+``distill.recipe.reader`` reads YAML into these models and reports what is wrong, where. Imports no
 torch, so that the command line starts fast.
 """
 
@@ -31,8 +31,8 @@ class EngineSpec(Section):
     ``lookahead``: steps that a frozen teacher may work ahead of its students. ``exchange``: to each
     rank its slice, or everything to everybody with even teacher shares, as published. ``balance``:
     steps between two measurements of every rank's speed, after which shares follow it; 0 for never.
-    ``teacher_sharding``: the whole teacher on every rank, or a part of it (ZeRO-3) with even shares;
-    ``auto`` for whole where it fits. ``micro_batch``: images that a trained network takes at once, whole KoLeo groups of 16; by default
+    ``teacher_sharding``: the full teacher on every rank, or a part of it (ZeRO-3) with even shares;
+    ``auto`` for full where it fits. ``micro_batch``: images that a trained network takes at once, full KoLeo groups of 16; by default
     all of a rank's slice. ``zero``: what is sharded over the ranks of a trained network - 1 optimizer state,
     2 gradients too, 3 weights too. ``activation_checkpointing``: each block's insides are computed again
     for the backward pass instead of kept. ``hang_limit_s``: a rank that does not move this long is named
@@ -117,14 +117,14 @@ class TeacherRecipe(Section):
 
     def at_stage(self, stage: StageSpec) -> "TeacherRecipe":
         """The recipe with the schedule that a stage has; the other stages keep theirs."""
-        own = {"lr": stage.lr, "batch": stage.batch, "ema": stage.ema}
-        given = {key: value for key, value in own.items() if value is not None}
-        kept = tuple(
+        by_key = {"lr": stage.lr, "batch": stage.batch, "ema": stage.ema}
+        given = {key: value for key, value in by_key.items() if value is not None}
+        stages = tuple(
             each.model_copy(update={"batch": each.batch or self.schedule.batch})
             for each in self.stages
         )
         settings = self.schedule.model_copy(update=given)
-        return self.model_copy(update={"schedule": settings, "stages": kept})
+        return self.model_copy(update={"schedule": settings, "stages": stages})
 
     def first_step(self, stage: StageSpec) -> int:
         """Steps of the stages before one."""

@@ -39,8 +39,8 @@ def _similar_key(kind: type[Section], loc: Loc) -> str:
     section, _ = section_at(kind, loc[:-1])
     known = [] if section is None else list(fields_of(section))
     close = difflib.get_close_matches(str(loc[-1]), known, n=1)
-    places = [place for place in all_keys(kind) if place[-1] == loc[-1]]
-    elsewhere = sorted(places, key=len)  # the least hidden one first
+    marks = [key_path for key_path in all_keys(kind) if key_path[-1] == loc[-1]]
+    elsewhere = sorted(marks, key=len)  # the least hidden one first
     if close or elsewhere:
         return f" - did you mean {close[0] if close else dotted(elsewhere[0])!r}?"
     return f" - known here: {', '.join(known)}"
@@ -92,9 +92,9 @@ def render(document: Document, problems: Sequence[Problem]) -> list[str]:
 
 def _position(loc: Loc, document: Document) -> tuple[int, int]:
     """Line and column of a place, or of the closest section around it that the file has."""
-    known = (loc[:length] for length in range(len(loc), 0, -1) if loc[:length] in document.places)
-    place = next(known, None)
-    return (0, 0) if place is None else document.places[place]
+    known = (loc[:length] for length in range(len(loc), 0, -1) if loc[:length] in document.marks)
+    key_path = next(known, None)
+    return (0, 0) if key_path is None else document.marks[key_path]
 
 
 def _is_overridden(loc: Loc, document: Document) -> bool:
@@ -102,8 +102,8 @@ def _is_overridden(loc: Loc, document: Document) -> bool:
     if any(loc[:length] in document.overridden for length in range(1, len(loc) + 1)):
         return True
     bare = tuple(part for part in loc if part != KEY)
-    is_written = bare in document.places
-    return not is_written and any(place[: len(bare)] == bare for place in document.overridden)
+    is_written = bare in document.marks
+    return not is_written and any(key_path[: len(bare)] == bare for key_path in document.overridden)
 
 
 def refuse(texts: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ RESERVED_NETWORKS = ("teacher", "heads")
 class ArchSpec(Section):
     """A network: a catalogue name, or a free size.
 
-    ``untie_local_norm``: the class tokens of local crops have a final norm of their own, in training only.
+    ``untie_local_norm``: the class tokens of local crops have a separate final norm, in training only.
     """
 
     arch: Arch = science()
@@ -137,7 +137,7 @@ class StudentSpec(ArchSpec):
         return self.name or self.arch
 
     @property
-    def asked_ranks(self) -> int | range | None:
+    def requested_ranks(self) -> int | range | None:
         """How many ranks, or which; None leaves both to the plan."""
         if isinstance(self.ranks, int):
             return self.ranks
@@ -162,7 +162,7 @@ class TeacherSource(Section):
 
     ``heads``: a file; ``fit`` to learn them on the frozen teacher first; ``none`` to learn from its
     features instead. By default the ones that lie beside the weights or that the recipe trains.
-    ``arch`` says what the weights are, so that a plan can be made before they are there.
+    ``arch`` names what the weights are, so that a plan can be made before they are there.
     """
 
     train: str | None = science(None)

@@ -1,7 +1,7 @@
 """YAML to recipe, with every problem at once, each at its line and column.
 
 Two passes over a file: pydantic checks each key, then the rules across keys run on every key that is
-valid on its own, so that a recipe is repaired in one round instead of two.
+valid by itself, so that a recipe is repaired in one round instead of two.
 """
 
 import difflib
@@ -45,19 +45,22 @@ def load_job(
     Raises:
         RecipeError: every problem of both files.
     """
-    own = [text for text in overrides if not text.startswith(TEACHER_PREFIX)]
+    family_overrides = [text for text in overrides if not text.startswith(TEACHER_PREFIX)]
     theirs = [text for text in overrides if text.startswith(TEACHER_PREFIX)]
     path = find_recipe(recipe)
-    first = _read_fields(path, own)
+    first = _read_fields(path, family_overrides)
     problems = list(first.problems)
     second: Reading | None = None
     train = first.parts.get(("teacher", "train"))
     if train is None:
         problems += [((OVERRIDE, text), "this recipe trains no teacher") for text in theirs]
     elif not (path.parent / train).is_file():
-        place: Loc = ("teacher", "train")
+        key_path: Loc = ("teacher", "train")
         problems.append(
-            (place, f"{path.parent / train} does not exist; give its path relative to this recipe")
+            (
+                key_path,
+                f"{path.parent / train} does not exist; give its path relative to this recipe",
+            )
         )
     else:
         second = _read_fields(
@@ -97,8 +100,11 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def names_teacher_recipe(recipe: str, overrides: Sequence[str] = ()) -> bool:
     """Whether the recipe, right or wrong in other places, trains its teacher by another recipe."""
-    own = [text for text in overrides if not text.startswith(TEACHER_PREFIX)]
-    return _read_fields(find_recipe(recipe), own).parts.get(("teacher", "train")) is not None
+    family_overrides = [text for text in overrides if not text.startswith(TEACHER_PREFIX)]
+    return (
+        _read_fields(find_recipe(recipe), family_overrides).parts.get(("teacher", "train"))
+        is not None
+    )
 
 
 def _read_fields(path: Path, overrides: Sequence[str]) -> Reading:
@@ -121,7 +127,7 @@ def _read_fields(path: Path, overrides: Sequence[str]) -> Reading:
 def _kind(document: Document) -> Kind:
     kinds: dict[str, Kind] = {"students": FamilyRecipe, "stages": TeacherRecipe}
     found = [key for key in kinds if key in document.values]
-    if not found:  # a misspelt one is told from what it is close to, and reported as unknown
+    if not found:  # a misspelt one is known by what it is close to, and reported as unknown
         found = [k for k in kinds if difflib.get_close_matches(k, map(str, document.values), n=1)]
     if len(found) != 1:
         raise RecipeError(
@@ -150,7 +156,7 @@ def _valid_parts(
             for index, item in enumerate(value):
                 if isinstance(item, dict):
                     yield from _valid_parts(section, item, (*here, index), wrong)
-        elif not any(place[: len(here)] == here for place in wrong):
+        elif not any(key_path[: len(here)] == here for key_path in wrong):
             yield here, value
 
 
@@ -159,23 +165,23 @@ def _missing_folders(parts: Parts) -> Iterator[Problem]:
     from distill.data.sources import CONTAINERS, LIST_SUFFIXES, SUFFIXES
 
     for index in items_of(parts, "data", "sources"):
-        place: Loc = ("data", "sources", index, "path")
-        path = parts.get(place)
+        key_path: Loc = ("data", "sources", index, "path")
+        path = parts.get(key_path)
         if path is None or path == BUILTIN_PHOTOGRAPHS:
             continue
         if any(mark in Path(path).name for mark in "*?[") and not Path(path).exists():
             if not any(Path(path).parent.glob(Path(path).name)):
-                yield place, f"{path!r} matches nothing"
+                yield key_path, f"{path!r} matches nothing"
             continue
         known, suffix = {*SUFFIXES, *CONTAINERS}, Path(path).suffix.lower()
         if Path(path).is_file() and suffix in {*CONTAINERS, *LIST_SUFFIXES}:
             continue
         if not Path(path).is_dir():
             kinds = "a folder with images, a .tar or .parquet file, or a .txt list"
-            yield place, f"{path!r} is not there or no source of images - give {kinds}"
+            yield key_path, f"{path!r} is not there or no source of images - give {kinds}"
         elif not any(file.suffix.lower() in known for file in Path(path).rglob("*")):
             kinds = ", ".join(sorted(suffix[1:] for suffix in known))
-            yield place, f"{path!r} holds no image ({kinds}), in no subfolder either"
+            yield key_path, f"{path!r} holds no image ({kinds}), in no subfolder either"
     weights = parts.get(("teacher", "weights"))
     if weights is not None and not Path(weights).exists():
         yield ("teacher", "weights"), f"{weights!r} is not there: a folder or file of weights"

@@ -27,14 +27,14 @@ FREE_SIZE_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # nee
 }
 
 
-def items_of(parts: Parts, *place: str | int) -> list[int]:
-    """Numbers of the items of the list at ``place`` of which at least one key is valid."""
-    depth = len(place)
+def items_of(parts: Parts, *key_path: str | int) -> list[int]:
+    """Numbers of the items of the list at ``key_path`` of which at least one key is valid."""
+    depth = len(key_path)
     return sorted(
         {
             part
             for loc in parts
-            if loc[:depth] == place
+            if loc[:depth] == key_path
             for part in loc[depth : depth + 1]
             if isinstance(part, int)
         }
@@ -71,10 +71,10 @@ def _shared_rules(parts: Parts) -> Iterator[Problem]:
             f"{list(map(float, bounds))}: must satisfy 0 < low <= high",
         )
     sources = [("data", "sources", index) for index in items_of(parts, "data", "sources")]
-    for place in (("data",), *sources):
-        std = parts.get((*place, "std"))
+    for key_path in (("data",), *sources):
+        std = parts.get((*key_path, "std"))
         if std is not None and min(std) <= 0.0:
-            yield (*place, "std"), f"{list(std)}: each must be above 0"
+            yield (*key_path, "std"), f"{list(std)}: each must be above 0"
     batch, processes = parts.get(("schedule", "batch")), parts.get(("engine", "processes"))
     if isinstance(processes, int) and processes < 1:
         yield ("engine", "processes"), f"{processes}: at least 1, or auto"
@@ -84,87 +84,92 @@ def _shared_rules(parts: Parts) -> Iterator[Problem]:
             f"{batch} images for {processes} processes: at least one image each is needed",
         )
     for index in items_of(parts, "stages"):
-        own = parts.get(("stages", index, "batch"))
-        if isinstance(processes, int) and own is not None and processes > own:
-            told = f"{own} images for {processes} processes: at least one image each is needed"
-            yield ("stages", index, "batch"), told
+        value = parts.get(("stages", index, "batch"))
+        if isinstance(processes, int) and value is not None and processes > value:
+            text = f"{value} images for {processes} processes: at least one image each is needed"
+            yield ("stages", index, "batch"), text
     objectives = [
         (("objective",), None),
         *((("stages", i, "objective"), ("stages", i, "batch")) for i in items_of(parts, "stages")),
     ]
     lonely: set[Loc] = set()
-    for objective, own_batch in objectives:
-        own = None if own_batch is None else parts.get(own_batch)
-        if parts.get((*objective, "koleo")) and (own or batch) == 1:
-            lonely.add(("schedule", "batch") if own is None or own_batch is None else own_batch)
-    for place in lonely:
-        yield place, "1: koleo compares images, so it needs a batch of at least 2 (or koleo: 0)"
+    for objective, stage_batch in objectives:
+        value = None if stage_batch is None else parts.get(stage_batch)
+        if parts.get((*objective, "koleo")) and (value or batch) == 1:
+            lonely.add(
+                ("schedule", "batch") if value is None or stage_batch is None else stage_batch
+            )
+    for key_path in lonely:
+        yield key_path, "1: koleo compares images, so it needs a batch of at least 2 (or koleo: 0)"
     weights = [
         parts.get(("data", "sources", i, "weight")) for i in items_of(parts, "data", "sources")
     ]
     for index in items_of(parts, "data", "sources"):
         weight, batches = (parts.get(("data", "sources", index, k)) for k in ("weight", "batches"))
-        own = [parts.get(("data", "sources", index, key)) for key in ("mean", "std")]
-        if weight is None and (batches == "pure" or any(weights) or any(own)):
-            need = "batches: pure needs one" if batches == "pure" else "other sources have one"
-            need = "its own mean or std needs one" if any(own) else need
-            yield ("data", "sources", index, "weight"), f"missing, and {need}: its share of images"
+        value = [parts.get(("data", "sources", index, key)) for key in ("mean", "std")]
+        if weight is None and (batches == "pure" or any(weights) or any(value)):
+            reason = "batches: pure needs one" if batches == "pure" else "other sources have one"
+            reason = "a separate mean or std needs one" if any(value) else reason
+            yield (
+                ("data", "sources", index, "weight"),
+                f"missing, and {reason}: its share of images",
+            )
         path = parts.get(("data", "sources", index, "path"))
         if path is not None and path.startswith("builtin:") and path != BUILTIN_PHOTOGRAPHS:
-            place = ("data", "sources", index, "path")
-            yield place, f"{path!r}: the only built-in images are {BUILTIN_PHOTOGRAPHS!r}"
+            key_path = ("data", "sources", index, "path")
+            yield key_path, f"{path!r}: the only built-in images are {BUILTIN_PHOTOGRAPHS!r}"
 
 
 def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
-    seen: set[str] = set()
+    scaled: set[str] = set()
     strides: dict[str, int] = {}
     ends: dict[str, int | None] = {}
     num_steps = parts.get(("schedule", "steps"))
     teacher_stride = _stride(teacher, ("model",))
     for index in items_of(parts, "students"):
-        place = ("students", index)
-        yield from _arch_rules(parts, place)
-        label = parts.get((*place, "name")) or parts.get((*place, "arch"))
+        key_path = ("students", index)
+        yield from _arch_rules(parts, key_path)
+        label = parts.get((*key_path, "name")) or parts.get((*key_path, "arch"))
         if label is None:
             continue
         if is_custom(label):
-            yield (*place, "arch"), f"{label!r} comes from outside: give the student a 'name'"
-        if label in seen:
-            yield place, f"two students are called {label!r}: give one a 'name'"
+            yield (*key_path, "arch"), f"{label!r} comes from outside: give the student a 'name'"
+        if label in scaled:
+            yield key_path, f"two students are called {label!r}: give one a 'name'"
         if label in RESERVED_NETWORKS:
-            yield (*place, "name"), f"{label!r} is taken by the teacher: choose another"
-        seen.add(label)
-        stride = _stride(parts, place)
-        scale = parts.get((*place, "crop_scale"), 1.0)
+            yield (*key_path, "name"), f"{label!r} is taken by the teacher: choose another"
+        scaled.add(label)
+        stride = _stride(parts, key_path)
+        scale = parts.get((*key_path, "crop_scale"), 1.0)
         if stride is not None and scale is not None:
             if scale == 1.0:
                 strides[label] = stride
             else:
-                yield from _scale_rules(parts, place, stride, scale)
+                yield from _scale_rules(parts, key_path, stride, scale)
             if teacher_stride is not None and stride < teacher_stride * scale:
                 finer = f"patches of {stride} px are finer than the teacher's {teacher_stride} px"
-                yield (*place, "patch"), f"{finer}: use {teacher_stride} or a multiple of it"
-        ends[label] = parts.get((*place, "steps"))
+                yield (*key_path, "patch"), f"{finer}: use {teacher_stride} or a multiple of it"
+        ends[label] = parts.get((*key_path, "steps"))
         if ends[label] is not None and num_steps is not None and ends[label] > num_steps:
             yield (
-                (*place, "steps"),
+                (*key_path, "steps"),
                 f"{ends[label]}: the family ends at schedule.steps = {num_steps}",
             )
-    asked = {i: parts.get(("students", i, "ranks")) for i in items_of(parts, "students")}
-    ranged = {i for i, ranks in asked.items() if isinstance(ranks, str) and ranks != "auto"}
-    for index, ranks in asked.items():
+    requested = {i: parts.get(("students", i, "ranks")) for i in items_of(parts, "students")}
+    ranged = {i for i, ranks in requested.items() if isinstance(ranks, str) and ranks != "auto"}
+    for index, ranks in requested.items():
         if ranged and index not in ranged and ranks is not None:
-            told = f"{ranks}: other students say which ranks, so write FIRST-LAST here too"
-            yield ("students", index, "ranks"), told
+            text = f"{ranks}: other students say which ranks, so write FIRST-LAST here too"
+            yield ("students", index, "ranks"), text
     if ends and num_steps is not None and all(end and end < num_steps for end in ends.values()):
         last = max(end for end in ends.values() if end)
         yield (
             ("schedule", "steps"),
             f"{num_steps}: no student trains so long - did you mean {last}?",
         )
-    seen_by_teacher = {} if teacher_stride is None else {"the teacher": teacher_stride}
+    strides_of_teacher = {} if teacher_stride is None else {"the teacher": teacher_stride}
     for key in ("global", "eval_size"):
-        yield from _crop_rules(parts, key, {**seen_by_teacher, **strides})
+        yield from _crop_rules(parts, key, {**strides_of_teacher, **strides})
     yield from _crop_rules(parts, "local", strides)
     train, weights, heads = (parts.get(("teacher", key)) for key in ("train", "weights", "heads"))
     if {("teacher", "train"), ("teacher", "weights")} <= parts.keys() and (train is None) == (
@@ -172,33 +177,33 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
     ):
         yield ("teacher",), "give either 'train' (a teacher recipe) or 'weights' (a folder)"
     if heads not in (None, *HEADS_MODES) and train is not None:
-        allowed = "a trained teacher brings its own; 'fit' or 'none' replace them"
+        allowed = "a trained teacher has heads; 'fit' or 'none' replace them"
         yield ("teacher", "heads"), f"{heads!r} goes with 'weights': {allowed}"
     for key in ("mean", "std"):
-        own, theirs = parts.get(("data", key)), teacher.get(("data", key))
-        if own is not None and theirs is not None and list(own) != list(theirs):
+        value, theirs = parts.get(("data", key)), teacher.get(("data", key))
+        if value is not None and theirs is not None and list(value) != list(theirs):
             yield (
                 ("data", key),
-                f"{list(own)} is not the teacher recipe's {list(theirs)}: use the same in both",
+                f"{list(value)} is not the teacher recipe's {list(theirs)}: use the same in both",
             )
 
 
-def _is_whole(pixels: float, stride: int) -> bool:
-    """A side that comes of a factor is whole pixels and whole patches."""
+def _is_multiple(pixels: float, stride: int) -> bool:
+    """A side that comes of a factor is a multiple of the patch."""
     return abs(pixels - round(pixels)) <= 1e-6 and round(pixels) % stride == 0
 
 
-def _scale_rules(parts: Parts, place: Loc, stride: int, scale: float) -> Iterator[Problem]:
-    """Every crop at a student's scale must be whole patches of it."""
+def _scale_rules(parts: Parts, key_path: Loc, stride: int, scale: float) -> Iterator[Problem]:
+    """Every crop at a student's scale must be a multiple of its patch."""
     for key in (("global", "size"), ("local", "size"), ("eval_size",)):
         size = parts.get(("crops", *key))
         if size is None or (key[0] == "local" and parts.get(("crops", "local", "count")) == 0):
             continue
-        seen = size * scale
-        if not _is_whole(seen, stride):
+        scaled = size * scale
+        if not _is_multiple(scaled, stride):
             name = ".".join(("crops", *key))
-            told = f"{scale} of {name} = {size} is {seen:g} px, not a multiple of the patch of {stride}"
-            yield (*place, "crop_scale"), told
+            text = f"{scale} of {name} = {size} is {scaled:g} px, not a multiple of the patch of {stride}"
+            yield (*key_path, "crop_scale"), text
 
 
 def _teacher_rules(parts: Parts) -> Iterator[Problem]:
@@ -215,9 +220,9 @@ def _teacher_rules(parts: Parts) -> Iterator[Problem]:
     is_complete = True
     for index in items_of(parts, "stages"):
         name = parts.get(("stages", index, "name"))
-        moment = parts.get(("stages", index, "gram", "teacher"))
-        if moment is not None and is_complete:
-            yield from _gram_rules(("stages", index, "gram", "teacher"), moment, before)
+        reference = parts.get(("stages", index, "gram", "teacher"))
+        if reference is not None and is_complete:
+            yield from _gram_rules(("stages", index, "gram", "teacher"), reference, before)
         if name is None:
             is_complete = False
             continue
@@ -230,34 +235,32 @@ def _teacher_rules(parts: Parts) -> Iterator[Problem]:
 
 
 def _stage_crop_rules(parts: Parts, index: int, arch: str, stride: int) -> Iterator[Problem]:
-    """Crops of a stage, and what its anchor sees of them, are whole patches."""
-    place = ("stages", index)
-    listed = items_of(parts, *place, "crops")
+    """Crops of a stage, and what its anchor gets of them, are multiples of the patch."""
+    key_path = ("stages", index)
+    listed = items_of(parts, *key_path, "crops")
     sizes = [parts.get(("crops", "global", "size"))]
     if listed:
-        sizes = [parts.get((*place, "crops", item, "global")) for item in listed]
+        sizes = [parts.get((*key_path, "crops", item, "global")) for item in listed]
     for item in listed:
         for key in ("global", "local"):
-            size = parts.get((*place, "crops", item, key))
+            size = parts.get((*key_path, "crops", item, key))
             if size is not None and size % stride:
                 near = max(stride, round(size / stride) * stride)
-                told = f"{size} is not a multiple of {stride} ({arch}) - did you mean {near}?"
-                yield (*place, "crops", item, key), told
-    times = parts.get((*place, "gram", "resolution"))
+                text = f"{size} is not a multiple of {stride} ({arch}) - did you mean {near}?"
+                yield (*key_path, "crops", item, key), text
+    times = parts.get((*key_path, "gram", "resolution"))
     for size in sizes:
         if times is None or size is None or size % stride:
             continue
-        seen = size * times
-        if not _is_whole(seen, stride):
-            told = (
-                f"{times:g} times {size} px is {seen:g} px, not a multiple of the patch of {stride}"
-            )
-            yield (*place, "gram", "resolution"), told
+        scaled = size * times
+        if not _is_multiple(scaled, stride):
+            text = f"{times:g} times {size} px is {scaled:g} px, not a multiple of the patch of {stride}"
+            yield (*key_path, "gram", "resolution"), text
 
 
-def _arch_rules(parts: Parts, place: Loc) -> Iterator[Problem]:
+def _arch_rules(parts: Parts, key_path: Loc) -> Iterator[Problem]:
     """A free size needs its numbers; a catalogue name has them already."""
-    arch = parts.get((*place, "arch"))
+    arch = parts.get((*key_path, "arch"))
     if arch is None:
         return
     needed, optional = FREE_SIZE_KEYS.get(arch, ((), ()))
@@ -265,44 +268,44 @@ def _arch_rules(parts: Parts, place: Loc) -> Iterator[Problem]:
         optional = ("patch", "untie_local_norm")
     if is_custom(arch):
         optional = ("args",)
-    absent = [key for key in needed if (*place, key) in parts and parts[*place, key] is None]
+    absent = [key for key in needed if (*key_path, key) in parts and parts[*key_path, key] is None]
     if absent:
         yield (
-            (*place, "arch"),
+            (*key_path, "arch"),
             f"arch {arch!r} is a free size: it needs {', '.join(map(repr, absent))}",
         )
     for key in ArchSpec.model_fields:
-        if key not in ("arch", *needed, *optional) and parts.get((*place, key)) is not None:
-            yield (*place, key), f"{key!r} does not apply to arch {arch!r}"
-    width, heads = parts.get((*place, "width")), parts.get((*place, "heads"))
+        if key not in ("arch", *needed, *optional) and parts.get((*key_path, key)) is not None:
+            yield (*key_path, key), f"{key!r} does not apply to arch {arch!r}"
+    width, heads = parts.get((*key_path, "width")), parts.get((*key_path, "heads"))
     if arch == "vit" and width and heads and (width % heads or width // heads % 4):
         yield (
-            (*place, "heads"),
-            f"width {width} over {heads} heads: each needs a whole multiple of 4",
+            (*key_path, "heads"),
+            f"width {width} over {heads} heads: each needs a multiple of 4",
         )
-    depths, widths = parts.get((*place, "depths")), parts.get((*place, "widths"))
+    depths, widths = parts.get((*key_path, "depths")), parts.get((*key_path, "widths"))
     if arch == "convnext" and depths and widths and len(depths) != len(widths):
         yield (
-            (*place, "widths"),
+            (*key_path, "widths"),
             f"{len(widths)} widths for {len(depths)} depths: give one of each per stage",
         )
     if arch == "convnext" and depths is not None and len(depths) < 2:
-        yield (*place, "depths"), f"{list(depths)}: a ConvNeXt needs two stages at least"
+        yield (*key_path, "depths"), f"{list(depths)}: a ConvNeXt needs two stages at least"
 
 
-def _stride(parts: Parts, place: Loc) -> int | None:
-    """Pixels per side of a patch of the network at ``place``; None while that is not known."""
+def _stride(parts: Parts, key_path: Loc) -> int | None:
+    """Pixels per side of a patch of the network at ``key_path``; None while that is not known."""
     keys = ("arch", "patch", "depths")
-    if any((*place, key) not in parts for key in keys) or is_custom(parts[*place, "arch"]):
+    if any((*key_path, key) not in parts for key in keys) or is_custom(parts[*key_path, "arch"]):
         return None
-    spec = ArchSpec.model_construct(**{key: parts[*place, key] for key in keys})
+    spec = ArchSpec.model_construct(**{key: parts[*key_path, key] for key in keys})
     return None if spec.arch == "convnext" and not spec.depths else spec.stride
 
 
 def _crop_rules(parts: Parts, key: str, strides: Mapping[str, int]) -> Iterator[Problem]:
-    """A crop must be whole patches of every network that sees it."""
-    place = ("crops", key) if key == "eval_size" else ("crops", key, "size")
-    size = parts.get(place)
+    """A crop must be a multiple of the patch of every network that gets it."""
+    key_path = ("crops", key) if key == "eval_size" else ("crops", key, "size")
+    size = parts.get(key_path)
     if size is None or (key == "local" and parts.get(("crops", "local", "count")) == 0):
         return
     wrong: dict[int, list[str]] = {}
@@ -316,21 +319,26 @@ def _crop_rules(parts: Parts, key: str, strides: Mapping[str, int]) -> Iterator[
             f"{stride} ({', '.join(labels)})" for stride, labels in wrong.items()
         )
         yield (
-            place,
+            key_path,
             f"{size} is not a multiple of {patches} - did you mean {near}?",
         )
 
 
-def _gram_rules(place: Loc, moment: str, before: Mapping[str, int | None]) -> Iterator[Problem]:
-    match = re.fullmatch(r"([^@]+)@([0-9]+)", moment)
+def _gram_rules(
+    key_path: Loc, reference: str, before: Mapping[str, int | None]
+) -> Iterator[Problem]:
+    match = re.fullmatch(r"([^@]+)@([0-9]+)", reference)
     if match is None:
-        yield place, f"{moment!r}: write an earlier stage and a step of it, such as 'base@200'"
+        yield (
+            key_path,
+            f"{reference!r}: write an earlier stage and a step of it, such as 'base@200'",
+        )
         return
     name, step = match[1], int(match[2])
     if name not in before:
         earlier = ", ".join(before) or "none"
-        yield place, f"{moment!r}: {name!r} is not an earlier stage (earlier: {earlier})"
+        yield key_path, f"{reference!r}: {name!r} is not an earlier stage (earlier: {earlier})"
         return
     num_steps = before[name]
     if num_steps is not None and not 1 <= step <= num_steps:
-        yield place, f"{moment!r}: stage {name!r} has steps 1 to {num_steps}"
+        yield key_path, f"{reference!r}: stage {name!r} has steps 1 to {num_steps}"

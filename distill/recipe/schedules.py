@@ -24,7 +24,7 @@ class ObjectiveSpec(Section):
 class GramSpec(Section):
     """Gram anchoring: which earlier EMA network is the anchor and how often it is replaced.
 
-    ``resolution``: the anchor looks at crops of this multiple of the global crop's size, whole patches.
+    ``resolution``: the anchor looks at crops of this multiple of the global crop's size, itself a multiple of the patch.
     """
 
     teacher: str = science()

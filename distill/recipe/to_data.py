@@ -22,14 +22,14 @@ def pools_of(data: DataSpec, index: ImageIndex) -> list[Pool]:
     """What the sampler draws from: each source by its weight, or all as one."""
     if data.sources[0].weight is None:
         return [Pool(0, len(index))]
-    own = data.has_own_colours
+    has_stats = data.has_source_stats
     return [
         Pool(
             images.start,
             images.stop,
             source.weight or 0.0,
             source.batches == "pure",
-            (source.mean or data.mean, source.std or data.std) if own else None,
+            (source.mean or data.mean, source.std or data.std) if has_stats else None,
         )
         for source, images in zip(data.sources, index.bounds, strict=True)
     ]

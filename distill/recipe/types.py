@@ -84,7 +84,7 @@ def rank_range(text: str) -> range:
     """The ranks that ``FIRST-LAST`` names; both ends belong.
 
     Raises:
-        ValueError: the text says something else.
+        ValueError: the text is something else.
     """
     match = re.fullmatch(r"(\d+)-(\d+)", text)
     if match is None or int(match[1]) > int(match[2]):
@@ -114,7 +114,9 @@ def arch_mapping(value: object) -> object:
 
 def _catalogue_name(name: str) -> str:
     if name in FREE_SIZES:
-        raise ValueError(f"{name!r}: a catalogue name, or leave it out: the weights tell")
+        raise ValueError(
+            f"{name!r}: a catalogue name, or leave it out: it is read from the weights"
+        )
     return _known_arch(name)
 
 
@@ -146,7 +148,7 @@ def section_in(annotation: Any) -> type[Section] | None:
 
 
 def section_at(kind: type[Section], loc: Loc) -> tuple[type[Section] | None, Loc]:
-    """The section at ``loc`` (None: a value is there), and ``loc`` without pydantic's own marks."""
+    """The section at ``loc`` (None: a value is there), and ``loc`` without pydantic's marks."""
     section: type[Section] | None = kind
     for depth, part in enumerate(loc):
         if isinstance(part, int):

@@ -105,7 +105,7 @@ def failure_of_dead(records: Sequence[HeartbeatRecord], exit_codes: dict[int, in
 def find_dead(
     run_folder: Path, num_ranks: int, local_rank: int | None = None
 ) -> list[HeartbeatRecord]:
-    """Ranks that ended without saying so. Waits until every other has said how it ended, or has shown that it lives."""
+    """Ranks that ended without a record of it. Waits until every other has recorded how it ended, or has shown that it lives."""
     deadline = time.monotonic() + SETTLE_S
     while True:
         records = read_records(run_folder, num_ranks)

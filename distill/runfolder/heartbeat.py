@@ -73,7 +73,7 @@ class HeartbeatRecord:
 
 @dataclass(frozen=True)
 class _Activity:
-    """What the rank does, replaced as a whole: the thread that writes never sees half of it."""
+    """What the rank does, replaced at once: the thread that writes never reads half of it."""
 
     name: str
     network: str
@@ -191,7 +191,7 @@ def record_path(run_folder: Path, world_rank: int) -> Path:
 
 
 def read_record(run_folder: Path, world_rank: int) -> HeartbeatRecord | None:
-    """What a rank said last; None where it has not said anything, or is just writing."""
+    """The last record of a rank; None where there is none, or it is just being written."""
     try:
         return HeartbeatRecord(**json.loads(record_path(run_folder, world_rank).read_bytes()))
     except (OSError, ValueError, TypeError):
@@ -199,7 +199,7 @@ def read_record(run_folder: Path, world_rank: int) -> HeartbeatRecord | None:
 
 
 def read_records(run_folder: Path, num_ranks: int) -> list[HeartbeatRecord]:
-    """What the ranks said last, those that said anything."""
+    """The last records of the ranks, where there are any."""
     records = (read_record(run_folder, rank) for rank in range(num_ranks))
     return [record for record in records if record is not None]
 

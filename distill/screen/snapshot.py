@@ -20,7 +20,7 @@ SILENCE_S = 60.0  # without a new status (and ten steps' time) the job may be go
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the files said at one moment; ``rows`` has every network of the status."""
+    """The contents of the files at one time; ``rows`` has every network of the status."""
 
     name: str
     status: Status | None

@@ -10,7 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from distill.plan.flops import Device
     from distill.plan.job import JobPlan
-    from distill.plan.memory import Needs
+    from distill.plan.memory import Footprint
     from distill.plan.plan import Plan
     from distill.weights.inspect import Inspection
 from distill.screen.words import NOTHING, duration, number_text
@@ -77,7 +77,7 @@ def plan_tables(job: "JobPlan", device: "Device") -> list[Table]:
         table.add_column(column)
 
     def gib(ranks: range) -> str:
-        return f"{max(job.needs.memory[rank].total for rank in ranks):.1f}"
+        return f"{max(job.footprint.memory[rank].total for rank in ranks):.1f}"
 
     for placement, image_s in zip(plan.placements, plan.image_s, strict=True):
         ranks = placement.world_ranks
@@ -104,22 +104,22 @@ def plan_tables(job: "JobPlan", device: "Device") -> list[Table]:
         facts.add_row(
             "gain", f"{plan.gain:.2f}x over separate jobs, of at most {plan.gain_bound:.2f}x"
         )
-    _add_needs(facts, job.needs)
+    _add_footprint(facts, job.footprint)
     return [table, facts]
 
 
-def _add_needs(facts: Table, needs: "Needs") -> None:
-    memory = needs.fullest
+def _add_footprint(facts: Table, footprint: "Footprint") -> None:
+    memory = footprint.fullest
     parts = ", ".join(
         f"{name} {value:.1f}" for name, value in asdict(memory).items() if value >= 0.05
     )
     facts.add_row("memory", f"{memory.total:.1f} GiB on the fullest rank ({parts})")
-    if not needs.gathered_bytes:
+    if not footprint.gathered_bytes:
         return
-    most = max(needs.sliced_bytes) / 1e6
+    most = max(footprint.sliced_bytes) / 1e6
     facts.add_row(
         "exchange",
-        f"at most {most:,.1f} MB to a rank per step; everything to everybody: {needs.gathered_bytes / 1e6:,.0f} MB",
+        f"at most {most:,.1f} MB to a rank per step; all features to all ranks: {footprint.gathered_bytes / 1e6:,.0f} MB",
     )
 
 

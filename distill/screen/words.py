@@ -75,7 +75,7 @@ def count_text(number: int, one: str, many: str) -> str:
 
 
 def steps_text(number: int) -> str:
-    """A whole number with thin groups of thousands: ``41 900``."""
+    """An integer with thin groups of thousands: ``41 900``."""
     return f"{number:,}".replace(",", " ")
 
 
@@ -85,5 +85,5 @@ def number_text(value: float) -> str:
 
 
 def rate_text(value: float) -> str:
-    """A rate: one decimal below 10, whole above."""
+    """A rate: one decimal below 10, an integer above."""
     return f"{value:.1f}" if value < 10 else f"{steps_text(round(value))}"

@@ -1,9 +1,9 @@
 """Teacher shares that follow the measured speed of every rank.
 
-Every ``every`` steps all ranks tell each other how long they took to teach an image and to train a
-step (a delayed_reduce: two numbers each, nobody waits). Each computes the same new shares from the same
-numbers, and they come into force at a later step that nobody has begun to prepare. A slow rank teaches less; the
-others teach more. What is taught does not depend on who teaches it, so results stay the same bit for
+Every ``every`` steps all ranks exchange how long they took to teach an image and to train a
+step (a delayed_reduce: two numbers each, without a barrier). Each computes the same new shares from the same
+numbers, and they come into force at a later step that no rank has begun to prepare. A slow rank teaches less; the
+others teach more. Targets do not depend on the rank that computes them, so results stay the same bit for
 bit.
 """
 
@@ -59,7 +59,7 @@ class Balancer:
         self._last: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
     def after_step(self, step: int) -> None:
-        """Counts a finished step of the phase; at the interval, measures, and re-plans once all have said theirs.
+        """Counts a finished step of the phase; at the interval, measures, and re-plans once all seconds have arrived.
 
         Communication: one delayed_reduce over the world per interval.
         """
@@ -82,23 +82,23 @@ class Balancer:
             self._replan(step, self._delayed_reduce.result().tolist())
 
     def _read(self) -> tuple[float, float, float]:
-        """Images taught, seconds of teaching, seconds of training, all so far."""
+        """Teacher images, seconds of teaching, seconds of training, all so far."""
         training_s = sum(clock.read_s() for clock in self._training)
         return float(self._teaching.units), self._teaching.read_s(), training_s
 
     def _replan(self, step: int, everyone: Sequence[tuple[float, float]]) -> None:
-        """New shares from every rank's seconds per image taught, and of its students per step."""
+        """New shares from every rank's seconds per teacher image, and of its students per step."""
         from_step, first_measured = (
             step + self._delay,
             self._delayed_reduce.started_at - self._every,
         )
         if not self._plan_schedule.has_same_networks(first_measured, from_step):
-            return  # a network finishes: what was measured says nothing about what comes
+            return  # a network finishes: what was measured does not hold for what comes
         plan = self._plan_schedule.at(step)
         measured, student_s = zip(*everyone, strict=True)
         # of two ranks the faster is the usual one: between them, neither would stand out
         typical = median_low(seconds for seconds in measured if seconds > 0)
-        # a rank that taught nothing this time is as fast as it was
+        # a rank that computed no targets this time is as fast as it was
         each = [now or self._known_s.get(r, typical) for r, now in enumerate(measured)]
         self._known_s = dict(enumerate(each))
         self._report(self._delayed_reduce.started_at, each, typical)

@@ -28,7 +28,7 @@ def take_device(wanted: str) -> torch.device:
     local_rank, num_gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local_rank >= num_gpus:
         raise SetupError(
-            f"engine.processes: rank {local_rank} of this machine has no GPU of its own, there are {num_gpus}",
+            f"engine.processes: rank {local_rank} of this machine has no GPU to itself, there are {num_gpus}",
             fix="Write `processes: auto` (one for each GPU; a rank can hold several students), or `device: cpu`.",
         )
     device = torch.device("cuda", local_rank)

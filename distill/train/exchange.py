@@ -4,14 +4,14 @@ Two ways, the same result bit for bit:
 
 - ``Slices``: each rank receives exactly the positions its students need, by one all-to-all with
   uneven splits per tensor. Every rank computes all splits from the plan and the step's mask counts,
-  so no sizes are sent. On the wire: uint8 crops, and the teacher's rows in its own dtype, class
+  so no sizes are sent. On the wire: uint8 crops, and the teacher's rows in the teacher's dtype, class
   tokens and masked patches only.
-- ``AllGather``: the published procedure, kept as the reference. Every rank receives the whole batch,
+- ``AllGather``: the published procedure, kept as the reference. Every rank receives the full batch,
   padded to equal shares: crops in the teacher's dtype, class rows, and the rows of all patches.
 
 Masks are not sent: they are a function of (seed, step, position). ``start`` launches the step's
 collectives and returns; ``wait`` on what it returned gives the delivery. Launches stand in step
-order on every rank, on a communicator of their own. Several steps may be in flight.
+order on every rank, on a separate communicator. Several steps may be in flight.
 """
 
 import time
@@ -32,7 +32,7 @@ from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets, o
 
 @dataclass(frozen=True)
 class Delivery:
-    """Crops and targets of the positions one rank needs, ascending; ``positions`` says which."""
+    """Crops and targets of the positions one rank needs, ascending; ``positions`` lists them."""
 
     crops: CropBatch
     targets: TeacherTargets
@@ -45,7 +45,7 @@ class Outgoing:
     """What a rank hands over for one step: its share, and what every rank knows about the batch.
 
     ``masks_of_required`` belong to the positions this rank *needs*; ``counts`` are masked patches per
-    crop of the whole batch, [images_global, 2].
+    crop of the full batch, [images_global, 2].
     """
 
     step: int
@@ -204,7 +204,7 @@ class _Routes:
 
 
 class AllGather:
-    """Every rank receives the whole batch, as published; it keeps the positions it needs."""
+    """Every rank receives the full batch, as published; it keeps the positions it needs."""
 
     wants_all_patches = True
 
@@ -223,12 +223,12 @@ class AllGather:
         self._padded = max(plan_schedule.at(0).largest_shares)  # even shares stay as they are
 
     def start(self, outgoing: Outgoing) -> Pending:
-        """Launches one all-gather per tensor. ``patch_features`` hold all patches here, [images * 2 * patches, taught]."""
+        """Launches one all-gather per tensor. ``patch_features`` hold all patches here, [images * 2 * patches, teacher_dim]."""
         crops, targets = outgoing.crops, outgoing.targets
         dtype, images = targets.class_features.dtype, len(targets.class_features)
         patches = outgoing.masks_of_required.flags.shape[2]
         by_image = [
-            crops.global_crops.to(dtype),  # whole numbers up to 255 are exact in bf16
+            crops.global_crops.to(dtype),  # integers up to 255 are exact in bf16
             crops.local_crops.to(dtype),
             targets.class_features,
             targets.patch_features.view(images, 2, patches, -1),

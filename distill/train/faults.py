@@ -1,4 +1,4 @@
-"""A fault of one network stays its own: skip the step, roll back, park. The others never hear of it.
+"""A fault of one network does not reach the others: skip the step, roll back, park.
 
     not finite: loss, gradient, weight, target    the group skips the step; nothing changes
     IN_A_ROW skipped steps                        back to the last good state, which is kept in host memory
@@ -7,8 +7,8 @@
 
 The agreement to skip costs nothing: a rank that sees something that is not finite spoils its
 gradients, and the norm that the group reduces anyway is not finite (``distill.engine.engine``). The host
-hears of it when the network's next step is about to begin, so that a device never runs dry while it
-is asked. Everything after that follows from which steps were skipped, the same on every rank of the
+reads it when the network's next step is about to begin, so that a device never runs dry while it
+is read. Everything after that follows from which steps were skipped, the same on every rank of the
 group. What was wrong is looked for only then: a few device syncs and one small all-reduce.
 
 An exception on one rank of a larger group leaves the others inside a collective that gloo cannot
@@ -45,7 +45,7 @@ ROLL_BACKS = 3
 
 
 class AppliedFlag:
-    """Whether a step was applied, on its way to the host: whoever asks waits for that step, not for what was started after it."""
+    """Whether a step was applied, on its way to the host: reading it waits for that step, not for what was started after it."""
 
     def __init__(self) -> None:
         self._host_flag: Tensor | None = None
@@ -69,7 +69,7 @@ class AppliedFlag:
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step whose verdict is on its way, and what to look for a cause in: not its crops, whose memory the loader waits for."""
+    """A step whose flag is on its way, and what to look for a cause in: not its crops, whose memory the loader waits for."""
 
     attempt: Attempt
     targets: TeacherTargets
@@ -113,7 +113,7 @@ class FaultHandler:
             self._take_snapshot(trainer, phase_step)
 
     def is_training(self, trainer: StudentTrainer, phase_step: int) -> bool:
-        """The network is neither finished nor parked; asked before each step, after which the last one is resolved. Collective over its group."""
+        """The network is neither finished nor parked; called before each step, after which the last one is resolved. Collective over its group."""
         if trainer.is_finished(phase_step) or self._records[trainer.name].is_parked:
             return False
         self.resolve_pending(trainer)
@@ -121,7 +121,7 @@ class FaultHandler:
 
     @contextmanager
     def isolating(self, trainer: StudentTrainer, phase_step: int) -> Iterator[None]:
-        """An exception inside parks the network; errors that are not its own go on."""
+        """An exception inside parks the network; other errors are raised again."""
         try:
             yield
         except Exception as error:
@@ -130,7 +130,7 @@ class FaultHandler:
     def watch(
         self, trainer: StudentTrainer, batch: StudentBatch, attempt: Attempt, phase_step: int
     ) -> None:
-        """Sends for the verdict on a step, which ``is_training`` reads before the next one. No waiting."""
+        """Sends for the flag of a step, which ``is_training`` reads before the next one. No waiting."""
         record = self._records[trainer.name]
         record.applied.send(attempt.is_applied)
         record.pending = PendingStep(
@@ -209,7 +209,7 @@ class FaultHandler:
         write_json(path, {"step": phase_step, "reason": reason})
 
     def _fail(self, trainer: StudentTrainer, error: Exception, phase_step: int) -> None:
-        """Parks a network whose step raised; errors that are not its own go on."""
+        """Parks a network whose step raised; other errors are raised again."""
         record = self._records[trainer.name]
         if is_lost_connection(error) or isinstance(error, torch.AcceleratorError):
             raise error
@@ -243,7 +243,7 @@ class FaultHandler:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=trainer.engine.group)
         sender, has_bad_weights, term = found.tolist()
         if sender:
-            return f"what rank {sender - 1} taught is not finite"
+            return f"the targets of rank {sender - 1} are not finite"
         if has_bad_weights:
             return "its weights are not finite"
         return f"its {names[term - 1]} loss is not finite" if term else "a gradient is not finite"
@@ -254,7 +254,7 @@ class FaultHandler:
 
 
 def _sender(last: PendingStep, borders: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> int:
-    """The rank that taught the first image whose targets are not finite; -1 where all are."""
+    """The rank that computed the first image whose targets are not finite; -1 where all are."""
     targets = last.targets
     bad = ~targets.class_features.flatten(1).isfinite().all(dim=1)
     if targets.anchor_patches is not None:

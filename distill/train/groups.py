@@ -29,8 +29,8 @@ def make_control(timeout: timedelta) -> dist.ProcessGroup:
 def make_groups(plan: Plan, timeout: timedelta) -> Groups:
     """One communicator for the exchange, one for what ranks agree on, one for a sharded teacher, one per trained network, one per rank.
 
-    Collective over the world. ``by_network`` holds only the networks this rank trains. Every network has a communicator of its
-    own, even where two share their ranks, so that their collectives can never meet.
+    Collective over the world. ``by_network`` holds only the networks this rank trains. Every network has a separate
+    communicator, even where two share their ranks, so that their collectives can never meet.
     """
     world_rank, num_ranks = dist.get_rank(), dist.get_world_size()
     everyone = list(range(num_ranks))

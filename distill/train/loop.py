@@ -3,9 +3,9 @@
 Pretraining and distillation run in it alike; they differ in who teaches and in what happens after a
 step. It looks at no tensor shape. A frozen teacher works up to ``lookahead`` steps ahead of the
 students: its answers for later steps are the same now, so ranks whose students are quick fill the
-time by teaching, and nobody waits for the slowest until the buffer of steps is empty. Everything
+time by teaching, and no rank waits for the slowest until the buffer of steps is empty. Everything
 else stays inside a network's group, its faults too (``distill.train.faults``); stopping and saving are
-agreed at the logging interval. The heartbeat says where the rank is, for the watchdog.
+agreed at the logging interval. The heartbeat shows where the rank is, for the watchdog.
 """
 
 from collections import deque
@@ -28,7 +28,7 @@ def run_phase(
     heartbeat: Heartbeat,
     start_step: int,
 ) -> bool:
-    """Runs the steps from ``start_step`` on; True when the phase is complete, False when a stop was asked for and saved."""
+    """Runs the steps from ``start_step`` on; True when the phase is complete, False when a stop was requested and saved."""
     on_the_way: deque[Pending] = deque()
     for phase_step in range(start_step, phase.num_steps):
         run_step = phase.first_step + phase_step

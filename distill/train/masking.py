@@ -18,7 +18,7 @@ from teacher.batch import PatchMasks
 
 @dataclass(frozen=True)
 class DrawnMasks:
-    """Masks on the teacher's grid, and how many patches are masked in each crop of the whole batch."""
+    """Masks on the teacher's grid, and how many patches are masked in each crop of the full batch."""
 
     of_share: PatchMasks
     of_required: PatchMasks

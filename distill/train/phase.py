@@ -19,7 +19,7 @@ class Phase:
     """One stretch of steps with a teacher and an objective, as one rank sees it.
 
     ``first_step`` is where this phase begins in the stream of samples; ``grid_at`` is the teacher's patch
-    grid at a step of it. ``after_step`` is told the
+    grid at a step of it. ``after_step`` gets the
     number of finished steps: in pretraining it updates what follows the trained weights (the EMA
     network that teaches, the Gram anchor), which is why such a phase looks no step ahead; in a
     family it re-plans the shares.

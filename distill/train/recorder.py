@@ -1,9 +1,9 @@
 """Numbers out of the loop at the logging interval, and the answer to "save? stop?" that all ranks share.
 
 Between intervals nothing is read from the device and nothing is sent. At an interval each network's
-group averages its numbers (one all-reduce), and the world votes on one small vector: stop asked
-for, save due, worst loader wait. The votes are counted when the look-ahead has passed, so that
-nobody waits for the rank furthest behind.
+group averages its numbers (one all-reduce), and the world agrees on one small vector: stop
+requested, save due, worst loader wait. It is read when the look-ahead has passed, so that
+no rank waits for the one furthest behind.
 """
 
 import time
@@ -38,7 +38,7 @@ LOG_EVERY = 10  # steps
 
 @dataclass(frozen=True)
 class Decision:
-    """What the world agreed to do after this step; the end of a phase is saved without a wish."""
+    """What the world agreed to do after this step; the end of a phase is saved without a request."""
 
     save: bool
     stop: bool
@@ -64,7 +64,7 @@ class Recorder:
         self._save_every_s, self._save_every_steps = save_every_s, save_every_steps
         self._file = StatusFile(run_folder)
         previous = None
-        with suppress(UserError):  # a power cut may leave anything; what it said is written anew
+        with suppress(UserError):  # a power cut may leave anything; it is written anew
             previous = self._file.read() if world_rank == 0 else None
         started = previous.started_unix if previous else time.time()
         self.status = Status(
@@ -240,7 +240,7 @@ class Recorder:
             )
 
     def _votes(self, loader_wait: float, faults: Sequence[float]) -> torch.Tensor:
-        """Stop asked for on this rank, save asked for or due by the clock of rank 0, loader wait, faults."""
+        """Stop requested on this rank, save requested or due by the clock of rank 0, loader wait, faults."""
         due = (
             self._save_every_s is not None
             and time.monotonic() - self._last_save >= self._save_every_s

@@ -30,7 +30,7 @@ class Targets(Protocol):
 
 @runtime_checkable
 class TargetBuilder(Protocol):
-    """Turns what the teacher said of a slice into what the network's loss compares with."""
+    """Turns the teacher's features of a slice into what the network's loss compares with."""
 
     def build_targets(
         self, batch: StudentBatch, temperature: float, group: dist.ProcessGroup | None
@@ -57,7 +57,7 @@ class SinkhornTargets:
     def build_targets(
         self, batch: StudentBatch, temperature: float, group: dist.ProcessGroup | None
     ) -> Assignments:
-        """Assignments of the slice; the balance is over the whole group."""
+        """Assignments of the slice; the balance is over the full group."""
         class_features = batch.targets.class_features.transpose(0, 1).flatten(0, 1)
         dino, ibot = self.dino_head.prototypes.weight, self.ibot_head.prototypes.weight
         return Assignments(

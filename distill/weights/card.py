@@ -141,13 +141,13 @@ def _known(facts: Mapping[str, Any], key: str) -> str:
 
 def _scores(name: str, summary: Mapping[str, Any]) -> list[str]:
     """Rows of k-NN scores: this network, its untrained copy, its teacher and the baselines."""
-    own = summary.get("teacher", {}) if name == TEACHER else summary.get("students", {}).get(name)
-    if not own or own.get("knn") is None:
+    entry = summary.get("teacher", {}) if name == TEACHER else summary.get("students", {}).get(name)
+    if not entry or entry.get("knn") is None:
         reason = summary.get("knn_reason", "the run was not scored")
         return [f"No k-NN scores: {reason}."]
     baselines = summary.get("baselines", {})
     rows = {
-        "this network": own["knn"],
+        "this network": entry["knn"],
         "the same network untrained": baselines.get("untrained", {}).get(name),
         "its teacher": None if name == TEACHER else summary.get("teacher", {}).get("knn"),
         "raw pixels": baselines.get("pixels"),

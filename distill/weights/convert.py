@@ -42,9 +42,9 @@ def convert(source: Path, target: Path, *, layout: Layout, dtype: torch.dtype | 
     if target.exists():
         raise CheckpointError(f"{target}: exists", fix="Choose another place, or remove it first.")
     backbone, spec = load_backbone(source, dtype=dtype or torch.float32)
-    own = backbone.state_dict()
+    state = backbone.state_dict()
     tensors = {
-        name: origin.make(*(own[part] for part in origin.sources)).detach().clone().contiguous()
+        name: origin.make(*(state[part] for part in origin.sources)).detach().clone().contiguous()
         for name, origin in origins(spec, "hf", layout).items()
     }
     target.parent.mkdir(parents=True, exist_ok=True)

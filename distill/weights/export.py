@@ -103,7 +103,7 @@ def export_network(
         parity = verify(form, aside, source, DTYPES[dtype])
         if parity.is_mismatch:
             aside.rename(rejected)
-            raise _refuted(name, form, parity, rejected)
+            raise _mismatch(name, form, parity, rejected)
         files = tuple(
             _measure(path) for path in sorted(aside.iterdir()) if path.name not in (CARD, RECORD)
         )
@@ -131,10 +131,10 @@ def _write(name: str, source: Path, aside: Path, form: Format, dtype: torch.dtyp
 
 def _write_preparation(source: Path, aside: Path, inputs: Inputs) -> None:
     """``preprocessor_config.json`` for every format: that of the network, or that of its run."""
-    own = source / PREPARATION
+    source_file = source / PREPARATION
     config = (
-        read_object(own)
-        if own.is_file()
+        read_object(source_file)
+        if source_file.is_file()
         else preprocessor_config(inputs.size, inputs.mean, inputs.std)
     )
     _write_json(aside / PREPARATION, config)
@@ -164,7 +164,7 @@ def _describe(
     _write_json(aside / RECORD, record)
 
 
-def _refuted(name: str, form: Format, parity: Parity, rejected: Path) -> UserError:
+def _mismatch(name: str, form: Format, parity: Parity, rejected: Path) -> UserError:
     return UserError(
         f"{name} as {form}: {parity.describe()}; at most {TOLERANCE:g} is allowed",
         fix=f"Do not use {rejected}; try another format, and report this line with both versions.",

@@ -98,15 +98,15 @@ def _prefix(found: Shapes) -> str:
             stem = name.removesuffix(last)
             if stem == name or "student" in stem:
                 continue
-            own = stem.removesuffix("embeddings.")
-            left = own
+            prefix = stem.removesuffix("embeddings.")
+            left = prefix
             while left:
                 wrapper = next((w for w in WRAPPERS if left.startswith(w)), None)
                 if wrapper is None:
                     break
                 left = left.removeprefix(wrapper)
             if not left:
-                return own
+                return prefix
     raise ValueError("no backbone in it: neither a class token nor the blocks of a ConvNeXt")
 
 

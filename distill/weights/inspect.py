@@ -1,4 +1,4 @@
-"""Says what a file or folder of weights is."""
+"""Describes a file or folder of weights."""
 
 import math
 from dataclasses import asdict, dataclass

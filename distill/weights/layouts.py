@@ -79,9 +79,9 @@ def names(spec: BackboneSpec, layout: Layout) -> tuple[str, ...]:
 def shapes(spec: BackboneSpec, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Shapes of all tensors of a network in one layout; nothing is allocated."""
     with torch.device("meta"):
-        own = spec.exported.build().state_dict()
+        ours = spec.exported.build().state_dict()
         return {
-            name: tuple(origin.make(*(own[part] for part in origin.sources)).shape)
+            name: tuple(origin.make(*(ours[part] for part in origin.sources)).shape)
             for name, origin in origins(spec, "hf", layout).items()
         }
 
@@ -109,30 +109,32 @@ def renamed_vit(spec: ViTSpec, layout: Layout) -> list[tuple[str, str]]:
     else:
         layers = [("up_proj", "fc1"), ("down_proj", "fc2")]
     for block in range(spec.depth):
-        own, other = f"layer.{block}", f"blocks.{block}"
-        pairs += _pairs(f"{own}.norm1", f"{other}.norm1") + _pairs(f"{own}.norm2", f"{other}.norm2")
-        pairs += _pairs(f"{own}.attention.o_proj", f"{other}.attn.proj")
+        ours, other = f"layer.{block}", f"blocks.{block}"
+        pairs += _pairs(f"{ours}.norm1", f"{other}.norm1") + _pairs(
+            f"{ours}.norm2", f"{other}.norm2"
+        )
+        pairs += _pairs(f"{ours}.attention.o_proj", f"{other}.attn.proj")
         for number in (1, 2):
             gamma = f"ls{number}.gamma" if is_meta else f"gamma_{number}"
-            pairs.append((f"{own}.layer_scale{number}.lambda1", f"{other}.{gamma}"))
+            pairs.append((f"{ours}.layer_scale{number}.lambda1", f"{other}.{gamma}"))
         for mine, theirs_ in layers:
-            pairs += _pairs(f"{own}.mlp.{mine}", f"{other}.mlp.{theirs_}")
+            pairs += _pairs(f"{ours}.mlp.{mine}", f"{other}.mlp.{theirs_}")
     return pairs
 
 
 def _vit_from_hf(spec: ViTSpec, layout: Layout) -> Table:
-    table = {other: _same(own) for own, other in renamed_vit(spec, layout)}
+    table = {other: _same(ours) for ours, other in renamed_vit(spec, layout)}
     if layout == "meta":
         table["mask_token"] = Origin(("embeddings.mask_token",), lambda token: token[0])
         head_dim = spec.width // spec.heads
         table["rope_embed.periods"] = Origin((), lambda: rope_periods(head_dim))
     for block in range(spec.depth):
-        own, other = f"layer.{block}.attention", f"blocks.{block}.attn"
-        weights = tuple(f"{own}.{part}_proj.weight" for part in "qkv")
+        ours, other = f"layer.{block}.attention", f"blocks.{block}.attn"
+        weights = tuple(f"{ours}.{part}_proj.weight" for part in "qkv")
         table[f"{other}.qkv.weight"] = Origin(weights, lambda *parts: torch.cat(parts))
         if not spec.qv_bias:
             continue
-        query, value = f"{own}.q_proj.bias", f"{own}.v_proj.bias"
+        query, value = f"{ours}.q_proj.bias", f"{ours}.v_proj.bias"
         if layout == "meta":
             table[f"{other}.qkv.bias"] = Origin(
                 (query, value), lambda q, v: torch.cat([q, torch.zeros_like(q), v])
@@ -147,21 +149,21 @@ def _vit_from_hf(spec: ViTSpec, layout: Layout) -> Table:
 
 
 def _vit_to_hf(spec: ViTSpec, layout: Layout) -> Table:
-    table = {own: _same(other) for own, other in renamed_vit(spec, layout)}
+    table = {ours: _same(other) for ours, other in renamed_vit(spec, layout)}
     mask, width = "embeddings.mask_token", spec.width
     if layout == "meta":
         table[mask] = Origin(("mask_token",), lambda token: token.view(1, 1, -1))
     else:
         table[mask] = Origin((), lambda: torch.zeros(1, 1, width))
     for block in range(spec.depth):
-        own, other = f"layer.{block}.attention", f"blocks.{block}.attn"
+        ours, other = f"layer.{block}.attention", f"blocks.{block}.attn"
         for third, part in enumerate("qkv"):
-            table[f"{own}.{part}_proj.weight"] = Origin((f"{other}.qkv.weight",), _third(third))
+            table[f"{ours}.{part}_proj.weight"] = Origin((f"{other}.qkv.weight",), _third(third))
         if not spec.qv_bias:
             continue
         for third, part in ((0, "q"), (2, "v")):
             fused = Origin((f"{other}.qkv.bias",), _third(third))
-            table[f"{own}.{part}_proj.bias"] = (
+            table[f"{ours}.{part}_proj.bias"] = (
                 fused if layout == "meta" else _same(f"{other}.{part}_bias")
             )
     ordered = names(spec, "hf")
@@ -200,16 +202,16 @@ def renamed_convnext(spec: ConvNeXtSpec, layout: Layout) -> list[tuple[str, str]
                 other = f"stages.{stage}.downsample.{layer}" if stage else f"stem.{layer}"
             pairs += _pairs(f"stages.{stage}.downsample_layers.{layer}", other)
         for block in range(depth):
-            own = f"stages.{stage}.layers.{block}"
+            ours = f"stages.{stage}.layers.{block}"
             other = f"stages.{stage}.{block}" if is_meta else f"stages.{stage}.blocks.{block}"
-            pairs.append((f"{own}.gamma", f"{other}.gamma"))
+            pairs.append((f"{ours}.gamma", f"{other}.gamma"))
             for mine, theirs in _BLOCK_NAMES.items():
-                pairs += _pairs(f"{own}.{mine}", f"{other}.{theirs[0 if is_meta else 1]}")
+                pairs += _pairs(f"{ours}.{mine}", f"{other}.{theirs[0 if is_meta else 1]}")
     return pairs + _pairs("layer_norm", "norm" if is_meta else "head.norm")
 
 
 def _convnext_from_hf(spec: ConvNeXtSpec, layout: Layout) -> Table:
-    table = {other: _same(own) for own, other in renamed_convnext(spec, layout)}
+    table = {other: _same(ours) for ours, other in renamed_convnext(spec, layout)}
     if layout == "meta":  # the final norm stands twice in the released files
         last = len(spec.depths) - 1
         for kind in ("weight", "bias"):
@@ -218,7 +220,7 @@ def _convnext_from_hf(spec: ConvNeXtSpec, layout: Layout) -> Table:
 
 
 def _convnext_to_hf(spec: ConvNeXtSpec, layout: Layout) -> Table:
-    table = {own: _same(other) for own, other in renamed_convnext(spec, layout)}
+    table = {ours: _same(other) for ours, other in renamed_convnext(spec, layout)}
     return {name: table[name] for name in names(spec, "hf")}
 
 

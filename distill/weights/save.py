@@ -41,7 +41,7 @@ def write_backbone(
 ) -> None:
     """Writes config, weights (fp32), preprocessor, model card and ``distill.json``; the weights last, in one rename."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {
+    contiguous = {
         name: tensor.detach().float().cpu().contiguous()
         for name, tensor in weights.items()
         if not name.startswith(LOCAL_NORM_PREFIX)
@@ -51,8 +51,8 @@ def write_backbone(
         folder / "preprocessor_config.json", preprocessor_config(facts.size, facts.mean, facts.std)
     )
     _write_json(folder / "distill.json", facts.provenance)
-    (folder / "README.md").write_text(_card(folder.name, kept, facts))
-    write_tensors(folder, kept)
+    (folder / "README.md").write_text(_card(folder.name, contiguous, facts))
+    write_tensors(folder, contiguous)
 
 
 def write_tensors(
@@ -87,13 +87,13 @@ def write_tensors(
 def write_heads(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Writes ``dino_head.*`` and ``ibot_head.*``, fp32, as one safetensors file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    kept = {
+    contiguous = {
         name: tensor.detach().float().cpu().contiguous()
         for name, tensor in weights.items()
         if "_head." in name
     }
     aside = path.with_name(f".{path.name}.part")
-    save_file(kept, aside, {"format": "pt"})
+    save_file(contiguous, aside, {"format": "pt"})
     aside.rename(path)
 
 

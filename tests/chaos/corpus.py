@@ -44,7 +44,7 @@ before, started = rss(), time.perf_counter()
 index = ImageIndex.load(Path(sys.argv[1]))
 opened = time.perf_counter() - started
 for image in np.random.default_rng(0).integers(0, len(index), 10_000):
-    index.place(int(image)), index.hw[image]
+    index.location(int(image)), index.hw[image]
 print(opened, rss() - before, len(index))
 """
 

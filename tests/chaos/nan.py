@@ -129,7 +129,7 @@ def check(fault: Fault, calm: list[Outcome], outcomes: list[Outcome]) -> list[st
                 problems.append(f"rank {rank}: {name} differs from the run without a fault")
     wanted = f"{fault.student}: step {fault.step} skipped, "
     if is_at_source:
-        wanted += f"what rank {source_of(fault, len(outcomes))} taught is not finite"
+        wanted += f"the targets of rank {source_of(fault, len(outcomes))} are not finite"
     if not any(text.startswith(wanted) for text in outcomes[0].told):
         problems.append(f"not named in {outcomes[0].told}")
     return problems

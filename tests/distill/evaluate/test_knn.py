@@ -164,7 +164,7 @@ def run_folder(tmp_path: Path, splits: tuple[ImageIndex, ImageIndex]) -> Path:
 def scored(index: ImageIndex) -> Scored:
     assert index.labels is not None
     labels = torch.from_numpy(np.asarray(index.labels).astype(np.int64))
-    return Scored([index.place(image) for image in range(len(index))], labels)
+    return Scored([index.location(image) for image in range(len(index))], labels)
 
 
 def test_colour_score__sees_colour(splits: tuple[ImageIndex, ImageIndex]) -> None:
@@ -198,7 +198,7 @@ class MeanColour(nn.Module):
 def test_extract__keeps_the_order_whatever_the_batch(
     splits: tuple[ImageIndex, ImageIndex], batch: int
 ) -> None:
-    locations = [splits[0].place(image) for image in range(len(splits[0]))]
+    locations = [splits[0].location(image) for image in range(len(splits[0]))]
     features = extract(MeanColour(), locations, Preparation(16, MEAN, STD), device=CPU, batch=batch)
     images = np.stack([np.asarray(Image.open(str(place))) for place in locations]) / 255.0
     expected = (images.mean((1, 2)) - np.array(MEAN)) / np.array(STD)

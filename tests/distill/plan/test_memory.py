@@ -6,7 +6,7 @@ import pytest
 
 from distill.errors import PlanError
 from distill.plan.flops import DEVICES, Device
-from distill.plan.from_recipe import family_needs, plan_family
+from distill.plan.from_recipe import family_footprint, plan_family
 from distill.plan.job import check_job, require_fit
 from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import FamilyRecipe
@@ -60,8 +60,8 @@ def test_plan_family__a_teacher_that_does_not_fit_is_sharded() -> None:
     sharded = plan_family(recipe, shape, 8, device)
     assert sharded.is_teacher_sharded and len(set(sharded.exact_shares)) == 1
     saved = (
-        family_needs(recipe, shape, whole).fullest.teacher
-        - family_needs(recipe, shape, sharded).fullest.teacher
+        family_footprint(recipe, shape, whole).fullest.teacher
+        - family_footprint(recipe, shape, sharded).fullest.teacher
     )
     assert saved == pytest.approx(6.716e9 * 2 / 2**30 * (1 - 1 / 8 - 2 / 40), rel=0.01)
     forced = family("engine.teacher_sharding=replicated")
@@ -83,7 +83,7 @@ def test_fitting_needs__heads_alone_are_trained() -> None:
     recipe = family("engine.micro_batch=32")
     jobs = [check_job(recipe, None, ranks, H100, has_files=False)[0] for ranks in (8, 64)]
     assert [job.name for job in jobs] == ["heads", "heads"]
-    few, many = (job.needs.fullest for job in jobs)
+    few, many = (job.footprint.fullest for job in jobs)
     assert few.teacher == many.teacher == pytest.approx(13.1, abs=0.1)
     assert few.optimizer == pytest.approx(8 * many.optimizer) == pytest.approx(3 * few.ema)
     assert 0 < few.weights < 0.1 * few.teacher

@@ -389,7 +389,7 @@ FAMILY_RULES = [
     (
         "heads: 2,",
         "heads: 3,",
-        "students.1.heads: width 64 over 3 heads: each needs a whole multiple of 4",
+        "students.1.heads: width 64 over 3 heads: each needs a multiple of 4",
     ),
     (
         "depths: [1, 1]",
