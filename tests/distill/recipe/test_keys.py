@@ -889,7 +889,7 @@ def test_checkpoint_spec__every(every: str | int, seconds: float | None, steps: 
         ("[{path: a, weight: 1.0}, {path: b}]", "sources.1.weight': missing, and other sources"),
         (
             "[{path: a, std: [1.0, 1.0, 1.0]}]",
-            "sources.0.weight': missing, and its own mean or std",
+            "sources.0.weight': missing, and a separate mean or std",
         ),
         ("[{path: a, weight: 1.0, std: [0.0, 1.0, 1.0]}]", "std': .*each must be above 0"),
         ("[{path: a, weight: 0.0}]", "sources.0.weight': Input should be greater than 0"),
