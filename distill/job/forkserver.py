@@ -7,7 +7,7 @@ spawned: a process must not be forked once CUDA is in use.
 
 The server is started with our packages' folder on its path and without the folder that the user stands
 in, so that a user's ``teacher/`` or ``students.py`` is never taken for ours; the ranks then get the
-launcher's own search path. It ignores Ctrl-C, and ends when the launcher and every rank have ended.
+launcher's search path. It ignores Ctrl-C, and ends when the launcher and every rank have ended.
 """
 
 import multiprocessing
