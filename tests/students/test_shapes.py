@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from students.convnext import ConvNeXt
 from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec, CustomSpec
 from teacher.shapes import ViTSpec
 from teacher.vit import ViT
+from tests.support.memory import uninitialized_memory_is_nan
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("distill", "students", "teacher")
@@ -143,3 +145,14 @@ def test_specs__are_asked_and_not_told_apart() -> None:
                 names |= {e.attr for e in ast.walk(node.args[1]) if isinstance(e, ast.Attribute)}
                 found += [f"{path.relative_to(ROOT)}:{node.lineno}"] if names & kinds else []
     assert len(found) <= 6, found
+
+
+@pytest.mark.parametrize("spec", [FREE, FREE_CONVNEXT, replace(FREE, untie_local_norm=True)])
+def test_init__leaves_no_number_as_it_lay_in_memory(spec: BackboneSpec) -> None:
+    """Memory is NaN before: a weight that is missed is loud."""
+    network = on_meta(spec)
+    with uninitialized_memory_is_nan():
+        network.to_empty(device="cpu")
+    assert all(tensor.isnan().all() for tensor in network.state_dict().values())
+    spec.init_(network, torch.Generator().manual_seed(0))
+    assert all(tensor.isfinite().all() for tensor in (*network.parameters(), *network.buffers()))

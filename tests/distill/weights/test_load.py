@@ -24,6 +24,7 @@ from distill.weights.load import load_backbone, shape_of
 from distill.weights.save import write_backbone, write_heads, write_tensors
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.shapes import ViTSpec
+from tests.support.memory import uninitialized_memory_is_nan
 from tests.support.weights import (
     FACTS,
     SMALL,
@@ -67,6 +68,14 @@ def test_load_backbone__every_container_gives_the_same_network(kind: str, tmp_pa
         tmp_path / "bare" / "training.pth",
     ):
         assert torch.equal(outputs(path, spec), expected), path
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_load_backbone__leaves_no_number_as_it_lay_in_memory(kind: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "whole", SMALL[kind])
+    with uninitialized_memory_is_nan():
+        network, _ = load_backbone(folder)
+    assert all(tensor.isfinite().all() for tensor in (*network.parameters(), *network.buffers()))
 
 
 @pytest.mark.parametrize("kind", ["mlp", "no bias", "convnext"])
