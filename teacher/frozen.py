@@ -41,9 +41,8 @@ class FrozenTeacher(nn.Module):
         std: RGB standard deviation.
         micro_images: images per forward pass (two global crops each).
 
-    ``anchor``: the Gram reference, a frozen backbone that looks at larger versions of the same crops;
-    None without. ``min_forwards``: passes of every ``teach``, with nothing in them where there are no images; for
-    sharded backbones, whose ranks work in step.
+    ``anchor``: the Gram reference, a frozen backbone that looks at larger versions of the same crops
+    (``use_anchor``); None without.
     """
 
     def __init__(
@@ -60,8 +59,8 @@ class FrozenTeacher(nn.Module):
         self.backbone = backbone
         self.dino_head = dino_head
         self.ibot_head = ibot_head
-        self.anchor: nn.Module | None = None
-        self.min_forwards = 0
+        self._anchor: nn.Module | None = None
+        self._min_forwards = 0
         self.mean, self.std, self.micro_images = mean, std, micro_images
         self.requires_grad_(False)
         self.eval()
@@ -74,10 +73,26 @@ class FrozenTeacher(nn.Module):
     def shard(self, group: dist.ProcessGroup, device: torch.device) -> None:
         """Leaves each rank of ``group`` its part of the backbone. From now on every forward pass is collective over it.
 
-        The backbone may be on the CPU: its parts go to ``device``. Set ``min_forwards`` so that all
+        The backbone may be on the CPU: its parts go to ``device``. Call ``pad_forwards`` so that all
         ranks make as many passes.
         """
         shard_blocks(self.backbone, group, device)
+
+    def pad_forwards(self, most_images: int) -> None:
+        """From now on every ``teach`` makes as many forward passes as ``most_images`` take, empty ones where there are no images.
+
+        For sharded backbones: their ranks gather each block together, whatever their shares.
+        """
+        self._min_forwards = -(-most_images // self.micro_images)
+
+    @property
+    def anchor(self) -> nn.Module | None:
+        """The Gram reference; None without."""
+        return self._anchor
+
+    def use_anchor(self, anchor: nn.Module | None) -> None:
+        """From now on ``teach`` makes the patch features of this frozen backbone too; None for no longer."""
+        self._anchor = anchor
 
     @torch.no_grad()
     def teach(self, crops: CropBatch, masks: PatchMasks) -> TeacherTargets:
@@ -97,7 +112,7 @@ class FrozenTeacher(nn.Module):
             class_features.append(class_bottleneck[: 2 * (stop - start)])
             wanted = masks.part(slice(start, stop)).rows()
             patch_features.append(features.patch_tokens.flatten(0, 1).index_select(0, wanted))
-        for _ in range(len(class_features), self.min_forwards):
+        for _ in range(len(class_features), self._min_forwards):
             self._forward(self.backbone, crops.global_crops[:0], None)
         anchor_patches = self._anchor_patches(crops)
         if not class_features:
@@ -136,22 +151,22 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def refresh_anchor(self) -> None:
         """The anchor becomes what the backbone is now. No communication: both are sharded alike or not at all."""
-        assert self.anchor is not None, "an anchor to refresh"
+        assert self._anchor is not None, "an anchor to refresh"
         now = dict(self.backbone.named_parameters())
-        for name, parameter in self.anchor.named_parameters():
+        for name, parameter in self._anchor.named_parameters():
             _local(parameter).copy_(_local(now[name]))
 
     def anchor_state(self) -> dict[str, Tensor]:
         """The anchor's full weights by name, nothing without an anchor. Collective where it is sharded."""
-        if self.anchor is None:
+        if self._anchor is None:
             return {}
         return {
             name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            for name, tensor in self.anchor.state_dict().items()
+            for name, tensor in self._anchor.state_dict().items()
         }
 
     def _anchor_patches(self, batch: CropBatch) -> Tensor | None:
-        if self.anchor is None:
+        if self._anchor is None:
             return None
         crops = batch.anchor_crops
         assert crops is not None, "an anchor without anchor crops"
@@ -159,13 +174,13 @@ class FrozenTeacher(nn.Module):
         for start in range(0, crops.shape[0], self.micro_images):
             stop = min(start + self.micro_images, crops.shape[0])
             pixel_stats = _part(batch.pixel_stats, start, stop)
-            features = self._forward(self.anchor, crops[start:stop], pixel_stats)
+            features = self._forward(self._anchor, crops[start:stop], pixel_stats)
             patches = features.patch_tokens[: 2 * (stop - start)]
             rows.append(
                 resize_grid(patches, features.grid_hw, self._grid_hw(batch.global_crops), "bicubic")
             )
-        for _ in range(len(rows), self.min_forwards):
-            self._forward(self.anchor, crops[:0], None)
+        for _ in range(len(rows), self._min_forwards):
+            self._forward(self._anchor, crops[:0], None)
         if not rows:
             return self._no_patches(batch.global_crops)
         return torch.cat(rows).unflatten(0, (crops.shape[0], 2))

@@ -98,7 +98,7 @@ class DistillationTask(nn.Module):
         group_ranks: int,
         koleo_is_local: bool,
     ) -> None:
-        """``koleo_is_local``: no KoLeo group of 16 positions is cut by a slice border, so no gathering is needed; it may change with the batch."""
+        """``koleo_is_local``: no KoLeo group of 16 positions is cut by a slice border, so no gathering is needed; ``gather_koleo`` when the batch changes."""
         super().__init__()
         self.backbone = backbone
         self.dino_head = dino_head
@@ -106,7 +106,11 @@ class DistillationTask(nn.Module):
         self.options = options
         self._group = group
         self._group_ranks = group_ranks
-        self.koleo_is_local = koleo_is_local
+        self._koleo_is_local = koleo_is_local
+
+    def gather_koleo(self, *, is_needed: bool) -> None:
+        """From now on KoLeo groups are gathered over the ranks, or not: the batch, and with it the slices, has changed."""
+        self._koleo_is_local = not is_needed
 
     def forward(
         self, batch: StudentBatch, assignments: Assignments, scalars: StepScalars
@@ -126,7 +130,7 @@ class DistillationTask(nn.Module):
                     KOLEO_GROUP,
                     batch.start,
                     batch.images_global,
-                    None if self.koleo_is_local else self._group,
+                    None if self._koleo_is_local else self._group,
                 )
                 for crop in range(NUM_GLOBAL)
             )

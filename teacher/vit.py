@@ -158,19 +158,23 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """A vision transformer that satisfies ``teacher.batch.Backbone``.
 
-    ``is_checkpointing``: in training each block keeps its input only and is computed again for the
+    ``checkpoint_activations``: in training each block keeps its input only and is computed again for the
     backward pass.
     """
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
-        self.is_checkpointing = False
+        self._is_checkpointing = False
         self.spec, self.width, self.stride = spec, spec.width, spec.patch
         self.embeddings = Embeddings(spec)
         self.layer = nn.ModuleList(Block(spec) for _ in range(spec.depth))
         self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
         if spec.untie_local_norm:
             self.local_cls_norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
+
+    def checkpoint_activations(self) -> None:
+        """From now on each block keeps its input only, and is computed again for the backward pass."""
+        self._is_checkpointing = True
 
     def tokens(
         self,
@@ -233,7 +237,7 @@ class ViT(nn.Module):
         head_dim = self.spec.width // self.spec.heads
         angles = rope_angles(self._grid_hw(pixels), head_dim, rope_scale, pixels.device)
         tokens = self.embeddings(pixels, masks)
-        keeps_less = self.is_checkpointing and tokens.requires_grad
+        keeps_less = self._is_checkpointing and tokens.requires_grad
         for number, block in enumerate(self.layer):
             inputs = (tokens, angles, active_rows, number)
             if keeps_less:  # no comparison of shapes: ZeRO-3 empties weights between the passes

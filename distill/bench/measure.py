@@ -43,6 +43,7 @@ from distill.engine.engine import prepare_deepspeed
 from distill.errors import PlanError
 from distill.job.build import (
     PhaseContext,
+    PhaseSpec,
     RankContext,
     build_phase,
     family_phase,
@@ -52,7 +53,7 @@ from distill.job.forkserver import choose_start_method
 from distill.plan.flops import DEFAULT_DEVICE
 from distill.plan.from_recipe import TeacherShape, plan_family
 from distill.plan.teacher_source import teacher_shape
-from distill.recipe.keys import FamilyRecipe
+from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
 from distill.recipe.reader import load_job
 from distill.runfolder.heartbeat import Heartbeat
 from distill.train.balance import Balancer
@@ -223,7 +224,9 @@ class Bench:
         self.scale = None if request.sleep_s is None else request.sleep_s / plan.step_s
         self.phases = {name: self._phase(recipe) for name, recipe in self.modes.items()}
         self.steps_done = dict.fromkeys(self.phases, 0)
-        self.isolations = {name: FaultHandler(phase, Path()) for name, phase in self.phases.items()}
+        self.fault_handlers = {
+            name: FaultHandler(phase, Path()) for name, phase in self.phases.items()
+        }
 
     def _teacher(self, family: FamilyRecipe) -> FrozenTeacher:
         generator = seeded(family.seed, "teacher")
@@ -248,7 +251,7 @@ class Bench:
         if folder is None:
             is_tiny = self.scale is not None
             loader = SyntheticLoader(recipe, phase, self.rank, self.device, is_tiny=is_tiny)
-            phase = replace(phase, loader=loader)  # type: ignore[arg-type]  # the same calls
+            phase = replace(phase, loader=loader)
         if self.scale is None or not recipe.engine.balance or not plan.is_dithered:
             return phase
         balancer = Balancer(
@@ -272,15 +275,11 @@ class Bench:
         plan = context.plan
         factor = self.request.slow_factor if self.rank == self.request.slow_rank else 1.0
         pace = self.scale * factor
-        teacher = SleepingTeacher(plan.teach_s * pace)
-        phase = build_phase(
-            context,
-            "family",
-            (0, recipe.schedule.steps),
-            teacher,  # type: ignore[arg-type]  # the same calls
-            (),
+        spec = PhaseSpec(
+            FAMILY_PHASE,
+            range(recipe.schedule.steps),
             Objective(1.0, 1.0, 0.0, 1.0),
-            lambda _: None,
+            rates={},
             lookahead=recipe.engine.lookahead,
             exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
         )
@@ -289,7 +288,7 @@ class Bench:
             for placement, image_s in zip(plan.placements, plan.image_s, strict=True)
             if self.rank in placement.world_ranks
         )
-        return replace(phase, trainers=trainers)  # type: ignore[arg-type]  # the same calls
+        return build_phase(context, spec, SleepingTeacher(plan.teach_s * pace), trainers)
 
     def run(self) -> Turns:
         """Blocks of steps, the modes in turn."""
@@ -337,10 +336,10 @@ class Bench:
     ) -> None:
         run_phase(
             replace(self.phases[mode], num_steps=start + length),
-            witness,  # type: ignore[arg-type]  # what the loop asks of a recorder
-            saver,  # type: ignore[arg-type]  # what the loop asks of a saver
-            self.isolations[mode],
-            heartbeat,  # type: ignore[arg-type]  # what the loop asks of a heartbeat
+            witness,
+            saver,
+            self.fault_handlers[mode],
+            heartbeat,
             start,
         )
         self.steps_done[mode] += length
@@ -380,5 +379,5 @@ class Bench:
 
 
 def _no_images() -> ImageIndex:
-    """An index for a scene whose loader is replaced: one file that is never opened."""
+    """An index for a context whose loader is replaced: one file that is never opened."""
     return make_index([Found(Location.of(Path("none")), "")], [(1, 1)], (("none", 1),))

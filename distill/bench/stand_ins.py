@@ -15,10 +15,10 @@ from distill.errors import CheckpointError
 from distill.plan.plan import Placement
 from distill.recipe.keys import FamilyRecipe
 from distill.runfolder.status import RunState
-from distill.train.phase import Phase
-from distill.train.recorder import Decision
+from distill.train.phase import Decision, Phase
+from distill.train.schedule import StepNumbers
 from distill.train.stopwatch import Stopwatch
-from distill.train.student import Attempt
+from distill.train.student import Attempt, Snapshot
 from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets
 
 POOL = 64  # different synthetic images; a loader that only copies is not what is measured
@@ -60,10 +60,11 @@ class Witness:
     def record(
         self,
         phase: Phase,
-        step: int,  # noqa: ARG002  # the recorder's signature
-        faults: Sequence[float],  # noqa: ARG002
+        step: int,
+        faults: Sequence[float],
     ) -> Decision:
         """One step is over."""
+        del step, faults  # it counts the steps of its block itself
         num_steps = len(self.ends_s) + 1
         if num_steps in self._read_after:
             teaching_s = phase.teaching.read_s()
@@ -99,8 +100,9 @@ class Trace:
         self._device = device
         self._turns: list[tuple[float, str, str]] = []
 
-    def enter(self, activity: str, phase_step: int, network: str = "") -> None:  # noqa: ARG002  # a heartbeat's signature
-        """The rank turns to something else."""
+    def enter(self, activity: str, phase_step: int, network: str = "") -> None:
+        """Begins another activity."""
+        del phase_step  # one step is drawn
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._turns.append((time.monotonic(), activity, network))
@@ -121,6 +123,10 @@ class Unsaved:
 
     def report(self) -> None:
         """No save has ended."""
+
+    def save(self, phase: Saveable, step: int) -> None:
+        """Is never called: the recorder beside it requests no save."""
+        raise AssertionError(f"{phase.name}: a save at step {step} without a request")
 
     def wait(self) -> None:
         """No save is under way."""
@@ -211,25 +217,62 @@ class SleepingTeacher:
             torch.zeros(num_images, NUM_GLOBAL, 1), torch.zeros(sum(masks.counts), 1)
         )
 
+    def anchor_state(self) -> dict[str, Tensor]:
+        """It has no anchor."""
+        return {}
+
 
 class SleepingStudent:
-    """Takes its time for its slice, and meets the others of its group as gradients would."""
+    """Takes its time for its slice, and meets the others of its group as gradients would. It has no weights."""
 
     def __init__(
         self, placement: Placement, group: dist.ProcessGroup, image_s: float, world_rank: int
     ) -> None:
-        self.name, self.placement = placement.name, placement
+        self.name, self.placement, self.group = placement.name, placement, group
         self.training = Stopwatch(torch.device("cpu"))
-        self._group, self._image_s = group, image_s
         self._seconds = len(placement.slice_of(world_rank)) * image_s
 
-    def is_finished(self, phase_step: int) -> bool:  # noqa: ARG002  # a trainer's signature
-        """Never: a bench trains everyone."""
-        return False
+    def is_finished(self, phase_step: int) -> bool:
+        """Never: a benchmark trains every network to the end."""
+        return phase_step < 0
 
-    def train_step(self, batch: StudentBatch, *_: object) -> Attempt:  # noqa: ARG002  # a trainer's signature
+    def train_step(self, batch: StudentBatch, numbers: StepNumbers) -> Attempt:
         """Sleeps, then one all-reduce over the group."""
+        del batch, numbers  # its time is that of the plan
         with self.training.running():
             time.sleep(self._seconds)
-        dist.all_reduce(torch.zeros(1), group=self._group)
+        dist.all_reduce(torch.zeros(1), group=self.group)
         return Attempt(is_applied=torch.ones((), dtype=torch.bool), terms={})
+
+    def read_metrics(self, wait: float) -> dict[str, float]:
+        """Only what it is given."""
+        return {"wait": wait}
+
+    def snapshot(self, into: Snapshot | None = None) -> Snapshot:
+        """Nothing to copy."""
+        return into or Snapshot([], {})
+
+    def restore_snapshot(self, snapshot: Snapshot) -> None:
+        """There is nothing to go back to."""
+        assert not snapshot.engine, "no weights"
+
+    def is_finite(self) -> bool:
+        """It has no number that could be anything else."""
+        return True
+
+    def is_finite_here(self) -> Tensor:
+        """The same on the device."""
+        return torch.ones((), dtype=torch.bool)
+
+    def ema(self, *, collect: bool = True) -> dict[str, Tensor]:
+        """No weights."""
+        return self.state(collect=collect)
+
+    def state(self, *, collect: bool = True) -> dict[str, Tensor]:
+        """No weights."""
+        del collect  # nothing either way
+        return {}
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """There is nothing to load into."""
+        assert not tensors, "no weights"

@@ -1,5 +1,6 @@
 """One group of ranks in place of the world, for DeepSpeed, which assumes that its engine owns the world."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,13 @@ class GroupLayout:
 
     def __init__(self, group: dist.ProcessGroup, self_group: dist.ProcessGroup) -> None:
         self._group, self._self_group = group, self_group
+        self._as_world: _GroupAsWorld | None = None
+
+    def as_world_of(self, backend: Any) -> "_GroupAsWorld":
+        """DeepSpeed's backend with the group in place of the world, made once."""
+        if self._as_world is None or self._as_world.backend is not backend:
+            self._as_world = _GroupAsWorld(backend, self._group)
+        return self._as_world
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self._group
@@ -64,27 +72,31 @@ class _GroupAsWorld:
     """DeepSpeed's communication backend with one group in place of the world.
 
     Collectives that name no group, or name the world, use the group; a root given as a rank of the
-    small world is translated.
+    small world is translated. Each attribute is looked up, and wrapped, once.
     """
 
     def __init__(self, backend: Any, group: dist.ProcessGroup) -> None:
-        self._backend, self._group = backend, group
+        self.backend, self._group = backend, group
+        # called some 180 times in a step, and constant
+        self.get_rank = functools.cache(self._rank)
+        self.get_world_size = functools.cache(self._world_size)
 
     def _or_default(self, group: Any) -> Any:
         return self._group if group is None or group is dist.group.WORLD else group
 
-    def get_rank(self, group: Any = None) -> int:
+    def _rank(self, group: Any = None) -> int:
         return dist.get_rank(self._or_default(group))
 
-    def get_world_size(self, group: Any = None) -> int:
+    def _world_size(self, group: Any = None) -> int:
         return dist.get_world_size(self._or_default(group))
 
     def get_global_rank(self, group: Any, group_rank: int) -> int:
         return dist.get_global_rank(self._or_default(group), group_rank)
 
     def __getattr__(self, name: str) -> Any:
-        function = getattr(self._backend, name)
+        function = getattr(self.backend, name)
         if name not in _GROUPED and name not in _ROOTED:
+            self.__dict__[name] = function
             return function
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -99,6 +111,7 @@ class _GroupAsWorld:
                 kwargs[root] = dist.get_global_rank(self._group, kwargs[root])
             return function(*args, **kwargs)
 
+        self.__dict__[name] = call
         return call
 
 
@@ -109,7 +122,7 @@ def as_world(layout: GroupLayout) -> Iterator[None]:
     import deepspeed.utils.groups as groups
 
     backend, mpu = comm.cdb, groups.mpu
-    comm.cdb, groups.mpu = _GroupAsWorld(backend, layout.get_data_parallel_group()), layout
+    comm.cdb, groups.mpu = layout.as_world_of(backend), layout
     try:
         yield
     finally:

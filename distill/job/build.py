@@ -13,21 +13,21 @@ from torch import nn
 
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.index import ImageIndex
-from distill.engine.engine import Engine, EngineSettings, StepRates
+from distill.engine.engine import Engine, EngineSettings
 from distill.errors import CheckpointError
 from distill.plan.by_step import PlanSchedule
 from distill.plan.from_recipe import Recipe, TeacherShape, heads_of_student, later_plans
 from distill.plan.plan import Placement, Plan
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
 from distill.recipe.networks import StudentSpec
-from distill.recipe.schedules import LrSpec, ObjectiveSpec, ScheduleSpec, StageSpec
+from distill.recipe.schedules import ObjectiveSpec, StageSpec
 from distill.recipe.to_data import build_feed, build_loader, crop_schedule
-from distill.train import schedule
 from distill.train.balance import Balancer
 from distill.train.exchange import AllGather, Slices
 from distill.train.groups import Groups
 from distill.train.masking import StepMasks
-from distill.train.phase import Phase
+from distill.train.phase import Phase, Teacher, Trainer
+from distill.train.schedule import RateSchedule, StepSchedule
 from distill.train.stopwatch import Stopwatch
 from distill.train.student import SinkhornTargets, StudentTrainer, TargetBuilder
 from distill.weights.heads import load_heads
@@ -38,7 +38,7 @@ from students.student import build_heads, seeded
 from teacher.frozen import FrozenTeacher
 from teacher.heads import Head
 from teacher.shapes import scaled_size
-from teacher.task import DistillationTask, Objective, StepScalars, TaskOptions
+from teacher.task import DistillationTask, Objective, TaskOptions
 from teacher.vit import ViT
 
 IDS_PER_NETWORK = 1_000_000  # more than any has parameters and modules
@@ -114,7 +114,7 @@ def build_engine(
     if context.recipe.engine.activation_checkpointing:
         for module in task.modules():
             if isinstance(module, ViT):
-                module.is_checkpointing = True
+                module.checkpoint_activations()
     settings = EngineSettings(
         zero_stage=context.recipe.engine.zero,
         precision=context.recipe.engine.precision,
@@ -143,89 +143,68 @@ def freeze(
     return teacher.to(device, compute_dtype(recipe))
 
 
-def build_phase(
-    context: PhaseContext,
-    name: str,
-    steps: tuple[int, int],
-    teacher: FrozenTeacher,
-    trainers: tuple[StudentTrainer, ...],
-    objective: Objective,
-    after_step: Callable[[int], None],
-    *,
-    stage: StageSpec | None = None,
-    lookahead: int = 0,
-    exchange: type[Slices] | type[AllGather] = Slices,
-    later: Sequence[tuple[int, Plan]] = (),
-) -> Phase:
-    """Loader, masks, exchange and schedules around a teacher and those it teaches.
+@dataclass(frozen=True)
+class PhaseSpec:
+    """What differs between the phases of a recipe.
 
-    ``steps``: where the phase begins in the stream of samples, and its length. ``stage``: of
+    ``steps``: in the stream of samples. ``rates``: of the networks that this rank trains. ``stage``: of
     pretraining. ``later``: plans for when networks are finished.
     """
+
+    name: str
+    steps: range
+    objective: Objective
+    rates: Mapping[str, RateSchedule]
+    after_step: Callable[[int], None] = lambda _: None
+    stage: StageSpec | None = None
+    lookahead: int = 0
+    exchange: type[Slices] | type[AllGather] = Slices
+    later: Sequence[tuple[int, Plan]] = ()
+
+
+def build_phase(
+    context: PhaseContext, spec: PhaseSpec, teacher: Teacher, trainers: tuple[Trainer, ...]
+) -> Phase:
+    """Loader, masks, exchange and schedules around a teacher and the networks that it teaches."""
     recipe, plan, rank, rank_context = (
         context.recipe,
         context.plan,
         context.groups.world_rank,
         context.rank_context,
     )
-    plan_schedule = PlanSchedule(plan, later)
-    bounds, settings = recipe.schedule.rope_rescale, recipe.schedule
-    crops = crop_schedule(recipe, stage)
+    plan_schedule = PlanSchedule(plan, spec.later)
+    crops = crop_schedule(recipe, spec.stage)
     feed = build_feed(
         recipe,
         rank_context.index,
         crops,
         rank_context.run_folder / BAD_SAMPLES_FILE,
         lambda step: plan_schedule.at(step).share(rank, step),
-        sum(steps),
+        spec.steps.stop,
     )
     loader = build_loader(recipe, feed, crops, plan_schedule.most_images(rank), rank_context.device)
-
-    def grid_at(step: int) -> tuple[int, int]:
-        return grid_of(context.teacher_spec, crops.at(step).global_size)
-
+    schedule = StepSchedule(
+        recipe.schedule, recipe.seed, spec.objective, crops, context.teacher_spec, spec.rates
+    )
     return Phase(
-        name=name,
-        num_steps=steps[1],
-        first_step=steps[0],
-        lookahead=lookahead,
+        name=spec.name,
+        num_steps=len(spec.steps),
+        first_step=spec.steps.start,
+        lookahead=spec.lookahead,
         plan=plan,
         plan_schedule=plan_schedule,
         world_rank=rank,
-        grid_at=grid_at,
+        schedule=schedule,
         loader=loader,
         masks=StepMasks(
-            recipe.masks, plan_schedule, rank, grid_at, recipe.seed, rank_context.device
+            recipe.masks, plan_schedule, rank, schedule.grid_hw, recipe.seed, rank_context.device
         ),
         teacher=teacher,
         teaching=Stopwatch(rank_context.device),
-        exchange=exchange(plan_schedule, rank, context.groups.exchange, rank_context.device),
+        exchange=spec.exchange(plan_schedule, rank, context.groups.exchange, rank_context.device),
         trainers=trainers,
-        temperature=lambda step: schedule.teacher_temperature(settings, step),
-        scalars=lambda step: StepScalars(
-            objective, *schedule.rope_scales(bounds, recipe.seed, step)
-        ),
-        after_step=after_step,
+        after_step=spec.after_step,
     )
-
-
-def step_rates(
-    settings: ScheduleSpec,
-    lr: LrSpec,
-    momentum: Callable[[int], float],
-    lr_steps: tuple[int, int],
-    weight_decay: Callable[[int], float] | None = None,
-) -> Callable[[int], StepRates]:
-    """Learning rates, weight decay and EMA momentum of each step; ``lr_steps``: where the rate's schedule begins, and its length."""
-    first, num_steps = lr_steps
-    decay = weight_decay or (lambda _: settings.weight_decay)
-
-    def rates(step: int) -> StepRates:
-        value = schedule.learning_rate(lr, step - first, num_steps, settings.batch)
-        frozen = step < settings.freeze_prototypes
-        return StepRates(value, 0.0 if frozen else value, decay(step), momentum(step))
-
-    return rates
 
 
 def load_teacher(
@@ -249,8 +228,7 @@ def shard_teacher(context: PhaseContext, teacher: FrozenTeacher) -> None:
         return
     teacher.shard(context.groups.teacher, context.rank_context.device)
     teacher.to(context.rank_context.device)
-    most = max(context.plan.largest_shares)
-    teacher.min_forwards = -(-most // context.recipe.engine.teacher_micro_batch)
+    teacher.pad_forwards(max(context.plan.largest_shares))
 
 
 def compute_dtype(recipe: Recipe) -> torch.dtype:
@@ -270,36 +248,27 @@ def family_phase(
     """
     recipe = context.recipe
     assert isinstance(recipe, FamilyRecipe), "students are a family's"
-    trainers = []
+    trainers, rates = [], {}
     for student, placement in zip(recipe.students, context.plan.placements, strict=True):
+        name = student.label
         if context.groups.world_rank not in placement.world_ranks:
             continue
         task, targets = _student(context, student, teacher, shape)
-        lr = recipe.schedule.lr
-        if student.lr is not None:
-            lr = lr.model_copy(update={"peak": student.lr})
-        engine = build_engine(context, student.label, task)
-        end = student.steps or recipe.schedule.steps
-        rates = _student_rates(recipe.schedule, lr, first_steps[student.label], end)
-        parts = context.parts_of(student.label)
-        trainer = StudentTrainer(
-            student.label, placement, engine, rates, targets, parts=parts, num_steps=student.steps
+        engine, parts = build_engine(context, name, task), context.parts_of(name)
+        rates[name] = _student_rates(recipe, student, first_steps[name])
+        trainers.append(
+            StudentTrainer(name, placement, engine, targets, parts=parts, num_steps=student.steps)
         )
-        trainers.append(trainer)
-    objective = objective_of(recipe.objective)
-    steps = (0, recipe.schedule.steps)
-    phase = build_phase(
-        context,
+    spec = PhaseSpec(
         FAMILY_PHASE,
-        steps,
-        teacher,
-        tuple(trainers),
-        objective,
-        lambda _: None,
+        range(recipe.schedule.steps),
+        objective_of(recipe.objective),
+        rates,
         lookahead=recipe.engine.lookahead,
         exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
         later=later_plans(recipe, context.plan),
     )
+    phase = build_phase(context, spec, teacher, tuple(trainers))
     if not recipe.engine.balance or not context.plan.is_dithered:
         return phase
     balancer = Balancer(
@@ -346,14 +315,18 @@ def _student(
     return network, SinkhornTargets(teacher.dino_head, teacher.ibot_head)
 
 
-def _student_rates(
-    settings: ScheduleSpec, lr: LrSpec, first_step: int, end: int
-) -> Callable[[int], StepRates]:
-    """Rates by the family's step, for a student that trains from ``first_step`` to ``end``."""
-    num_steps = end - first_step
-
-    def momentum(step: int) -> float:
-        return schedule.cosine(settings.ema, 1.0, step, num_steps)
-
-    rates = step_rates(settings, lr, momentum, (0, num_steps))
-    return lambda step: rates(step - first_step)
+def _student_rates(recipe: FamilyRecipe, student: StudentSpec, first_step: int) -> RateSchedule:
+    """Rates of a student that trains from ``first_step`` of the family on."""
+    settings, lr = recipe.schedule, recipe.schedule.lr
+    if student.lr is not None:
+        lr = lr.model_copy(update={"peak": student.lr})
+    steps = range(first_step, student.steps or settings.steps)
+    return RateSchedule(
+        lr,
+        settings.batch,
+        steps,
+        lr_steps=steps,
+        weight_decay=(settings.weight_decay, None),
+        ema=(settings.ema, 1.0),
+        freeze_prototypes=settings.freeze_prototypes,
+    )

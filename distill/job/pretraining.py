@@ -17,13 +17,13 @@ from distill.data.depth import draw_active
 from distill.errors import CheckpointError
 from distill.job.build import (
     PhaseContext,
+    PhaseSpec,
     RankContext,
     build_engine,
     build_phase,
     build_task,
     freeze,
     objective_of,
-    step_rates,
     task_options,
 )
 from distill.plan.from_recipe import ONLINE, TeacherShape, plan_stage, shape_of_recipe
@@ -32,9 +32,9 @@ from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
 from distill.recipe.schedules import LrSpec, ObjectiveSpec, StageSpec
 from distill.runfolder.files import rename, write_file
 from distill.runfolder.tensor_file import encode, read_tensors
-from distill.train import schedule
 from distill.train.groups import Groups
 from distill.train.phase import Phase
+from distill.train.schedule import RateSchedule
 from distill.train.student import SinkhornTargets, StudentTrainer
 from students.shapes import BackboneSpec
 from students.student import build_heads, build_network, seeded
@@ -92,48 +92,49 @@ class Pretraining:
     def phase(self, stage: StageSpec, anchor_weights: dict[str, Tensor] | None = None) -> Phase:
         """The phase of one stage; ``anchor_weights`` come from a checkpoint when the stage is resumed. Collective over the world."""
         context, gram = self._context(stage), stage.gram
-        recipe, first_step = context.recipe, self.recipe.first_step(stage)
-        self.ema.anchor = None
+        first_step = self.recipe.first_step(stage)
+        self.ema.use_anchor(None)
         if gram is not None:
             if anchor_weights is None:
                 dist.barrier(group=self._groups.control)  # the first rank writes snapshots
                 anchor_weights = self._read_snapshot(gram.teacher)
-            self.ema.anchor = self._anchor(anchor_weights)
+            self.ema.use_anchor(self._anchor(anchor_weights))
         if self._is_sharded:
-            most = max(context.plan.largest_shares)
-            self.ema.min_forwards = -(-most // recipe.engine.teacher_micro_batch)
-        span = (0, sum(s.steps for s in self.recipe.stages))
-        lr_steps = span if stage.lr is None else (first_step, stage.steps)
-        settings = self.recipe.at_stage(stage).schedule
-        ema_end = None if stage.ema is not None else settings.ema_end
+            self.ema.pad_forwards(max(context.plan.largest_shares))
         placement = context.placement(ONLINE)
-        self._task.koleo_is_local = placement.koleo_is_local
+        self._task.gather_koleo(is_needed=not placement.koleo_is_local)
         trainer = StudentTrainer(
             ONLINE,
             placement,
             self.engine,
-            step_rates(
-                settings,
-                settings.lr,
-                lambda step: schedule.cosine(settings.ema, ema_end, step, span[1]),
-                lr_steps,
-                lambda step: schedule.cosine(
-                    settings.weight_decay, settings.weight_decay_end, step, span[1]
-                ),
-            ),
             _ema_targets(self.ema),
             parts=context.parts_of(ONLINE),
             prepare=self._with_depth,
         )
-        return build_phase(
-            context,
+        spec = PhaseSpec(
             stage.name,
-            (first_step, stage.steps),
-            self.ema,
-            (trainer,),
+            range(first_step, first_step + stage.steps),
             objective_of(stage.objective, 0.0 if gram is None else gram.weight),
-            lambda step: self._after_step(stage, step),
-            stage=stage,
+            {ONLINE: self._rates(stage)},
+            lambda phase_step: self._after_step(stage, phase_step),
+            stage,
+        )
+        return build_phase(context, spec, self.ema, (trainer,))
+
+    def _rates(self, stage: StageSpec) -> RateSchedule:
+        """Over all stages; where the stage sets a learning rate it goes over the stage, an EMA momentum stays as set."""
+        settings = self.recipe.at_stage(stage).schedule
+        steps = range(sum(s.steps for s in self.recipe.stages))
+        first_step = self.recipe.first_step(stage)
+        stage_steps = range(first_step, first_step + stage.steps)
+        return RateSchedule(
+            settings.lr,
+            settings.batch,
+            steps,
+            lr_steps=steps if stage.lr is None else stage_steps,
+            weight_decay=(settings.weight_decay, settings.weight_decay_end),
+            ema=(settings.ema, None if stage.ema is not None else settings.ema_end),
+            freeze_prototypes=settings.freeze_prototypes,
         )
 
     def _with_depth(self, batch: StudentBatch, step: int) -> StudentBatch:
@@ -256,19 +257,27 @@ class HeadFitting:
         weights = ObjectiveSpec(
             dino=objective.dino, ibot=objective.ibot, koleo=0.0, local=objective.local
         )
-        rates = step_rates(self.recipe.schedule, lr, lambda _: fit.ema, (0, fit.steps))
+        settings, steps = self.recipe.schedule, range(fit.steps)
+        rates = RateSchedule(
+            lr,
+            settings.batch,
+            steps,
+            lr_steps=steps,
+            weight_decay=(settings.weight_decay, None),
+            ema=(fit.ema, None),
+            freeze_prototypes=settings.freeze_prototypes,
+        )
         placement, parts = self.context.placement(HEADS_PHASE), self.context.parts_of(HEADS_PHASE)
         targets = _ema_targets(self.ema)
-        trainer = StudentTrainer(HEADS_PHASE, placement, self.engine, rates, targets, parts=parts)
-        return build_phase(
-            self.context,
+        trainer = StudentTrainer(HEADS_PHASE, placement, self.engine, targets, parts=parts)
+        spec = PhaseSpec(
             HEADS_PHASE,
-            (0, fit.steps),
-            self.ema,
-            (trainer,),
+            steps,
             objective_of(weights),
+            {HEADS_PHASE: rates},
             lambda _: self.engine.copy_ema_to(self.ema),
         )
+        return build_phase(self.context, spec, self.ema, (trainer,))
 
     def heads(self) -> dict[str, torch.Tensor]:
         """The EMA of both heads by name, fp32. Collective over the world."""

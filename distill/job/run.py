@@ -22,7 +22,7 @@ import torch.distributed as dist
 from distill.checkpoint.manifest import NetworkFacts
 from distill.checkpoint.saver import CheckpointPolicy, Saver, restore, saved_anchor
 from distill.data.index import ImageIndex
-from distill.engine.engine import Engine, prepare_deepspeed
+from distill.engine.engine import prepare_deepspeed
 from distill.job.build import (
     PhaseContext,
     RankContext,
@@ -298,9 +298,8 @@ class _Run:
         sizes = {student.label: recipe.input_size_of(student.label) for student in recipe.students}
         mean, std = recipe.data.mean, recipe.data.std
         for trainer in phase.trainers:
-            engine: Engine = trainer.engine
             is_first = trainer.placement.first_rank == self.rank
-            weights = engine.full("ema", collect=is_first)
+            weights = trainer.ema(collect=is_first)
             if is_first:
                 folder = self.job.run_folder / "students" / trainer.name
                 facts = ExportFacts(sizes[trainer.name], mean, std, provenance)

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.plan.by_step import PlanSchedule
-from distill.plan.plan import Placement, Plan
+from distill.plan.plan import Plan
 from distill.plan.traffic import Counts
 from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets, onto
 
@@ -282,13 +282,11 @@ class AllGather:
 
 def student_batch(
     delivery: Delivery,
-    placement: Placement,
-    world_rank: int,
+    wanted: range,
     grid_hw: tuple[int, int],
     images_global: int,
 ) -> StudentBatch:
-    """The part of a delivery that one network trains on; views, no copies."""
-    wanted = placement.slice_of(world_rank)
+    """The positions ``wanted`` of a delivery, which one network trains on; views, no copies."""
     before = 0
     for part in delivery.positions:
         if part.start <= wanted.start and wanted.stop <= part.stop:

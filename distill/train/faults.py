@@ -31,13 +31,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.engine.engine import StateSnapshot
 from distill.errors import StudentError
 from distill.runfolder.events import Event, EventKind, note
 from distill.runfolder.failure import is_lost_connection
 from distill.runfolder.status import write_json
-from distill.train.phase import Phase
-from distill.train.student import Attempt, StudentTrainer
+from distill.train.phase import Phase, Trainer
+from distill.train.student import Attempt, Snapshot
 from teacher.batch import StudentBatch, TeacherTargets
 
 IN_A_ROW = 3
@@ -84,8 +83,7 @@ class _Record:
 
     applied: AppliedFlag = field(default_factory=AppliedFlag)
     pending: PendingStep | None = None
-    snapshot: StateSnapshot | None = None
-    snapshot_targets: dict[str, Tensor] = field(default_factory=dict)
+    snapshot: Snapshot | None = None
     snapshot_step: int = 0
     in_a_row: int = 0
     num_skipped: int = 0
@@ -112,7 +110,7 @@ class FaultHandler:
             record.is_parked = bool(flags[names.index(trainer.name)])
             self._take_snapshot(trainer, phase_step)
 
-    def is_training(self, trainer: StudentTrainer, phase_step: int) -> bool:
+    def is_training(self, trainer: Trainer, phase_step: int) -> bool:
         """The network is neither finished nor parked; called before each step, after which the last one is resolved. Collective over its group."""
         if trainer.is_finished(phase_step) or self._records[trainer.name].is_parked:
             return False
@@ -120,7 +118,7 @@ class FaultHandler:
         return not self._records[trainer.name].is_parked
 
     @contextmanager
-    def isolating(self, trainer: StudentTrainer, phase_step: int) -> Iterator[None]:
+    def isolating(self, trainer: Trainer, phase_step: int) -> Iterator[None]:
         """An exception inside parks the network; other errors are raised again."""
         try:
             yield
@@ -128,7 +126,7 @@ class FaultHandler:
             self._fail(trainer, error, phase_step)
 
     def watch(
-        self, trainer: StudentTrainer, batch: StudentBatch, attempt: Attempt, phase_step: int
+        self, trainer: Trainer, batch: StudentBatch, attempt: Attempt, phase_step: int
     ) -> None:
         """Sends for the flag of a step, which ``is_training`` reads before the next one. No waiting."""
         record = self._records[trainer.name]
@@ -137,7 +135,7 @@ class FaultHandler:
             attempt, batch.targets, batch.masks.counts, batch.start, phase_step
         )
 
-    def resolve_pending(self, trainer: StudentTrainer) -> None:
+    def resolve_pending(self, trainer: Trainer) -> None:
         """Takes in how the network's last step went, if that is not known yet. Waits for that step; collective over the group where it was skipped."""
         record = self._records[trainer.name]
         last, record.pending = record.pending, None
@@ -162,7 +160,7 @@ class FaultHandler:
             record = self._records[trainer.name]
             if record.is_parked:
                 continue
-            if not trainer.engine.is_finite():
+            if not trainer.is_finite():
                 self._roll_back(trainer, phase_step, "its state is not finite")
             elif not record.in_a_row:
                 if record.has_moved:
@@ -176,17 +174,15 @@ class FaultHandler:
         each = ((r.num_skipped, r.num_rolled_back, r.is_parked) for r in records)
         return [float(value) for values in each for value in values]
 
-    def _take_snapshot(self, trainer: StudentTrainer, phase_step: int) -> None:
+    def _take_snapshot(self, trainer: Trainer, phase_step: int) -> None:
         record = self._records[trainer.name]
-        record.snapshot, record.snapshot_step = trainer.engine.snapshot(record.snapshot), phase_step
-        record.snapshot_targets = {k: v.clone() for k, v in trainer.targets.state().items()}
+        record.snapshot, record.snapshot_step = trainer.snapshot(record.snapshot), phase_step
         record.has_moved = False
 
-    def _roll_back(self, trainer: StudentTrainer, phase_step: int, reason: str) -> None:
+    def _roll_back(self, trainer: Trainer, phase_step: int, reason: str) -> None:
         record = self._records[trainer.name]
         assert record.snapshot is not None, "a phase starts by keeping its states"
-        trainer.engine.restore_snapshot(record.snapshot)
-        trainer.targets.load_state(record.snapshot_targets)
+        trainer.restore_snapshot(record.snapshot)
         record.in_a_row, record.has_moved = 0, False
         record.num_rolled_back += 1
         record.num_roll_backs += 1
@@ -195,7 +191,7 @@ class FaultHandler:
         if record.num_roll_backs == ROLL_BACKS:
             self._park(trainer, phase_step, f"rolled back {ROLL_BACKS} times to the same state")
 
-    def _park(self, trainer: StudentTrainer, phase_step: int, reason: str) -> None:
+    def _park(self, trainer: Trainer, phase_step: int, reason: str) -> None:
         record = self._records[trainer.name]
         record.is_parked = True
         if trainer.placement.first_rank == self._phase.world_rank:
@@ -203,12 +199,12 @@ class FaultHandler:
         text = f"parked with its state of step {record.snapshot_step}: {reason}"
         self._report(trainer, "parked", text, phase_step)
 
-    def _write_parked(self, trainer: StudentTrainer, phase_step: int, reason: str) -> None:
+    def _write_parked(self, trainer: Trainer, phase_step: int, reason: str) -> None:
         path = _parked_file(self._run_folder, trainer.name)
         path.parent.mkdir(exist_ok=True)
         write_json(path, {"step": phase_step, "reason": reason})
 
-    def _fail(self, trainer: StudentTrainer, error: Exception, phase_step: int) -> None:
+    def _fail(self, trainer: Trainer, error: Exception, phase_step: int) -> None:
         """Parks a network whose step raised; other errors are raised again."""
         record = self._records[trainer.name]
         if is_lost_connection(error) or isinstance(error, torch.AcceleratorError):
@@ -217,14 +213,13 @@ class FaultHandler:
             raise error
         lines = str(error).strip().splitlines() or ["no message"]
         reason = f"{type(error).__name__}: {lines[0]}"
-        if dist.get_world_size(trainer.engine.group) > 1:
+        if dist.get_world_size(trainer.group) > 1:
             self._write_parked(trainer, phase_step, reason)
             raise StudentError(f"{trainer.name} is parked from now on: {reason}") from error
-        trainer.engine.restore_snapshot(record.snapshot)
-        trainer.targets.load_state(record.snapshot_targets)
+        trainer.restore_snapshot(record.snapshot)
         self._park(trainer, phase_step, reason)
 
-    def _diagnose(self, trainer: StudentTrainer, last: PendingStep) -> str:
+    def _diagnose(self, trainer: Trainer, last: PendingStep) -> str:
         """What was not finite, found by any rank of the group. One all-reduce over it."""
         run_step = self._phase.first_step + last.phase_step
         borders = self._phase.plan_schedule.at(run_step).share_borders(run_step)
@@ -234,13 +229,13 @@ class FaultHandler:
         found = torch.tensor(
             [
                 _sender(last, borders) + 1,
-                int(not trainer.engine.is_finite_here()),
+                int(not trainer.is_finite_here()),
                 1 + bad_terms.index(True) if any(bad_terms) else 0,
             ],
-            device=next(trainer.engine.module.parameters()).device,
+            device=last.attempt.is_applied.device,
         )
-        if dist.get_world_size(trainer.engine.group) > 1:
-            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=trainer.engine.group)
+        if dist.get_world_size(trainer.group) > 1:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=trainer.group)
         sender, has_bad_weights, term = found.tolist()
         if sender:
             return f"the targets of rank {sender - 1} are not finite"
@@ -248,7 +243,7 @@ class FaultHandler:
             return "its weights are not finite"
         return f"its {names[term - 1]} loss is not finite" if term else "a gradient is not finite"
 
-    def _report(self, trainer: StudentTrainer, kind: EventKind, text: str, phase_step: int) -> None:
+    def _report(self, trainer: Trainer, kind: EventKind, text: str, phase_step: int) -> None:
         if trainer.placement.first_rank == self._phase.world_rank:
             note(self._run_folder, Event(kind, f"{trainer.name}: {text}", trainer.name, phase_step))
 

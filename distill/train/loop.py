@@ -10,22 +10,18 @@ agreed at the logging interval. The heartbeat shows where the rank is, for the w
 
 from collections import deque
 
-from distill.checkpoint.saver import Saver
-from distill.runfolder.heartbeat import Heartbeat
 from distill.train.exchange import Outgoing, Pending, student_batch
-from distill.train.faults import FaultHandler
 from distill.train.masking import DrawnMasks
-from distill.train.phase import Phase
-from distill.train.recorder import Recorder
+from distill.train.phase import ActivityLog, Faults, Phase, StepRecorder, StepSaver
 from teacher.batch import CropBatch, PatchMasks
 
 
 def run_phase(
     phase: Phase,
-    recorder: Recorder,
-    saver: Saver,
-    fault_handler: FaultHandler,
-    heartbeat: Heartbeat,
+    recorder: StepRecorder,
+    saver: StepSaver,
+    fault_handler: Faults,
+    heartbeat: ActivityLog,
     start_step: int,
 ) -> bool:
     """Runs the steps from ``start_step`` on; True when the phase is complete, False when a stop was requested and saved."""
@@ -41,17 +37,15 @@ def run_phase(
         heartbeat.enter("exchange", phase_step)
         delivery = phase.exchange.wait(on_the_way.popleft())
 
+        numbers = phase.schedule.at(run_step)
         for trainer in phase.trainers:
             heartbeat.enter("learning", phase_step, trainer.name)
             if not fault_handler.is_training(trainer, phase_step):
                 continue
-            grid_hw = phase.grid_at(run_step)
-            batch = student_batch(
-                delivery, trainer.placement, phase.world_rank, grid_hw, phase.plan.images_global
-            )
-            temperature, scalars = phase.temperature(run_step), phase.scalars(run_step)
+            wanted = trainer.placement.slice_of(phase.world_rank)
+            batch = student_batch(delivery, wanted, numbers.grid_hw, phase.plan.images_global)
             with fault_handler.isolating(trainer, phase_step):
-                attempt = trainer.train_step(batch, temperature, scalars, run_step)
+                attempt = trainer.train_step(batch, numbers)
                 fault_handler.watch(trainer, batch, attempt, phase_step)
         heartbeat.enter("post-step", phase_step)
         phase.after_step(phase_step + 1)

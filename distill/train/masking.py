@@ -42,12 +42,12 @@ class StepMasks:
         spec: MasksSpec,
         plan_schedule: PlanSchedule,
         world_rank: int,
-        grid_at: Callable[[int], tuple[int, int]],
+        grid_hw: Callable[[int], tuple[int, int]],
         seed: int,
         device: torch.device,
     ) -> None:
-        """``grid_at``: the teacher's patch grid at a step."""
-        self._spec, self._seed, self._grid_at, self._device = spec, seed, grid_at, device
+        """``grid_hw``: the teacher's patch grid at a step."""
+        self._spec, self._seed, self._grid_hw, self._device = spec, seed, grid_hw, device
         self._plan_schedule, self._world_rank = plan_schedule, world_rank
         self._worker = ThreadPoolExecutor(1, "masks")
         self._ahead: _Ahead | None = None
@@ -71,7 +71,7 @@ class StepMasks:
 
     def _draw(self, step: int, plan: Plan) -> DrawnMasks:
         """Masks in the host's memory."""
-        spec, grid_hw = self._spec, self._grid_at(step)
+        spec, grid_hw = self._spec, self._grid_hw(step)
         counts = mask_counts(
             seed=self._seed,
             step=step,

@@ -1,26 +1,150 @@
-"""One stretch of steps, as one rank sees it: everything that the loop asks."""
+"""One stretch of steps, as one rank sees it, and what the loop asks of everything that it drives.
 
-from collections.abc import Callable
+The protocols are all that the loop knows of a teacher, a loader, a network in training, a recorder: a
+benchmark or a test puts something else in their place.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
-from distill.data.loader import Loader
+import torch.distributed as dist
+from torch import Tensor
+
+from distill.checkpoint.saver import Saveable
 from distill.plan.by_step import PlanSchedule
-from distill.plan.plan import Plan
+from distill.plan.plan import Placement, Plan
 from distill.train.exchange import Exchange
-from distill.train.masking import StepMasks
+from distill.train.masking import DrawnMasks
+from distill.train.schedule import StepNumbers
 from distill.train.stopwatch import Stopwatch
-from distill.train.student import StudentTrainer
-from teacher.frozen import FrozenTeacher
-from teacher.task import StepScalars
+from distill.train.student import Attempt, Snapshot
+from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets
+
+
+@runtime_checkable
+class Schedule(Protocol):
+    """Numbers of each step; ``distill.train.schedule``."""
+
+    def at(self, run_step: int) -> StepNumbers:
+        """All numbers of a step in the stream of samples."""
+        ...
+
+
+@runtime_checkable
+class CropLoader(Protocol):
+    """This rank's share of each step's images; ``distill.data.loader``. ``wait_s`` accumulates."""
+
+    wait_s: float
+
+    def fetch(self, step: int) -> CropBatch:
+        """The crops of a step in the stream of samples; waits for them."""
+        ...
+
+    def make_room(self, max_images: int) -> None:
+        """Prepares for larger shares."""
+        ...
+
+    def close(self) -> None:
+        """Ends its processes."""
+        ...
+
+
+@runtime_checkable
+class MaskSource(Protocol):
+    """Masks of each step; ``distill.train.masking``."""
+
+    def draw(self, step: int) -> DrawnMasks:
+        """The masks of a step in the stream of samples."""
+        ...
+
+
+@runtime_checkable
+class Teacher(Protocol):
+    """Makes the targets; ``teacher.frozen``."""
+
+    def teach(self, crops: CropBatch, masks: PatchMasks) -> TeacherTargets:
+        """Targets of some images: class rows, and rows of the patches in ``masks``."""
+        ...
+
+    def anchor_state(self) -> dict[str, Tensor]:
+        """The Gram anchor's weights by name, nothing without one. Collective where it is sharded."""
+        ...
+
+
+@runtime_checkable
+class Trainer(Protocol):
+    """A network in training on this rank; ``distill.train.student``."""
+
+    @property
+    def name(self) -> str:
+        """Its label in the recipe."""
+        ...
+
+    @property
+    def placement(self) -> Placement:
+        """Where it trains."""
+        ...
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks that train it."""
+        ...
+
+    @property
+    def training(self) -> Stopwatch:
+        """Seconds of its steps."""
+        ...
+
+    def is_finished(self, phase_step: int) -> bool:
+        """It has trained all its steps when a step of the phase begins."""
+        ...
+
+    def train_step(self, batch: StudentBatch, numbers: StepNumbers) -> Attempt:
+        """One step on its slice. Collective over its group."""
+        ...
+
+    def read_metrics(self, wait: float) -> dict[str, float] | None:
+        """Means since the last call, None without a step. Collective over its group."""
+        ...
+
+    def snapshot(self, into: Snapshot | None = None) -> Snapshot:
+        """A copy of its state in host memory. No communication."""
+        ...
+
+    def restore_snapshot(self, snapshot: Snapshot) -> None:
+        """Goes back to a snapshot. Collective over its group."""
+        ...
+
+    def is_finite(self) -> bool:
+        """All of its state is finite. Collective over its group."""
+        ...
+
+    def is_finite_here(self) -> Tensor:
+        """The same of what this rank holds, on the device. No communication."""
+        ...
+
+    def ema(self, *, collect: bool = True) -> dict[str, Tensor]:
+        """The average of its weights by name, nothing without ``collect``. Collective over its group."""
+        ...
+
+    def state(self, *, collect: bool = True) -> dict[str, Tensor]:
+        """Full tensors by name, nothing without ``collect``. Collective over its group."""
+        ...
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of ``state``. No communication."""
+        ...
 
 
 @dataclass(frozen=True)
 class Phase:
     """One stretch of steps with a teacher and an objective, as one rank sees it.
 
-    ``first_step`` is where this phase begins in the stream of samples; ``grid_at`` is the teacher's patch
-    grid at a step of it. ``after_step`` gets the
-    number of finished steps: in pretraining it updates what follows the trained weights (the EMA
+    A step is counted in two ways: ``phase_step`` from the beginning of the phase, ``run_step`` in the stream
+    of samples, where the phase begins at ``first_step``. ``after_step`` is called with the number of finished
+    steps of the phase: in pretraining it updates what follows the trained weights (the EMA
     network that teaches, the Gram anchor), which is why such a phase looks no step ahead; in a
     family it re-plans the shares.
     """
@@ -32,13 +156,77 @@ class Phase:
     plan: Plan
     plan_schedule: PlanSchedule
     world_rank: int
-    grid_at: Callable[[int], tuple[int, int]]
-    loader: Loader
-    masks: StepMasks
-    teacher: FrozenTeacher
+    schedule: Schedule
+    loader: CropLoader
+    masks: MaskSource
+    teacher: Teacher
     teaching: Stopwatch
     exchange: Exchange
-    trainers: tuple[StudentTrainer, ...]
-    temperature: Callable[[int], float]
-    scalars: Callable[[int], StepScalars]
+    trainers: tuple[Trainer, ...]
     after_step: Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the world agreed to do after this step; the end of a phase is saved without a request."""
+
+    save: bool
+    stop: bool
+
+
+@runtime_checkable
+class StepRecorder(Protocol):
+    """Takes the numbers of finished steps; ``distill.train.recorder``."""
+
+    def record(self, phase: Phase, step: int, faults: Sequence[float]) -> Decision:
+        """Counts ``step`` finished steps of the phase and returns what to do now, the same on every rank."""
+        ...
+
+
+@runtime_checkable
+class StepSaver(Protocol):
+    """Writes checkpoints; ``distill.checkpoint.saver``."""
+
+    def report(self) -> None:
+        """Reports how a finished save ended."""
+        ...
+
+    def save(self, phase: Saveable, step: int) -> None:
+        """Begins to save after ``step`` finished steps of the phase. Collective."""
+        ...
+
+
+@runtime_checkable
+class Faults(Protocol):
+    """Keeps a fault of one network away from the others; ``distill.train.faults``."""
+
+    def is_training(self, trainer: Trainer, phase_step: int) -> bool:
+        """The network is neither finished nor parked. Collective over its group."""
+        ...
+
+    def isolating(self, trainer: Trainer, phase_step: int) -> AbstractContextManager[None]:
+        """An exception inside is that network's fault alone."""
+        ...
+
+    def watch(
+        self, trainer: Trainer, batch: StudentBatch, attempt: Attempt, phase_step: int
+    ) -> None:
+        """Sends for the flag of a step. No waiting."""
+        ...
+
+    def before_save(self, phase_step: int) -> None:
+        """Makes every state one that can be saved. Collective."""
+        ...
+
+    def counts(self) -> list[float]:
+        """Of every network of the phase: steps skipped, times rolled back, parked (1)."""
+        ...
+
+
+@runtime_checkable
+class ActivityLog(Protocol):
+    """Takes what the rank is doing; ``distill.runfolder.heartbeat``."""
+
+    def enter(self, activity: str, phase_step: int, network: str = "") -> None:
+        """Begins another activity."""
+        ...

@@ -9,7 +9,7 @@ no rank waits for the one furthest behind.
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,17 +31,9 @@ from distill.runfolder.status import (
     work_done,
 )
 from distill.train.delayed_reduce import DelayedAllReduce
-from distill.train.phase import Phase
+from distill.train.phase import Decision, Phase
 
 LOG_EVERY = 10  # steps
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What the world agreed to do after this step; the end of a phase is saved without a request."""
-
-    save: bool
-    stop: bool
 
 
 class Recorder:
@@ -167,6 +159,7 @@ class Recorder:
             now - before for now, before in zip(clocks, self._marks, strict=True)
         )
         images_per_s = num_steps * phase.plan.images_global / elapsed
+        numbers = phase.schedule.at(phase.first_step + step - 1)
         for trainer in phase.trainers:
             values = trainer.read_metrics(wait=exchange_s / elapsed)
             if values is not None and trainer.name in self._writers:
@@ -176,7 +169,7 @@ class Recorder:
                     time_unix=time.time(),
                     loss=values.pop("loss"),
                     grad_norm=values.pop("grad_norm"),
-                    lr=trainer.rates(phase.first_step + step - 1).lr,
+                    lr=numbers.rates[trainer.name].lr,
                     wait=values.pop("wait"),
                     images_per_s=images_per_s,
                     skipped=int(values.pop("skipped")),

@@ -1,9 +1,18 @@
-"""Numbers that change with the step: learning rate, EMA momentum, teacher temperature, RoPE box. Pure functions of the step."""
+"""Numbers that change with the step: learning rates, weight decay, EMA momentum, teacher temperature, RoPE boxes, grid.
+
+``StepSchedule.at`` gives all of one step. They are pure functions of the step, so every rank knows them.
+"""
 
 import math
 import random
+from collections.abc import Mapping
+from dataclasses import dataclass
 
+from distill.data.crops import CropSchedule
+from distill.engine.engine import StepRates
 from distill.recipe.schedules import LrSpec, ScheduleSpec
+from students.shapes import BackboneSpec, grid_of
+from teacher.task import Objective, StepScalars
 
 SQRT_RULE_IMAGES = 1024
 
@@ -50,3 +59,72 @@ def rope_scales(bounds: tuple[float, float] | None, seed: int, step: int) -> tup
     low, high = (math.log(bound) for bound in bounds)
     draw = random.Random(f"rope/{seed}/{step}")
     return math.exp(draw.uniform(low, high)), math.exp(draw.uniform(low, high))
+
+
+@dataclass(frozen=True)
+class RateSchedule:
+    """Learning rate, weight decay and EMA momentum of one network at every step of its run.
+
+    ``steps``: of all of the network's run, which weight decay and momentum go over; ``lr_steps``: where
+    the learning rate's schedule begins and ends. ``weight_decay`` and ``ema``: first and last value, a last
+    one of None for a constant. ``freeze_prototypes``: steps in which the prototypes' rate is zero.
+    """
+
+    lr: LrSpec
+    images_global: int
+    steps: range
+    lr_steps: range
+    weight_decay: tuple[float, float | None]
+    ema: tuple[float, float | None]
+    freeze_prototypes: int
+
+    def at(self, run_step: int) -> StepRates:
+        """The rates of one step."""
+        step, num_steps = run_step - self.steps.start, len(self.steps)
+        lr = learning_rate(
+            self.lr, run_step - self.lr_steps.start, len(self.lr_steps), self.images_global
+        )
+        return StepRates(
+            lr,
+            0.0 if step < self.freeze_prototypes else lr,
+            cosine(*self.weight_decay, step, num_steps),
+            cosine(*self.ema, step, num_steps),
+        )
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """All numbers of one step, the same on every rank. ``rates``: of the networks that this rank trains, by name."""
+
+    run_step: int
+    grid_hw: tuple[int, int]
+    temperature: float
+    scalars: StepScalars
+    rates: Mapping[str, StepRates]
+
+
+@dataclass(frozen=True)
+class StepSchedule:
+    """All numbers of every step of a phase. ``backbone``: the teacher's, whose patch grid the masks are on."""
+
+    settings: ScheduleSpec
+    seed: int
+    objective: Objective
+    crops: CropSchedule
+    backbone: BackboneSpec
+    rates: Mapping[str, RateSchedule]
+
+    def at(self, run_step: int) -> StepNumbers:
+        """The numbers of a step in the stream of samples."""
+        scales = rope_scales(self.settings.rope_rescale, self.seed, run_step)
+        return StepNumbers(
+            run_step,
+            self.grid_hw(run_step),
+            teacher_temperature(self.settings, run_step),
+            StepScalars(self.objective, *scales),
+            {name: each.at(run_step) for name, each in self.rates.items()},
+        )
+
+    def grid_hw(self, run_step: int) -> tuple[int, int]:
+        """The teacher's patch grid on the global crops of a step."""
+        return grid_of(self.backbone, self.crops.at(run_step).global_size)

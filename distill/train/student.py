@@ -8,13 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.engine.engine import Engine, StepRates
+from distill.engine.engine import Engine, StateSnapshot
 from distill.plan.plan import Placement
+from distill.train.schedule import StepNumbers
 from distill.train.stopwatch import Stopwatch
 from teacher.batch import StudentBatch
 from teacher.heads import Head
 from teacher.sinkhorn import sinkhorn
-from teacher.task import Assignments, Losses, StepScalars
+from teacher.task import Assignments, Losses
 
 TARGETS_PREFIX = "targets/"  # of a target maker's tensors in a network's state
 
@@ -81,6 +82,14 @@ class Attempt:
     terms: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What one rank holds of a network and of its targets' state, to go back to."""
+
+    engine: StateSnapshot
+    targets: dict[str, Tensor]
+
+
 class StudentTrainer:
     """A trained network on one of its ranks. Numbers stay on the device until ``read_metrics``."""
 
@@ -89,7 +98,6 @@ class StudentTrainer:
         name: str,
         placement: Placement,
         engine: Engine,
-        rates: Callable[[int], StepRates],
         targets: TargetBuilder,
         *,
         parts: Sequence[slice] = (slice(None),),
@@ -103,28 +111,26 @@ class StudentTrainer:
         """
         self._prepare = prepare
         self._parts, self._stop_step = parts, num_steps
-        self.name, self.placement, self.engine, self.rates = name, placement, engine, rates
+        self.name, self.placement, self.engine = name, placement, engine
         self.targets = targets
         self.training = Stopwatch(next(engine.module.parameters()).device)
         self._sums: dict[str, Tensor] = {}
         self._num_steps = 0
 
-    def train_step(
-        self, batch: StudentBatch, temperature: float, scalars: StepScalars, run_step: int
-    ) -> Attempt:
+    def train_step(self, batch: StudentBatch, numbers: StepNumbers) -> Attempt:
         """One step of this network; a skipped one changes nothing. Collective over its group: targets, KoLeo where cut, gradients."""
         terms, before = dict[str, Tensor](), self.targets.state()
-        group = self.engine.group if dist.get_world_size(self.engine.group) > 1 else None
-        batch = self._prepare(batch, run_step)
+        group = self.group if dist.get_world_size(self.group) > 1 else None
+        batch = self._prepare(batch, numbers.run_step)
         with self.training.running():
-            targets = self.targets.build_targets(batch, temperature, group)
+            targets = self.targets.build_targets(batch, numbers.temperature, group)
             for images in self._parts:
                 part, its_targets = batch, targets
                 if len(self._parts) > 1:
                     part = batch.part(images)
                     its_targets = targets.part(images, batch.masks.masked(images))
-                losses: Losses = self.engine.forward(part, its_targets, scalars)
-                self.engine.backward_and_step(losses.total, self.rates(run_step))
+                losses: Losses = self.engine.forward(part, its_targets, numbers.scalars)
+                self.engine.backward_and_step(losses.total, numbers.rates[self.name])
                 _add(terms, {"loss": losses.total.detach(), **losses.parts})
             is_applied, after = self.engine.is_applied, self.targets.state()
             self.targets.load_state(
@@ -134,6 +140,29 @@ class StudentTrainer:
             _add(self._sums, {"applied": is_applied, **counted})
         self._num_steps += 1
         return Attempt(is_applied, terms)
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """The ranks that train this network."""
+        return self.engine.group
+
+    def snapshot(self, into: Snapshot | None = None) -> Snapshot:
+        """A copy in host memory of what this rank holds of the network; ``into`` is overwritten. No communication."""
+        engine = self.engine.snapshot(None if into is None else into.engine)
+        return Snapshot(engine, {k: v.clone() for k, v in self.targets.state().items()})
+
+    def restore_snapshot(self, snapshot: Snapshot) -> None:
+        """Goes back to a snapshot, on every rank of the group together. One all-gather per parameter group."""
+        self.engine.restore_snapshot(snapshot.engine)
+        self.targets.load_state(snapshot.targets)
+
+    def is_finite(self) -> bool:
+        """All state of the network is finite. Waits for the device; one all-reduce over the group."""
+        return self.engine.is_finite()
+
+    def is_finite_here(self) -> Tensor:
+        """The same of what this rank holds, on the device. No communication."""
+        return self.engine.is_finite_here()
 
     def is_finished(self, phase_step: int) -> bool:
         """The network has trained all its steps when a step of the phase begins."""
@@ -159,6 +188,10 @@ class StudentTrainer:
         values["skipped"] = self._num_steps - values["skipped"]
         self._sums, self._num_steps = {}, 0
         return values
+
+    def ema(self, *, collect: bool = True) -> dict[str, Tensor]:
+        """The average of the weights by name, fp32 in host memory; nothing without ``collect``. Communication: gathers over its group."""
+        return self.engine.full("ema", collect=collect)
 
     def state(self, *, collect: bool = True) -> dict[str, Tensor]:
         """Everything needed to go on, independent of the layout; parts of it without ``collect``. Communication as ``Engine.state``."""

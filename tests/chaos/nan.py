@@ -36,13 +36,12 @@ from distill.train.faults import IN_A_ROW, FaultHandler
 from distill.train.groups import Groups, make_groups
 from distill.train.loop import run_phase
 from distill.train.masking import DrawnMasks
-from distill.train.phase import Phase
-from distill.train.recorder import Decision
+from distill.train.phase import Decision, Phase
 from distill.train.stopwatch import Stopwatch
 from distill.train.student import Attempt, StudentTrainer
 from teacher.batch import CropBatch, PatchMasks, StudentBatch
 from teacher.task import Losses
-from tests.support.families import IMAGES, SCALARS, Ways, batch_of, make_pupil, some, take
+from tests.support.families import IMAGES, Numbers, Ways, batch_of, make_pupil, some, take
 from tests.support.spawn import on_ranks
 from tests.support.tiny import teacher
 
@@ -184,21 +183,19 @@ def train(
         plan=plan,
         plan_schedule=plan_schedule,
         world_rank=rank,
-        grid_at=lambda step: (2, 2),
-        loader=_Loader(plan, rank),  # type: ignore[arg-type]
-        masks=_Masks(plan, rank),  # type: ignore[arg-type]
+        schedule=Numbers(),
+        loader=_Loader(plan, rank),
+        masks=_Masks(plan, rank),
         teacher=teacher(4, has_heads=has_heads),
         teaching=Stopwatch(torch.device("cpu")),
         exchange=Slices(plan_schedule, rank, groups.exchange, torch.device("cpu")),
         trainers=trainers,
-        temperature=lambda step: 0.07,
-        scalars=lambda step: SCALARS,
         after_step=lambda step: None,
     )
     fault_handler = FaultHandler(phase, run_folder)
     witness = _Witness(fault_handler, fault, phase)
     fault_handler.start(0, groups.control)
-    run_phase(phase, _Recorder(), _Saver(), witness, Heartbeat(run_folder, rank), 0)  # type: ignore[arg-type]
+    run_phase(phase, _Recorder(), _Saver(), witness, Heartbeat(run_folder, rank), 0)
     fault_handler.before_save(NUM_STEPS)
     dist.barrier()  # every rank has written its events
     counts, names = fault_handler.counts(), [placement.name for placement in plan.placements]
@@ -345,6 +342,12 @@ class _Loader:
     def fetch(self, step: int) -> CropBatch:
         share = self._plan.share(self._rank, step)
         return some(batch_of(step)[0], slice(share.start, share.stop))
+
+    def make_room(self, max_images: int) -> None:
+        """Any share fits."""
+
+    def close(self) -> None:
+        """Nothing to end."""
 
 
 class _Masks:

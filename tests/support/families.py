@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from distill.engine.engine import Engine, EngineSettings, StepRates
 from distill.plan.plan import Plan
 from distill.plan.traffic import WireShape
+from distill.train.schedule import StepNumbers
 from distill.train.student import SinkhornTargets, StudentTrainer, TargetBuilder
 from students.objective import FeatureNormalizer, FeatureTask, build_projectors
 from teacher.batch import CropBatch
@@ -26,6 +27,13 @@ WIRE = WireShape(2 * 3 * 16 * 16, 2 * 3 * 8 * 8, 2 * 6, 6, 4, 4, stat_values=6)
 
 
 RATES = StepRates(lr=1e-3, lr_prototypes=1e-3, weight_decay=0.04, ema_momentum=0.9)
+
+
+class Numbers:
+    """The same numbers at every step."""
+
+    def at(self, run_step: int) -> StepNumbers:
+        return StepNumbers(run_step, (2, 2), 0.07, SCALARS, dict.fromkeys("abc", RATES))
 
 
 def some(crops: CropBatch, images: slice) -> CropBatch:
@@ -93,9 +101,7 @@ def make_pupil(
     settings = EngineSettings(zero, precision, 3.0, parts[0].stop, len(parts))
     engine = Engine(task, group, groups.alone, settings)
     end = dict(ways.ends).get(name)
-    return StudentTrainer(
-        name, placement, engine, lambda step: RATES, targets, parts=parts, num_steps=end
-    )
+    return StudentTrainer(name, placement, engine, targets, parts=parts, num_steps=end)
 
 
 def metrics_of(trainer: StudentTrainer) -> dict[str, float]:

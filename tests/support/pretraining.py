@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from distill.runfolder.heartbeat import Heartbeat
 from distill.train.faults import FaultHandler
 from distill.train.groups import make_groups
 from distill.train.loop import run_phase
-from distill.train.recorder import Decision
+from distill.train.phase import Decision
 
 RECIPE = """
 name: small
@@ -95,6 +95,9 @@ class Witness:
     def report(self) -> None:
         """Nothing is saved."""
 
+    def save(self, phase: Any, step: int) -> None:
+        raise AssertionError(f"{phase.name}: nothing asked for a save at step {step}")
+
     def record(self, phase: Any, _: int, __: object) -> Decision:
         values = phase.trainers[0].read_metrics(wait=0.0)
         self.losses.append(values.pop("loss"))
@@ -123,7 +126,7 @@ def pretrain(
         fault_handler = FaultHandler(phase, folder)
         fault_handler.start(0, groups.control)
         heartbeat = Heartbeat(folder, groups.world_rank)
-        run_phase(phase, cast(Any, witness), cast(Any, witness), fault_handler, heartbeat, 0)
+        run_phase(phase, witness, witness, fault_handler, heartbeat, 0)
         phase.loader.close()
     held = [p.to_local() if hasattr(p, "to_local") else p for p in pretraining.ema.parameters()]
     return {

@@ -60,7 +60,7 @@ def test_normalise__by_each_images_own_colours() -> None:
 
 def test_task__loss_equals_loops_over_images_crops_and_patches() -> None:
     taught, learner = teacher().double(), task().double()
-    taught.anchor = network(3)[0].double()
+    taught.use_anchor(network(3)[0].double())
     batch = student_batch(taught)
     targets = assignments(batch, taught)
     weights = Objective(dino=1.0, ibot=0.7, koleo=0.1, local=0.5, gram=2.0)
@@ -114,7 +114,7 @@ def test_task__gradients_reach_every_trainable_parameter_and_no_frozen_one(
     masks_input: bool,
 ) -> None:
     taught, learner = teacher(), task(masks_input=masks_input)
-    taught.anchor = network(3)[0].requires_grad_(False)
+    taught.use_anchor(network(3)[0].requires_grad_(False))
     batch = student_batch(taught)
     losses = learner(
         batch,

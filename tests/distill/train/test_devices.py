@@ -143,7 +143,7 @@ def spoil(recipe: Path, folder: Path) -> Any:
     prepare_deepspeed("cpu")
     with pretending():
         bench = bench_of(recipe, ("schedule.steps=100",), ())
-        phase, fault_handler = bench.phases[OURS], bench.isolations[OURS]
+        phase, fault_handler = bench.phases[OURS], bench.fault_handlers[OURS]
         fault_handler._run_folder = folder
         fault_handler.start(0, make_control(timedelta(seconds=60)))
         bench.warm_up(OURS)

@@ -24,9 +24,9 @@ from teacher.losses import koleo_sum
 from teacher.sinkhorn import sinkhorn
 from tests.support.families import (
     IMAGES,
-    SCALARS,
     WHOLE,
     WIRE,
+    Numbers,
     Ways,
     batch_of,
     make_pupil,
@@ -65,7 +65,7 @@ def train_family(
     whole = sum(p.numel() for p in taught.backbone.parameters())
     if ways.is_sharded:
         taught.shard(groups.teacher, torch.device("cpu"))
-        taught.min_forwards = -(-max(plan.largest_shares) // 4)
+        taught.pad_forwards(max(plan.largest_shares))
         parts = [p.to_local().numel() for p in taught.backbone.parameters()]  # type: ignore[attr-defined]
         assert sum(parts) < whole / num_ranks * 1.3  # rows do not divide evenly
     way = AllGather if is_published else Slices
@@ -101,11 +101,11 @@ def train_family(
         for trainer in trainers:
             if trainer.is_finished(step):
                 continue
-            batch = student_batch(delivery, trainer.placement, rank, (2, 2), IMAGES)
+            batch = student_batch(delivery, trainer.placement.slice_of(rank), (2, 2), IMAGES)
             if bad == (trainer.name, step):
                 with torch.no_grad():
                     next(iter(trainer.engine.module.dino_head.parameters()))[0, 0] = float("nan")
-            trainer.train_step(batch, 0.07, SCALARS, step)
+            trainer.train_step(batch, Numbers().at(step))
             values = metrics_of(trainer)
             losses[trainer.name].append(values["loss"])
             skipped[trainer.name] += int(values["skipped"])
@@ -354,8 +354,8 @@ def train_one(trainer: StudentTrainer, plan: Plan, steps: range) -> list[float]:
         own = PatchMasks.of(masks[part])
         outgoing = Outgoing(step, mine, taught.teach(mine, own), own, masks.sum(dim=2).numpy())
         delivery = exchange.wait(exchange.start(outgoing))
-        batch = student_batch(delivery, trainer.placement, rank, (2, 2), IMAGES)
-        trainer.train_step(batch, 0.07, SCALARS, step)
+        batch = student_batch(delivery, trainer.placement.slice_of(rank), (2, 2), IMAGES)
+        trainer.train_step(batch, Numbers().at(step))
         losses.append(metrics_of(trainer)["loss"])
     return losses
 
