@@ -26,6 +26,7 @@ ORDER = (
     "distill.recipe",
     "distill.data",
     "distill.runfolder",
+    "distill.extend",
     "students",
     "teacher",
     "distill.errors",

@@ -25,15 +25,6 @@ if TYPE_CHECKING:
 RESOLVED_RECIPE = "recipe.resolved.yaml"
 
 
-class Target(StrEnum):
-    """Formats to export to."""
-
-    HF = "hf"
-    TIMM = "timm"
-    META = "meta"
-    ONNX = "onnx"
-
-
 class WeightLayout(StrEnum):
     """Published layouts of the same weights."""
 
@@ -53,7 +44,14 @@ def export(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")
     ],
-    to: Annotated[Target, typer.Option("--to", help="The library that is to read the files.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="[hf|timm|meta|onnx|NAME]",
+            help="The library that is to read the files, or a format that an installed package adds.",
+        ),
+    ],
     student: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,22 +71,19 @@ def export(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Write a student for Hugging Face, timm, Meta or ONNX, and verify the outputs agree."""
-    folders = _chosen(run, student or [])
-    if to is Target.ONNX:
-        from distill.weights.onnx import require_exporter
-
-        require_exporter()
     from distill.weights.export import export_network
+    from distill.weights.exporter import find_exporter
 
-    target = out or run / "export" / to.value
+    exporter, folders = find_exporter(to), _chosen(run, student or [])
+    exporter.require()
+
+    target = out or run / "export" / to
     recipe = _read_recipe(run)
     finished: list[Exported] = []
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         for name, folder in folders.items():
             background, inputs = _background(run, name, folder, recipe), _inputs(recipe, name)
-            done = export_network(
-                name, folder, target / name, to.value, dtype.value, background, inputs
-            )
+            done = export_network(name, folder, target / name, to, dtype.value, background, inputs)
             finished.append(done)
             if not as_json:
                 size = done.num_bytes / 1e6
@@ -96,7 +91,7 @@ def export(
                     f"{name}: {done.folder}, {size:.1f} MB; {done.parity.describe()}\n"
                 )
     if as_json:
-        summary: dict[str, Any] = {"run": str(run), "to": to.value, "dtype": dtype.value}
+        summary: dict[str, Any] = {"run": str(run), "to": to, "dtype": dtype.value}
         summary["exported"] = [each.to_json() for each in finished]
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
 

@@ -5,7 +5,7 @@ score stands beside its baselines.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,12 @@ from ruamel.yaml.error import YAMLError
 
 from distill.runfolder.status import KNN_K, TEACHER
 from distill.weights.containers import read_object
-from distill.weights.verify import Format, Parity
-from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec
-from teacher.shapes import ViTSpec
+from distill.weights.exporter import Exporter
+from distill.weights.verify import Parity
+from students.shapes import BackboneSpec
 
 UNKNOWN_LICENCE = "unknown: check the teacher's licence"
 FRONT_MATTER_KEYS = ("license", "license_name", "license_link")
-LIBRARY_NAMES: Mapping[Format, str] = {
-    "hf": "transformers",
-    "timm": "timm",
-    "meta": "dinov3",
-    "onnx": "onnx",
-}
-SWIGLU_SHARE = 2 / 3  # Meta's ffn_ratio counts the width before a gated layer is cut to two thirds
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ def licence_text(licence: Mapping[str, str]) -> str:
 def model_card(
     name: str,
     spec: BackboneSpec,
-    form: Format,
+    exporter: Exporter,
     dtype: str,
     background: Background,
     parity: Parity,
@@ -92,7 +85,7 @@ def model_card(
     return "\n".join(
         [
             "---",
-            f"library_name: {LIBRARY_NAMES[form]}",
+            f"library_name: {exporter.library}",
             "pipeline_tag: image-feature-extraction",
             *(f"{key}: {json.dumps(value)}" for key, value in background.licence.items()),
             "---",
@@ -105,7 +98,9 @@ def model_card(
             "",
             "## Load it",
             "",
-            *_loading(name, spec, form, files),
+            "```python",
+            *exporter.usage(name, spec, [file.name for file in files]),
+            "```",
             "",
             "Images: RGB in [0, 1], resized, normalised; numbers in `preprocessor_config.json`. Sides are "
             f"multiples of {spec.stride} px.",
@@ -160,81 +155,3 @@ def _scores(name: str, summary: Mapping[str, Any]) -> list[str]:
         "| --- | ---: |",
         *(f"| {label} | {score:.3f} |" for label, score in rows.items() if score is not None),
     ]
-
-
-def _loading(
-    name: str, spec: BackboneSpec, form: Format, files: tuple[WrittenFile, ...]
-) -> list[str]:
-    """A code block that ends with ``backbone``, or with the outputs of a session."""
-    if form == "meta":
-        (weights,) = (file.name for file in files if file.name.endswith(".pth"))
-        lines = _loading_meta(spec, f"{name}/{weights}")
-    else:
-        lines = {
-            "hf": [
-                "from transformers import AutoImageProcessor, AutoModel",
-                "",
-                f'prepare = AutoImageProcessor.from_pretrained("{name}")',
-                f'backbone = AutoModel.from_pretrained("{name}")',
-            ],
-            "timm": [
-                "import timm",
-                "",
-                f'backbone = timm.create_model("local-dir:{name}", pretrained=True).eval()',
-            ],
-            "onnx": [
-                "import onnxruntime",
-                "",
-                f'session = onnxruntime.InferenceSession("{name}/model.onnx")',
-                "class_token, patch_tokens = session.run(",
-                '    ["class_token", "patch_tokens"], {"pixel_values": pixels}',
-                ")  # pixels: float32, [images, 3, height, width]",
-            ],
-        }[form]
-    return ["```python", *lines, "```"]
-
-
-def _loading_meta(spec: BackboneSpec, path: str) -> list[str]:
-    """Through Meta's hub entry for a published size, through its classes for any other."""
-    published = [arch for arch, known in CATALOG.items() if known == spec]
-    if published:
-        entry = f'"facebookresearch/dinov3", "dinov3_{published[0]}"'
-        return [
-            "import torch",
-            "",
-            f'backbone = torch.hub.load({entry}, weights="{path}")',
-        ]
-    assert type(spec) in _META_CODE, f"a {type(spec).__name__} is not written for Meta's code"
-    module, class_, arguments = _META_CODE[type(spec)](spec)
-    return [
-        "import torch",
-        f"from dinov3.models.{module} import {class_}",
-        "",
-        f"backbone = {class_}(",
-        *(f"    {line}" for line in arguments),
-        ")",
-        f'backbone.load_state_dict(torch.load("{path}", weights_only=True))',
-    ]
-
-
-def _meta_vit(spec: ViTSpec) -> tuple[str, str, list[str]]:
-    is_gated = spec.ffn == "swiglu"
-    ratio = spec.ffn_width / spec.width / (SWIGLU_SHARE if is_gated else 1.0)
-    arguments = [
-        f"patch_size={spec.patch}, embed_dim={spec.width}, depth={spec.depth}, num_heads={spec.heads},",
-        f'ffn_ratio={ratio:g}, ffn_layer="{"swiglu" if is_gated else "mlp"}", qkv_bias={spec.qv_bias},',
-        f'n_storage_tokens={spec.registers}, norm_layer="layernormbf16", layerscale_init=1.0,',
-        'mask_k_bias=True, pos_embed_rope_dtype="fp32",',
-    ]
-    return "vision_transformer", "DinoVisionTransformer", arguments
-
-
-def _meta_convnext(spec: ConvNeXtSpec) -> tuple[str, str, list[str]]:
-    return "convnext", "ConvNeXt", [f"depths={list(spec.depths)}, dims={list(spec.widths)},"]
-
-
-# type of spec -> module, class and arguments in Meta's code
-_META_CODE: Mapping[type, Callable[[Any], tuple[str, str, list[str]]]] = {
-    ViTSpec: _meta_vit,
-    ConvNeXtSpec: _meta_convnext,
-}

@@ -13,7 +13,6 @@ it was not. What each format holds:
     onnx  model.onnx with free batch, height and width
 """
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -25,18 +24,17 @@ import torch
 from distill.errors import CheckpointError, UserError
 from distill.weights.card import Background, WrittenFile, licence_text, model_card
 from distill.weights.containers import read_object
-from distill.weights.convert import convert
+from distill.weights.exporter import find_exporter
 from distill.weights.hf_config import preprocessor_config
 from distill.weights.load import load_backbone
-from distill.weights.onnx import write_onnx
-from distill.weights.verify import TOLERANCE, Format, Parity, verify
+from distill.weights.save import sha256_of
+from distill.weights.verify import TOLERANCE, Parity, verify
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECORD = "distill.json"  # its "export" part marks a folder as one that may be replaced
 CARD = "README.md"
 PREPARATION = "preprocessor_config.json"
-READ_BYTES = 2**24  # of a file at once, for its checksum
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ def export_network(
     name: str,
     source: Path,
     folder: Path,
-    form: Format,
+    form: str,
     dtype: Dtype,
     background: Background,
     inputs: Inputs,
@@ -89,6 +87,7 @@ def export_network(
         CheckpointError: ``folder`` holds something else, or ``source`` cannot be read.
         SetupError: a library is missing to write this format.
     """
+    exporter = find_exporter(form)
     _refuse_foreign(folder, source)
     aside, rejected = (
         folder.with_name(f".{folder.name}.part"),
@@ -98,9 +97,9 @@ def export_network(
         shutil.rmtree(stale, ignore_errors=True)
     aside.parent.mkdir(parents=True, exist_ok=True)
     try:
-        _write(name, source, aside, form, DTYPES[dtype])
+        exporter.write(name, source, aside, DTYPES[dtype])
         _write_preparation(source, aside, inputs)
-        parity = verify(form, aside, source, DTYPES[dtype])
+        parity = verify(exporter, aside, source, DTYPES[dtype])
         if parity.is_mismatch:
             aside.rename(rejected)
             raise _mismatch(name, form, parity, rejected)
@@ -113,20 +112,6 @@ def export_network(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return Exported(name, folder, parity, files)
-
-
-def _write(name: str, source: Path, aside: Path, form: Format, dtype: torch.dtype) -> None:
-    if form == "onnx":
-        aside.mkdir()
-        backbone, spec = load_backbone(source)
-        write_onnx(backbone, spec, aside / "model.onnx", dtype=dtype)
-    elif form == "meta":
-        aside.mkdir()
-        file = aside / f"{name}.pth"
-        convert(source, file, layout="meta", dtype=dtype)
-        file.rename(aside / f"{name}-{_measure(file).sha256[:8]}.pth")
-    else:
-        convert(source, aside, layout=form, dtype=dtype)
 
 
 def _write_preparation(source: Path, aside: Path, inputs: Inputs) -> None:
@@ -144,7 +129,7 @@ def _describe(
     name: str,
     source: Path,
     aside: Path,
-    form: Format,
+    form: str,
     dtype: Dtype,
     background: Background,
     parity: Parity,
@@ -153,7 +138,8 @@ def _describe(
     """The card and the record; what the source's record holds is kept in it."""
     spec = load_backbone(source)[1]
     (aside / CARD).write_text(
-        model_card(name, spec, form, dtype, background, parity, files), encoding="utf-8"
+        model_card(name, spec, find_exporter(form), dtype, background, parity, files),
+        encoding="utf-8",
     )
     record = {
         **background.provenance,
@@ -164,7 +150,7 @@ def _describe(
     _write_json(aside / RECORD, record)
 
 
-def _mismatch(name: str, form: Format, parity: Parity, rejected: Path) -> UserError:
+def _mismatch(name: str, form: str, parity: Parity, rejected: Path) -> UserError:
     return UserError(
         f"{name} as {form}: {parity.describe()}; at most {TOLERANCE:g} is allowed",
         fix=f"Do not use {rejected}; try another format, and report this line with both versions.",
@@ -187,11 +173,7 @@ def _refuse_foreign(folder: Path, source: Path) -> None:
 
 
 def _measure(path: Path) -> WrittenFile:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(READ_BYTES):
-            digest.update(chunk)
-    return WrittenFile(path.name, path.stat().st_size, digest.hexdigest())
+    return WrittenFile(path.name, path.stat().st_size, sha256_of(path))
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -15,19 +15,18 @@ Only a library that is installed can check; nothing here is needed to write the 
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.weights.exporter import Exporter
 from distill.weights.load import load_backbone
 
-Format = Literal["hf", "timm", "meta", "onnx"]
-LIBRARIES: dict[Format, str] = {"hf": "transformers", "timm": "timm", "onnx": "onnxruntime"}
 TOLERANCE = 1e-4  # fp32 in another order of additions: 1e-5 at most; a wrong tensor: 1e-2 and more
 GRIDS = ((7, 7), (5, 9))  # patches down and across
 IMAGES_PER_GRID = 2
@@ -37,7 +36,6 @@ ClassTokens = Float[Tensor, "images width"]
 PatchTokens = Float[Tensor, "images _ width"]  # as many patches as the grid has
 Pixels = Float[Tensor, "images channels _ _"]
 Features = list[tuple[ClassTokens, PatchTokens]]  # of each grid
-Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -104,22 +102,24 @@ def our_features(source: Path, dtype: torch.dtype) -> Features:
     return [(each.class_token, each.patch_tokens) for each in found]
 
 
-def verify(form: Format, written: Path, source: Path, dtype: torch.dtype) -> Parity:
+def verify(exporter: Exporter, written: Path, source: Path, dtype: torch.dtype) -> Parity:
     """Reads ``written`` with the library of its format and compares features with our network."""
-    if form == "meta":
-        name = "distill's reader (Meta's code is no package to install)"
+    library = exporter.reader
+    if library is None:
+        name = f"distill's reader ({exporter.library} is no package to install)"
     else:
-        library = LIBRARIES[form]
         if importlib.util.find_spec(library) is None:
             return Parity(None, f"{library} is not installed")
         try:
-            name = f"{library} {importlib.import_module(library).__version__}"
-            _import_readers(form)
+            module = importlib.import_module(library)
+            name = f"{library} {module.__version__}"
+            if exporter.reader_part:  # some parts are imported only when first touched
+                getattr(module, exporter.reader_part)
         except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision of another torch
             return Parity(None, f"{library} does not import here ({_first_line(error)})")
     expected = our_features(source, dtype)
     try:
-        found = largest_differences(expected, _their_features(form, written, source))
+        found = largest_differences(expected, _their_features(exporter, written, source))
     except Exception as error:  # whatever another library raises, the files are of no use to it
         return Parity(name, f"{type(error).__name__}: {_first_line(error)}")
     return Parity(name, "", *found)
@@ -146,89 +146,10 @@ def largest_differences(
 
 
 @torch.inference_mode()
-def _their_features(form: Format, written: Path, source: Path) -> Features:
+def _their_features(exporter: Exporter, written: Path, source: Path) -> Features:
     spec = load_backbone(source)[1]
-    open_: dict[Format, Callable[[Path, int], Forward]] = {
-        "hf": _open_transformers,
-        "timm": _open_timm,
-        "onnx": _open_onnx,
-        "meta": _open_ours,
-    }
-    forward = open_[form](written, spec.stride)
+    forward = exporter.read_back(written, spec.stride)
     return [forward(pixels) for pixels in probes(spec.stride, spec.in_channels)]
-
-
-def _import_readers(form: Format) -> None:
-    """The parts of a library that the verification uses; some are imported only when first touched."""
-    if form == "hf":
-        _ = importlib.import_module("transformers").AutoModel
-    if form == "timm":
-        _ = importlib.import_module("timm").create_model
-
-
-def _open_transformers(folder: Path, stride: int) -> Forward:
-    """``AutoModel`` on the folder; patches are its last tokens."""
-    bars = importlib.import_module("transformers.utils.logging")
-    had_bars = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
-    try:
-        backbone, loading = importlib.import_module("transformers").AutoModel.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    finally:
-        if had_bars:
-            bars.enable_progress_bar()
-    wrong = {problem: sorted(map(str, keys)) for problem, keys in loading.items() if keys}
-    if wrong:
-        raise ValueError(f"not every tensor was taken: {wrong}")
-    backbone.eval()
-
-    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        found = backbone(pixels)
-        num_patches = (pixels.shape[2] // stride) * (pixels.shape[3] // stride)
-        return found.pooler_output, found.last_hidden_state[:, -num_patches:]
-
-    return forward
-
-
-def _open_timm(folder: Path, stride: int) -> Forward:
-    """``create_model`` on the folder; a ConvNeXt of timm norms its map only behind the pooling."""
-    backbone = importlib.import_module("timm").create_model(f"local-dir:{folder}", pretrained=True)
-    backbone.eval()
-
-    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        found = backbone.forward_features(pixels)
-        if found.ndim == 4:  # [images, width, rows, columns]
-            return backbone(pixels), backbone.head.norm(found).flatten(2).transpose(1, 2)
-        num_patches = (pixels.shape[2] // stride) * (pixels.shape[3] // stride)
-        return backbone(pixels), found[:, -num_patches:]
-
-    return forward
-
-
-def _open_onnx(folder: Path, stride: int) -> Forward:  # noqa: ARG001  # the graph names its outputs
-    """``model.onnx`` in onnxruntime on the CPU."""
-    session = importlib.import_module("onnxruntime").InferenceSession(
-        folder / "model.onnx", providers=["CPUExecutionProvider"]
-    )
-
-    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        found = session.run(["class_token", "patch_tokens"], {"pixel_values": pixels.numpy()})
-        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
-
-    return forward
-
-
-def _open_ours(folder: Path, stride: int) -> Forward:  # noqa: ARG001  # our features are named
-    """The ``.pth`` file read back by us: finds a damaged file, not a key that both ways get wrong."""
-    (file,) = folder.glob("*.pth")
-    backbone = load_backbone(file)[0].eval()
-
-    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
-        found = backbone(pixels)
-        return found.class_token, found.patch_tokens
-
-    return forward
 
 
 def _first_line(error: Exception) -> str:

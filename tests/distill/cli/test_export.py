@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from distill.cli import app as cli
-from distill.weights import export as formats
+from distill.weights import to_hf
 from tests.support.exports import CONVNEXT, GATED, VIT, names, write_network
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -100,7 +100,7 @@ def test_export__a_teacher_that_is_gone_does_not_keep_students_back(
 def test_export__a_wrong_translation_is_exit_code_1(
     run: Any, finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = formats.convert
+    right = to_hf.convert
 
     def swapped(source: Path, target: Path, **how: Any) -> None:
         right(source, target, **how)
@@ -109,7 +109,7 @@ def test_export__a_wrong_translation_is_exit_code_1(
         weights[query], weights[key] = weights[key], weights[query]
         save_file(weights, target / "model.safetensors", {"format": "pt"})
 
-    monkeypatch.setattr(formats, "convert", swapped)
+    monkeypatch.setattr(to_hf, "convert", swapped)
     code, out, err = run(finished, "--to", "hf", "--student", "small", "--json")
     assert code == 1 and not out
     assert "small as hf: class features differ by at most" in err and "0.0001 is allowed" in err

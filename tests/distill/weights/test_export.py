@@ -16,15 +16,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import CheckpointError, SetupError, UserError
-from distill.weights import export as formats
+from distill.weights import to_hf, to_onnx
 from distill.weights.card import Background, teacher_licence
 from distill.weights.export import DTYPES, Dtype, Exported, export_network
+from distill.weights.exporter import find_exporter
 from distill.weights.load import load_backbone
 from distill.weights.onnx import require_exporter, write_onnx
 from distill.weights.save import ExportFacts, fingerprint, write_backbone
 from distill.weights.verify import (
     TOLERANCE,
-    Format,
     Parity,
     largest_differences,
     our_features,
@@ -39,7 +39,7 @@ SPECS = {"vit": VIT, "gated": GATED, "convnext": CONVNEXT}
 
 
 def export(
-    source: Path, folder: Path, form: Format, dtype: Dtype = "fp32", **background: Any
+    source: Path, folder: Path, form: str, dtype: Dtype = "fp32", **background: Any
 ) -> Exported:
     told = Background(**{**vars(BACKGROUND), **background})
     return export_network("small", source, folder, form, dtype, told, INPUTS)
@@ -155,7 +155,7 @@ def test_export_network__timm_folder_has_names_and_pooling(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("form", ["hf", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_export_network__swapped_queries_and_keys_are_rejected(
-    form: Format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     if form == "onnx":
         pytest.importorskip("onnxscript")
@@ -164,11 +164,11 @@ def test_export_network__swapped_queries_and_keys_are_rejected(
     source = write_network(tmp_path / "small", VIT)
     broken = write_network(tmp_path / "broken", VIT)
     swap_queries_and_keys(broken)
-    right_convert, right_load = formats.convert, formats.load_backbone
+    right_convert, right_load = to_hf.convert, to_onnx.load_backbone
     monkeypatch.setattr(
-        formats, "convert", lambda _, *rest, **more: right_convert(broken, *rest, **more)
+        to_hf, "convert", lambda _, *rest, **more: right_convert(broken, *rest, **more)
     )
-    monkeypatch.setattr(formats, "load_backbone", lambda _: right_load(broken))
+    monkeypatch.setattr(to_onnx, "load_backbone", lambda _: right_load(broken))
     with pytest.raises(
         UserError, match=r"small as .*features differ.*at most 0.0001 is allowed"
     ) as failed:
@@ -191,14 +191,14 @@ def test_export_network__unreadable_files_are_rejected(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = write_network(tmp_path / "small", VIT)
-    right_convert = formats.convert
+    right_convert = to_hf.convert
 
     def forgetful(source: Path, target: Path, **how: Any) -> None:
         right_convert(source, target, **how)
         config = json.loads((target / "config.json").read_text())
         (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
 
-    monkeypatch.setattr(formats, "convert", forgetful)
+    monkeypatch.setattr(to_hf, "convert", forgetful)
     with pytest.raises(UserError, match=r"cannot use the files: .*not every tensor was taken"):
         export(source, tmp_path / "out" / "small", "hf")
     assert names(tmp_path / "out") == {"small.rejected"}
@@ -224,7 +224,7 @@ def test_prove__a_library_that_does_not_import_is_said(
 
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
     monkeypatch.setattr("importlib.import_module", fail)
-    found = verify("timm", tmp_path, tmp_path, torch.float32)
+    found = verify(find_exporter("timm"), tmp_path, tmp_path, torch.float32)
     assert found.describe() == (
         "not checked: timm does not import here (operator torchvision::nms does not exist)"
     )
@@ -253,7 +253,7 @@ def test_export_network__a_failure_leaves_nothing(
     def full(*_: Any) -> Parity:
         raise OSError("no space left")
 
-    monkeypatch.setattr(formats, "verify", full)
+    monkeypatch.setattr("distill.weights.export.verify", full)
     with pytest.raises(OSError, match="no space left"):
         export(write_network(tmp_path / "small", VIT), tmp_path / "out" / "small", "hf")
     assert names(tmp_path / "out") == set()

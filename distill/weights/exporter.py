@@ -1,0 +1,63 @@
+"""What a format to export to has to say: how files are written, read back and described. One file per format.
+
+``distill export --to NAME`` finds a format by name: here, or among the entry points ``distill.exporters``
+of installed packages.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distill.extend.find import find
+from distill.extend.kinds import Kind
+from students.shapes import BackboneSpec
+
+EXPORTERS: Mapping[str, str] = {
+    "hf": "distill.weights.to_hf:EXPORTER",
+    "timm": "distill.weights.to_timm:EXPORTER",
+    "meta": "distill.weights.to_meta:EXPORTER",
+    "onnx": "distill.weights.to_onnx:EXPORTER",
+}
+
+Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Pixels [images, channels, height, width] to class features [images, width] and patch features [images, patches, width]."""
+
+
+def _has_all() -> None:
+    """Passes: nothing is needed to write this format."""
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A format.
+
+    Args:
+        library: what the card calls the library that the files are for.
+        reader: the Python package that reads the files back; None where distill does it.
+        reader_part: an attribute of that package that must import, too.
+        write: writes the network ``name`` of a folder (second) into another (third) in a dtype.
+        read_back: opens the written folder with the reader, given the network's stride.
+        usage: lines of Python that load the network, given its name, its shape and the file names.
+        require: passes where everything is installed that writing needs.
+    """
+
+    library: str
+    reader: str | None
+    write: Callable[[str, Path, Path, torch.dtype], None]
+    read_back: Callable[[Path, int], Forward]
+    usage: Callable[[str, BackboneSpec, Sequence[str]], list[str]]
+    reader_part: str = ""
+    require: Callable[[], None] = _has_all
+
+
+def find_exporter(name: str) -> Exporter:
+    """Returns the format of a name.
+
+    Raises:
+        RecipeError: there is none, or its package cannot be imported.
+    """
+    found: Exporter = find(Kind.EXPORTER, name, EXPORTERS, "--to")
+    return found

@@ -1,0 +1,46 @@
+"""ONNX: model.onnx with free batch, height and width, read by onnxruntime."""
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from distill.weights.exporter import Exporter, Forward
+from distill.weights.load import load_backbone
+from distill.weights.onnx import require_exporter, write_onnx
+from students.shapes import BackboneSpec
+
+
+def _write(name: str, source: Path, folder: Path, dtype: torch.dtype) -> None:  # noqa: ARG001  # the folder has it
+    folder.mkdir()
+    backbone, spec = load_backbone(source)
+    write_onnx(backbone, spec, folder / "model.onnx", dtype=dtype)
+
+
+def _read_back(folder: Path, stride: int) -> Forward:  # noqa: ARG001  # the graph names its outputs
+    """``model.onnx`` in onnxruntime on the CPU."""
+    session = importlib.import_module("onnxruntime").InferenceSession(
+        folder / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+
+    def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
+        found = session.run(["class_token", "patch_tokens"], {"pixel_values": pixels.numpy()})
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+
+    return forward
+
+
+def _usage(name: str, spec: BackboneSpec, files: Sequence[str]) -> list[str]:  # noqa: ARG001  # of no importance here
+    return [
+        "import onnxruntime",
+        "",
+        f'session = onnxruntime.InferenceSession("{name}/model.onnx")',
+        "class_token, patch_tokens = session.run(",
+        '    ["class_token", "patch_tokens"], {"pixel_values": pixels}',
+        ")  # pixels: float32, [images, 3, height, width]",
+    ]
+
+
+EXPORTER = Exporter("onnx", "onnxruntime", _write, _read_back, _usage, require=require_exporter)
