@@ -16,10 +16,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import CheckpointError, SetupError, UserError
-from distill.weights import to_hf, to_onnx
+from distill.weights import to_hf, to_meta, to_onnx, to_timm
 from distill.weights.card import Background, teacher_licence
 from distill.weights.export import DTYPES, Dtype, Exported, export_network
-from distill.weights.exporter import find_exporter
+from distill.weights.exporter import EXPORTERS, find_exporter
 from distill.weights.load import load_backbone
 from distill.weights.onnx import require_exporter, write_onnx
 from distill.weights.save import ExportFacts, fingerprint, write_backbone
@@ -422,3 +422,10 @@ def meta_convnext(
     tokens = torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
     tokens = layer_norm(weights, "norm", tokens, 1e-6)
     return tokens[:, 0], tokens[:, 1:]
+
+
+def test_find_exporter__every_name_of_the_table() -> None:
+    modules = {"hf": to_hf, "timm": to_timm, "meta": to_meta, "onnx": to_onnx}
+    assert {name: find_exporter(name) for name in EXPORTERS} == {
+        name: module.EXPORTER for name, module in modules.items()
+    }
