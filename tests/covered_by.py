@@ -64,7 +64,6 @@ COVERED_BY = {
     "distill.screen.words": "tests/distill/screen/test_console.py",
     "distill.train.delayed_reduce": "tests/distill/train/test_devices.py",
     "distill.train.device": "tests/distill/train/test_devices.py",
-    "distill.train.exchange": "tests/distill/train/test_ranks.py",
     "distill.train.groups": "tests/distill/train/test_ranks.py",
     "distill.train.masking": "tests/distill/train/test_faults.py",
     "distill.train.phase": "tests/distill/train/test_loop.py",

@@ -55,6 +55,15 @@ class NetworkFacts(_Facts):
     first_step: Count
 
 
+class TeacherFacts(_Facts):
+    """The files that a family's teacher was read from, and their checksums; heads are empty where none were read."""
+
+    weights: str
+    weights_sha256: Digest
+    heads: str
+    heads_sha256: str
+
+
 class Failure(_Facts):
     """Why a writer could not write a file: the reason, bytes it needs, bytes that were free."""
 
@@ -79,14 +88,17 @@ class Manifest(_Facts):
     recipe_hash: str
     networks: dict[PlainName, NetworkFacts]
     files: dict[PlainName, FileFacts]
+    teacher: TeacherFacts | None = None  # also of checkpoints that 0.1.0 wrote
     checksum: str = ""
 
     def to_text(self) -> str:
         """The file: the one text that this manifest may have."""
         unsigned = self.model_copy(update={"checksum": ""})
-        digest = hashlib.sha256(unsigned.model_dump_json(indent=2).encode()).hexdigest()
+        absent = {"teacher"} if self.teacher is None else set()  # as 0.1.0 wrote it
+        text = unsigned.model_dump_json(indent=2, exclude=absent)
+        digest = hashlib.sha256(text.encode()).hexdigest()
         signed = self.model_copy(update={"checksum": digest})
-        return signed.model_dump_json(indent=2) + "\n"
+        return signed.model_dump_json(indent=2, exclude=absent) + "\n"
 
 
 # Writing

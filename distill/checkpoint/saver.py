@@ -18,7 +18,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from distill.checkpoint import manifest as checkpoint
-from distill.checkpoint.manifest import Manifest, NetworkFacts
+from distill.checkpoint.manifest import Manifest, NetworkFacts, TeacherFacts
 from distill.errors import CheckpointError
 from distill.runfolder.files import make_folder, write_file
 from distill.runfolder.status import RunState
@@ -149,7 +149,8 @@ class CheckpointPolicy:
     """Where checkpoints lie, which run they belong to, and which of them stay.
 
     ``networks``: the manifest's entry of each student. ``milestones``: of every so many steps of a
-    phase the first checkpoint stays for ever. ``recipe``: the resolved recipe.
+    phase the first checkpoint stays for ever. ``recipe``: the resolved recipe. ``teacher``: the
+    files of a teacher that the run does not train.
     """
 
     folder: Path
@@ -158,6 +159,7 @@ class CheckpointPolicy:
     recipe: str
     max_to_keep: int
     milestones: int | None
+    teacher: TeacherFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -260,6 +262,7 @@ class Saver:
                 if p.name in policy.networks
             },
             files={},
+            teacher=policy.teacher,
         )
         return SaveJob(staging, files, manifest, expected)
 

@@ -11,17 +11,24 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoint.manifest import find_latest
+from distill.checkpoint.manifest import TeacherFacts, find_latest
 from distill.data.index import ImageIndex, build_index, split
 from distill.data.photographs import photograph_paths, write_tiles
 from distill.data.sources import list_source
 from distill.errors import CheckpointError, DataError
 from distill.job.resume import describe_changes, joining_steps
+from distill.job.teacher_files import (
+    CHECKSUMS,
+    Checksums,
+    read_checksums,
+    refuse_another_teacher,
+    teacher_facts,
+)
 from distill.plan.job import check_job
 from distill.plan.teacher_source import TRAINED_HEADS, heads_file
 from distill.recipe.document import find_recipe
@@ -57,6 +64,7 @@ class Job:
     recipe: FamilyRecipe | TeacherRecipe
     teacher_recipe: TeacherRecipe | None
     data_fingerprint: str
+    teacher: TeacherFacts | None = None  # None where the run trains its teacher
 
     @property
     def run_folder(self) -> Path:
@@ -113,7 +121,9 @@ def read_job(run_folder: Path) -> Job:
         **{**stored["request"], "overrides": tuple(stored["request"]["overrides"])}
     )
     recipe, teacher_recipe = load_job(request.recipe, request.overrides)
-    return Job(request, recipe, teacher_recipe, stored["data_fingerprint"])
+    teacher = stored.get("teacher")  # absent in runs of 0.1.0
+    facts = None if teacher is None else TeacherFacts(**teacher)
+    return Job(request, recipe, teacher_recipe, stored["data_fingerprint"], facts)
 
 
 def check_data(
@@ -157,6 +167,9 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
         shutil.rmtree(run_folder, ignore_errors=True)
     resumed = find_latest(run_folder / CHECKPOINTS, job.hash, lambda _: None)  # the run reports
     joining_steps(job.recipe, job.networks, resumed)
+    checksums = read_checksums(run_folder)
+    job = replace(job, teacher=_teacher_facts(job, checksums))
+    refuse_another_teacher(job.teacher, resumed)
     for line in describe_changes(job.networks, resumed):
         say(line)
     (run_folder / "data").mkdir(parents=True, exist_ok=True)
@@ -170,9 +183,22 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     _write_recipes(job)
     write_json(run_folder / "plan.json", plans[-1].to_json())
     write_json(run_folder / "env.json", _environment())
-    stored = {"request": asdict(request), "data_fingerprint": fingerprint}
+    write_json(run_folder / CHECKSUMS, checksums)
+    stored: dict[str, Any] = {"request": asdict(request), "data_fingerprint": fingerprint}
+    if job.teacher is not None:
+        stored["teacher"] = job.teacher.model_dump()
     write_json(run_folder / "job.json", stored)
     return job
+
+
+def _teacher_facts(job: Job, checksums: Checksums) -> TeacherFacts | None:
+    """The files of a teacher that is given; None where the run trains it."""
+    if not isinstance(job.recipe, FamilyRecipe) or job.recipe.teacher.weights is None:
+        return None
+    weights, heads = job.teacher_paths
+    return teacher_facts(
+        weights, heads if job.recipe.teacher.heads_mode == "file" else None, checksums
+    )
 
 
 def _write_recipes(job: Job) -> None:

@@ -119,6 +119,7 @@ class _Run:
             (job.run_folder / RESOLVED).read_text(encoding="utf-8"),
             job.recipe.checkpoint.keep,
             job.recipe.checkpoint.milestones,
+            job.teacher,
         )
 
     def _phases(self) -> list[PhaseStatus]:

@@ -50,6 +50,9 @@ class Placement:
 
     def slice_of(self, world_rank: int) -> range:
         """The positions that one of its ranks trains on."""
+        assert world_rank in self.world_ranks, (
+            f"{self.name} trains on ranks {[*self.world_ranks]}, not on rank {world_rank}"
+        )
         return self.slices[world_rank - self.first_rank]
 
     def parts_of(self, world_rank: int, micro_batch: int | None) -> tuple[slice, ...]:

@@ -292,6 +292,10 @@ def student_batch(
         if part.start <= wanted.start and wanted.stop <= part.stop:
             break
         before += len(part)
+    else:
+        raise AssertionError(
+            f"positions {wanted.start} to {wanted.stop} were not delivered, only {delivery.positions}"
+        )
     first = before + wanted.start - part.start
     full = StudentBatch(
         crops=delivery.crops,
