@@ -18,6 +18,7 @@ from distill.cli.data import data_app
 from distill.cli.export import export
 from distill.cli.recipes import recipes_app
 from distill.cli.results import evaluate
+from distill.cli.schema import explain, schema
 from distill.cli.training import accept_any, accept_teacher, training_verb, watch
 from distill.cli.weights import weights_app
 from distill.errors import UserError
@@ -94,6 +95,8 @@ BEFORE, TRAIN, RESULTS = "Before you train", "Train", "Results"
 app.command("doctor", rich_help_panel=BEFORE)(doctor)
 app.command("check", rich_help_panel=BEFORE)(check)
 app.command("plan", rich_help_panel=BEFORE)(plan)
+app.command("explain", rich_help_panel=BEFORE)(explain)
+app.command("schema", rich_help_panel=BEFORE)(schema)
 app.command(
     "train",
     rich_help_panel=TRAIN,

@@ -18,10 +18,11 @@ from distill.errors import CheckpointError
 from distill.plan.by_step import PlanSchedule
 from distill.plan.from_recipe import Recipe, TeacherShape, heads_of_student, later_plans
 from distill.plan.plan import Placement, Plan
+from distill.recipe.crop_sizes import crop_schedule
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
 from distill.recipe.networks import StudentSpec
 from distill.recipe.schedules import ObjectiveSpec, StageSpec
-from distill.recipe.to_data import build_feed, build_loader, crop_schedule
+from distill.recipe.to_data import build_feed, build_loader
 from distill.train.balance import Balancer
 from distill.train.exchange import AllGather, Slices
 from distill.train.groups import Groups
@@ -79,7 +80,15 @@ class PhaseContext:
 
 def objective_of(spec: ObjectiveSpec, gram: float = 0.0) -> Objective:
     """The recipe's weights and the Gram weight of a stage."""
-    return Objective(**spec.model_dump(), gram=gram)
+    return Objective(
+        dino=spec.dino,
+        ibot=spec.ibot,
+        koleo=spec.koleo,
+        local=spec.local,
+        cosine=spec.cosine,
+        smooth_l1=spec.smooth_l1,
+        gram=gram,
+    )
 
 
 def task_options(

@@ -40,7 +40,6 @@ from students.shapes import BackboneSpec
 from students.student import build_heads, build_network, seeded
 from teacher.batch import StudentBatch
 from teacher.frozen import FrozenTeacher, shard_blocks
-from teacher.task import NUM_GLOBAL
 from teacher.vit import ViT
 
 
@@ -145,7 +144,7 @@ class Pretraining:
             seed=self.recipe.seed,
             step=step,
             positions=range(batch.start, batch.start + len(batch.masks)),
-            num_crops=NUM_GLOBAL + self.recipe.crops.local.count,
+            num_crops=self.recipe.crops.global_.count + self.recipe.crops.local.count,
             num_blocks=self.shape.spec.equal_blocks,
             survival=self._survival,
         )

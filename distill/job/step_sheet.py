@@ -14,9 +14,10 @@ from distill.errors import RecipeError
 from distill.job.prepare import training_index
 from distill.plan.from_recipe import shape_of_recipe
 from distill.plan.teacher_source import teacher_shape
+from distill.recipe.crop_sizes import crop_schedule
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.schedules import StageSpec
-from distill.recipe.to_data import build_feed, build_loader, crop_schedule
+from distill.recipe.to_data import build_feed, build_loader
 from students.shapes import grid_of
 
 

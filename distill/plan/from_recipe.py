@@ -29,10 +29,10 @@ from distill.plan.memory import (
 )
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, make_plan, without
+from distill.recipe.crop_sizes import crop_schedule
 from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import HeadsSpec, StudentSpec
 from distill.recipe.schedules import StageSpec
-from distill.recipe.to_data import crop_schedule
 from distill.recipe.types import is_custom
 from students.shapes import BackboneSpec, grid_of, student_heads
 from teacher.shapes import KOLEO_GROUP, HeadShape, ViTSpec, scaled_size

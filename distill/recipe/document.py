@@ -165,6 +165,10 @@ def _write_out(values: dict[str, Any], marks: dict[Loc, tuple[int, int]]) -> Non
         slots += [(crops, ("crops", key), "size") for key in ("global", "local")]
     if isinstance(students, list):
         slots += [(students, ("students", index), "arch") for index in range(len(students))]
+    data = values.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    if isinstance(sources, list):
+        slots += [(sources, ("data", "sources", index), "path") for index in range(len(sources))]
     for holder, key_path, key in slots:
         here = key_path[-1]
         is_there = isinstance(holder, list) or here in holder

@@ -1,10 +1,14 @@
-"""The hash of a recipe: what a checkpoint belongs to."""
+"""The hash of a recipe, which its checkpoints belong to.
+
+Every science key of format 1 is in it. A key that came later is left out while it has the default that
+it came with: runs from before know no such key, and their hash stays as it was.
+"""
 
 import hashlib
 import json
 from typing import Any
 
-from distill.recipe.types import Section
+from distill.recipe.types import Section, facts_of
 
 
 def recipe_hash(part: Section) -> str:
@@ -16,10 +20,12 @@ def recipe_hash(part: Section) -> str:
 def _science_values(section: Section) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
-        extra = field.json_schema_extra
-        if not isinstance(extra, dict) or extra["role"] != "science":
+        facts, value = facts_of(field), getattr(section, name)
+        if facts.role != "science":
             continue
-        values[name] = _plain(getattr(section, name))
+        if facts.since > 1 and value == facts.introduced_default:
+            continue
+        values[name] = _plain(value)
     return values
 
 

@@ -18,29 +18,91 @@ from distill.recipe.types import (
 class GlobalCropsSpec(Section):
     """The two global crops of an image."""
 
-    count: Literal[2] = science(2)
-    size: int = science(256, ge=8)
-    scale: Pair = science((0.32, 1.0))
+    count: Literal[2] = science(
+        2, description="Global crops per image. The losses compare two, so it is always 2."
+    )
+    size: int = science(
+        256,
+        ge=8,
+        description=(
+            "Side of a global crop in pixels, a multiple of every patch size. The default is the "
+            "published one."
+        ),
+    )
+    scale: Pair = science(
+        (0.32, 1.0),
+        description=(
+            "Smallest and largest part of the image's area that a global crop covers. The default "
+            "is the published one."
+        ),
+    )
 
 
 class LocalCropsSpec(Section):
     """The local crops of an image."""
 
-    count: int = science(8, ge=0, le=32)
-    size: int = science(112, ge=8)
-    scale: Pair = science((0.05, 0.32))
+    count: int = science(
+        8,
+        ge=0,
+        le=32,
+        description="Local crops per image; 0 turns them off. The default is the published one.",
+    )
+    size: int = science(
+        112,
+        ge=8,
+        description=(
+            "Side of a local crop in pixels, a multiple of every patch size. The default is the "
+            "published one."
+        ),
+    )
+    scale: Pair = science(
+        (0.05, 0.32),
+        description=(
+            "Smallest and largest part of the image's area that a local crop covers. The default "
+            "is the published one."
+        ),
+    )
 
 
 class CropsSpec(Section):
     """All crops; a bare number for a crop is its size. ``eval_size`` is the finished networks' input."""
 
-    global_: Annotated[GlobalCropsSpec, BeforeValidator(size_mapping)] = science(
-        GlobalCropsSpec(), alias="global"
+    global_: Annotated[
+        GlobalCropsSpec, BeforeValidator(size_mapping, json_schema_input_type=GlobalCropsSpec | int)
+    ] = science(
+        GlobalCropsSpec(),
+        alias="global",
+        description="The two global crops of an image; a bare number is their size.",
     )
-    local: Annotated[LocalCropsSpec, BeforeValidator(size_mapping)] = science(LocalCropsSpec())
-    flip: float = science(0.0, ge=0.0, le=1.0)
-    blur_sigma: Pair = science((0.1, 2.0))
-    eval_size: int | None = machine(None, ge=8)
+    local: Annotated[
+        LocalCropsSpec, BeforeValidator(size_mapping, json_schema_input_type=LocalCropsSpec | int)
+    ] = science(
+        LocalCropsSpec(), description="The local crops of an image; a bare number is their size."
+    )
+    flip: float = science(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description=(
+            "Probability that a crop is mirrored left to right. The default 0 keeps left and "
+            "right apart, as published."
+        ),
+    )
+    blur_sigma: Pair = science(
+        (0.1, 2.0),
+        description=(
+            "Smallest and largest standard deviation of the blur, in pixels of the crop. The "
+            "default suits crops of about 256 px."
+        ),
+    )
+    eval_size: int | None = machine(
+        None,
+        ge=8,
+        description=(
+            "Side in pixels at which finished networks are scored and exported. Null means the "
+            "size of global crops."
+        ),
+    )
 
     @property
     def input_size(self) -> int:
@@ -51,41 +113,117 @@ class CropsSpec(Section):
 class MasksSpec(Section):
     """iBOT masks: share of global crops masked, and the range of their ratios."""
 
-    probability: float = science(0.5, ge=0.0, le=1.0)
-    ratio: Pair = science((0.1, 0.5))
+    probability: float = science(
+        0.5,
+        ge=0.0,
+        le=1.0,
+        description="Probability that a global crop is masked for iBOT. The default is the published one.",
+    )
+    ratio: Pair = science(
+        (0.1, 0.5),
+        description=(
+            "Smallest and largest part of a masked crop's patches that is masked. The default is "
+            "the published one."
+        ),
+    )
 
 
 class SourceSpec(Section):
-    """A folder, ``.tar`` shards, a ``.txt`` list, a ``.parquet`` file, or ``builtin:photographs``.
+    """A folder, ``.tar`` shards, a ``.txt`` list, a ``.parquet`` file, or ``builtin:photographs``."""
 
-    ``weight``: its share of all images; without, sources are one pool. ``batches: pure``: its images fill
-    separate batches, in the share of its weight; those of the others are mixed. ``mean`` and ``std``
-    replace the data's for its images.
-    """
-
-    path: str = machine(min_length=1)
-    weight: float | None = science(None, gt=0.0)
-    batches: Literal["mixed", "pure"] = science("mixed")
-    mean: Triple | None = science(None)
-    std: Triple | None = science(None)
+    path: str = machine(
+        min_length=1,
+        description="Folder, `.tar` shards, `.txt` list, `.parquet` file, or `builtin:photographs`.",
+    )
+    weight: float | None = science(
+        None,
+        gt=0.0,
+        description=(
+            "Share of all images that come from this source, relative to the others. Null for all "
+            "sources means one pool."
+        ),
+    )
+    batches: Literal["mixed", "pure"] = science(
+        "mixed",
+        description=(
+            "`pure`: the source fills separate batches, in the share of its weight. `mixed`: it "
+            "shares batches with others, the common case."
+        ),
+    )
+    mean: Triple | None = science(
+        None, description="Mean per RGB channel, 0 to 1, for this source. Null means `data.mean`."
+    )
+    std: Triple | None = science(
+        None,
+        description="Standard deviation per RGB channel, 0 to 1, for this source. Null means `data.std`.",
+    )
 
 
 class DataSpec(Section):
-    """Images and how their pixels are normalised.
-
-    ``index``: a folder in which what is known about the images is kept from run to run.
-    """
+    """Images and how their pixels are normalised."""
 
     sources: Annotated[
-        tuple[Annotated[SourceSpec, BeforeValidator(source_mapping)], ...], Strict(False)
-    ] = science(min_length=1)
-    index: str | None = machine(None, min_length=1)
-    max_bad_fraction: float = machine(0.01, ge=0.0, le=1.0)
-    max_megapixels: float = machine(64.0, gt=0.0)
-    held_out: float = science(0.2, gt=0.0, lt=1.0)
-    mean: Triple = science((0.485, 0.456, 0.406))
-    std: Triple = science((0.229, 0.224, 0.225))
-    num_threads: int = machine(1, ge=1)
+        tuple[
+            Annotated[
+                SourceSpec, BeforeValidator(source_mapping, json_schema_input_type=SourceSpec | str)
+            ],
+            ...,
+        ],
+        Strict(False),
+    ] = science(min_length=1, description="Where the images are; a bare text is a path.")
+    index: str | None = machine(
+        None,
+        min_length=1,
+        description=(
+            "Folder for the index of the images, reused by later runs. Null means that each run "
+            "indexes again."
+        ),
+    )
+    max_bad_fraction: float = machine(
+        0.01,
+        ge=0.0,
+        le=1.0,
+        description=(
+            "Fraction of samples that may be unreadable before the run ends. The default "
+            "tolerates a few broken files, not a wrong folder."
+        ),
+    )
+    max_megapixels: float = machine(
+        64.0,
+        gt=0.0,
+        description=(
+            "Largest image that is decoded, in millions of pixels. The default bounds memory and "
+            "keeps out decompression bombs."
+        ),
+    )
+    held_out: float = science(
+        0.2,
+        gt=0.0,
+        lt=1.0,
+        description=(
+            "Fraction of each class that is not trained on and scores the networks. The default "
+            "leaves four fifths for training."
+        ),
+    )
+    mean: Triple = science(
+        (0.485, 0.456, 0.406),
+        description="Mean per RGB channel, 0 to 1, subtracted from the pixels. The default is ImageNet's.",
+    )
+    std: Triple = science(
+        (0.229, 0.224, 0.225),
+        description=(
+            "Standard deviation per RGB channel, 0 to 1, that pixels are divided by. The default "
+            "is ImageNet's."
+        ),
+    )
+    num_threads: int = machine(
+        1,
+        ge=1,
+        description=(
+            "Threads per rank that decode and resize images. The default 1 suits machines with "
+            "one core per rank."
+        ),
+    )
 
     @property
     def has_source_stats(self) -> bool:

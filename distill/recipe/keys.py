@@ -20,48 +20,113 @@ from distill.recipe.schedules import (
     StageSpec,
     TeacherScheduleSpec,
 )
-from distill.recipe.types import Every, Name, Section, machine, science
+from distill.recipe.types import Every, Format, Name, Section, machine, science
 
 HEADS_PHASE, FAMILY_PHASE = RESERVED_PHASES = ("heads", "family")
 
 
 class EngineSpec(Section):
-    """Where and how fast. ``processes`` counts local ranks; ``auto`` is one per GPU.
+    """Where a job runs and how fast."""
 
-    ``lookahead``: steps that a frozen teacher may work ahead of its students. ``exchange``: to each
-    rank its slice, or everything to everybody with even teacher shares, as published. ``balance``:
-    steps between two measurements of every rank's speed, after which shares follow it; 0 for never.
-    ``teacher_sharding``: the full teacher on every rank, or a part of it (ZeRO-3) with even shares;
-    ``auto`` for full where it fits. ``micro_batch``: images that a trained network takes at once, full KoLeo groups of 16; by default
-    all of a rank's slice. ``zero``: what is sharded over the ranks of a trained network - 1 optimizer state,
-    2 gradients too, 3 weights too. ``activation_checkpointing``: each block's insides are computed again
-    for the backward pass instead of kept. ``hang_limit_s``: a rank that does not move this long is named
-    and the job ended; steps and saves that took longer before may again.
-    """
-
-    device: Literal["auto", "cpu", "cuda"] = machine("auto")
-    processes: int | Literal["auto"] = machine("auto")
-    precision: Literal["fp32", "bf16"] = science("bf16")
-    zero: Literal[1, 2, 3] = machine(1)
-    activation_checkpointing: bool = machine(False)
-    teacher_micro_batch: int = machine(16, ge=1)
-    teacher_sharding: Literal["auto", "replicated", "sharded"] = machine("auto")
-    micro_batch: int | None = machine(None, ge=16, multiple_of=16)
-    lookahead: int = machine(2, ge=0, le=16)
-    exchange: Literal["slices", "all_gather"] = machine("slices")
-    balance: int = machine(200, ge=0)
-    hang_limit_s: float = machine(30.0, ge=2.0)
+    device: Literal["auto", "cpu", "cuda"] = machine(
+        "auto", description="Where networks run. `auto` is the GPU where there is one."
+    )
+    processes: int | Literal["auto"] = machine(
+        "auto", description="Ranks on this machine. `auto` is one per GPU, or one without."
+    )
+    precision: Literal["fp32", "bf16"] = science(
+        "bf16",
+        description=(
+            "Number format of the forward and backward pass. The default is the one that modern "
+            "GPUs are made for."
+        ),
+    )
+    zero: Literal[1, 2, 3] = machine(
+        1,
+        description=(
+            "What is sharded over a network's ranks: 1 optimizer state, 2 gradients too, 3 "
+            "weights too. The default 1 sends least."
+        ),
+    )
+    activation_checkpointing: bool = machine(
+        False,
+        description=(
+            "Whether each block is computed again in the backward pass instead of stored. Off by "
+            "default, since it costs a third more time."
+        ),
+    )
+    teacher_micro_batch: int = machine(
+        16,
+        ge=1,
+        description="Images that a teacher takes at once. The default bounds the memory of its activations.",
+    )
+    teacher_sharding: Literal["auto", "replicated", "sharded"] = machine(
+        "auto",
+        description=(
+            "Full teacher on every rank, or a part of it (ZeRO-3). `auto` takes the full one "
+            "where it fits."
+        ),
+    )
+    micro_batch: int | None = machine(
+        None,
+        ge=16,
+        multiple_of=16,
+        description=(
+            "Images that a trained network takes at once, in KoLeo groups of 16. Null means all "
+            "of a rank's slice."
+        ),
+    )
+    lookahead: int = machine(
+        2,
+        ge=0,
+        le=16,
+        description="Steps that a frozen teacher may compute ahead of its students. The default lets ranks wait less for each other.",
+    )
+    exchange: Literal["slices", "all_gather"] = machine(
+        "slices",
+        description=(
+            "How targets travel: to each rank its slice, or all to all ranks as published. The "
+            "default sends less."
+        ),
+    )
+    balance: int = machine(
+        200,
+        ge=0,
+        description="Steps between two measurements of every rank's speed, after which shares follow it; 0 for never. The default keeps measuring cheap.",
+    )
+    hang_limit_s: float = machine(
+        30.0,
+        ge=2.0,
+        description=(
+            "Seconds after which a rank that does not move is named and the job ended. Steps and "
+            "saves that took longer before may again."
+        ),
+    )
 
 
 class CheckpointSpec(Section):
-    """How often to save ("30min" or a number of steps) and how many to keep.
+    """How often to save ("30min" or a number of steps) and how many to keep."""
 
-    ``milestones``: every so many steps of a phase a checkpoint is written and kept for ever.
-    """
-
-    every: Every = machine("30min")
-    keep: int = machine(3, ge=1)
-    milestones: int | None = machine(None, ge=1)
+    every: Every = machine(
+        "30min",
+        description=(
+            "Time or steps between two checkpoints, such as `30min` or 500. The default loses "
+            "half an hour at most."
+        ),
+    )
+    keep: int = machine(
+        3,
+        ge=1,
+        description=(
+            "How many of the newest checkpoints stay on disk. The default survives two damaged "
+            "ones."
+        ),
+    )
+    milestones: int | None = machine(
+        None,
+        ge=1,
+        description="Steps of a phase between checkpoints that are never removed. Null means none.",
+    )
 
     @property
     def every_steps(self) -> int | None:
@@ -80,17 +145,37 @@ class CheckpointSpec(Section):
 class FamilyRecipe(Section):
     """Distils every student from one frozen teacher, in one job."""
 
-    name: Name = machine()
-    seed: int = science(0, ge=0)
-    teacher: TeacherSource = science()
-    students: Annotated[tuple[Student, ...], Strict(False)] = science(min_length=1)
-    data: DataSpec = science()
-    crops: CropsSpec = science(CropsSpec())
-    masks: MasksSpec = science(MasksSpec())
-    objective: ObjectiveSpec = science(ObjectiveSpec())
-    schedule: FamilyScheduleSpec = science()
-    engine: EngineSpec = science(EngineSpec())
-    checkpoint: CheckpointSpec = machine(CheckpointSpec())
+    name: Name = machine(description="Name of the run's folder.")
+    format: Format = machine(
+        1,
+        description=(
+            "Number of the recipe format whose defaults hold. A recipe without it has format 1, "
+            "so that an upgrade never changes what it means."
+        ),
+    )
+    seed: int = science(
+        0,
+        ge=0,
+        description="Seed of everything that is random: weights, order of images, crops, masks.",
+    )
+    teacher: TeacherSource = science(
+        description="The frozen teacher: a recipe to train first, or its weights."
+    )
+    students: Annotated[tuple[Student, ...], Strict(False)] = science(
+        min_length=1,
+        description="The students, all distilled in one job; a bare text is an architecture.",
+    )
+    data: DataSpec = science(description="Images and how their pixels are normalised.")
+    crops: CropsSpec = science(CropsSpec(), description="Crops of every image.")
+    masks: MasksSpec = science(MasksSpec(), description="Masks of the iBOT loss.")
+    objective: ObjectiveSpec = science(ObjectiveSpec(), description="Weights of the loss terms.")
+    schedule: FamilyScheduleSpec = science(
+        description="Batch, optimiser and everything that changes with the step."
+    )
+    engine: EngineSpec = science(EngineSpec(), description="Where the job runs and how fast.")
+    checkpoint: CheckpointSpec = machine(
+        CheckpointSpec(), description="How often the job is saved and how much is left on disk."
+    )
 
     def input_size_of(self, name: str) -> int:
         """Pixels per side that a finished network is scored at, the teacher included."""
@@ -103,17 +188,37 @@ class FamilyRecipe(Section):
 class TeacherRecipe(Section):
     """Pretrains a teacher in stages."""
 
-    name: Name = machine()
-    seed: int = science(0, ge=0)
-    model: Model = science()
-    heads: HeadsSpec = science(HeadsSpec())
-    data: DataSpec = science()
-    crops: CropsSpec = science(CropsSpec())
-    masks: MasksSpec = science(MasksSpec())
-    schedule: TeacherScheduleSpec = science()
-    stages: Annotated[tuple[StageSpec, ...], Strict(False)] = science(min_length=1)
-    engine: EngineSpec = science(EngineSpec())
-    checkpoint: CheckpointSpec = machine(CheckpointSpec())
+    name: Name = machine(description="Name of the run's folder.")
+    format: Format = machine(
+        1,
+        description=(
+            "Number of the recipe format whose defaults hold. A recipe without it has format 1, "
+            "so that an upgrade never changes what it means."
+        ),
+    )
+    seed: int = science(
+        0,
+        ge=0,
+        description="Seed of everything that is random: weights, order of images, crops, masks.",
+    )
+    model: Model = science(
+        description="The network to pretrain, a ViT; a bare text is an architecture."
+    )
+    heads: HeadsSpec = science(HeadsSpec(), description="Sizes of both heads.")
+    data: DataSpec = science(description="Images and how their pixels are normalised.")
+    crops: CropsSpec = science(CropsSpec(), description="Crops of every image.")
+    masks: MasksSpec = science(MasksSpec(), description="Masks of the iBOT loss.")
+    schedule: TeacherScheduleSpec = science(
+        description="Batch, optimiser and everything that changes with the step."
+    )
+    stages: Annotated[tuple[StageSpec, ...], Strict(False)] = science(
+        min_length=1,
+        description="Stages of pretraining, in order; each continues with the networks of the one before.",
+    )
+    engine: EngineSpec = science(EngineSpec(), description="Where the job runs and how fast.")
+    checkpoint: CheckpointSpec = machine(
+        CheckpointSpec(), description="How often the job is saved and how much is left on disk."
+    )
 
     def at_stage(self, stage: StageSpec) -> "TeacherRecipe":
         """The recipe with the schedule that a stage has; the other stages keep theirs."""

@@ -28,23 +28,90 @@ RESERVED_NETWORKS = ("teacher", "heads")
 
 
 class ArchSpec(Section):
-    """A network: a catalogue name, or a free size.
+    """A network: a catalogue name, or a free size."""
 
-    ``untie_local_norm``: the class tokens of local crops have a separate final norm, in training only.
-    """
-
-    arch: Arch = science()
-    width: int | None = science(None, ge=8)
-    depth: int | None = science(None, ge=1)
-    heads: int | None = science(None, ge=1)
-    patch: int | None = science(None, ge=2)
-    ffn: Literal["mlp", "swiglu"] | None = science(None)
-    ffn_width: int | None = science(None, ge=8)
-    layerscale: float | None = science(None, gt=0.0)
-    untie_local_norm: bool | None = science(None)
-    depths: Ints | None = science(None)
-    widths: Ints | None = science(None)
-    args: dict[str, Any] | None = science(None)
+    arch: Arch = science(
+        description=(
+            "Name of the network in the catalogue, `vit` or `convnext` for a free size, or a "
+            "network from outside such as `timm:NAME`."
+        )
+    )
+    width: int | None = science(
+        None,
+        ge=8,
+        description="Channels of every token of a free `vit`. Null where the catalogue knows the size.",
+    )
+    depth: int | None = science(
+        None,
+        ge=1,
+        description=(
+            "Number of transformer blocks of a free `vit`. Null where the catalogue knows the size."
+        ),
+    )
+    heads: int | None = science(
+        None,
+        ge=1,
+        description=(
+            "Attention heads per block of a free `vit`; `width` over `heads` must be a multiple "
+            "of 4. Null where the catalogue knows it."
+        ),
+    )
+    patch: int | None = science(
+        None,
+        ge=2,
+        description=(
+            "Side of a patch in pixels, for a ViT. Null means the catalogue's, or 16 for a free "
+            "`vit`."
+        ),
+    )
+    ffn: Literal["mlp", "swiglu"] | None = science(
+        None,
+        description=(
+            "Feed-forward layer of a free `vit`. Null means `mlp`, the layer of the small "
+            "published networks."
+        ),
+    )
+    ffn_width: int | None = science(
+        None,
+        ge=8,
+        description=(
+            "Hidden channels of the feed-forward layer of a free `vit`. Null means 4 times "
+            "`width`, as published."
+        ),
+    )
+    layerscale: float | None = science(
+        None,
+        gt=0.0,
+        description=(
+            "Initial LayerScale factor of a free size. Null means the published value: 1e-5 for "
+            "`vit`, 1e-6 for `convnext`."
+        ),
+    )
+    untie_local_norm: bool | None = science(
+        None,
+        description=(
+            "Whether class tokens of local crops have a separate final norm, in training only. "
+            "Null means no."
+        ),
+    )
+    depths: Ints | None = science(
+        None,
+        description=(
+            "Blocks in each stage of a free `convnext`, at least two stages. Null for every other "
+            "network."
+        ),
+    )
+    widths: Ints | None = science(
+        None,
+        description=(
+            "Channels in each stage of a free `convnext`, as many as `depths`. Null for every "
+            "other network."
+        ),
+    )
+    args: dict[str, Any] | None = science(
+        None,
+        description="Keyword arguments for the factory of a network from outside. Null means none.",
+    )
 
     @property
     def stride(self) -> int:
@@ -98,38 +165,87 @@ class ArchSpec(Section):
 class HeadSpec(Section):
     """One head: hidden width, bottleneck width, prototypes."""
 
-    hidden: int = science(ge=1)
-    bottleneck: int = science(ge=1)
-    prototypes: int = science(ge=2)
+    hidden: int = science(ge=1, description="Channels of the hidden layers of the head.")
+    bottleneck: int = science(
+        ge=1, description="Channels of the head's bottleneck, on which the prototypes are compared."
+    )
+    prototypes: int = science(ge=2, description="Number of prototypes, the outputs of the head.")
 
 
 class HeadsSpec(Section):
     """Both heads of a teacher; the defaults are the 7B's."""
 
-    dino: HeadSpec = science(HeadSpec(hidden=8192, bottleneck=512, prototypes=262_144))
-    ibot: HeadSpec = science(HeadSpec(hidden=4096, bottleneck=384, prototypes=98_304))
+    dino: HeadSpec = science(
+        HeadSpec(hidden=8192, bottleneck=512, prototypes=262_144),
+        description="Head of the class token. The default is the 7B teacher's.",
+    )
+    ibot: HeadSpec = science(
+        HeadSpec(hidden=4096, bottleneck=384, prototypes=98_304),
+        description="Head of the masked patches. The default is the 7B teacher's.",
+    )
 
 
 class StudentHeadsSpec(Section):
     """Hidden widths of a student's heads; bottlenecks and prototypes are the teacher's."""
 
-    dino_hidden: int = science(2048, ge=1)
-    ibot_hidden: int = science(2048, ge=1)
+    dino_hidden: int = science(
+        2048,
+        ge=1,
+        description=(
+            "Channels of the hidden layers of the student's class head; the default is the "
+            "published one."
+        ),
+    )
+    ibot_hidden: int = science(
+        2048,
+        ge=1,
+        description=(
+            "Channels of the hidden layers of the student's patch head; the default is the "
+            "published one."
+        ),
+    )
 
 
 class StudentSpec(ArchSpec):
-    """One student. ``lr`` replaces the schedule's peak; ``ranks`` is a number, ``FIRST-LAST``, or ``auto``.
+    """One student. ``lr`` replaces the schedule's peak; ``ranks`` is a number, ``FIRST-LAST``, or ``auto``."""
 
-    ``steps``: it is finished earlier than the schedule, and its ranks teach from then on.
-    ``crop_scale``: it sees every crop at this part of its size.
-    """
-
-    name: Name | None = science(None)
-    head_widths: StudentHeadsSpec = science(StudentHeadsSpec())
-    lr: float | None = science(None, gt=0.0)
-    steps: int | None = science(None, ge=1)
-    crop_scale: float = science(1.0, gt=0.0, le=1.0)
-    ranks: Annotated[int | str, AfterValidator(ranks_or_range)] = machine("auto")
+    name: Name | None = science(
+        None,
+        description="Name of the student's folder and metrics. Null means the name of its architecture.",
+    )
+    head_widths: StudentHeadsSpec = science(
+        StudentHeadsSpec(),
+        description=(
+            "Hidden channels of the student's two heads; bottlenecks and prototypes are the "
+            "teacher's."
+        ),
+    )
+    lr: float | None = science(
+        None,
+        gt=0.0,
+        description="Peak learning rate of this student alone. Null means `schedule.lr.peak`.",
+    )
+    steps: int | None = science(
+        None,
+        ge=1,
+        description=(
+            "Steps after which this student is finished; its ranks only compute teacher targets "
+            "from then on. Null means `schedule.steps`."
+        ),
+    )
+    crop_scale: float = science(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="Fraction of every crop's side that the student gets. 1 is the full crop.",
+    )
+    ranks: Annotated[int | str, AfterValidator(ranks_or_range)] = machine(
+        "auto",
+        description=(
+            "Number of ranks that train the student, or which ones, as FIRST-LAST. `auto` leaves "
+            "both to the plan."
+        ),
+    )
 
     @property
     def label(self) -> str:
@@ -147,29 +263,74 @@ class StudentSpec(ArchSpec):
 class FitSpec(Section):
     """Learning DINO and iBOT heads on a frozen teacher, for ``teacher.heads: fit``."""
 
-    steps: int = science(10_000, ge=1)
-    lr: float = science(4.0e-4, gt=0.0)  # falls to zero along a cosine
-    warmup: int = science(500, ge=0)
-    ema: float = science(0.994, ge=0.0, le=1.0)
-    heads: HeadsSpec = science(HeadsSpec())
+    steps: int = science(
+        10_000,
+        ge=1,
+        description=(
+            "Steps for which the heads are trained on the frozen teacher. The default is a "
+            "starting point for catalogue sizes."
+        ),
+    )
+    lr: float = science(
+        4.0e-4,
+        gt=0.0,
+        description=(
+            "Peak learning rate of the heads; it falls to 0 along a cosine. The default is a "
+            "starting point."
+        ),
+    )  # falls to zero along a cosine
+    warmup: int = science(
+        500, ge=0, description="Steps in which the rate rises from 0 to its peak."
+    )
+    ema: float = science(
+        0.994,
+        ge=0.0,
+        le=1.0,
+        description=(
+            "Momentum per step of the heads' average, which gives the targets. The default is the "
+            "same as for a family."
+        ),
+    )
+    heads: HeadsSpec = science(
+        HeadsSpec(), description="Sizes of the heads to fit. The defaults are the 7B teacher's."
+    )
 
 
 HeadsMode = Literal["file", "fit", "none"]
 
 
 class TeacherSource(Section):
-    """The family's teacher: a recipe to train it first, or its weights.
+    """The family's teacher: a recipe to train it first, or its weights."""
 
-    ``heads``: a file; ``fit`` to learn them on the frozen teacher first; ``none`` to learn from its
-    features instead. By default the ones that lie beside the weights or that the recipe trains.
-    ``arch`` names what the weights are, so that a plan can be made before they are there.
-    """
-
-    train: str | None = science(None)
-    weights: str | None = machine(None)
-    arch: CatalogueName | None = machine(None)
-    heads: str | None = machine(None)
-    fit: FitSpec = science(FitSpec())
+    train: str | None = science(
+        None,
+        description=(
+            "Teacher recipe that is trained first, relative to this file. Null where `weights` "
+            "are given."
+        ),
+    )
+    weights: str | None = machine(
+        None,
+        description=(
+            "Folder or file of the teacher's weights, any supported layout. Null where `train` is "
+            "given."
+        ),
+    )
+    arch: CatalogueName | None = machine(
+        None,
+        description=(
+            "Catalogue name of the weights, so that a plan can be made before the file is there. "
+            "Null means: look into the file."
+        ),
+    )
+    heads: str | None = machine(
+        None,
+        description=(
+            "File of the teacher's heads, `fit` to train them first, or `none` to learn from "
+            "features. Null means the heads beside the weights."
+        ),
+    )
+    fit: FitSpec = science(FitSpec(), description="How heads are trained, for `heads: fit`.")
 
     @property
     def heads_mode(self) -> HeadsMode:
@@ -178,5 +339,7 @@ class TeacherSource(Section):
 
 
 HEADS_MODES: Mapping[str, HeadsMode] = {"fit": "fit", "none": "none"}
-Student = Annotated[StudentSpec, BeforeValidator(arch_mapping)]
-Model = Annotated[ArchSpec, BeforeValidator(arch_mapping)]
+Student = Annotated[
+    StudentSpec, BeforeValidator(arch_mapping, json_schema_input_type=StudentSpec | Arch)
+]
+Model = Annotated[ArchSpec, BeforeValidator(arch_mapping, json_schema_input_type=ArchSpec | Arch)]

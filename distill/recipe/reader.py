@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from distill.errors import RecipeError
 from distill.recipe.document import OVERRIDE, Document, find_recipe, read_document, with_overrides
+from distill.recipe.formats import format_of, with_defaults_of
 from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe
 from distill.recipe.messages import explain, place_of, refuse, render
 from distill.recipe.rules import Parts, find_conflicts, items_of
@@ -110,17 +111,18 @@ def names_teacher_recipe(recipe: str, overrides: Sequence[str] = ()) -> bool:
 def _read_fields(path: Path, overrides: Sequence[str]) -> Reading:
     document, problems = with_overrides(read_document(path), overrides)
     kind = _kind(document)
+    values = with_defaults_of(format_of(document.values), kind, document.values)
     recipe: Recipe | None = None
     errors: list[Any] = []
     try:
-        recipe = kind.model_validate(document.values)
+        recipe = kind.model_validate(values)
     except ValidationError as error:
         errors = error.errors()
     by_place: dict[Loc, list[Any]] = {}
     for entry in errors:
         by_place.setdefault(place_of(kind, entry), []).append(entry)
     problems += [(loc, explain(kind, loc, entries)) for loc, entries in by_place.items()]
-    parts = dict(_valid_parts(kind, document.values, (), by_place.keys()))
+    parts = dict(_valid_parts(kind, values, (), by_place.keys()))
     return Reading(document, kind, None if problems else recipe, parts, tuple(problems))
 
 

@@ -8,107 +8,297 @@ from distill.recipe.types import Name, Pair, Section, science
 
 
 class ObjectiveSpec(Section):
-    """Weights of the loss terms; ``local`` scales the part of local crops.
+    """Weights of the loss terms; ``local`` scales the part of local crops."""
 
-    With heads the terms are dino, ibot and koleo; with ``teacher.heads: none`` cosine and smooth_l1.
-    """
-
-    dino: float = science(1.0, gt=0.0)
-    ibot: float = science(1.0, ge=0.0)
-    koleo: float = science(0.1, ge=0.0)
-    local: float = science(1.0, ge=0.0)
-    cosine: float = science(1.0, gt=0.0)
-    smooth_l1: float = science(0.1, ge=0.0)
+    dino: float = science(
+        1.0,
+        gt=0.0,
+        description="Weight of the DINO loss on class tokens. The default is the published one.",
+    )
+    ibot: float = science(
+        1.0,
+        ge=0.0,
+        description=(
+            "Weight of the iBOT loss on masked patches; 0 turns it off. The default is the "
+            "published one."
+        ),
+    )
+    koleo: float = science(
+        0.1,
+        ge=0.0,
+        description=(
+            "Weight of the KoLeo loss, which spreads class features apart; 0 turns it off. The "
+            "default is the published one."
+        ),
+    )
+    local: float = science(
+        1.0,
+        ge=0.0,
+        description="Factor of the loss part of local crops. The default 1 counts every crop alike.",
+    )
+    cosine: float = science(
+        1.0,
+        gt=0.0,
+        description=(
+            "Weight of the cosine distance of features, for a teacher without heads. The default "
+            "makes it the main term."
+        ),
+    )
+    smooth_l1: float = science(
+        0.1,
+        ge=0.0,
+        description=(
+            "Weight of the smooth L1 distance of features, for a teacher without heads. The "
+            "default keeps it below the cosine."
+        ),
+    )
 
 
 class GramSpec(Section):
-    """Gram anchoring: which earlier EMA network is the anchor and how often it is replaced.
+    """Gram anchoring: which earlier EMA network is the anchor and how often it is replaced."""
 
-    ``resolution``: the anchor looks at crops of this multiple of the global crop's size, itself a multiple of the patch.
-    """
-
-    teacher: str = science()
-    weight: float = science(2.0, gt=0.0)
-    refresh: int = science(10_000, ge=1)
-    max_refreshes: int = science(3, ge=0)
-    resolution: float = science(2.0, ge=1.0, le=4.0)
+    teacher: str = science(
+        description="Which average is the anchor: an earlier stage and a step of it, such as `base@200`."
+    )
+    weight: float = science(
+        2.0, gt=0.0, description="Weight of the Gram loss. The default is the published one."
+    )
+    refresh: int = science(
+        10_000,
+        ge=1,
+        description=(
+            "Steps between two replacements of the anchor by the current average. The default is "
+            "the published one."
+        ),
+    )
+    max_refreshes: int = science(
+        3,
+        ge=0,
+        description=(
+            "How often the anchor is replaced at most; 0 keeps the first. The default is the "
+            "published one."
+        ),
+    )
+    resolution: float = science(
+        2.0,
+        ge=1.0,
+        le=4.0,
+        description=(
+            "Factor of the global crop's side at which the anchor sees it, in full patches. The "
+            "default is the published one."
+        ),
+    )
 
 
 class LrSpec(Section):
     """Learning rate over the steps; ``ramp`` is how it rises from 0 to its peak in the warm-up."""
 
-    peak: float = science(gt=0.0)
-    end: float = science(1.0e-6, ge=0.0)
-    warmup: int = science(0, ge=0)
-    ramp: Literal["linear", "cosine"] = science("linear")
-    decay: Literal["constant", "cosine"] = science("constant")
-    scale: Literal["none", "sqrt_1024"] = science("none")
+    peak: float = science(gt=0.0, description="Largest learning rate, reached after the warm-up.")
+    end: float = science(
+        1.0e-6,
+        ge=0.0,
+        description="Learning rate at the last step of a cosine decay. The default is the published one.",
+    )
+    warmup: int = science(
+        0,
+        ge=0,
+        description=(
+            "Steps in which the rate rises from 0 to its peak. The default is none, since a good "
+            "value depends on the length of the run."
+        ),
+    )
+    ramp: Literal["linear", "cosine"] = science(
+        "linear", description="Shape of the warm-up. The default is the common one."
+    )
+    decay: Literal["constant", "cosine"] = science(
+        "constant",
+        description="Shape after the warm-up; `constant` stays at the peak, as published.",
+    )
+    scale: Literal["none", "sqrt_1024"] = science(
+        "none",
+        description=(
+            "Factor of the rates: `sqrt_1024` is 4 * sqrt(batch / 1024), the released rule. The "
+            "default takes the rates as written."
+        ),
+    )
 
 
 class TemperatureSpec(Section):
     """Teacher temperature: linear from start to end over the warm-up steps."""
 
-    start: float = science(0.04, gt=0.0)
-    end: float = science(0.07, gt=0.0)
-    warmup: int = science(0, ge=0)
+    start: float = science(
+        0.04,
+        gt=0.0,
+        description=(
+            "Teacher temperature at step 0; lower makes sharper targets. The default is the "
+            "published one."
+        ),
+    )
+    end: float = science(
+        0.07,
+        gt=0.0,
+        description="Teacher temperature after the warm-up. The default is the published one.",
+    )
+    warmup: int = science(
+        0,
+        ge=0,
+        description=(
+            "Steps from `start` to `end`, along a line. The default 0 is `end` from the first "
+            "step on."
+        ),
+    )
 
 
 class ScheduleSpec(Section):
     """Batch, optimiser and everything that depends on the step."""
 
-    batch: int = science(ge=1)
-    lr: LrSpec = science()
-    weight_decay: float = science(0.04, ge=0.0)
-    beta2: float = science(0.99, ge=0.0, lt=1.0)
-    clip: float = science(3.0, gt=0.0)
-    ema: float = science(0.994, ge=0.0, le=1.0)
-    teacher_temperature: TemperatureSpec = science(TemperatureSpec())
-    freeze_prototypes: int = science(0, ge=0)
-    rope_rescale: Pair | None = science(None)
+    batch: int = science(ge=1, description="Images per step over all ranks.")
+    lr: LrSpec = science(description="Learning rate over the steps.")
+    weight_decay: float = science(
+        0.04,
+        ge=0.0,
+        description="AdamW's weight decay per step, times the rate. The default is the published one.",
+    )
+    beta2: float = science(
+        0.99,
+        ge=0.0,
+        lt=1.0,
+        description="AdamW's decay of the second moment. The default is the published one.",
+    )
+    clip: float = science(
+        3.0,
+        gt=0.0,
+        description=(
+            "Largest norm of a network's gradient; a longer one is scaled down. The default is "
+            "the published one."
+        ),
+    )
+    ema: float = science(
+        0.994,
+        ge=0.0,
+        le=1.0,
+        description=(
+            "Momentum per step of the network's average, which is what is exported; a student's "
+            "rises to 1 along a cosine, a teacher's goes to `ema_end`. The default is the "
+            "published one."
+        ),
+    )
+    teacher_temperature: TemperatureSpec = science(
+        TemperatureSpec(), description="Temperature of the teacher's softmax over the steps."
+    )
+    freeze_prototypes: int = science(
+        0,
+        ge=0,
+        description=(
+            "Steps at the start in which the prototypes are not trained. The default 0 trains "
+            "them from the first step on."
+        ),
+    )
+    rope_rescale: Pair | None = science(
+        None,
+        description=(
+            "Smallest and largest random factor of the RoPE coordinates, one draw per step. Null "
+            "means no rescaling."
+        ),
+    )
 
 
 class FamilyScheduleSpec(ScheduleSpec):
     """A family's schedule has a length; a teacher's stages have theirs."""
 
-    steps: int = science(ge=1)
+    steps: int = science(
+        ge=1, description="Steps of the family; every student ends here unless it names fewer."
+    )
 
 
 class TeacherScheduleSpec(ScheduleSpec):
-    """What only pretraining has: stochastic depth, and learning rates that differ between layers.
+    """What only pretraining has: stochastic depth, and learning rates that differ between layers."""
 
-    ``drop_path``: how often a row skips a residual branch. ``layer_decay``: factor from each block to
-    the one before it. ``patch_embed_lr``: further factor of the patch embedding. ``weight_decay_end``,
-    ``ema_end``: what a cosine over all steps leads to; constant without.
-    """
+    weight_decay_end: float | None = science(
+        None,
+        ge=0.0,
+        description="Weight decay at the last step, reached along a cosine. Null means constant.",
+    )
+    ema_end: float | None = science(
+        None,
+        ge=0.0,
+        le=1.0,
+        description=(
+            "Momentum of the average at the last step, reached along a cosine. Null means constant."
+        ),
+    )
 
-    weight_decay_end: float | None = science(None, ge=0.0)
-    ema_end: float | None = science(None, ge=0.0, le=1.0)
-
-    drop_path: float = science(0.0, ge=0.0, lt=1.0)
-    layer_decay: float = science(1.0, gt=0.0, le=1.0)
-    patch_embed_lr: float = science(1.0, gt=0.0, le=1.0)
+    drop_path: float = science(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description=(
+            "Probability that a row skips a residual branch. The default 0 is no stochastic depth."
+        ),
+    )
+    layer_decay: float = science(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description=(
+            "Factor of the rate from each block to the one before it. The default 1 gives all "
+            "blocks the same rate."
+        ),
+    )
+    patch_embed_lr: float = science(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="Further factor of the patch embedding's rate. The default 1 changes nothing.",
+    )
 
 
 class StageCropsSpec(Section):
     """Sizes of the crops of some of a stage's batches, in the share ``ratio``; the rest is as in ``crops``."""
 
-    global_: int = science(ge=8, alias="global")
-    local: int = science(ge=8)
-    ratio: float = science(1.0, gt=0.0)
+    global_: int = science(
+        ge=8, alias="global", description="Side in pixels of the global crops of these batches."
+    )
+    local: int = science(ge=8, description="Side in pixels of the local crops of these batches.")
+    ratio: float = science(
+        1.0,
+        gt=0.0,
+        description=(
+            "Share of the stage's batches with these sizes, relative to the others. The default "
+            "counts all alike."
+        ),
+    )
 
 
 class StageSpec(Section):
-    """One stage of pretraining; it goes on from the stage before.
+    """One stage of pretraining; it goes on from the stage before."""
 
-    ``lr`` counts its steps from the start of the stage; without one the schedule's goes on. ``batch``
-    and ``ema`` replace the schedule's. ``crops`` are sizes that take turns, each batch of one.
-    """
-
-    name: Name = science()
-    steps: int = science(ge=1)
-    objective: ObjectiveSpec = science(ObjectiveSpec())
-    gram: GramSpec | None = science(None)
-    lr: LrSpec | None = science(None)
-    batch: int | None = science(None, ge=1)
-    ema: float | None = science(None, ge=0.0, le=1.0)
-    crops: Annotated[tuple[StageCropsSpec, ...], Strict(False)] | None = science(None, min_length=1)
+    name: Name = science(description="Name of the stage, in metrics and for `gram.teacher`.")
+    steps: int = science(ge=1, description="Steps of the stage.")
+    objective: ObjectiveSpec = science(
+        ObjectiveSpec(), description="Weights of the loss terms in this stage."
+    )
+    gram: GramSpec | None = science(
+        None, description="Gram anchoring in this stage. Null means none."
+    )
+    lr: LrSpec | None = science(
+        None,
+        description=(
+            "Learning rate of this stage, counted from its first step. Null means that the "
+            "schedule's continues."
+        ),
+    )
+    batch: int | None = science(
+        None, ge=1, description="Images per step in this stage. Null means `schedule.batch`."
+    )
+    ema: float | None = science(
+        None,
+        ge=0.0,
+        le=1.0,
+        description="Momentum of the average in this stage. Null means `schedule.ema`.",
+    )
+    crops: Annotated[tuple[StageCropsSpec, ...], Strict(False)] | None = science(
+        None,
+        min_length=1,
+        description="Sizes of crops that take turns, each batch of one. Null means the sizes in `crops`.",
+    )

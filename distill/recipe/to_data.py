@@ -1,19 +1,18 @@
 """Recipe and images to a loader: which samples, which crops, and where bad ones are named."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from distill.data.bad_samples import BadSamples
-from distill.data.crops import CropSchedule, CropSpec
+from distill.data.crops import CropSchedule
 from distill.data.feed import Feed
 from distill.data.index import ImageIndex
 from distill.data.loader import Loader
 from distill.data.sampler import BatchSizes, Pool, Sampler
 from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-from distill.recipe.schedules import StageSpec
 
 Recipe = FamilyRecipe | TeacherRecipe
 
@@ -42,29 +41,6 @@ def batch_sizes(recipe: Recipe) -> BatchSizes:
     return tuple(
         (recipe.first_step(stage), recipe.at_stage(stage).schedule.batch) for stage in recipe.stages
     )
-
-
-def crop_schedule(recipe: Recipe, stage: StageSpec | None = None) -> CropSchedule:
-    """The loader's crops for a recipe; in a stage of pretraining with its sizes, and anchor crops where it has an anchor."""
-    crops = recipe.crops
-    kinds: Sequence[tuple[int, int, float]] = ((crops.global_.size, crops.local.size, 1.0),)
-    if stage is not None and stage.crops is not None:
-        kinds = [(kind.global_, kind.local, kind.ratio) for kind in stage.crops]
-    times = stage.gram.resolution if stage is not None and stage.gram is not None else None
-    specs = [
-        CropSpec(
-            global_size=global_size,
-            global_scale=crops.global_.scale,
-            num_local=crops.local.count,
-            local_size=local_size,
-            local_scale=crops.local.scale,
-            anchor_size=None if times is None else round(times * global_size),
-            flip_probability=crops.flip,
-            blur_sigma=crops.blur_sigma,
-        )
-        for global_size, local_size, _ in kinds
-    ]
-    return CropSchedule.of(specs, [ratio for *_, ratio in kinds], recipe.seed)
 
 
 def build_feed(

@@ -7,29 +7,97 @@ torch, so that the command line starts fast.
 import difflib
 import re
 import typing
-from collections.abc import Iterator
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, WithJsonSchema
 from pydantic.fields import FieldInfo
 
 from students.shapes import CATALOG
 
 ARCHITECTURES = tuple(CATALOG)
 FREE_SIZES = ("vit", "convnext")
+RECIPE_FORMAT = 1  # the newest; a release that adds a key or changes a default has the next
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 Loc = tuple[str | int, ...]
 Problem = tuple[Loc, str]
 
 
-def science(default: Any = ..., **constraints: Any) -> Any:
-    """A key that decides the result."""
-    return Field(default, json_schema_extra={"role": "science"}, **constraints)
+def science(
+    default: Any = ...,
+    *,
+    description: str,
+    since: int = 1,
+    was: Mapping[int, Any] | None = None,
+    **constraints: Any,
+) -> Any:
+    """Declares a key that decides the result.
+
+    Args:
+        default: of the newest format; left out where the key must be given.
+        description: meaning, unit and the default's reason, for ``distill explain``.
+        since: the recipe format in which the key came.
+        was: earlier defaults, each by the last format that had it.
+        **constraints: of pydantic's ``Field``.
+
+    Raises:
+        ValueError: a key that came after format 1 has no default, so that older recipes lack it.
+    """
+    return _key("science", default, description, since, was or {}, constraints)
 
 
-def machine(default: Any = ..., **constraints: Any) -> Any:
-    """A key about where and how fast, with no influence on the result."""
-    return Field(default, json_schema_extra={"role": "machine"}, **constraints)
+def machine(
+    default: Any = ...,
+    *,
+    description: str,
+    since: int = 1,
+    was: Mapping[int, Any] | None = None,
+    **constraints: Any,
+) -> Any:
+    """Declares a key about where and how fast, with no influence on the result; arguments as for ``science``."""
+    return _key("machine", default, description, since, was or {}, constraints)
+
+
+def _key(
+    role: str,
+    default: Any,
+    description: str,
+    since: int,
+    was: Mapping[int, Any],
+    constraints: Mapping[str, Any],
+) -> Any:
+    if since > 1 and default is ...:
+        raise ValueError(f"a key that came in format {since} needs a default for older recipes")
+    extra: Any = {"role": role, "since": since, "was": dict(was)}
+    return Field(default, description=description, json_schema_extra=extra, **constraints)
+
+
+@dataclass(frozen=True)
+class KeyFacts:
+    """What is declared of a key beside its type: role, first format, earlier defaults."""
+
+    role: Literal["science", "machine"]
+    since: int
+    was: Mapping[int, Any]
+    default: Any
+
+    def default_at(self, format_number: int) -> Any:
+        """Returns the default that recipes of a format have."""
+        return next(
+            (self.was[last] for last in sorted(self.was) if format_number <= last), self.default
+        )
+
+    @property
+    def introduced_default(self) -> Any:
+        """The default that the key came with."""
+        return self.default_at(self.since)
+
+
+def facts_of(field: FieldInfo) -> KeyFacts:
+    """Returns what ``science`` or ``machine`` declared of a field."""
+    extra: Any = field.json_schema_extra
+    return KeyFacts(extra["role"], extra["since"], extra["was"], field.default)
 
 
 class Section(BaseModel):
@@ -57,6 +125,12 @@ def _known_arch(name: str) -> str:
         else f"; known: {', '.join([*ARCHITECTURES, *FREE_SIZES])}"
     )
     raise ValueError(f"{name!r} is not known{hint}")
+
+
+def _known_format(number: int) -> int:
+    if number > RECIPE_FORMAT:
+        raise ValueError(f"{number}: this distill knows formats 1 to {RECIPE_FORMAT}; upgrade it")
+    return number
 
 
 def _safe_name(name: str) -> str:
@@ -125,8 +199,16 @@ def source_mapping(value: object) -> object:
     return {"path": value} if isinstance(value, str) else value
 
 
-Arch = Annotated[str, AfterValidator(_known_arch)]
-CatalogueName = Annotated[str, AfterValidator(_catalogue_name)]
+_NAMES: Any = {"enum": [*ARCHITECTURES, *FREE_SIZES]}
+Arch = Annotated[
+    str,
+    AfterValidator(_known_arch),
+    WithJsonSchema({"anyOf": [_NAMES, {"type": "string", "pattern": ":"}]}),
+]
+Format = Annotated[int, Field(ge=1), AfterValidator(_known_format)]
+CatalogueName = Annotated[
+    str, AfterValidator(_catalogue_name), WithJsonSchema({"enum": list(ARCHITECTURES)})
+]
 Name = Annotated[str, AfterValidator(_safe_name)]
 Pair = Annotated[tuple[float, float], Strict(False)]
 Triple = Annotated[tuple[float, float, float], Strict(False)]

@@ -270,7 +270,11 @@ def test_resolved_yaml__says_where_each_value_comes_from_and_loads_again(tmp_pat
 
 def test_copy_recipe__brings_the_teacher_recipe_along(tmp_path: Path) -> None:
     written = copy_recipe("quickstart", tmp_path / "my.yaml")
-    assert [path.name for path in written] == ["my.yaml", "quickstart_teacher.yaml"]
+    recipes, schemas = ["my.yaml", "quickstart_teacher.yaml"], ["family", "teacher"]
+    assert [path.name for path in written] == [
+        *recipes,
+        *(f"{each}.schema.json" for each in schemas),
+    ]
     load_job(str(tmp_path / "my.yaml"))
     with pytest.raises(RecipeError, match="exists already"):
         copy_recipe("quickstart", tmp_path / "my.yaml")
@@ -796,7 +800,7 @@ def test_load_recipe__merged_keys(tmp_path: Path) -> None:
 
 def test_copy_recipe__a_teacher_recipe_that_is_there_already(tmp_path: Path) -> None:
     mine = tmp_path / "new" / "mine.yaml"
-    assert copy_recipe("quickstart", mine) == [mine, mine.parent / "quickstart_teacher.yaml"]
+    assert copy_recipe("quickstart", mine)[:2] == [mine, mine.parent / "quickstart_teacher.yaml"]
     assert load_job(str(mine)) == load_job("quickstart")
     copy_recipe("quickstart", mine.parent / "second.yaml")  # the same teacher recipe may be there
     with pytest.raises(RecipeError, match=r"mine.yaml: exists already"):
