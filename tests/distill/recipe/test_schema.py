@@ -13,7 +13,7 @@ from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.schema import keys, schema
 from distill.recipe.usage import _sections_below
 from distill.recipe.writer import EDITOR_LINE
-from tests.distill.conftest import Run
+from tests.support.command import Run
 
 PAGE = Path(__file__).parents[3] / "docs/recipe-keys.md"
 RECIPES = sorted(builtin_recipes().items())
