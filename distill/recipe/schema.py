@@ -145,7 +145,7 @@ def _name_of(kind: type[Section]) -> str:
 
 
 def _tidied(node: Any) -> Any:
-    """A part of pydantic's schema without titles, with our own facts as ``x-`` keywords."""
+    """A part of pydantic's schema without titles, with the role of a key as ``x-role``."""
     if isinstance(node, list):
         return [_tidied(item) for item in node]
     if not isinstance(node, dict):

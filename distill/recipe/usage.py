@@ -105,20 +105,6 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
         self._class = before
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        self._visit_function(node)
-
-    def visit_Lambda(self, node: ast.Lambda) -> None:
-        self._visit_function(node)
-
-    def _visit_function(self, node: ast.FunctionDef | ast.Lambda) -> None:
-        before, self._scope = self._scope, dict(self._scope)
-        for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
-            kinds = _of_annotation(argument.annotation, self._names)
-            self._scope[argument.arg] = self._class if argument.arg == "self" else kinds
-        self.generic_visit(node)
-        self._scope = before
-
     def visit_Assign(self, node: ast.Assign) -> None:
         self.generic_visit(node)
         for target in node.targets:
@@ -138,13 +124,18 @@ class _Reader(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit(self, node: ast.AST) -> None:
-        if not isinstance(node, LOOPS):
-            super().visit(node)
-            return
+        """Functions and comprehensions have names of theirs, which end with them."""
         before, self._scope = self._scope, dict(self._scope)
-        for loop in node.generators:
-            self._bind(loop.target, loop.iter)
-        self.generic_visit(node)
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
+                kinds = _of_annotation(argument.annotation, self._names)
+                self._scope[argument.arg] = self._class if argument.arg == "self" else kinds
+        elif isinstance(node, LOOPS):
+            for loop in node.generators:
+                self._bind(loop.target, loop.iter)
+        else:
+            self._scope = before
+        super().visit(node)
         self._scope = before
 
     def visit_Attribute(self, node: ast.Attribute) -> None:

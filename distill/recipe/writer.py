@@ -111,7 +111,7 @@ def copy_recipe(recipe: str, target: Path) -> list[Path]:
 
 
 def _for_editors(original: Path, kind: type[Recipe]) -> str:
-    """A recipe's text with the line that tells editors its schema, which lies beside it."""
+    """A recipe's text with the line that names its schema to editors, which lies beside it."""
     text = original.read_text()
     if text.startswith(EDITOR_LINE):
         text = text.partition("\n")[2]
