@@ -133,7 +133,9 @@ def test_schema__shorthands_are_allowed() -> None:
     assert check(values) != []
 
 
-@pytest.mark.parametrize("kind", _sections_below([FamilyRecipe, TeacherRecipe]))
+@pytest.mark.parametrize(
+    "kind", sorted(_sections_below([FamilyRecipe, TeacherRecipe]), key=lambda kind: kind.__name__)
+)
 def test_descriptions__are_one_or_two_sentences(kind: Any) -> None:
     for name, field in kind.model_fields.items():
         text = field.description
