@@ -6,6 +6,7 @@ torchrun with three ranks, one process, broken images, a killed rank
 """
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -24,8 +25,11 @@ from tests.support.jobs import (
     TEACHER,
     assert_equal_students,
     is_in,
+    left_after,
+    ranks_of,
     run_and_interrupt,
     run_distill,
+    servers_of,
     students_of,
     without_heads,
     write_images,
@@ -374,8 +378,6 @@ def test_train__a_killed_rank_ends_the_job_and_is_named(recipe: Path, tmp_path: 
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.05)
     time.sleep(2.0)  # four heartbeats: each rank has told that it is in this phase
-    from tests.support.jobs import left_after, ranks_of, servers_of
-
     ranks, servers = ranks_of(process.pid), servers_of(process.pid)
     assert len(ranks) == 2 and len(servers) == 1  # on a CPU
     os.kill(ranks[-1], signal.SIGKILL)

@@ -12,26 +12,26 @@ from distill.extend.kinds import Kind
 Table = Mapping[str, str]  # name -> "module:object"
 
 
-def find(kind: Kind, name: str, builtin: Table, place: str) -> Any:
+def find(kind: Kind, name: str, builtin: Table, key: str) -> Any:
     """Imports and returns the object of a name; a built-in name cannot be taken by a package.
 
     Args:
         kind: what is looked for.
         name: as the recipe or the command line has it.
         builtin: the names of this project.
-        place: where the name stands, for messages: a dotted key or an option.
+        key: where the name stands, for messages: a dotted key or an option.
 
     Raises:
         RecipeError: the name is not known, is ambiguous, or cannot be imported.
     """
-    return _load(require(kind, name, builtin, place), place)
+    return _load(require(kind, name, builtin, key), key)
 
 
-def require(kind: Kind, name: str, builtin: Table, place: str) -> EntryPoint:
+def require(kind: Kind, name: str, builtin: Table, key: str) -> EntryPoint:
     """Returns where the object of a name is, without importing it.
 
     Raises:
-        RecipeError: as ``find``, as far as it can be said without importing.
+        RecipeError: as ``find``, as far as it shows without importing.
     """
     if name in builtin:
         return EntryPoint(name, builtin[name], kind.group)
@@ -39,7 +39,7 @@ def require(kind: Kind, name: str, builtin: Table, place: str) -> EntryPoint:
     targets = sorted({point.value for point in found})
     if len(targets) > 1:
         raise RecipeError(
-            f"{place} = {name}: two installed packages add it ({' and '.join(targets)})",
+            f"{key} = {name}: two installed packages add it ({' and '.join(targets)})",
             fix="Uninstall one of them.",
         )
     if not targets:
@@ -47,7 +47,7 @@ def require(kind: Kind, name: str, builtin: Table, place: str) -> EntryPoint:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" - did you mean {close[0]!r}?" if close else ""
         raise RecipeError(
-            f"{place} = {name}: not known{hint}; known: {', '.join(known) or 'none'}",
+            f"{key} = {name}: not known{hint}; known: {', '.join(known) or 'none'}",
             fix=f"Write a known name, or install the package that adds it in the group {kind.group}.",
         )
     return next(point for point in found if point.value == targets[0])
@@ -58,14 +58,14 @@ def names(kind: Kind, builtin: Table) -> list[str]:
     return list(dict.fromkeys([*builtin, *sorted(p.name for p in entry_points(group=kind.group))]))
 
 
-def _load(point: EntryPoint, place: str) -> Any:
+def _load(point: EntryPoint, key: str) -> Any:
     try:
         found: Any = import_module(point.module)
         for part in (point.attr or "").split("."):
             found = getattr(found, part) if part else found
     except (ImportError, AttributeError) as error:
         raise RecipeError(
-            f"{place} = {point.name}: {point.value} cannot be imported ({error})",
+            f"{key} = {point.name}: {point.value} cannot be imported ({error})",
             fix="Install the package that adds it again, or leave the name out.",
         ) from error
     return found

@@ -199,6 +199,6 @@ def test_take_device__names_what_the_machine_lacks(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert take_device("auto") == torch.device("cuda", 1) == taken[0]
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(SetupError, match="rank 2 of this machine has no GPU of its own"):
+    with pytest.raises(SetupError, match="rank 2 of this machine has no GPU to itself"):
         take_device("cuda")
     assert take_device("cpu") == torch.device("cpu")
