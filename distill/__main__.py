@@ -7,6 +7,10 @@ Python puts the folder that the user stands in first on the search path of ``pyt
 
 import os
 import sys
+from pathlib import Path
+
+# An editable install is found by a hook that Python asks after every folder of the path, the user's too.
+ROOT = str(Path(__file__).resolve().parents[1])
 
 
 def user_folder_last(search_path: list[str], user_folder: str) -> list[str]:
@@ -17,7 +21,8 @@ def user_folder_last(search_path: list[str], user_folder: str) -> list[str]:
 
 def run() -> None:
     """Runs the command line and ends the process with its exit code."""
-    sys.path[:] = user_folder_last(sys.path, os.path.realpath(os.curdir))
+    search_path = sys.path if ROOT in sys.path else [*sys.path, ROOT]
+    sys.path[:] = user_folder_last(search_path, os.path.realpath(os.curdir))
 
     from distill.cli.app import main
 

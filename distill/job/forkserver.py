@@ -7,7 +7,7 @@ spawned: a process must not be forked once CUDA is in use.
 
 The server is started with our packages' folder on its path and without the folder that the user stands
 in, so that a user's ``teacher/`` or ``students.py`` is never taken for ours; the ranks then get the
-launcher's search path. It ignores Ctrl-C, and ends when the launcher and every rank have ended.
+launcher's search path. It ignores Ctrl-C and SIGTERM, and ends when the launcher and every rank have ended.
 """
 
 import multiprocessing
@@ -35,7 +35,7 @@ def choose_start_method(engine_device: str) -> str:
     if has_gpu(engine_device):
         return "spawn"
     multiprocessing.set_forkserver_preload(PRELOADED)
-    with _environment(_server_variables()), _ignoring_interrupts():
+    with _environment(_server_variables()), _ignoring_signals():
         forkserver.ensure_running()
     return "forkserver"
 
@@ -65,13 +65,20 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _ignoring_interrupts() -> Iterator[None]:
-    """Ignores SIGINT while inside, which a process started here inherits; only the main thread may change that."""
+def _ignoring_signals() -> Iterator[None]:
+    """Ignores SIGINT and SIGTERM while inside, which a process started here inherits; only the main thread may change that.
+
+    Both reach every process of a group at once. The launcher and the ranks answer them; without the server
+    they would lose each other before anything is saved.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {
+        number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

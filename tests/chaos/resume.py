@@ -148,9 +148,9 @@ def work_and_note(run_folder: str, notes: str) -> None:
     samples: dict[str, int] = {}
     now = [""]
 
-    def noted_train_step(self: Any, batch: Any, temperature: Any, scalars: Any, step: int) -> Any:
-        now[0] = f"{self.name}/{step}"
-        return train_step(self, batch, temperature, scalars, step)
+    def noted_train_step(self: Any, batch: Any, numbers: Any) -> Any:
+        now[0] = f"{self.name}/{numbers.run_step}"
+        return train_step(self, batch, numbers)
 
     def noted_step(self: Any, loss: Tensor, *rest: Any, **named: Any) -> Any:
         losses[now[0]] += float(loss.detach())
