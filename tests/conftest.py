@@ -27,6 +27,8 @@ def _deterministic() -> None:
 def distill(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """The command line in this process: exit code, standard output, standard error."""
     monkeypatch.setenv("COLUMNS", "200")
+    # no rank starts here, and a process has one fork server: that of tests.support.spawn
+    monkeypatch.setattr("distill.job.forkserver.choose_start_method", lambda _: "spawn")
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 

@@ -6,6 +6,7 @@ processes that start from nothing. Ranks on a GPU start from nothing: CUDA canno
 
 import os
 import pickle
+import sys
 import tempfile
 import traceback
 import warnings
@@ -87,6 +88,7 @@ def _work(
     # filling DeepSpeed's empty bucket of 2 GB at every step took nine tenths of the time
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
+        assert device_type != "cpu" or "tests.support.preload" in sys.modules, "another fork server"
         dist.init_process_group(
             "nccl" if device_type == "cuda" else "gloo",
             init_method=f"file://{folder}/store",

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -64,6 +65,7 @@ def test_interleave__shares_are_exact_and_nothing_is_skipped(
     assert np.array_equal(again, kinds[1000:1010]) and np.array_equal(same, earlier[1000:1010])
 
 
+@pytest.mark.slow  # the loader's test of mixed sources is the quick one
 def test_sampler__sources_by_weight_and_pure_batches() -> None:
     pools = [Pool(0, 1000, 0.6), Pool(1000, 1100, 0.3), Pool(1100, 1200, 0.1, is_pure=True)]
     ids = stream(pools, 0, 50, CYCLE // 10)
