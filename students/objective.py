@@ -14,17 +14,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from teacher.batch import Features, StudentBatch
+from teacher.batch import NUM_GLOBAL, Features, StudentBatch
 from teacher.init import init_matrix_
-from teacher.task import (
-    NUM_GLOBAL,
-    Losses,
-    StepScalars,
-    TaskOptions,
-    masked_rows,
-    see_crops,
-    weigh,
-)
+from teacher.losses import Losses, weigh
+from teacher.task import StepScalars, TaskOptions, see_crops
 
 MEMORY_STEPS = 100  # updates that the running statistics look back over, once there are as many
 VARIANCE_EPS = 1e-6  # a channel that never changes becomes zero instead of infinite
@@ -141,7 +134,7 @@ class FeatureTask(nn.Module):
         Class features: each global crop with its target, each local crop with both.
         """
         globals_, locals_ = see_crops(self.backbone, batch, self.options, scalars)
-        masked, patch_weights = masked_rows(globals_, batch)
+        masked, patch_weights = batch.masked_rows(globals_)
         patch_parts = feature_sums(
             self.patch_projector(masked), targets.patch_features, patch_weights
         )

@@ -23,8 +23,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
+
+NUM_GLOBAL = 2
 
 
 def onto(tensor: Tensor, device: torch.device) -> Tensor:
@@ -95,6 +98,10 @@ class Features:
     patch_tokens: Float[Tensor, "rows patches width"]
     grid_hw: tuple[int, int]
 
+    def patches_on(self, grid_hw: tuple[int, int]) -> Float[Tensor, "rows target_patches width"]:
+        """Resamples the patch tokens to another grid, bilinear; unchanged where the grids agree."""
+        return resize_grid(self.patch_tokens, self.grid_hw, grid_hw, "bilinear")
+
 
 @dataclass(frozen=True)
 class TeacherTargets:
@@ -149,6 +156,88 @@ class StudentBatch:
             active_rows=None if self.active_rows is None else self.active_rows[images],
         )
 
+    def class_pairs(
+        self, globals_: Features, locals_: Features, local_weight: float
+    ) -> tuple[
+        Float[Tensor, "crops images width"],
+        Float[Tensor, "crops 2"],
+        Float[Tensor, " images"],
+    ]:
+        """Lists the class tokens of all crops, how much each counts against the targets, and each image's weight.
+
+        The mean over pairs: each global crop with the other global crop, each local crop with both.
+        """
+        num_images, num_locals = self.crops.local_crops.shape[:2]
+        tokens = torch.cat(
+            [
+                globals_.class_token.unflatten(0, (num_images, NUM_GLOBAL)).transpose(0, 1),
+                locals_.class_token.unflatten(0, (num_images, num_locals)).transpose(0, 1),
+            ]
+        )  # [2 + locals, images, width]
+        other = 1.0 - torch.eye(NUM_GLOBAL, device=tokens.device)
+        both = torch.full((num_locals, NUM_GLOBAL), local_weight, device=tokens.device)
+        num_pairs = NUM_GLOBAL * (NUM_GLOBAL - 1) + NUM_GLOBAL * num_locals
+        image_weights = tokens.new_full(
+            (num_images,), 1.0 / (num_pairs * self.images_global), dtype=torch.float32
+        )
+        return tokens, torch.cat([other, both]), image_weights
+
+    def masked_rows(
+        self, globals_: Features
+    ) -> tuple[Float[Tensor, "masked width"], Float[Tensor, " masked"]]:
+        """Picks the patch features at the masked places of the teacher's grid, with their weights in the loss.
+
+        A network with another grid has its map resized first. The weights average over the masked
+        patches of a crop, then over all global crops of the batch.
+        """
+        masks = self.masks.flags.flatten(0, 1)  # [images * 2, patches]
+        patches = globals_.patches_on(self.grid_hw)
+        rows = self.masks.rows()
+        num_masked = masks.sum(dim=1)
+        per_row = (1.0 / num_masked.clamp(min=1)).repeat_interleave(
+            num_masked, output_size=rows.shape[0]
+        )
+        masked = patches.flatten(0, 1).index_select(0, rows)
+        return masked, per_row / (NUM_GLOBAL * self.images_global)
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """Crops and targets of the positions one rank requires, ascending; ``positions`` lists them."""
+
+    crops: CropBatch
+    targets: TeacherTargets
+    masks: PatchMasks
+    positions: tuple[range, ...]
+
+
+def student_batch(
+    delivery: Delivery,
+    wanted: range,
+    grid_hw: tuple[int, int],
+    images_global: int,
+) -> StudentBatch:
+    """The positions ``wanted`` of a delivery, which one network trains on; views, no copies."""
+    before = 0
+    for part in delivery.positions:
+        if part.start <= wanted.start and wanted.stop <= part.stop:
+            break
+        before += len(part)
+    else:
+        raise AssertionError(
+            f"positions {wanted.start} to {wanted.stop} were not delivered, only {delivery.positions}"
+        )
+    first = before + wanted.start - part.start
+    full = StudentBatch(
+        crops=delivery.crops,
+        masks=delivery.masks,
+        targets=delivery.targets,
+        grid_hw=grid_hw,
+        start=wanted.start - first,
+        images_global=images_global,
+    )
+    return full.part(slice(first, first + len(wanted)))
+
 
 class Backbone(Protocol):
     """A network that turns pixels into one class feature and a map of patch features."""
@@ -191,3 +280,23 @@ def _filled(values: Sequence[float], device: torch.device) -> Float32[Tensor, "3
     single = torch.float32
     filled = [torch.full((1, 1), value, dtype=single, device=device) for value in values]
     return torch.stack(filled)
+
+
+def resize_grid(
+    patches: Float[Tensor, "rows patches width"],
+    grid_hw: tuple[int, int],
+    target_hw: tuple[int, int],
+    mode: str,
+) -> Float[Tensor, "rows target_patches width"]:
+    """The patch map resampled to another grid, in fp32, without antialias; unchanged when the grids agree.
+
+    ``mode`` is "bicubic" (Gram anchor, as published) or "bilinear" (a student's coarser map on the
+    teacher's grid).
+    """
+    if grid_hw == target_hw:
+        return patches
+    image = (
+        patches.float().transpose(1, 2).unflatten(2, grid_hw)
+    )  # [rows, width, height, width of the grid]
+    resized = F.interpolate(image, size=target_hw, mode=mode, align_corners=False, antialias=False)
+    return resized.flatten(2).transpose(1, 2).to(patches.dtype)

@@ -21,8 +21,8 @@ from teacher.batch import (
     PatchMasks,
     TeacherTargets,
     normalise,
+    resize_grid,
 )
-from teacher.gram import resize_grid
 from teacher.heads import Head
 from teacher.vit import Block
 

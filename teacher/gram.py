@@ -37,23 +37,3 @@ def _similarity(
     features = patches if patches.dtype == torch.float64 else patches.float()
     features = F.normalize(features, dim=-1)
     return features @ features.transpose(1, 2)
-
-
-def resize_grid(
-    patches: Float[Tensor, "rows patches width"],
-    grid_hw: tuple[int, int],
-    target_hw: tuple[int, int],
-    mode: str,
-) -> Float[Tensor, "rows target_patches width"]:
-    """The patch map resampled to another grid, in fp32, without antialias; unchanged when the grids agree.
-
-    ``mode`` is "bicubic" (Gram anchor, as published) or "bilinear" (a student's coarser map on the
-    teacher's grid).
-    """
-    if grid_hw == target_hw:
-        return patches
-    image = (
-        patches.float().transpose(1, 2).unflatten(2, grid_hw)
-    )  # [rows, width, height, width of the grid]
-    resized = F.interpolate(image, size=target_hw, mode=mode, align_corners=False, antialias=False)
-    return resized.flatten(2).transpose(1, 2).to(patches.dtype)

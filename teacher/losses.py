@@ -1,14 +1,10 @@
-"""DINO, iBOT and KoLeo, each equal to its nested-loop definition and independent of how rows are split over ranks.
+"""The terms of the objective, each equal to its nested-loop definition and independent of how rows are split over ranks.
 
-DINO and iBOT are one function: cross-entropy between a student's softmax over prototypes and a
-mixture of assignments. It walks over the prototypes in chunks with a running log-sum-exp and
-recomputes the chunk in the backward pass, so memory is [rows, chunk] and never [rows, prototypes]
-(six matrix products instead of four; exact).
-
-Sums, not means, leave this file: the caller divides by counts of the *global* batch, so that adding
-up ranks is exact when they hold different numbers of images.
+DINO and iBOT are cross-entropies to assignments (``teacher.heads``). Each term is a sum over this rank's images divided by a count of the
+*global* batch, so that adding up ranks is exact when they hold different numbers of images.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,101 +13,47 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from teacher.shapes import PROTOTYPES_AT_ONCE
-from teacher.sinkhorn import SoftAssignment
+from teacher.batch import NUM_GLOBAL, Features, StudentBatch
+from teacher.shapes import KOLEO_GROUP
 
-STUDENT_TEMPERATURE = 0.1
 KOLEO_EPS = 1e-8  # fp32; keeps the logarithm finite for duplicate images
 
 
-class PrototypeCrossEntropy(torch.autograd.Function):
-    """Sum over crops and rows of weighted cross-entropies to mixtures of assignments; see ``cross_entropy``."""
+@dataclass(frozen=True)
+class Objective:
+    """Weight of each term; zero leaves the term out. ``local`` scales the part of local crops.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Float[Tensor, "crops rows bottleneck"],
-        prototypes: Float[Tensor, "prototypes bottleneck"],
-        assignment: SoftAssignment,
-        mixture: Float[Tensor, "crops targets"],
-        weights: Float[Tensor, " rows"],
-    ) -> Float[Tensor, ""]:
-        num_crops, num_rows = student.shape[:2]
-        dtype = assignment.log_rows.dtype
-        peak = student.new_full((num_crops, num_rows), -torch.inf, dtype=dtype)
-        total = student.new_zeros((num_crops, num_rows), dtype=dtype)
-        mass = torch.zeros_like(total)
-        dot = torch.zeros_like(total)
-        for start in range(0, prototypes.shape[0], PROTOTYPES_AT_ONCE):
-            logits, target = _chunk(student, prototypes, assignment, mixture, start)
-            mass += target.sum(dim=-1)
-            dot += (target * logits).sum(dim=-1)
-            new_peak = torch.maximum(peak, logits.amax(dim=-1))
-            chunk_total = logits.sub_(new_peak[..., None]).exp_().sum(dim=-1)
-            total = total * (peak - new_peak).exp() + chunk_total
-            peak = new_peak
-        log_total = peak + total.log()
-        ctx.save_for_backward(student, prototypes, mixture, weights, log_total, mass)
-        ctx.assignment = assignment
-        return (weights * (mass * log_total - dot)).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        student, prototypes, mixture, weights, log_total, mass = ctx.saved_tensors
-        (grad,) = grads
-        scale = (weights * grad / STUDENT_TEMPERATURE)[None, :, None]
-        grad_student = torch.zeros(student.shape, dtype=log_total.dtype, device=student.device)
-        grad_prototypes = torch.empty_like(prototypes)
-        for start in range(0, prototypes.shape[0], PROTOTYPES_AT_ONCE):
-            chunk = slice(start, start + PROTOTYPES_AT_ONCE)
-            logits, target = _chunk(student, prototypes, ctx.assignment, mixture, start)
-            softmax = logits.sub_(log_total[..., None]).exp_()
-            grad_logits = softmax.mul_(mass[..., None]).sub_(target).mul_(scale).to(student.dtype)
-            grad_student += grad_logits @ prototypes[chunk]
-            grad_prototypes[chunk] = grad_logits.flatten(0, 1).T @ student.flatten(0, 1)
-        return grad_student.to(student.dtype), grad_prototypes, None, None, None
-
-
-def _chunk(
-    student: Float[Tensor, "crops rows bottleneck"],
-    prototypes: Float[Tensor, "prototypes bottleneck"],
-    assignment: SoftAssignment,
-    mixture: Float[Tensor, "crops targets"],
-    start: int,
-) -> tuple[Tensor, Tensor]:
-    """Student logits and mixed targets, both [crops, rows, chunk], for one chunk of prototypes."""
-    stop = min(start + PROTOTYPES_AT_ONCE, prototypes.shape[0])
-    dtype = assignment.log_rows.dtype
-    logits = (student @ prototypes[start:stop].T).to(dtype).mul_(1.0 / STUDENT_TEMPERATURE)
-    columns = assignment.columns(start, stop)
-    num_targets = mixture.shape[1]
-    per_target = columns.view(num_targets, student.shape[1], stop - start)
-    target = torch.einsum("ct,tnk->cnk", mixture.to(dtype), per_target)
-    return logits, target
-
-
-def cross_entropy(
-    student: Float[Tensor, "crops rows bottleneck"],
-    prototypes: Float[Tensor, "prototypes bottleneck"],
-    assignment: SoftAssignment,
-    mixture: Float[Tensor, "crops targets"],
-    weights: Float[Tensor, " rows"],
-) -> Float[Tensor, ""]:
-    """Weighted sum of cross-entropies between student crops and the teacher targets they are paired with.
-
-    for each student crop c, target crop t, row n:
-        loss -= mixture[c, t] * weights[n] * sum_k p[t, n, k] * log_softmax(student[c, n] .
-        prototypes / 0.1)[k]
-
-    The assignment's rows are ordered target crop first: [targets * rows]. fp32 inside (float64 if
-    the assignment is). Gradients go to ``student`` and ``prototypes`` only. No communication.
-
-    Source: DINOv3 report, section 3.1; Caron et al. 2021, equation 3.
+    ``cosine`` and ``smooth_l1`` belong to teachers without heads (``students.objective``).
     """
-    loss: Tensor = PrototypeCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        student, prototypes, assignment, mixture, weights
+
+    dino: float
+    ibot: float
+    koleo: float
+    local: float
+    gram: float = 0.0
+    cosine: float = 0.0
+    smooth_l1: float = 0.0
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss to differentiate and its parts, detached; the mean over the group's ranks is the global value."""
+
+    total: Float[Tensor, ""]
+    parts: dict[str, Float[Tensor, ""]]
+
+
+def koleo_loss(
+    globals_: Features, batch: StudentBatch, group: dist.ProcessGroup | None
+) -> Float[Tensor, ""]:
+    """Sums KoLeo over both global crops, divided by the images of the global batch. Communication as ``koleo_sum``."""
+    num_images = batch.crops.global_crops.shape[0]
+    tokens = globals_.class_token.unflatten(0, (num_images, NUM_GLOBAL))
+    total = sum(
+        koleo_sum(tokens[:, crop], KOLEO_GROUP, batch.start, batch.images_global, group)
+        for crop in range(NUM_GLOBAL)
     )
-    return loss
+    return torch.as_tensor(total) / batch.images_global
 
 
 def koleo_sum(
@@ -169,3 +111,10 @@ class _GatherRows(torch.autograd.Function):
         grad = grads[0].clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad[ctx.start : ctx.start + ctx.num_rows], None, None, None
+
+
+def weigh(parts: dict[str, Tensor], weights: Objective, group_ranks: int) -> Losses:
+    """The weighted sum of the terms, each scaled so that the group's mean is the global value."""
+    parts = {name: part * group_ranks for name, part in parts.items()}
+    total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
+    return Losses(total, {name: part.detach() for name, part in parts.items()})

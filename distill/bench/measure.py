@@ -65,7 +65,7 @@ from distill.train.loop import run_phase
 from distill.train.phase import Phase
 from students.student import build_heads, seeded
 from teacher.frozen import FrozenTeacher
-from teacher.task import Objective
+from teacher.losses import Objective
 
 BLOCK = 10  # measured steps of one mode before the next has its turn
 TIMEOUT = timedelta(minutes=10)

@@ -1,7 +1,7 @@
 """What a benchmark puts in the place of images, networks, the recorder, the saver and the heartbeat."""
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +17,7 @@ from distill.recipe.keys import FamilyRecipe
 from distill.runfolder.status import RunState
 from distill.train.phase import Decision, Phase
 from distill.train.schedule import StepNumbers
-from distill.train.stopwatch import Stopwatch
-from distill.train.student import Attempt, Snapshot
+from distill.train.student import Attempt, Snapshot, Stopwatch
 from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets
 
 POOL = 64  # different synthetic images; a loader that only copies is not what is measured
@@ -61,7 +60,7 @@ class Witness:
         self,
         phase: Phase,
         step: int,
-        faults: Sequence[float],
+        faults: Callable[[], Sequence[float]],
     ) -> Decision:
         """One step is over."""
         del step, faults  # it counts the steps of its block itself
@@ -230,11 +229,8 @@ class SleepingStudent:
     ) -> None:
         self.name, self.placement, self.group = placement.name, placement, group
         self.training = Stopwatch(torch.device("cpu"))
-        self._seconds = len(placement.slice_of(world_rank)) * image_s
-
-    def is_finished(self, phase_step: int) -> bool:
-        """Never: a benchmark trains every network to the end."""
-        return phase_step < 0
+        self.images, self.stop_step = placement.slice_of(world_rank), None
+        self._seconds = len(self.images) * image_s
 
     def train_step(self, batch: StudentBatch, numbers: StepNumbers) -> Attempt:
         """Sleeps, then one all-reduce over the group."""

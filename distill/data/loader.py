@@ -47,6 +47,8 @@ class Loader:
         device: torch.device,
     ) -> None:
         self._feed, self._crops, self._max_images = feed, crops, max_images
+        self._has_locals = crops.graph.num_local > 0
+        self._has_anchors = crops.graph.anchor_size is not None
         self._num_threads, self._device = num_threads, device
         self._device_id = device.index if device.type == "cuda" else None
         self._pipeline: Any = None
@@ -64,20 +66,20 @@ class Loader:
         Raises:
             DataError: too many images cannot be used, or a source is gone.
         """
-        spec = self._crops.at(step)
-        if not len(self._feed.positions(step)):
-            return self._nothing(spec)
+        positions = self._feed.positions(step)
+        if not len(positions):
+            return self._nothing(self._crops.at(step))
         started = time.perf_counter()
-        prepared, outputs = self._take(step)
+        prepared, outputs = self._take(step, positions)
         if self._device.type == "cuda":
             outputs = self._copied(outputs)
-        anchors = outputs.pop() if spec.anchor_size is not None else None
+        anchors = outputs.pop() if self._has_anchors else None
         pixel_stats = prepared.pixel_stats
         batch = CropBatch(
             global_crops=outputs[0],
             local_crops=outputs[1]
-            if spec.num_local
-            else self._empty(len(outputs[0]), 0, spec.local_size),
+            if self._has_locals
+            else self._empty(len(outputs[0]), 0, self._crops.at(step).local_size),
             anchor_crops=anchors,
             pixel_stats=None
             if pixel_stats is None
@@ -117,7 +119,7 @@ class Loader:
             wait([self._ahead])
         self._pipeline, self._in_pipeline, self._ahead = None, [], None
 
-    def _take(self, step: int) -> Batch:
+    def _take(self, step: int, positions: range) -> Batch:
         """A step without images that the decoder refuses; the thread goes on with the next."""
         while True:
             if self._ahead is None:
@@ -130,7 +132,7 @@ class Loader:
                     raise
                 self._drop()
                 continue
-            if batch[0].step == step and batch[0].positions == self._feed.positions(step):
+            if batch[0].step == step and batch[0].positions == positions:
                 self._ahead = self._running.submit(self._run)
                 return batch
             self._drop()  # another step is wanted, or other positions than when it was prepared

@@ -3,8 +3,8 @@
 Several engines live in one process, on groups that nest and overlap. DeepSpeed assumes that its
 engine owns the world, so:
 
-- ``as_world`` makes the engine's group the world while the engine works, for every DeepSpeed
-collective and rank query;
+- while the engine works its group is the world (``Engine._as_world``), for every DeepSpeed collective
+and rank query;
 - stage 0 is never used (its gradient reduction reads a module global that the last engine wins),
 not even for a group of one;
 - stage 3 counts modules and parameters of the full process and compares the counts between ranks;
@@ -26,7 +26,8 @@ way; a number times one is the same number.
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distill.engine.deepspeed_private import count_from, require_private_names
-from distill.engine.group_as_world import GroupLayout, as_world
+from distill.engine.group_as_world import GroupAsWorld, GroupLayout
 from distill.engine.layouts import shards_of
 
 StateSnapshot = list[
@@ -113,9 +114,11 @@ class Engine:
     ) -> None:
         """Wraps ``module``; collective over ``group`` (every rank of it, no other)."""
         import deepspeed
+        import deepspeed.comm.comm as comm
 
         self.group, self._num_parts = group, settings.num_parts
         self._mpu = GroupLayout(group, self_group)
+        self._world = GroupAsWorld(comm.cdb, group)
         self._adamw: Any = torch.optim.AdamW(
             _parameter_groups(module, settings.lr_factor),
             lr=0.0,
@@ -123,7 +126,7 @@ class Engine:
             fused=True,
         )
         self._clip, self._judges = settings.gradient_clip, settings.zero_stage != 3
-        with as_world(self._mpu):
+        with self._as_world():
             if settings.zero_stage == 3:
                 count_from(settings.first_id)
             self._engine, self._zero, _, _ = deepspeed.initialize(
@@ -144,6 +147,19 @@ class Engine:
         self.grad_norm = torch.full((), torch.nan, device=device)
         self.is_applied = torch.zeros((), dtype=torch.bool, device=device)
 
+    @contextmanager
+    def _as_world(self) -> Iterator[None]:
+        """While inside, DeepSpeed in this process gets the engine's group as the world."""
+        import deepspeed.comm.comm as comm
+        import deepspeed.utils.groups as groups
+
+        backend, mpu = comm.cdb, groups.mpu
+        comm.cdb, groups.mpu = self._world, self._mpu
+        try:
+            yield
+        finally:
+            comm.cdb, groups.mpu = backend, mpu
+
     @property
     def module(self) -> nn.Module:
         """The wrapped network; its parameters are views of the engine's flat buffers."""
@@ -152,7 +168,7 @@ class Engine:
 
     def forward(self, *inputs: Any) -> Any:
         """The module's forward pass."""
-        with as_world(self._mpu):
+        with self._as_world():
             return self._engine(*inputs)
 
     def backward_and_step(self, loss: Tensor, rates: StepRates) -> None:
@@ -166,7 +182,7 @@ class Engine:
             param_group["lr"] = lr * param_group["lr_factor"]
             param_group["weight_decay"] = rates.weight_decay if param_group["is_decayed"] else 0.0
         skipped_before = self._engine.skipped_steps
-        with as_world(self._mpu):
+        with self._as_world():
             self._engine.backward(
                 self.poison_if_nonfinite(loss) * self._num_parts
             )  # DeepSpeed divides by it

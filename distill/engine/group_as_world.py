@@ -1,8 +1,6 @@
 """One group of ranks in place of the world, for DeepSpeed, which assumes that its engine owns the world."""
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -13,13 +11,6 @@ class GroupLayout:
 
     def __init__(self, group: dist.ProcessGroup, self_group: dist.ProcessGroup) -> None:
         self._group, self._self_group = group, self_group
-        self._as_world: _GroupAsWorld | None = None
-
-    def as_world_of(self, backend: Any) -> "_GroupAsWorld":
-        """DeepSpeed's backend with the group in place of the world, made once."""
-        if self._as_world is None or self._as_world.backend is not backend:
-            self._as_world = _GroupAsWorld(backend, self._group)
-        return self._as_world
 
     def get_data_parallel_group(self) -> dist.ProcessGroup:
         return self._group
@@ -68,7 +59,7 @@ _ROOTED = {
 }
 
 
-class _GroupAsWorld:
+class GroupAsWorld:
     """DeepSpeed's communication backend with one group in place of the world.
 
     Collectives that name no group, or name the world, use the group; a root given as a rank of the
@@ -76,7 +67,7 @@ class _GroupAsWorld:
     """
 
     def __init__(self, backend: Any, group: dist.ProcessGroup) -> None:
-        self.backend, self._group = backend, group
+        self._backend, self._group = backend, group
         # called some 180 times in a step, and constant
         self.get_rank = functools.cache(self._rank)
         self.get_world_size = functools.cache(self._world_size)
@@ -94,7 +85,7 @@ class _GroupAsWorld:
         return dist.get_global_rank(self._or_default(group), group_rank)
 
     def __getattr__(self, name: str) -> Any:
-        function = getattr(self.backend, name)
+        function = getattr(self._backend, name)
         if name not in _GROUPED and name not in _ROOTED:
             self.__dict__[name] = function
             return function
@@ -113,17 +104,3 @@ class _GroupAsWorld:
 
         self.__dict__[name] = call
         return call
-
-
-@contextmanager
-def as_world(layout: GroupLayout) -> Iterator[None]:
-    """While inside, DeepSpeed in this process gets the layout's group as the world."""
-    import deepspeed.comm.comm as comm
-    import deepspeed.utils.groups as groups
-
-    backend, mpu = comm.cdb, groups.mpu
-    comm.cdb, groups.mpu = layout.as_world_of(backend), layout
-    try:
-        yield
-    finally:
-        comm.cdb, groups.mpu = backend, mpu

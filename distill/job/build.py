@@ -6,6 +6,7 @@ a network, or its heads, teach themselves.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,8 +30,7 @@ from distill.train.groups import Groups
 from distill.train.masking import StepMasks
 from distill.train.phase import Phase, Teacher, Trainer
 from distill.train.schedule import RateSchedule, StepSchedule
-from distill.train.stopwatch import Stopwatch
-from distill.train.student import SinkhornTargets, StudentTrainer, TargetBuilder
+from distill.train.student import SinkhornTargets, Stopwatch, StudentTrainer, TargetBuilder
 from distill.weights.heads import load_heads
 from distill.weights.load import load_backbone
 from students.objective import FeatureNormalizer, FeatureTask, build_projectors
@@ -38,8 +38,9 @@ from students.shapes import BackboneSpec, grid_of
 from students.student import build_heads, seeded
 from teacher.frozen import FrozenTeacher
 from teacher.heads import Head
+from teacher.losses import Objective
 from teacher.shapes import scaled_size
-from teacher.task import DistillationTask, Objective, TaskOptions
+from teacher.task import DistillationTask, TaskOptions
 from teacher.vit import ViT
 
 IDS_PER_NETWORK = 1_000_000  # more than any has parameters and modules
@@ -164,7 +165,7 @@ class PhaseSpec:
     steps: range
     objective: Objective
     rates: Mapping[str, RateSchedule]
-    after_step: Callable[[int], None] = lambda _: None
+    after_step: Callable[[int], None] | None = None
     stage: StageSpec | None = None
     lookahead: int = 0
     exchange: type[Slices] | type[AllGather] = Slices
@@ -188,7 +189,7 @@ def build_phase(
         rank_context.index,
         crops,
         rank_context.run_folder / BAD_SAMPLES_FILE,
-        lambda step: plan_schedule.at(step).share(rank, step),
+        partial(plan_schedule.share, rank),
         spec.steps.stop,
     )
     loader = build_loader(recipe, feed, crops, plan_schedule.most_images(rank), rank_context.device)

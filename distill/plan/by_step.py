@@ -20,6 +20,10 @@ class PlanSchedule:
         """The plan of a step."""
         return next(plan for start, plan in reversed(self._entries) if start <= step)
 
+    def share(self, world_rank: int, step: int) -> range:
+        """The positions that a rank teaches at a step."""
+        return self.at(step).share(world_rank, step)
+
     def change(self, from_step: int, plan: Plan) -> None:
         """Puts another plan in force from a step on that no rank has begun to prepare, until the next known change."""
         before = [entry for entry in self._entries if entry[0] <= from_step]

@@ -167,7 +167,7 @@ def footprint_of(
             parts[rank, 4:] = np.maximum(parts[rank, 4:], (activations, logits))
     largest = plan.largest_shares
     teaching = [PARAMETER_BYTES * of_teacher if most else 0 for most in largest]
-    held = [sum(map(len, plan.required_positions(rank))) for rank in range(plan.num_ranks)]
+    held = [sum(map(len, plan.required_positions[rank])) for rank in range(plan.num_ranks)]
     memory = tuple(
         Memory(
             teacher=teaching[rank] / GIB,

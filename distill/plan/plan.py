@@ -99,18 +99,17 @@ class Plan:
     student_s: tuple[float, ...]
     notes: tuple[str, ...]
 
-    def required_positions(self, world_rank: int) -> tuple[range, ...]:
-        """Positions a rank receives: the union of its students' slices, merged and ascending."""
-        return self._required[world_rank]
-
     @cached_property
     def needed(self) -> NDArray[np.int64]:
         """(rank, start, stop) of every part of all ranks' needs, [3, parts]: a step's splits are array arithmetic."""
-        listed = [(r, p.start, p.stop) for r, parts in enumerate(self._required) for p in parts]
+        listed = [
+            (r, p.start, p.stop) for r, parts in enumerate(self.required_positions) for p in parts
+        ]
         return np.array(listed, np.int64).reshape(-1, 3).T
 
     @cached_property
-    def _required(self) -> tuple[tuple[range, ...], ...]:
+    def required_positions(self) -> tuple[tuple[range, ...], ...]:
+        """Positions each rank receives: the union of its students' slices, merged and ascending."""
         hosted: list[list[range]] = [[] for _ in range(self.num_ranks)]
         for placement in self.placements:
             for rank, part in zip(placement.world_ranks, placement.slices, strict=True):
@@ -157,7 +156,9 @@ class Plan:
             return False
         return all(
             required_positions == ((share,) if len(share) else ())
-            for required_positions, share in zip(self._required, self.shares(0), strict=True)
+            for required_positions, share in zip(
+                self.required_positions, self.shares(0), strict=True
+            )
         )
 
     @property

@@ -54,7 +54,7 @@ def slice_bytes(plan: Plan, step: int, wire: WireShape, per_image: Counts) -> li
     for rank in range(plan.num_ranks):
         local = range(int(starts[rank]), int(starts[rank + 1]))
         images = patches = 0
-        for part in plan.required_positions(rank):
+        for part in plan.required_positions[rank]:
             stays = _overlap(part, local)
             images += len(part) - len(stays)
             patches += int(masked[part.stop] - masked[part.start])

@@ -17,7 +17,7 @@ from distill.data.loader import STEPS_AHEAD
 from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import rebalanced
 from distill.train.delayed_reduce import DelayedAllReduce, gather_rows
-from distill.train.stopwatch import Stopwatch
+from distill.train.student import Stopwatch
 
 SLOW = 1.15  # times the median time per image: a rank is called slow
 RECOVERED = 1.05  # times the median: it no longer is
@@ -67,7 +67,7 @@ class Balancer:
             self._last_step, self._last = step, self._read()
         if self._delayed_reduce.is_due(step):
             self._replan(step, self._delayed_reduce.result().tolist())
-        if step - self._last_step < self._every or self._delayed_reduce.is_open:
+        if step - self._last_step < self._every or self._delayed_reduce.due_step is not None:
             return
         now = self._read()
         images, teach_s, train_s = (

@@ -15,19 +15,15 @@ import torch.distributed as dist
 class DelayedAllReduce:
     """One vote at a time over a group of CPU tensors (gloo): cast at a step, counted ``delay`` steps later.
 
-    Every rank casts at the same steps, as many numbers, with the same operation.
+    ``due_step``: where an open vote is to be counted; None when none is open. Every rank casts at the same steps, as many numbers, with the same operation.
     """
 
     def __init__(self, group: dist.ProcessGroup, delay: int) -> None:
         self._group, self._delay = group, delay
         self._started_at = 0
+        self.due_step: int | None = None
         self._votes: torch.Tensor | None = None
         self._work: dist.Work | None = None
-
-    @property
-    def is_open(self) -> bool:
-        """Cast and not counted yet."""
-        return self._work is not None
 
     @property
     def started_at(self) -> int:
@@ -36,19 +32,19 @@ class DelayedAllReduce:
 
     def start(self, step: int, votes: torch.Tensor, op: dist.ReduceOp.RedOpType) -> None:
         """Hands in this rank's numbers, any CPU tensor. Communication: one all-reduce, not waited for."""
-        assert not self.is_open, "one vote at a time"
-        self._started_at, self._votes = step, votes
+        assert self.due_step is None, "one vote at a time"
+        self._started_at, self.due_step, self._votes = step, step + self._delay, votes
         self._work = dist.all_reduce(votes, op=op, group=self._group, async_op=True)
 
     def is_due(self, step: int) -> bool:
         """An open vote is to be counted at this step."""
-        return self.is_open and step >= self._started_at + self._delay
+        return self.due_step is not None and step >= self.due_step
 
     def result(self) -> torch.Tensor:
         """The reduced numbers of the open vote; waits for ranks that have not cast theirs."""
         assert self._work is not None and self._votes is not None, "nothing was cast"
         self._work.wait()
-        self._work = None
+        self._work = self.due_step = None
         return self._votes
 
 

@@ -27,17 +27,7 @@ from torch import Tensor
 from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Plan
 from distill.plan.traffic import Counts
-from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets, onto
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """Crops and targets of the positions one rank needs, ascending; ``positions`` lists them."""
-
-    crops: CropBatch
-    targets: TeacherTargets
-    masks: PatchMasks
-    positions: tuple[range, ...]
+from teacher.batch import CropBatch, Delivery, PatchMasks, TeacherTargets, onto
 
 
 @dataclass(frozen=True)
@@ -106,7 +96,7 @@ class Slices:
         """Launches one all-to-all per tensor; none when every rank trains on what it teaches."""
         crops, targets, counts = outgoing.crops, outgoing.targets, outgoing.counts
         plan = self._plan_schedule.at(outgoing.step)
-        required_positions = plan.required_positions(self._rank)
+        required_positions = plan.required_positions[self._rank]
         if plan.is_local:
             delivery = Delivery(crops, targets, outgoing.masks_of_required, required_positions)
             return Pending((), lambda: delivery, ())
@@ -172,7 +162,7 @@ class Slices:
         np.add.at(masked_out, to, masked_before[stops] - masked_before[starts])
         sizes_in = np.zeros(num_ranks, np.int64)
         masked_in = np.zeros(num_ranks, np.int64)
-        for part in plan.required_positions(rank):
+        for part in plan.required_positions[rank]:
             inside = borders.clip(part.start, part.stop)
             sizes_in += np.diff(inside)
             masked_in += np.diff(masked_before[inside])
@@ -249,7 +239,7 @@ class AllGather:
             )
             masked = patch_features.flatten(0, 2)[outgoing.masks_of_required.rows()]
             received_targets = TeacherTargets(class_features, masked)
-            required_positions = plan.required_positions(self._rank)
+            required_positions = plan.required_positions[self._rank]
             return Delivery(
                 received_crops, received_targets, outgoing.masks_of_required, required_positions
             )
@@ -276,33 +266,5 @@ class AllGather:
         shares = plan.shares(step)
         padded = full.view(len(shares), self._padded, *full.shape[1:])
         batch = torch.cat([padded[rank, : len(share)] for rank, share in enumerate(shares)])
-        parts = [batch[part.start : part.stop] for part in plan.required_positions(self._rank)]
+        parts = [batch[part.start : part.stop] for part in plan.required_positions[self._rank]]
         return torch.cat(parts) if parts else batch[:0]
-
-
-def student_batch(
-    delivery: Delivery,
-    wanted: range,
-    grid_hw: tuple[int, int],
-    images_global: int,
-) -> StudentBatch:
-    """The positions ``wanted`` of a delivery, which one network trains on; views, no copies."""
-    before = 0
-    for part in delivery.positions:
-        if part.start <= wanted.start and wanted.stop <= part.stop:
-            break
-        before += len(part)
-    else:
-        raise AssertionError(
-            f"positions {wanted.start} to {wanted.stop} were not delivered, only {delivery.positions}"
-        )
-    first = before + wanted.start - part.start
-    full = StudentBatch(
-        crops=delivery.crops,
-        masks=delivery.masks,
-        targets=delivery.targets,
-        grid_hw=grid_hw,
-        start=wanted.start - first,
-        images_global=images_global,
-    )
-    return full.part(slice(first, first + len(wanted)))

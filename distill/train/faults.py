@@ -21,8 +21,6 @@ folder; a person may delete that file to have one tried again.
 """
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,18 +110,26 @@ class FaultHandler:
 
     def is_training(self, trainer: Trainer, phase_step: int) -> bool:
         """The network is neither finished nor parked; called before each step, after which the last one is resolved. Collective over its group."""
-        if trainer.is_finished(phase_step) or self._records[trainer.name].is_parked:
+        is_finished = trainer.stop_step is not None and phase_step >= trainer.stop_step
+        if is_finished or self._records[trainer.name].is_parked:
             return False
         self.resolve_pending(trainer)
         return not self._records[trainer.name].is_parked
 
-    @contextmanager
-    def isolating(self, trainer: Trainer, phase_step: int) -> Iterator[None]:
-        """An exception inside parks the network; other errors are raised again."""
-        try:
-            yield
-        except Exception as error:
-            self._fail(trainer, error, phase_step)
+    def isolate(self, trainer: Trainer, error: Exception, phase_step: int) -> None:
+        """Parks a network whose step raised; other errors are raised again."""
+        record = self._records[trainer.name]
+        if is_lost_connection(error) or isinstance(error, torch.AcceleratorError):
+            raise error
+        if record.snapshot is None:  # a benchmark, which has nothing to go back to
+            raise error
+        lines = str(error).strip().splitlines() or ["no message"]
+        reason = f"{type(error).__name__}: {lines[0]}"
+        if dist.get_world_size(trainer.group) > 1:
+            self._write_parked(trainer, phase_step, reason)
+            raise StudentError(f"{trainer.name} is parked from now on: {reason}") from error
+        trainer.restore_snapshot(record.snapshot)
+        self._park(trainer, phase_step, reason)
 
     def watch(
         self, trainer: Trainer, batch: StudentBatch, attempt: Attempt, phase_step: int
@@ -203,21 +209,6 @@ class FaultHandler:
         path = _parked_file(self._run_folder, trainer.name)
         path.parent.mkdir(exist_ok=True)
         write_json(path, {"step": phase_step, "reason": reason})
-
-    def _fail(self, trainer: Trainer, error: Exception, phase_step: int) -> None:
-        """Parks a network whose step raised; other errors are raised again."""
-        record = self._records[trainer.name]
-        if is_lost_connection(error) or isinstance(error, torch.AcceleratorError):
-            raise error
-        if record.snapshot is None:  # a benchmark, which has nothing to go back to
-            raise error
-        lines = str(error).strip().splitlines() or ["no message"]
-        reason = f"{type(error).__name__}: {lines[0]}"
-        if dist.get_world_size(trainer.group) > 1:
-            self._write_parked(trainer, phase_step, reason)
-            raise StudentError(f"{trainer.name} is parked from now on: {reason}") from error
-        trainer.restore_snapshot(record.snapshot)
-        self._park(trainer, phase_step, reason)
 
     def _diagnose(self, trainer: Trainer, last: PendingStep) -> str:
         """What was not finite, found by any rank of the group. One all-reduce over it."""

@@ -10,10 +10,9 @@ agreed at the logging interval. The heartbeat shows where the rank is, for the w
 
 from collections import deque
 
-from distill.train.exchange import Outgoing, Pending, student_batch
-from distill.train.masking import DrawnMasks
+from distill.train.exchange import Outgoing, Pending
 from distill.train.phase import ActivityLog, Faults, Phase, StepRecorder, StepSaver
-from teacher.batch import CropBatch, PatchMasks
+from teacher.batch import PatchMasks, student_batch
 
 
 def run_phase(
@@ -31,9 +30,16 @@ def run_phase(
         num_ahead = min(phase.lookahead + 1, phase.num_steps - phase_step)
         for ahead in range(len(on_the_way), num_ahead):
             heartbeat.enter("loading", phase_step)
-            loaded = _load(phase, run_step + ahead)
+            crops = phase.loader.fetch(run_step + ahead)
+            masks = phase.masks.draw(run_step + ahead)
+            required = masks.of_share
+            if phase.exchange.wants_all_patches:
+                required = PatchMasks.all_of(required)
             heartbeat.enter("teaching", phase_step)
-            on_the_way.append(phase.exchange.start(_teach(phase, *loaded)))
+            with phase.teaching.running(crops.global_crops.shape[0]):
+                targets = phase.teacher.teach(crops, required)
+            outgoing = Outgoing(run_step + ahead, crops, targets, masks.of_required, masks.counts)
+            on_the_way.append(phase.exchange.start(outgoing))
         heartbeat.enter("exchange", phase_step)
         delivery = phase.exchange.wait(on_the_way.popleft())
 
@@ -42,16 +48,20 @@ def run_phase(
             heartbeat.enter("learning", phase_step, trainer.name)
             if not fault_handler.is_training(trainer, phase_step):
                 continue
-            wanted = trainer.placement.slice_of(phase.world_rank)
-            batch = student_batch(delivery, wanted, numbers.grid_hw, phase.plan.images_global)
-            with fault_handler.isolating(trainer, phase_step):
+            images, grid_hw = trainer.images, numbers.grid_hw
+            batch = student_batch(delivery, images, grid_hw, phase.plan.images_global)
+            try:
                 attempt = trainer.train_step(batch, numbers)
+            except Exception as error:
+                fault_handler.isolate(trainer, error, phase_step)
+            else:
                 fault_handler.watch(trainer, batch, attempt, phase_step)
-        heartbeat.enter("post-step", phase_step)
-        phase.after_step(phase_step + 1)
+        if phase.after_step is not None:
+            heartbeat.enter("post-step", phase_step)
+            phase.after_step(phase_step + 1)
 
         heartbeat.enter("agreeing", phase_step)
-        decision = recorder.record(phase, phase_step + 1, fault_handler.counts())
+        decision = recorder.record(phase, phase_step + 1, fault_handler.counts)
 
         saver.report()
         if decision.save or decision.stop:
@@ -61,18 +71,3 @@ def run_phase(
         if decision.stop:
             return False
     return True
-
-
-def _load(phase: Phase, run_step: int) -> tuple[int, CropBatch, DrawnMasks]:
-    """This rank's share of a step: its crops, and the masks of the step."""
-    return run_step, phase.loader.fetch(run_step), phase.masks.draw(run_step)
-
-
-def _teach(phase: Phase, run_step: int, crops: CropBatch, masks: DrawnMasks) -> Outgoing:
-    """Targets of this rank's share of a step, with all that goes to the ranks that train on it."""
-    required = masks.of_share
-    if phase.exchange.wants_all_patches:
-        required = PatchMasks.all_of(required)
-    with phase.teaching.running(len(masks.of_share)):
-        targets = phase.teacher.teach(crops, required)
-    return Outgoing(run_step, crops, targets, masks.of_required, masks.counts)

@@ -63,6 +63,8 @@ class StepMasks:
         task = self._worker.submit(self._draw, step + 1, next_plan)
         self._ahead = _Ahead(step + 1, next_plan, task)
         drawn = drawn or self._draw(step, plan)
+        if self._device.type == "cpu":
+            return drawn
         of_share = drawn.of_share.to(self._device)
         is_same = drawn.of_required is drawn.of_share
         return DrawnMasks(
@@ -84,7 +86,7 @@ class StepMasks:
             np.arange(part.start, part.stop)
             for part in (
                 plan.share(self._world_rank, step),
-                *plan.required_positions(self._world_rank),
+                *plan.required_positions[self._world_rank],
             )
         )
         required_positions = np.concatenate(parts or [np.empty(0, np.int64)])

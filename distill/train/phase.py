@@ -5,7 +5,6 @@ benchmark or a test puts something else in their place.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -18,8 +17,7 @@ from distill.plan.plan import Placement, Plan
 from distill.train.exchange import Exchange
 from distill.train.masking import DrawnMasks
 from distill.train.schedule import StepNumbers
-from distill.train.stopwatch import Stopwatch
-from distill.train.student import Attempt, Snapshot
+from distill.train.student import Attempt, Snapshot, Stopwatch
 from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets
 
 
@@ -97,8 +95,14 @@ class Trainer(Protocol):
         """Seconds of its steps."""
         ...
 
-    def is_finished(self, phase_step: int) -> bool:
-        """It has trained all its steps when a step of the phase begins."""
+    @property
+    def images(self) -> range:
+        """Positions of the global batch that this rank trains it on."""
+        ...
+
+    @property
+    def stop_step(self) -> int | None:
+        """The step of the phase from which on it is finished; None where the phase ends it."""
         ...
 
     def train_step(self, batch: StudentBatch, numbers: StepNumbers) -> Attempt:
@@ -143,8 +147,8 @@ class Phase:
     """One stretch of steps with a teacher and an objective, as one rank sees it.
 
     A step is counted in two ways: ``phase_step`` from the beginning of the phase, ``run_step`` in the stream
-    of samples, where the phase begins at ``first_step``. ``after_step`` is called with the number of finished
-    steps of the phase: in pretraining it updates what follows the trained weights (the EMA
+    of samples, where the phase begins at ``first_step``. ``after_step``, if any, is called with the number of
+    finished steps of the phase: in pretraining it updates what follows the trained weights (the EMA
     network that teaches, the Gram anchor), which is why such a phase looks no step ahead; in a
     family it re-plans the shares.
     """
@@ -163,7 +167,7 @@ class Phase:
     teaching: Stopwatch
     exchange: Exchange
     trainers: tuple[Trainer, ...]
-    after_step: Callable[[int], None]
+    after_step: Callable[[int], None] | None
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ class Decision:
 class StepRecorder(Protocol):
     """Takes the numbers of finished steps; ``distill.train.recorder``."""
 
-    def record(self, phase: Phase, step: int, faults: Sequence[float]) -> Decision:
+    def record(self, phase: Phase, step: int, faults: Callable[[], Sequence[float]]) -> Decision:
         """Counts ``step`` finished steps of the phase and returns what to do now, the same on every rank."""
         ...
 
@@ -204,8 +208,8 @@ class Faults(Protocol):
         """The network is neither finished nor parked. Collective over its group."""
         ...
 
-    def isolating(self, trainer: Trainer, phase_step: int) -> AbstractContextManager[None]:
-        """An exception inside is that network's fault alone."""
+    def isolate(self, trainer: Trainer, error: Exception, phase_step: int) -> None:
+        """Parks a network whose step raised. Raises the error where it is not that network's alone."""
         ...
 
     def watch(

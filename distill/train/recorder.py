@@ -7,7 +7,7 @@ no rank waits for the one furthest behind.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -120,25 +120,26 @@ class Recorder:
         self._complaint = message
         self.show(self.status.state, message=message)
 
-    def record(self, phase: Phase, step: int, faults: Sequence[float]) -> Decision:
+    def record(self, phase: Phase, step: int, faults: Callable[[], Sequence[float]]) -> Decision:
         """Counts a finished step; at the interval, and at the last step, writes numbers and asks the world what to do.
 
-        The answer comes ``lookahead`` steps later, at the last step at once. ``faults``: of every
-        network of the plan, steps skipped, roll-backs and 1 if parked, as far as this rank knows.
+        The answer comes ``lookahead`` steps later, at the last step at once. ``faults`` gives of every
+        network of the plan steps skipped, roll-backs and 1 if parked, as far as this rank knows.
 
         Raises:
             UserError: every network is parked, on all ranks alike.
         """
         is_last = step == phase.num_steps
         answers = []
-        if self._delayed_reduce.is_due(step) or (is_last and self._delayed_reduce.is_open):
+        due_step = self._delayed_reduce.due_step
+        if due_step is not None and (is_last or step >= due_step):
             answers.append(self._delayed_reduce.result())
         saves_now, since = False, self._interval_step
         if step % LOG_EVERY == 0 or is_last:
             loader_wait = self._write(phase, step)
-            if not self._delayed_reduce.is_open:
+            if self._delayed_reduce.due_step is None:
                 self._delayed_reduce.start(
-                    step, self._votes(loader_wait, faults), dist.ReduceOp.MAX
+                    step, self._votes(loader_wait, faults()), dist.ReduceOp.MAX
                 )
             if is_last or self._delayed_reduce.is_due(step):
                 answers.append(self._delayed_reduce.result())

@@ -7,12 +7,14 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from distill.data.crops import CropSchedule
 from distill.engine.engine import StepRates
 from distill.recipe.schedules import LrSpec, ScheduleSpec
 from students.shapes import BackboneSpec, grid_of
-from teacher.task import Objective, StepScalars
+from teacher.losses import Objective
+from teacher.task import StepScalars
 
 SQRT_RULE_IMAGES = 1024
 
@@ -118,13 +120,19 @@ class StepSchedule:
         """The numbers of a step in the stream of samples."""
         scales = rope_scales(self.settings.rope_rescale, self.seed, run_step)
         return StepNumbers(
-            run_step,
-            self.grid_hw(run_step),
-            teacher_temperature(self.settings, run_step),
-            StepScalars(self.objective, *scales),
-            {name: each.at(run_step) for name, each in self.rates.items()},
+            run_step=run_step,
+            temperature=teacher_temperature(self.settings, run_step),
+            scalars=StepScalars(self.objective, *scales),
+            rates={name: each.at(run_step) for name, each in self.rates.items()},
+            grid_hw=self.grid_hw(run_step),
         )
 
     def grid_hw(self, run_step: int) -> tuple[int, int]:
         """The teacher's patch grid on the global crops of a step."""
-        return grid_of(self.backbone, self.crops.at(run_step).global_size)
+        return self._grids[self.crops.at(run_step).global_size]
+
+    @cached_property
+    def _grids(self) -> dict[int, tuple[int, int]]:
+        """The patch grid of each size of global crops."""
+        sizes = {spec.global_size for spec in self.crops.specs}
+        return {size: grid_of(self.backbone, size) for size in sizes}

@@ -1,6 +1,8 @@
-"""One network in training on this rank: its targets, its step, its numbers."""
+"""One network in training on this rank: its targets, its step, its seconds, its numbers."""
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -11,11 +13,10 @@ from torch import Tensor
 from distill.engine.engine import Engine, StateSnapshot
 from distill.plan.plan import Placement
 from distill.train.schedule import StepNumbers
-from distill.train.stopwatch import Stopwatch
 from teacher.batch import StudentBatch
-from teacher.heads import Head
-from teacher.sinkhorn import sinkhorn
-from teacher.task import Assignments, Losses
+from teacher.heads import Head, sinkhorn
+from teacher.losses import Losses
+from teacher.task import Assignments
 
 TARGETS_PREFIX = "targets/"  # of a target maker's tensors in a network's state
 
@@ -90,6 +91,43 @@ class Snapshot:
     targets: dict[str, Tensor]
 
 
+class Stopwatch:
+    """Adds up seconds of one kind of work on a device, and how many units were done in them, without waiting.
+
+    On a GPU the clock runs on the device: spans are marked by events and added up when somebody reads,
+    which is at the logging interval, where the device is waited for anyway.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._total_s = 0.0
+        self.units = 0
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def running(self, units: int = 1) -> Iterator[None]:
+        """Counts what is started inside, as so many units."""
+        self.units += units
+        if self._is_cuda:
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            yield
+            stop.record()
+            self._spans.append((start, stop))
+        else:
+            started = time.perf_counter()
+            yield
+            self._total_s += time.perf_counter() - started
+
+    def read_s(self) -> float:
+        """Seconds so far. On a GPU, waits for the last span."""
+        for start, stop in self._spans:
+            stop.synchronize()
+            self._total_s += start.elapsed_time(stop) / 1e3
+        self._spans = []
+        return self._total_s
+
+
 class StudentTrainer:
     """A trained network on one of its ranks. Numbers stay on the device until ``read_metrics``."""
 
@@ -106,12 +144,13 @@ class StudentTrainer:
     ) -> None:
         """What one network needs on one rank.
 
-        ``parts``: micro-batches of this rank's slice; ``num_steps``: where the network is finished, None
-        for the phase's end; ``prepare``: adds to the batch of a step what only this network needs.
+        ``parts``: micro-batches of this rank's slice; ``num_steps``: of the phase, after which the
+        network is finished, None for all; ``prepare``: adds to the batch of a step what only this network needs.
         """
         self._prepare = prepare
-        self._parts, self._stop_step = parts, num_steps
+        self._parts, self.stop_step = parts, num_steps
         self.name, self.placement, self.engine = name, placement, engine
+        self.images = placement.slices[dist.get_rank(engine.group)]
         self.targets = targets
         self.training = Stopwatch(next(engine.module.parameters()).device)
         self._sums: dict[str, Tensor] = {}
@@ -163,10 +202,6 @@ class StudentTrainer:
     def is_finite_here(self) -> Tensor:
         """The same of what this rank holds, on the device. No communication."""
         return self.engine.is_finite_here()
-
-    def is_finished(self, phase_step: int) -> bool:
-        """The network has trained all its steps when a step of the phase begins."""
-        return self._stop_step is not None and phase_step >= self._stop_step
 
     def read_metrics(self, wait: float) -> dict[str, float] | None:
         """Means over the group and the steps that were applied since the last call: loss, its terms, ``wait``; and gradient norm, steps skipped. One sync, one all-reduce.

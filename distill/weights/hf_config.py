@@ -6,9 +6,9 @@ from typing import Any
 
 from students.convnext import NORM_EPS as CONVNEXT_NORM_EPS
 from students.shapes import BackboneSpec, ConvNeXtSpec, CustomSpec
-from teacher.rope import ROPE_BASE
 from teacher.shapes import ViTSpec
 from teacher.vit import NORM_EPS as VIT_NORM_EPS
+from teacher.vit import ROPE_BASE
 
 LARGEST = 65_536  # of any number in a config; more is no network, and slow to say so
 MOST_BLOCKS, MOST_STAGES = 256, 8

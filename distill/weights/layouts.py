@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from students.shapes import BackboneSpec, ConvNeXtSpec
-from teacher.rope import ROPE_BASE
 from teacher.shapes import ViTSpec
+from teacher.vit import ROPE_BASE
 
 Layout = Literal["hf", "meta", "timm"]
 

@@ -14,7 +14,7 @@ import random
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -37,10 +37,9 @@ from distill.train.groups import Groups, make_groups
 from distill.train.loop import run_phase
 from distill.train.masking import DrawnMasks
 from distill.train.phase import Decision, Phase
-from distill.train.stopwatch import Stopwatch
-from distill.train.student import Attempt, StudentTrainer
+from distill.train.student import Attempt, Stopwatch, StudentTrainer
 from teacher.batch import CropBatch, PatchMasks, StudentBatch
-from teacher.task import Losses
+from teacher.losses import Losses
 from tests.support.families import IMAGES, Numbers, Ways, batch_of, make_pupil, some, take
 from tests.support.spawn import on_ranks
 from tests.support.tiny import teacher
@@ -51,6 +50,9 @@ IN_WEIGHTS = frozenset({"parameter", "weight shard"})
 LASTING = frozenset({"weight shard"})  # stays bad until the student is rolled back
 NUM_STEPS = 10
 SAVE_AT = 4  # a save between the start and most faults
+
+
+Bits = tuple[list[dict[str, Tensor]], dict[str, Tensor]]  # of a student, and of its targets
 
 
 @dataclass(frozen=True)
@@ -190,7 +192,7 @@ def train(
         teaching=Stopwatch(torch.device("cpu")),
         exchange=Slices(plan_schedule, rank, groups.exchange, torch.device("cpu")),
         trainers=trainers,
-        after_step=lambda step: None,
+        after_step=None,
     )
     fault_handler = FaultHandler(phase, run_folder)
     witness = _Witness(fault_handler, fault, phase)
@@ -216,42 +218,41 @@ class _Witness:
     def __init__(self, fault_handler: FaultHandler, fault: Fault | None, phase: Phase) -> None:
         self._fault_handler, self._fault, self._rank = fault_handler, fault, phase.world_rank
         self.before_save, self.counts = fault_handler.before_save, fault_handler.counts
-        self.is_training = fault_handler.is_training
         self.changed: list[str] = []
+        self._spoiled = ExitStack()  # of the step at hand
+        self._before: Bits = ([], {})
         if fault is not None and fault.kind == "teacher rows":
             spoil_teacher_(fault, phase)
 
-    @contextmanager
-    def isolating(self, trainer: StudentTrainer, phase_step: int) -> Iterator[None]:
-        fault, engine = self._fault, trainer.engine
-        is_now = fault is not None and self._is_here(fault, trainer, phase_step)
+    def is_training(self, trainer: StudentTrainer, phase_step: int) -> bool:
+        is_training = self._fault_handler.is_training(trainer, phase_step)
+        fault = self._fault
+        is_now = is_training and fault is not None and self._is_here(fault, trainer, phase_step)
         if fault is not None and is_now and fault.kind in IN_WEIGHTS:
             spoil_weights_(fault, trainer)
-        before, targets = engine.snapshot(), trainer.targets.state()
-        with ExitStack() as spoiled:
-            if fault is not None and is_now and fault.kind not in IN_WEIGHTS:
-                spoiled.enter_context(spoiling(fault, trainer))
-            spoiled.enter_context(self._fault_handler.isolating(trainer, phase_step))
-            yield
-        if self._has_skipped(trainer):
-            after = engine.snapshot()
-            pairs = [(one[k], two[k]) for one, two in zip(before, after, strict=True) for k in one]
-            pairs += [(targets[key], tensor) for key, tensor in trainer.targets.state().items()]
-            if not all(is_same_bits(one, two) for one, two in pairs):
-                self.changed.append(f"{trainer.name} at step {phase_step}")
+        self._before = (trainer.engine.snapshot(), trainer.targets.state())
+        if fault is not None and is_now and fault.kind not in IN_WEIGHTS:
+            self._spoiled.enter_context(spoiling(fault, trainer))
+        return is_training
+
+    def isolate(self, trainer: StudentTrainer, error: Exception, phase_step: int) -> None:
+        self._spoiled.close()
+        self._fault_handler.isolate(trainer, error, phase_step)
 
     def watch(
         self, trainer: StudentTrainer, batch: StudentBatch, attempt: Attempt, phase_step: int
     ) -> None:
+        self._spoiled.close()
         fault = self._fault
         if fault is not None and self._is_here(fault, trainer, phase_step):
             batch = spoiled_batch(fault, batch)
         self._fault_handler.watch(trainer, batch, attempt, phase_step)
-
-    def _has_skipped(self, trainer: StudentTrainer) -> bool:
-        """Its last step did nothing, and the fault_handler has not heard of it yet."""
-        last = self._fault_handler._records[trainer.name].pending
-        return last is not None and not bool(last.attempt.is_applied)
+        if not bool(attempt.is_applied):
+            (before, targets), after = self._before, trainer.engine.snapshot()
+            pairs = [(one[k], two[k]) for one, two in zip(before, after, strict=True) for k in one]
+            pairs += [(targets[key], tensor) for key, tensor in trainer.targets.state().items()]
+            if not all(is_same_bits(one, two) for one, two in pairs):
+                self.changed.append(f"{trainer.name} at step {phase_step}")
 
     def _is_here(self, fault: Fault, trainer: StudentTrainer, step: int) -> bool:
         ranks = trainer.placement.world_ranks
@@ -358,7 +359,7 @@ class _Masks:
 
     def draw(self, step: int) -> DrawnMasks:
         masks, share = batch_of(step)[1], self._plan.share(self._rank, step)
-        required_positions = PatchMasks.of(take(masks, self._plan.required_positions(self._rank)))
+        required_positions = PatchMasks.of(take(masks, self._plan.required_positions[self._rank]))
         own = PatchMasks.of(masks[share.start : share.stop])
         return DrawnMasks(own, required_positions, masks.sum(dim=2).numpy())
 
@@ -366,7 +367,7 @@ class _Masks:
 class _Recorder:
     """Asks for one save."""
 
-    def record(self, _: Phase, step: int, __: Sequence[float]) -> Decision:
+    def record(self, _: Phase, step: int, __: object) -> Decision:
         return Decision(save=step == SAVE_AT, stop=False)
 
 

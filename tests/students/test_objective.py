@@ -17,7 +17,8 @@ from students.objective import (
 )
 from students.shapes import ConvNeXtSpec
 from teacher.batch import CropBatch, normalise
-from teacher.task import Objective, StepScalars, TaskOptions
+from teacher.losses import Objective
+from teacher.task import StepScalars, TaskOptions
 from tests.support.tiny import IMAGES, LOCALS, MEAN, STD, network, student_batch, teacher
 
 SCALARS = StepScalars(

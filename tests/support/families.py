@@ -13,7 +13,8 @@ from distill.train.schedule import StepNumbers
 from distill.train.student import SinkhornTargets, StudentTrainer, TargetBuilder
 from students.objective import FeatureNormalizer, FeatureTask, build_projectors
 from teacher.batch import CropBatch
-from teacher.task import DistillationTask, Objective, StepScalars, TaskOptions
+from teacher.losses import Objective
+from teacher.task import DistillationTask, StepScalars, TaskOptions
 from tests.support.tiny import MEAN, STD, network, teacher
 
 IMAGES = 32

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher.gram import gram_sum, resize_grid
+from teacher.batch import resize_grid
+from teacher.gram import gram_sum
 
 
 def oracle(student: Tensor, anchor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher.rope import rope_angles, rotate
+from teacher.vit import rope_angles, rotate
 
 CPU = torch.device("cpu")
 CASES = [((2, 3), 8, 1.0), ((4, 4), 16, 1.7), ((1, 5), 64, 0.5), ((7, 2), 128, 1.0)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from teacher import sinkhorn as module
-from teacher.sinkhorn import sinkhorn
+from teacher.heads import sinkhorn
 
 
 def oracle(logits: list[list[float]], temperature: float) -> list[list[float]]:

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from teacher.batch import CropBatch, PatchMasks, StudentBatch, normalise, onto
 from teacher.frozen import FrozenTeacher
-from teacher.sinkhorn import sinkhorn
-from teacher.task import Assignments, DistillationTask, Objective, StepScalars, TaskOptions
+from teacher.heads import sinkhorn
+from teacher.losses import Objective
+from teacher.task import Assignments, DistillationTask, StepScalars, TaskOptions
 from teacher.vit import ViT, init_vit_
 from tests.support.gpu import CPU_AND_GPU
 from tests.support.tiny import (

@@ -25,8 +25,7 @@ from distill.recipe.to_data import build_feed, build_loader
 from distill.train import schedule
 from students.student import build_network, seeded
 from teacher.batch import CropBatch, normalise
-from teacher.rope import rope_angles
-from teacher.vit import ViT
+from teacher.vit import ViT, rope_angles
 from tests.support.pretraining import (
     GENTLE,
     pretrain,

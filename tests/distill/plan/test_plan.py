@@ -57,7 +57,7 @@ def test_make_plan__every_image_is_taught_once_and_trained_on_by_every_student(
         assert all(len(part) for part in placement.slices)
     for rank in range(num_ranks):
         hosted = {i for p in plan.placements if rank in p.world_ranks for i in p.slice_of(rank)}
-        assert {i for part in plan.required_positions(rank) for i in part} == hosted
+        assert {i for part in plan.required_positions[rank] for i in part} == hosted
     # never worse than even shares, up to one unit of rounding where every step is rounded alike
     slack = 0.0 if plan.is_dithered else teaching * max(unit, 1)
     assert plan.step_s <= (max(plan.even_load_s) + slack) * (1 + 1e-9)

@@ -11,7 +11,7 @@ from distill.plan.placement import NetworkCost
 from distill.plan.plan import make_plan
 from distill.train.balance import Balancer
 from distill.train.groups import make_groups
-from distill.train.stopwatch import Stopwatch
+from distill.train.student import Stopwatch
 from tests.support.spawn import on_ranks
 
 WORKS = [

@@ -3,8 +3,7 @@
 import pytest
 
 from distill.plan.plan import Placement
-from distill.train.exchange import Delivery, student_batch
-from teacher.batch import PatchMasks
+from teacher.batch import Delivery, PatchMasks, student_batch
 from tests.support.tiny import crops, masks, teacher
 
 PLACEMENT = Placement("small", 1, (range(2), range(2, 4)))  # on ranks 1 and 2

@@ -1,6 +1,5 @@
 """The loop on stand-ins: whoever fails, and wherever, the rank names the step of the phase that it trains."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,16 @@ from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, make_plan
 from distill.runfolder.failure import failure_of
 from distill.runfolder.heartbeat import Heartbeat
-from distill.train.exchange import Delivery, Outgoing
+from distill.train.exchange import Outgoing
 from distill.train.faults import FaultHandler
 from distill.train.loop import run_phase
 from distill.train.masking import DrawnMasks
 from distill.train.phase import Decision, Phase
 from distill.train.schedule import StepNumbers
-from distill.train.stopwatch import Stopwatch
-from distill.train.student import Attempt
-from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets
-from teacher.task import Objective, StepScalars
+from distill.train.student import Attempt, Stopwatch
+from teacher.batch import CropBatch, Delivery, PatchMasks, StudentBatch, TeacherTargets
+from teacher.losses import Objective
+from teacher.task import StepScalars
 
 CPU = torch.device("cpu")
 IMAGES = 2
@@ -66,7 +65,7 @@ class Parts:
 
     def wait(self, outgoing: Outgoing) -> Delivery:
         self.at_step("exchange", outgoing.step)
-        needs = self._plan.required_positions(0)
+        needs = self._plan.required_positions[0]
         return Delivery(outgoing.crops, outgoing.targets, outgoing.masks_of_required, needs)
 
     def at(self, run_step: int) -> StepNumbers:
@@ -88,7 +87,7 @@ class Parts:
     def after_step(self, phase_step: int) -> None:
         self.at_step("after_step", FIRST_STEP + phase_step - 1)
 
-    def record(self, _: Phase, phase_step: int, __: Sequence[float]) -> Decision:
+    def record(self, _: Phase, phase_step: int, __: object) -> Decision:
         self.at_step("recorder", FIRST_STEP + phase_step - 1)
         return Decision(save=False, stop=False)
 

@@ -15,13 +15,13 @@ from distill.plan.by_step import PlanSchedule
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, make_plan, without
 from distill.plan.traffic import gathered_bytes, slice_bytes
-from distill.train.exchange import AllGather, Outgoing, Pending, Slices, student_batch
+from distill.train.exchange import AllGather, Outgoing, Pending, Slices
 from distill.train.groups import make_groups
 from distill.train.student import StudentTrainer
-from teacher.batch import PatchMasks
+from teacher.batch import PatchMasks, student_batch
 from teacher.frozen import FrozenTeacher
+from teacher.heads import sinkhorn
 from teacher.losses import koleo_sum
-from teacher.sinkhorn import sinkhorn
 from tests.support.families import (
     IMAGES,
     WHOLE,
@@ -88,7 +88,7 @@ def train_family(
             mine = some(crops, part)
             asked = PatchMasks.of(torch.ones_like(masks[part]) if is_published else masks[part])
             counts = masks.sum(dim=2).numpy()
-            needed = PatchMasks.of(take(masks, now.required_positions(rank)))
+            needed = PatchMasks.of(take(masks, now.required_positions[rank]))
             on_the_way.append(
                 exchange.start(Outgoing(ahead, mine, taught.teach(mine, asked), needed, counts))
             )
@@ -99,7 +99,7 @@ def train_family(
             )
         delivery = exchange.wait(on_the_way.popleft())
         for trainer in trainers:
-            if trainer.is_finished(step):
+            if trainer.stop_step is not None and step >= trainer.stop_step:
                 continue
             batch = student_batch(delivery, trainer.placement.slice_of(rank), (2, 2), IMAGES)
             if bad == (trainer.name, step):
@@ -238,7 +238,7 @@ def test_exchange__counts_what_arrives_from_other_ranks(num_ranks: int) -> None:
         for step in range(3):
             per_image = batch_of(step)[1].sum(dim=(1, 2))
             share = plan.share(rank, step)
-            foreign = [i for part in plan.required_positions(rank) for i in part if i not in share]
+            foreign = [i for part in plan.required_positions[rank] for i in part if i not in share]
             pixels = 2 * 3 * 16 * 16 + 2 * 3 * 8 * 8
             expected += len(foreign) * (pixels + 2 * 6 * 4 + 2 * 3 * 4)
             expected += sum(int(per_image[i]) for i in foreign) * 6 * 4
