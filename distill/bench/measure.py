@@ -256,7 +256,6 @@ class Bench:
             return phase
         balancer = Balancer(
             phase.plan_schedule,
-            self.rank,
             groups.control,
             phase.loader,
             (phase.teaching, [trainer.training for trainer in phase.trainers]),

@@ -49,9 +49,8 @@ class Feed:
     Args:
         index: the images.
         crops: what is cut from them.
-        sampler: which image stands where.
+        sampler: which image stands where; windows, colours and substitutes come of its seed too.
         bad: gets images that cannot be used.
-        seed: of windows, colours and substitutes.
         positions: the positions wanted at a step.
         stop_step: no step from this one on is wanted.
         max_megapixels: larger images are not decoded.
@@ -64,13 +63,12 @@ class Feed:
         sampler: Sampler,
         bad: BadSamples,
         *,
-        seed: int,
         positions: Callable[[int], range],
         stop_step: int,
         max_megapixels: float,
     ) -> None:
         self._index, self._crops, self._sampler, self._bad = index, crops, sampler, bad
-        self._seed, self.positions, self._stop_step = seed, positions, stop_step
+        self._seed, self.positions, self._stop_step = sampler.seed, positions, stop_step
         self._max_megapixels = max_megapixels
         self._reader = Reader()
         self._known: dict[int, str] = {}  # bad images and why

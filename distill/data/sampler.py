@@ -129,7 +129,7 @@ class Sampler:
     """Sample ids at any positions of any step's global batch."""
 
     def __init__(self, pools: Sequence[Pool], seed: int, sizes: BatchSizes) -> None:
-        self._seed, self._sizes = seed, tuple(sizes)
+        self.seed, self._sizes = seed, tuple(sizes)
         self._mixed = [pool for pool in pools if not pool.is_pure]
         self._pure = [pool for pool in pools if pool.is_pure]
         mixed = sum(pool.weight for pool in self._mixed)
@@ -182,6 +182,6 @@ class Sampler:
         ids = np.empty(len(stream), np.int64)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            key = hashes("order", self._seed, pool.start, int(epoch))
+            key = hashes("order", self.seed, pool.start, int(epoch))
             ids[here] = pool.start + permute(key, num_samples, positions[here])
         return ids

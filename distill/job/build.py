@@ -283,7 +283,6 @@ def family_phase(
         return phase
     balancer = Balancer(
         phase.plan_schedule,
-        context.groups.world_rank,
         context.groups.control,
         phase.loader,
         (phase.teaching, [trainer.training for trainer in trainers]),

@@ -22,10 +22,12 @@ from distill.plan.flops import (
 from distill.plan.memory import (
     Footprint,
     Student,
+    Training,
     fitting_footprint,
     footprint_of,
     head_parameters,
     pretraining_footprint,
+    wire_shape,
 )
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, make_plan, without
@@ -138,10 +140,7 @@ def stage_footprint(recipe: TeacherRecipe, stage: StageSpec, plan: Plan) -> Foot
         shape.spec,
         shape.heads,
         kinds,
-        zero_stage=recipe.engine.zero,
-        micro_batch=recipe.engine.micro_batch,
-        survival=1.0 - recipe.schedule.drop_path,
-        is_checkpointing=recipe.engine.activation_checkpointing,
+        replace(_training(recipe), survival=1.0 - recipe.schedule.drop_path),
         has_anchor=stage.gram is not None,
     )
 
@@ -167,8 +166,14 @@ def fitting_footprint_of(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) 
         shape.spec,
         shape.heads,
         crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size)),
-        zero_stage=recipe.engine.zero,
-        micro_batch=recipe.engine.micro_batch,
+        _training(recipe),
+    )
+
+
+def _training(recipe: Recipe) -> Training:
+    engine = recipe.engine
+    return Training(
+        engine.zero, engine.micro_batch, is_checkpointing=engine.activation_checkpointing
     )
 
 
@@ -264,18 +269,11 @@ def family_footprint(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> F
             extra = head_parameters(heads_of_student(student, spec, shape.heads))
         parameters = spec.parameters + extra
         students.append(Student(student.label, spec, parameters, student.crop_scale))
-    return footprint_of(
-        plan,
-        students,
-        shape.spec,
-        shape.heads,
-        crop_shapes(recipe, grid_hw),
-        zero_stage=recipe.engine.zero,
-        lookahead=recipe.engine.lookahead,
-        micro_batch=recipe.engine.micro_batch,
-        patches=grid_hw[0] * grid_hw[1],
-        has_pixel_stats=recipe.data.has_source_stats,
-    )
+    crops, patches = crop_shapes(recipe, grid_hw), grid_hw[0] * grid_hw[1]
+    has_stats = recipe.data.has_source_stats
+    wire = wire_shape(crops, shape.heads, shape.spec.width, patches, has_pixel_stats=has_stats)
+    training = replace(_training(recipe), lookahead=recipe.engine.lookahead)
+    return footprint_of(plan, students, shape.spec, shape.heads, crops, training, wire)
 
 
 def later_plans(recipe: FamilyRecipe, plan: Plan) -> tuple[tuple[int, Plan], ...]:

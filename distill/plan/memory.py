@@ -9,9 +9,10 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from distill.plan.flops import CropShapes, Heads
-from distill.plan.plan import Plan, run_lengths
+from distill.plan.plan import Placement, Plan, run_lengths
 from distill.plan.traffic import WireShape, gathered_bytes, slice_bytes
 from students.shapes import BackboneSpec
 from teacher.shapes import PROTOTYPES_AT_ONCE, ViTSpec
@@ -24,6 +25,7 @@ EMA_BYTES = 4  # fp32; sharded like them
 HIDDEN_BYTES = 4  # per unit of a head's hidden layer: before and after its GELU
 LOGIT_BYTES = 12  # three fp32 matrices of [rows, chunk] at once
 CONTEXT_GIB = 1.5  # driver, communicators, kernels
+STUDENT_PARTS = ("weights", "gradients", "optimizer", "ema", "activations", "logits")
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,25 @@ class Student:
     spec: BackboneSpec
     parameters: int
     crop_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """How networks are trained, as far as memory follows from it.
+
+    Args:
+        zero_stage: what is sharded over a group.
+        micro_batch: images at once; None for a slice at once.
+        survival: part of the rows that pass through a block.
+        is_checkpointing: of each block only the input is kept.
+        lookahead: steps that the teacher works ahead, whose batches wait.
+    """
+
+    zero_stage: int
+    micro_batch: int | None
+    survival: float = 1.0
+    is_checkpointing: bool = False
+    lookahead: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,54 +151,21 @@ def footprint_of(
     teacher_spec: BackboneSpec,
     heads: Heads | None,
     crops: CropShapes,
-    *,
-    zero_stage: int,
-    lookahead: int,
-    micro_batch: int | None,
-    patches: int,
-    has_pixel_stats: bool,
+    training: Training,
+    wire: WireShape,
 ) -> Footprint:
     """Memory and traffic of every rank of a family's plan; masked patches at their mean."""
-    wire = wire_shape(crops, heads, teacher_spec.width, patches, has_pixel_stats=has_pixel_stats)
-    of_backbone = teacher_spec.parameters
-    if plan.is_teacher_sharded:  # the rank's part, the block at work and the next one
-        block = 2 * of_backbone // teacher_spec.equal_blocks
-        of_backbone = of_backbone // plan.num_ranks + block
-    of_teacher = of_backbone + (0 if heads is None else head_parameters(heads))
+    of_teacher = _teacher_parameters(plan, teacher_spec, heads)
     image_bytes = wire.slice_image_bytes + crops.masked_per_image * wire.slice_patch_bytes
-    # weights, gradients, optimizer, EMA, activations, logits
-    parts = np.zeros((plan.num_ranks, 6))
-    for student, placement in zip(students, plan.placements, strict=True):
-        group = len(placement.slices)
-        for rank in placement.world_ranks:
-            count = student.parameters
-            sharded = count / group if zero_stage >= 2 else count
-            images = max(p.stop - p.start for p in placement.parts_of(rank, micro_batch))
-            rows = images * (2 + crops.num_locals + crops.masked_per_image)
-            logits = 0.0 if heads is None else rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES
-            added_up = count * SUM_BYTES / group if images < len(placement.slice_of(rank)) else 0
-            parts[rank, :4] += (
-                count * PARAMETER_BYTES,
-                sharded * PARAMETER_BYTES + added_up,
-                count * OPTIMIZER_BYTES / group,
-                count * EMA_BYTES / group,
-            )
-            # students of a rank train one after the other: what is alive at once is the largest
-            activations = images * activation_bytes(student.spec, crops.scaled(student.crop_scale))
-            parts[rank, 4:] = np.maximum(parts[rank, 4:], (activations, logits))
+    parts = _student_bytes(plan, students, crops, training, has_heads=heads is not None) / GIB
     largest = plan.largest_shares
     teaching = [PARAMETER_BYTES * of_teacher if most else 0 for most in largest]
     held = [sum(map(len, plan.required_positions[rank])) for rank in range(plan.num_ranks)]
     memory = tuple(
         Memory(
             teacher=teaching[rank] / GIB,
-            weights=float(parts[rank, 0]) / GIB,
-            gradients=float(parts[rank, 1]) / GIB,
-            optimizer=float(parts[rank, 2]) / GIB,
-            ema=float(parts[rank, 3]) / GIB,
-            activations=float(parts[rank, 4]) / GIB,
-            logits=float(parts[rank, 5]) / GIB,
-            buffers=(lookahead + 1) * (held[rank] + largest[rank]) * image_bytes / GIB,
+            **dict(zip(STUDENT_PARTS, parts[rank].tolist(), strict=True)),
+            buffers=(training.lookahead + 1) * (held[rank] + largest[rank]) * image_bytes / GIB,
             context=CONTEXT_GIB,
         )
         for rank in range(plan.num_ranks)
@@ -191,16 +179,58 @@ def footprint_of(
     )
 
 
+def _teacher_parameters(plan: Plan, spec: BackboneSpec, heads: Heads | None) -> int:
+    """Numbers that one rank holds of the teacher."""
+    of_backbone = spec.parameters
+    if plan.is_teacher_sharded:  # the rank's part, the block at work and the next one
+        block = 2 * of_backbone // spec.equal_blocks
+        of_backbone = of_backbone // plan.num_ranks + block
+    return of_backbone + (0 if heads is None else head_parameters(heads))
+
+
+def _student_bytes(
+    plan: Plan,
+    students: Sequence[Student],
+    crops: CropShapes,
+    training: Training,
+    *,
+    has_heads: bool,
+) -> NDArray[np.float64]:
+    """Bytes of all students of each rank by ``STUDENT_PARTS``, [num_ranks, 6]."""
+    parts = np.zeros((plan.num_ranks, len(STUDENT_PARTS)))
+    for student, placement in zip(students, plan.placements, strict=True):
+        group, count = len(placement.slices), student.parameters
+        sharded = count / group if training.zero_stage >= 2 else count
+        per_image = activation_bytes(student.spec, crops.scaled(student.crop_scale))
+        for rank in placement.world_ranks:
+            images = largest_part(placement, rank, training)
+            rows = images * (2 + crops.num_locals + crops.masked_per_image)
+            logits = rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES if has_heads else 0.0
+            added_up = count * SUM_BYTES / group if images < len(placement.slice_of(rank)) else 0
+            parts[rank, :4] += (
+                count * PARAMETER_BYTES,
+                sharded * PARAMETER_BYTES + added_up,
+                count * OPTIMIZER_BYTES / group,
+                count * EMA_BYTES / group,
+            )
+            # students of a rank train one after the other: what is alive at once is the largest
+            parts[rank, 4:] = np.maximum(parts[rank, 4:], (images * per_image, logits))
+    return parts
+
+
+def largest_part(placement: Placement, world_rank: int, training: Training) -> int:
+    """Images of the largest micro-batch of a rank's slice."""
+    parts = placement.parts_of(world_rank, training.micro_batch)
+    return max(part.stop - part.start for part in parts)
+
+
 def pretraining_footprint(
     plan: Plan,
     spec: ViTSpec,
     heads: Heads,
     kinds: Sequence[CropShapes],
+    training: Training,
     *,
-    zero_stage: int,
-    micro_batch: int | None,
-    survival: float,
-    is_checkpointing: bool,
     has_anchor: bool,
 ) -> Footprint:
     """Memory of every rank of a network that teaches itself. Nothing travels.
@@ -210,109 +240,80 @@ def pretraining_footprint(
         spec: its backbone.
         heads: its heads.
         kinds: crops of its batches; the largest count.
-        zero_stage: what is sharded; with 3 the EMA and the anchor are, too.
-        micro_batch: images at once.
-        survival: part of the rows that pass through a block.
-        is_checkpointing: of each block only the input is kept.
+        training: with ZeRO stage 3 the EMA and the anchor are sharded, too.
         has_anchor: there is a Gram anchor.
     """
-    placement, num_ranks = plan.placements[0], plan.num_ranks
+    num_ranks = plan.num_ranks
     backbone, of_heads = spec.parameters, head_parameters(heads)
     block = backbone // spec.depth
-    if zero_stage == 3:  # the rank's part, the block at work and the next one
+    if training.zero_stage == 3:  # the rank's part, the block at work and the next one
         frozen = backbone // num_ranks + 2 * block
         weights = (backbone + of_heads) / num_ranks + 2 * block + of_heads
     else:
         frozen, weights = backbone, backbone + of_heads
     networks = frozen * (2 if has_anchor else 1) + of_heads  # EMA, anchor
-    memory = []
-    for rank in placement.world_ranks:
-        images = max(p.stop - p.start for p in placement.parts_of(rank, micro_batch))
-        per_image = max(_saved_bytes(spec, crops, survival, is_checkpointing) for crops in kinds)
-        rows = images * max(2 + c.num_locals + c.masked_per_image for c in kinds)
-        memory.append(
-            _of_training(
-                networks,
-                weights,
-                backbone + of_heads,
-                num_ranks,
-                zero_stage,
-                is_added_up=images < len(placement.slice_of(rank)),
-                saved_bytes=images * per_image,
-                rows=rows,
-            )
-        )
-    nothing = (0,) * num_ranks
-    return Footprint(tuple(memory), nothing, nothing, 0)
+    counts = _Counts(teaching=networks, computing=weights, trained=backbone + of_heads)
+    saved_bytes = max(_saved_bytes(spec, crops, training) for crops in kinds)
+    rows = max(2 + c.num_locals + c.masked_per_image for c in kinds)
+    return _footprint_alone(plan, counts, training, saved_bytes, rows)
 
 
 def fitting_footprint(
-    plan: Plan,
-    spec: BackboneSpec,
-    heads: Heads,
-    crops: CropShapes,
-    *,
-    zero_stage: int,
-    micro_batch: int | None,
+    plan: Plan, spec: BackboneSpec, heads: Heads, crops: CropShapes, training: Training
 ) -> Footprint:
     """Memory of every rank while heads are learned on a frozen backbone, which keeps nothing but the block at work. Nothing travels."""
-    placement, num_ranks = plan.placements[0], plan.num_ranks
     backbone, count = spec.parameters, head_parameters(heads)
     dino, ibot = heads
     hidden = 2 * (2 + crops.num_locals) * dino.hidden + 2 * crops.masked_per_image * ibot.hidden
+    saved_bytes = activation_bytes(spec, crops) / spec.equal_blocks + HIDDEN_BYTES * hidden
+    # the EMA of the heads teaches
+    counts = _Counts(teaching=backbone + count, computing=count, trained=count)
+    rows = 2 + crops.num_locals + crops.masked_per_image
+    return _footprint_alone(plan, counts, training, saved_bytes, rows)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Numbers of parameters that teach, that a rank computes with, and that are trained."""
+
+    teaching: float
+    computing: float
+    trained: int
+
+
+def _footprint_alone(
+    plan: Plan, counts: _Counts, training: Training, saved_bytes: float, rows: float
+) -> Footprint:
+    """Memory of one network on all ranks; ``saved_bytes`` for the backward pass and ``rows`` of logits are per image."""
+    placement, num_ranks = plan.placements[0], plan.num_ranks
+    trained = counts.trained
     memory = []
     for rank in placement.world_ranks:
-        images = max(p.stop - p.start for p in placement.parts_of(rank, micro_batch))
-        per_image = activation_bytes(spec, crops) / spec.equal_blocks + HIDDEN_BYTES * hidden
+        images = largest_part(placement, rank, training)
+        is_added_up = images < len(placement.slice_of(rank))
+        sharded = trained / num_ranks if training.zero_stage >= 2 else trained
+        gradients = PARAMETER_BYTES * sharded + is_added_up * SUM_BYTES * trained / num_ranks
         memory.append(
-            _of_training(
-                backbone + count,  # and the EMA of the heads, which teaches
-                count,
-                count,
-                num_ranks,
-                zero_stage,
-                is_added_up=images < len(placement.slice_of(rank)),
-                saved_bytes=images * per_image,
-                rows=images * (2 + crops.num_locals + crops.masked_per_image),
+            Memory(
+                teacher=PARAMETER_BYTES * counts.teaching / GIB,
+                weights=PARAMETER_BYTES * counts.computing / GIB,
+                gradients=gradients / GIB,
+                optimizer=OPTIMIZER_BYTES * trained / num_ranks / GIB,
+                ema=EMA_BYTES * trained / num_ranks / GIB,
+                activations=images * saved_bytes / GIB,
+                logits=images * rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES / GIB,
+                buffers=0.0,
+                context=CONTEXT_GIB,
             )
         )
     nothing = (0,) * num_ranks
     return Footprint(tuple(memory), nothing, nothing, 0)
 
 
-def _of_training(
-    teacher_parameters: float,
-    computed_with: float,
-    trained: int,
-    num_ranks: int,
-    zero_stage: int,
-    *,
-    is_added_up: bool,
-    saved_bytes: float,
-    rows: float,
-) -> Memory:
-    """A rank of one network that trains on all ranks: numbers of parameters that teach, compute and train; bytes kept for the backward pass; rows of logits."""
-    gradients = PARAMETER_BYTES * (trained / num_ranks if zero_stage >= 2 else trained)
-    gradients += is_added_up * SUM_BYTES * trained / num_ranks
-    return Memory(
-        teacher=PARAMETER_BYTES * teacher_parameters / GIB,
-        weights=PARAMETER_BYTES * computed_with / GIB,
-        gradients=gradients / GIB,
-        optimizer=OPTIMIZER_BYTES * trained / num_ranks / GIB,
-        ema=EMA_BYTES * trained / num_ranks / GIB,
-        activations=saved_bytes / GIB,
-        logits=rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES / GIB,
-        buffers=0.0,
-        context=CONTEXT_GIB,
-    )
-
-
-def _saved_bytes(
-    spec: ViTSpec, crops: CropShapes, survival: float, is_checkpointing: bool
-) -> float:
+def _saved_bytes(spec: ViTSpec, crops: CropShapes, training: Training) -> float:
     """Bytes kept for the backward pass of one image's crops; with checkpointing the inputs of all blocks and the inside of one."""
-    inside = survival * activation_bytes(spec, crops)
-    if not is_checkpointing:
+    inside = training.survival * activation_bytes(spec, crops)
+    if not training.is_checkpointing:
         return inside
     sides = [crops.global_size] * 2 + [crops.local_size] * crops.num_locals
     tokens = sum(spec.tokens(side) for side in sides)

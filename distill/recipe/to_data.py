@@ -58,7 +58,6 @@ def build_feed(
         crops,
         Sampler(pools_of(data, index), recipe.seed, batch_sizes(recipe)),
         BadSamples(names, data.max_bad_fraction),
-        seed=recipe.seed,
         positions=positions,
         stop_step=stop_step,
         max_megapixels=data.max_megapixels,

@@ -36,7 +36,6 @@ class Balancer:
     def __init__(
         self,
         plan_schedule: PlanSchedule,
-        world_rank: int,
         group: dist.ProcessGroup,
         loader: _Room,
         clocks: tuple[Stopwatch, Sequence[Stopwatch]],
@@ -45,8 +44,8 @@ class Balancer:
         every: int,
         report: Callable[[str], None],
     ) -> None:
-        """``clocks``: of teaching, and of each student on this rank. ``report`` gets one line per event, on rank 0."""
-        self._plan_schedule, self._rank = plan_schedule, world_rank
+        """``group``: of the world, for CPU tensors. ``clocks``: of teaching, and of each student on this rank. ``report`` gets one line per event, on rank 0."""
+        self._plan_schedule, self._rank = plan_schedule, dist.get_rank(group)
         self._num_ranks = dist.get_world_size(group)
         self._delayed_reduce = DelayedAllReduce(group, lookahead)
         self._loader, self._teaching, self._training = loader, *clocks

@@ -74,7 +74,6 @@ def read_epoch(scratch: Path, count: int, broken: float) -> bool:
         crops,
         sampler,
         BadSamples(names, 1.0),
-        seed=0,
         positions=lambda _: range(BATCH),
         stop_step=num_steps,
         max_megapixels=64.0,

@@ -59,7 +59,6 @@ def loader(
         crops,
         Sampler(pools or [Pool(0, len(index))], 5, [(0, IMAGES)]),
         bad or BadSamples(None, 1.0),
-        seed=5,
         positions=lambda step: positions,
         stop_step=100,
         max_megapixels=64.0,

@@ -45,7 +45,6 @@ def shares_with_a_slow_rank(slow: int, factor: float) -> dict[str, Any]:
     told: list[str] = []
     balancer = Balancer(
         plan_schedule,
-        rank,
         groups.control,
         room,
         (teaching, [training]),
