@@ -16,6 +16,7 @@ from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.index import ImageIndex
 from distill.engine.engine import Engine, EngineSettings
 from distill.errors import CheckpointError
+from distill.job.to_data import build_feed, build_loader
 from distill.plan.by_step import PlanSchedule
 from distill.plan.from_recipe import Recipe, TeacherShape, heads_of_student, later_plans
 from distill.plan.plan import Placement, Plan
@@ -23,7 +24,6 @@ from distill.recipe.crop_sizes import crop_schedule
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
 from distill.recipe.networks import StudentSpec
 from distill.recipe.schedules import ObjectiveSpec, StageSpec
-from distill.recipe.to_data import build_feed, build_loader
 from distill.train.balance import Balancer
 from distill.train.exchange import AllGather, Slices
 from distill.train.groups import Groups

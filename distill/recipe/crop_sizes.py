@@ -1,4 +1,4 @@
-"""Recipe to the sizes of crops, of each stage and step; apart from ``to_data`` because planning imports no torch."""
+"""Recipe to the sizes of crops, of each stage and step; apart from ``distill.job.to_data`` because planning imports no torch."""
 
 from collections.abc import Sequence
 

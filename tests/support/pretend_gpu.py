@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from distill.data.loader import Batch, Loader
-from distill.recipe import to_data as build_loader
+from distill.job import to_data as build_loader
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ASKING = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"}

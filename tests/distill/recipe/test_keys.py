@@ -13,12 +13,12 @@ from distill.data.locations import Location
 from distill.data.sampler import Pool
 from distill.data.sources import Found
 from distill.errors import RecipeError
+from distill.job.to_data import pools_of
 from distill.recipe.document import builtin_recipes, find_recipe
 from distill.recipe.identity import recipe_hash
 from distill.recipe.keys import CheckpointSpec, FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import ArchSpec
 from distill.recipe.reader import load_job, load_recipe, names_teacher_recipe
-from distill.recipe.to_data import pools_of
 from distill.recipe.types import Section
 from distill.recipe.writer import copy_recipe, resolved_yaml
 from students.shapes import CATALOG, ConvNeXtSpec
