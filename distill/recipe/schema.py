@@ -7,12 +7,12 @@ from typing import Any
 
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.types import Loc, Section, facts_of, fields_of, section_in
-from distill.recipe.usage import Reads, declaring
 
 KINDS: Mapping[str, type[FamilyRecipe] | type[TeacherRecipe]] = {
     "family": FamilyRecipe,
     "teacher": TeacherRecipe,
 }
+Reads = dict[tuple[type[Section], str], set[str]]  # modules that read a field of a section
 MARK = "Written by distill"  # a file with it may be written again
 BOUNDS = {
     "minimum": "at least",
@@ -78,6 +78,12 @@ def keys(reads: Reads) -> dict[str, list[Key]]:
                 used = tuple(sorted({*twin.used_in, *key.used_in}))
                 same[same.index(twin)] = Key(**{**vars(twin), "recipes": both, "used_in": used})
     return found
+
+
+def declaring(kind: type[Section], name: str) -> type[Section]:
+    """Returns the first class that has a field, of a section and those it inherits from."""
+    bases = [base for base in kind.__mro__ if issubclass(base, Section)]
+    return next(base for base in reversed(bases) if name in base.model_fields)
 
 
 def _is_like(one: Key, other: Key) -> bool:

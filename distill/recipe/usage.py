@@ -10,11 +10,11 @@ from importlib.resources import files
 from pathlib import Path
 
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+from distill.recipe.schema import Reads, declaring
 from distill.recipe.types import Section, section_in
 
 Kinds = frozenset[type[Section]]
 Named = Mapping[str, Kinds]
-Reads = dict[tuple[type[Section], str], set[str]]
 NONE: Kinds = frozenset()
 LOOPS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 PASSES_ON = {"enumerate", "zip", "sorted", "reversed", "list", "tuple", "next", "iter", "replace"}
@@ -47,12 +47,6 @@ def reads_of_distill() -> Reads:
     }
     texts = {path: text for path, text in texts.items() if "distill.recipe" in text}
     return find_reads(texts, FamilyRecipe, TeacherRecipe)
-
-
-def declaring(kind: type[Section], name: str) -> type[Section]:
-    """Returns the first class that has a field, of a section and those it inherits from."""
-    bases = [base for base in kind.__mro__ if issubclass(base, Section)]
-    return next(base for base in reversed(bases) if name in base.model_fields)
 
 
 def _sections_below(kinds: Iterable[type[Section]]) -> set[type[Section]]:
