@@ -20,7 +20,7 @@ def schema(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Print the JSON Schema of a recipe, which editors complete and check keys with."""
-    from distill.recipe.key_text import markdown
+    from distill.cli.key_text import markdown
     from distill.recipe.schema import KINDS, schema_text
 
     if kind not in KINDS:
@@ -34,7 +34,7 @@ def explain(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Explain one key of a recipe: meaning, type, default, whether it decides the result, who reads it."""
-    from distill.recipe.key_text import describe, explained
+    from distill.cli.key_text import describe, explained
 
     entries = explained(key)
     if as_json:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import pytest
 from pydantic import BeforeValidator, Strict
 
+from distill.cli.usage import _sections_below
 from distill.errors import RecipeError
 from distill.recipe import formats
 from distill.recipe.document import builtin_recipes
@@ -13,7 +14,6 @@ from distill.recipe.identity import recipe_hash
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.reader import load_job
 from distill.recipe.types import RECIPE_FORMAT, Section, facts_of, machine, science, size_mapping
-from distill.recipe.usage import _sections_below
 from distill.recipe.writer import _without_null
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from distill.cli.key_text import markdown
+from distill.cli.usage import _sections_below
 from distill.recipe.document import builtin_recipes
-from distill.recipe.key_text import markdown
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.schema import keys, schema
-from distill.recipe.usage import _sections_below
 from distill.recipe.writer import EDITOR_LINE
 from tests.support.command import Run
 

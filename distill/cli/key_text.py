@@ -4,9 +4,9 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 
+from distill.cli.usage import reads_of_distill
 from distill.errors import RecipeError
 from distill.recipe.schema import Key, keys
-from distill.recipe.usage import reads_of_distill
 
 HEAD = """\
 # Recipe keys
