@@ -32,7 +32,6 @@ COVERED_BY = {
     "distill.evaluate.images": "tests/distill/evaluate/test_knn.py",
     "distill.evaluate.over_steps": "tests/distill/cli/test_app.py",
     "distill.evaluate.summary": "tests/distill/cli/test_app.py",
-    "distill.extend.kinds": "tests/distill/extend/test_find.py",
     "distill.job.build": "tests/distill/job/test_pretraining.py",
     "distill.job.prepare": "tests/distill/cli/test_app.py",
     "distill.job.run": "tests/distill/train/test_devices.py",

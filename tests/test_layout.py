@@ -26,7 +26,6 @@ ORDER = (
     "distill.recipe",
     "distill.data",
     "distill.runfolder",
-    "distill.extend",
     "students",
     "teacher",
     "distill.errors",

@@ -71,10 +71,12 @@ def export(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Write a student for Hugging Face, timm, Meta or ONNX, and verify the outputs agree."""
+    from distill.recipe.extensions import Kind, find
     from distill.weights.export import export_network
-    from distill.weights.exporter import find_exporter
+    from distill.weights.exporter import EXPORTERS, Exporter
 
-    exporter, folders = find_exporter(to), _chosen(run, student or [])
+    exporter: Exporter = find(Kind.EXPORTER, to, EXPORTERS, "--to")
+    folders = _chosen(run, student or [])
     exporter.require()
 
     target = out or run / "export" / to
@@ -83,7 +85,9 @@ def export(
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         for name, folder in folders.items():
             background, inputs = _background(run, name, folder, recipe), _inputs(recipe, name)
-            done = export_network(name, folder, target / name, to, dtype.value, background, inputs)
+            done = export_network(
+                name, folder, target / name, exporter, dtype.value, background, inputs
+            )
             finished.append(done)
             if not as_json:
                 size = done.num_bytes / 1e6

@@ -24,7 +24,7 @@ import torch
 from distill.errors import CheckpointError, UserError
 from distill.weights.card import Background, WrittenFile, licence_text, model_card
 from distill.weights.containers import read_object
-from distill.weights.exporter import find_exporter
+from distill.weights.exporter import Exporter
 from distill.weights.hf_config import preprocessor_config
 from distill.weights.load import load_backbone
 from distill.weights.save import sha256_of
@@ -73,12 +73,12 @@ def export_network(
     name: str,
     source: Path,
     folder: Path,
-    form: str,
+    exporter: Exporter,
     dtype: Dtype,
     background: Background,
     inputs: Inputs,
 ) -> Exported:
-    """Writes the network in ``source`` to ``folder`` as ``form`` and verifies that it gives the same features.
+    """Writes the network in ``source`` to ``folder`` in a format and verifies that it gives the same features.
 
     An earlier export under that name is replaced once the new one has passed.
 
@@ -87,7 +87,6 @@ def export_network(
         CheckpointError: ``folder`` holds something else, or ``source`` cannot be read.
         SetupError: a library is missing to write this format.
     """
-    exporter = find_exporter(form)
     _refuse_foreign(folder, source)
     aside, rejected = (
         folder.with_name(f".{folder.name}.part"),
@@ -102,11 +101,11 @@ def export_network(
         parity = verify(exporter, aside, source, DTYPES[dtype])
         if parity.is_mismatch:
             aside.rename(rejected)
-            raise _mismatch(name, form, parity, rejected)
+            raise _mismatch(name, exporter.name, parity, rejected)
         files = tuple(
             _measure(path) for path in sorted(aside.iterdir()) if path.name not in (CARD, RECORD)
         )
-        _describe(name, source, aside, form, dtype, background, parity, files)
+        _describe(name, source, aside, exporter, dtype, background, parity, files)
         shutil.rmtree(folder, ignore_errors=True)
         aside.rename(folder)
     finally:
@@ -129,7 +128,7 @@ def _describe(
     name: str,
     source: Path,
     aside: Path,
-    form: str,
+    exporter: Exporter,
     dtype: Dtype,
     background: Background,
     parity: Parity,
@@ -138,13 +137,13 @@ def _describe(
     """The card and the record; what the source's record holds is kept in it."""
     spec = load_backbone(source)[1]
     (aside / CARD).write_text(
-        model_card(name, spec, find_exporter(form), dtype, background, parity, files),
+        model_card(name, spec, exporter, dtype, background, parity, files),
         encoding="utf-8",
     )
     record = {
         **background.provenance,
         "licence": licence_text(background.licence),
-        "export": {"format": form, "dtype": dtype, **parity.to_json()},
+        "export": {"format": exporter.name, "dtype": dtype, **parity.to_json()},
         "files": {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files},
     }
     _write_json(aside / RECORD, record)

@@ -1,7 +1,7 @@
 """What a format to export to has to say: how files are written, read back and described. One file per format.
 
-``distill export --to NAME`` finds a format by name: here, or among the entry points ``distill.exporters``
-of installed packages.
+``distill export --to NAME`` finds a format by name: in ``EXPORTERS``, or among the entry points
+``distill.exporters`` of installed packages.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.extend.find import find
-from distill.extend.kinds import Kind
 from students.shapes import BackboneSpec
 
 EXPORTERS: Mapping[str, str] = {
@@ -35,6 +33,7 @@ class Exporter:
     """A format.
 
     Args:
+        name: what ``--to`` calls it.
         library: what the card calls the library that the files are for.
         reader: the Python package that reads the files back; None where distill does it.
         reader_part: an attribute of that package that must import, too.
@@ -44,6 +43,7 @@ class Exporter:
         require: passes where everything is installed that writing needs.
     """
 
+    name: str
     library: str
     reader: str | None
     write: Callable[[str, Path, Path, torch.dtype], None]
@@ -51,13 +51,3 @@ class Exporter:
     usage: Callable[[str, BackboneSpec, Sequence[str]], list[str]]
     reader_part: str = ""
     require: Callable[[], None] = _has_all
-
-
-def find_exporter(name: str) -> Exporter:
-    """Returns the format of a name.
-
-    Raises:
-        RecipeError: there is none, or its package cannot be imported.
-    """
-    found: Exporter = find(Kind.EXPORTER, name, EXPORTERS, "--to")
-    return found

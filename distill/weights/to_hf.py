@@ -51,5 +51,5 @@ def _usage(name: str, spec: BackboneSpec, files: Sequence[str]) -> list[str]:  #
 
 
 EXPORTER = Exporter(
-    "transformers", "transformers", _write, _read_back, _usage, reader_part="AutoModel"
+    "hf", "transformers", "transformers", _write, _read_back, _usage, reader_part="AutoModel"
 )

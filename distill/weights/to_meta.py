@@ -84,4 +84,4 @@ _META_CODE: Mapping[type, Callable[[Any], tuple[str, str, list[str]]]] = {
 }
 
 
-EXPORTER = Exporter("dinov3", None, _write, _read_back, _usage)
+EXPORTER = Exporter("meta", "dinov3", None, _write, _read_back, _usage)

@@ -43,4 +43,6 @@ def _usage(name: str, spec: BackboneSpec, files: Sequence[str]) -> list[str]:  #
     ]
 
 
-EXPORTER = Exporter("onnx", "onnxruntime", _write, _read_back, _usage, require=require_exporter)
+EXPORTER = Exporter(
+    "onnx", "onnx", "onnxruntime", _write, _read_back, _usage, require=require_exporter
+)

@@ -39,4 +39,4 @@ def _usage(name: str, spec: BackboneSpec, files: Sequence[str]) -> list[str]:  #
     ]
 
 
-EXPORTER = Exporter("timm", "timm", _write, _read_back, _usage, reader_part="create_model")
+EXPORTER = Exporter("timm", "timm", "timm", _write, _read_back, _usage, reader_part="create_model")

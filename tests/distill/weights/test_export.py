@@ -16,10 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import CheckpointError, SetupError, UserError
+from distill.recipe.extensions import Kind, find
 from distill.weights import to_hf, to_meta, to_onnx, to_timm
 from distill.weights.card import Background, teacher_licence
 from distill.weights.export import DTYPES, Dtype, Exported, export_network
-from distill.weights.exporter import EXPORTERS, find_exporter
+from distill.weights.exporter import EXPORTERS, Exporter
 from distill.weights.load import load_backbone
 from distill.weights.onnx import require_exporter, write_onnx
 from distill.weights.save import ExportFacts, fingerprint, write_backbone
@@ -38,11 +39,16 @@ from tests.support.exports import BACKGROUND, CONVNEXT, GATED, INPUTS, VIT, name
 SPECS = {"vit": VIT, "gated": GATED, "convnext": CONVNEXT}
 
 
+def exporter_of(form: str) -> Exporter:
+    found: Exporter = find(Kind.EXPORTER, form, EXPORTERS, "--to")
+    return found
+
+
 def export(
     source: Path, folder: Path, form: str, dtype: Dtype = "fp32", **background: Any
 ) -> Exported:
     told = Background(**{**vars(BACKGROUND), **background})
-    return export_network("small", source, folder, form, dtype, told, INPUTS)
+    return export_network("small", source, folder, exporter_of(form), dtype, told, INPUTS)
 
 
 @pytest.fixture
@@ -224,7 +230,7 @@ def test_prove__a_library_that_does_not_import_is_said(
 
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
     monkeypatch.setattr("importlib.import_module", fail)
-    found = verify(find_exporter("timm"), tmp_path, tmp_path, torch.float32)
+    found = verify(exporter_of("timm"), tmp_path, tmp_path, torch.float32)
     assert found.describe() == (
         "not checked: timm does not import here (operator torchvision::nms does not exist)"
     )
@@ -424,8 +430,9 @@ def meta_convnext(
     return tokens[:, 0], tokens[:, 1:]
 
 
-def test_find_exporter__every_name_of_the_table() -> None:
+def test_exporters__every_name_of_the_table() -> None:
     modules = {"hf": to_hf, "timm": to_timm, "meta": to_meta, "onnx": to_onnx}
-    assert {name: find_exporter(name) for name in EXPORTERS} == {
+    assert {name: exporter_of(name) for name in EXPORTERS} == {
         name: module.EXPORTER for name, module in modules.items()
     }
+    assert all(exporter_of(name).name == name for name in EXPORTERS)

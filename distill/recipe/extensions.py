@@ -1,15 +1,40 @@
-"""Finds the object of a name. Nothing from outside is imported before a recipe or a command names it."""
+"""Finds what a package from outside adds by its name. Nothing is imported before a recipe or a command names it.
+
+The kinds are a closed list. A package adds an object with an entry point in its metadata and nothing else:
+
+    [project.entry-points."distill.sinks"]
+    tracker = "my_package.tracking:TrackerSink"
+
+Students need no entry point: a recipe names their factory, ``arch: my_package.networks:make``.
+"""
 
 import difflib
 from collections.abc import Mapping
+from enum import StrEnum
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from distill.errors import RecipeError
-from distill.extend.kinds import Kind
 
+GROUP_PREFIX = "distill."  # before the kind, in the name of an entry-point group
 Table = Mapping[str, str]  # name -> "module:object"
+
+
+class Kind(StrEnum):
+    """What can be added, each by the name of its group; the comments say where the promise of each is."""
+
+    LOSS = "losses"  # teacher.task.LossTerm, made by a factory that is given the recipe
+    SOURCE = "sources"  # distill.data.sources.Lister
+    EXPORTER = "exporters"  # distill.weights.exporter.Exporter
+    LAUNCHER = "launchers"  # distill.launch.launcher.Launcher
+    SINK = "sinks"  # distill.runfolder.metrics.MetricSink, made by a factory for each network
+    KEYS = "keys"  # distill.recipe.types.Section
+
+    @property
+    def group(self) -> str:
+        """The group of entry points."""
+        return GROUP_PREFIX + self.value
 
 
 def find(kind: Kind, name: str, builtin: Table, key: str) -> Any:

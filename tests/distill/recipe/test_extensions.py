@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 
 from distill.errors import RecipeError
-from distill.extend.find import find, names, require
-from distill.extend.kinds import Kind
+from distill.recipe.extensions import Kind, find, names, require
 
-BUILTIN = {"depth": "distill.extend.kinds:GROUP_PREFIX"}
+BUILTIN = {"depth": "distill.recipe.extensions:GROUP_PREFIX"}
 
 
 def install(folder: Path, package: str, lines: str, module: str = "") -> None:
