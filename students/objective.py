@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from teacher.batch import NUM_GLOBAL, Features, StudentBatch
 from teacher.init import init_matrix_
-from teacher.losses import Losses, weigh
+from teacher.losses import Losses, extra_parts, weigh
 from teacher.task import StepScalars, TaskOptions, see_crops
 
 MEMORY_STEPS = 100  # updates that the running statistics look back over, once there are as many
@@ -148,7 +148,9 @@ class FeatureTask(nn.Module):
                 ("cosine", "smooth_l1"), class_parts, patch_parts, strict=True
             )
         }
-        return weigh(parts, scalars.objective, self._group_ranks)
+        extra = self.options.extra
+        parts |= extra_parts(extra, globals_, locals_, batch)
+        return weigh(parts, scalars.objective, extra, self._group_ranks)
 
     def _pairs(
         self,

@@ -4,6 +4,7 @@ DINO and iBOT are cross-entropies to assignments (``teacher.heads``). Each term 
 *global* batch, so that adding up ranks is exact when they hold different numbers of images.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +34,27 @@ class Objective:
     gram: float = 0.0
     cosine: float = 0.0
     smooth_l1: float = 0.0
+
+
+LossTerm = Callable[[Features, Features, StudentBatch], Tensor]
+"""A loss term from outside: features of global crops [2 * images, image-major] and of local crops, and the batch, to a scalar.
+
+It is a sum over this rank's images divided by ``batch.images_global``, differentiable and without communication.
+"""
+
+
+@dataclass(frozen=True)
+class ExtraTerm:
+    """A loss term from outside and its weight; metrics have it as ``extra_NAME``."""
+
+    name: str
+    weight: float
+    term: LossTerm
+
+    @property
+    def key(self) -> str:
+        """Its name in metrics."""
+        return f"extra_{self.name}"
 
 
 @dataclass(frozen=True)
@@ -113,8 +135,21 @@ class _GatherRows(torch.autograd.Function):
         return grad[ctx.start : ctx.start + ctx.num_rows], None, None, None
 
 
-def weigh(parts: dict[str, Tensor], weights: Objective, group_ranks: int) -> Losses:
-    """The weighted sum of the terms, each scaled so that the group's mean is the global value."""
+def extra_parts(
+    extra: Sequence[ExtraTerm], globals_: Features, locals_: Features, batch: StudentBatch
+) -> dict[str, Tensor]:
+    """Computes the terms from outside, fp32, by the names that metrics have."""
+    return {each.key: each.term(globals_, locals_, batch).float() for each in extra}
+
+
+def weigh(
+    parts: dict[str, Tensor],
+    objective: Objective,
+    extra: Sequence[ExtraTerm],
+    group_ranks: int,
+) -> Losses:
+    """Adds up the terms by their weights, each scaled so that the group's mean is the global value."""
+    weights = {**vars(objective), **{each.key: each.weight for each in extra}}
     parts = {name: part * group_ranks for name, part in parts.items()}
-    total = torch.stack([getattr(weights, name) * part for name, part in parts.items()]).sum()
+    total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
     return Losses(total, {name: part.detach() for name, part in parts.items()})

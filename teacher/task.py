@@ -18,7 +18,7 @@ from teacher.batch import NUM_GLOBAL, Features, StudentBatch, normalise
 from teacher.drop_path import ActiveRows, active_rows
 from teacher.gram import gram_sum
 from teacher.heads import Head, SoftAssignment
-from teacher.losses import Losses, Objective, koleo_loss, weigh
+from teacher.losses import ExtraTerm, Losses, Objective, extra_parts, koleo_loss, weigh
 from teacher.shapes import scaled_size
 
 
@@ -27,7 +27,7 @@ class TaskOptions:
     """How one network is trained: masked input for the online network, plain input for students.
 
     ``crop_scale``: it sees crops at this part of their size. ``survival``: probability that a row passes
-    through a residual branch, below 1 for ViTs only.
+    through a residual branch, below 1 for ViTs only. ``extra``: terms that are added to its loss.
     """
 
     masks_input: bool
@@ -35,6 +35,7 @@ class TaskOptions:
     std: tuple[float, float, float]
     crop_scale: float = 1.0
     survival: float = 1.0
+    extra: tuple[ExtraTerm, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ class DistillationTask(nn.Module):
             anchor = batch.targets.anchor_patches.flatten(0, 1)
             patches = globals_.patches_on(batch.grid_hw)
             parts["gram"] = gram_sum(patches, anchor) / (NUM_GLOBAL * batch.images_global)
-        return weigh(parts, weights, self._group_ranks)
+        extra = self.options.extra
+        parts |= extra_parts(extra, globals_, locals_, batch)
+        return weigh(parts, weights, extra, self._group_ranks)
 
 
 def see_crops(

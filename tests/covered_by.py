@@ -45,6 +45,7 @@ COVERED_BY = {
     "distill.plan.traffic": "tests/distill/train/test_ranks.py",
     "distill.recipe.crop_sizes": "tests/distill/job/test_pretraining.py",
     "distill.recipe.document": "tests/distill/job/test_resume.py",
+    "distill.recipe.extension_keys": "tests/distill/recipe/test_keys.py",
     "distill.recipe.inputs": "tests/distill/recipe/test_keys.py",
     "distill.recipe.messages": "tests/distill/recipe/test_keys.py",
     "distill.recipe.networks": "tests/distill/recipe/test_keys.py",

@@ -73,9 +73,9 @@ def export(
     """Write a student for Hugging Face, timm, Meta or ONNX, and verify the outputs agree."""
     from distill.recipe.extensions import Kind, find
     from distill.weights.export import export_network
-    from distill.weights.exporter import EXPORTERS, Exporter
+    from distill.weights.exporter import Exporter
 
-    exporter: Exporter = find(Kind.EXPORTER, to, EXPORTERS, "--to")
+    exporter: Exporter = find(Kind.EXPORTER, to, "--to")
     folders = _chosen(run, student or [])
     exporter.require()
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from distill.cli.usage import reads_of_distill
 from distill.errors import RecipeError
-from distill.recipe.schema import Key, keys
+from distill.recipe.extension_keys import find_section, with_sections
+from distill.recipe.schema import KINDS, Key, keys
 
 HEAD = """\
 # Recipe keys
@@ -27,9 +28,13 @@ def explained(name: str) -> list[Key]:
         RecipeError: no recipe has this key.
     """
     bare = ".".join(part for part in name.split(".") if not part.isdecimal())
-    known = keys({})
+    kinds, (first, *rest) = KINDS, bare.split(".")
+    if first == "extensions" and rest:
+        sections = {rest[0]: find_section(rest[0])}
+        kinds = {name: with_sections(kind, sections) for name, kind in KINDS.items()}
+    known = keys({}, kinds)
     if bare in known:
-        return keys(reads_of_distill())[bare]
+        return keys(reads_of_distill(), kinds)[bare]
     last = bare.rpartition(".")[2]
     same_end = sorted((key for key in known if key.rpartition(".")[2] == last), key=len)
     close = [*difflib.get_close_matches(bare, known, n=1), *same_end]

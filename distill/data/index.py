@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from distill.data.bad_images import MAX_MEGAPIXELS, measure
 from distill.data.locations import Kind, Location, Reader
-from distill.data.sources import Found, list_source
+from distill.data.sources import Found, Lister, list_source
 from distill.data.stateless_random import mix
 from distill.errors import DataError
 
@@ -196,17 +196,19 @@ def build_index(
     max_megapixels: float = MAX_MEGAPIXELS,
     progress: Callable[[int, int], None] | None = None,
     is_packing: bool = False,
+    listers: Mapping[Path, Lister] | None = None,
 ) -> ImageIndex:
     """The images of some sources, source by source, in the order of their names.
 
     There are classes when every image has a label and there are at least two. A source that was packed
-    brings its index, unless ``is_packing``. Broken files are named in a warning each and left out.
+    brings its index, unless ``is_packing``. ``listers`` list their sources. Broken files are named in a warning each and left out.
 
     Raises:
         DataError: a source is missing or holds no image, or more than ``max_bad_fraction`` of the
         files are broken (one always may be).
     """
-    surveys = [_survey(source, reads_index=not is_packing) for source in sources]
+    given = listers or {}
+    surveys = [_survey(source, given.get(source), reads_index=not is_packing) for source in sources]
     found = [each for survey in surveys for each in survey.found]
     if len(found) > LIST_ENTRIES:
         raise DataError(
@@ -247,9 +249,9 @@ class _Survey:
     sizes: list[tuple[int, int]] | None
 
 
-def _survey(source: Path, *, reads_index: bool) -> _Survey:
-    if not reads_index or not (source / INDEX_FOLDER).is_dir():
-        return _Survey(list_source(source), None)
+def _survey(source: Path, lister: Lister | None, *, reads_index: bool) -> _Survey:
+    if lister is not None or not reads_index or not (source / INDEX_FOLDER).is_dir():
+        return _Survey(list_source(source, lister), None)
     index = ImageIndex.load(source / INDEX_FOLDER)
     names = index.class_names
     labels = [""] * len(index) if index.labels is None else [names[i] for i in index.labels]

@@ -14,7 +14,7 @@ read up to a limit, and no name is ever used as a path.
 
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -37,18 +37,28 @@ class Found:
     label: str
 
 
-def list_source(source: Path) -> list[Found]:
+Lister = Callable[[Path], Iterable[Found]]
+"""Takes a file or folder to its images, in an order that depends on names only; bytes are read later, at each ``location``."""
+
+
+def list_source(source: Path, lister: Lister | None = None) -> list[Found]:
     """Every image of a source, in an order that depends on names only.
+
+    Args:
+        source: a file, a folder, or a pattern.
+        lister: lists it; None where kind and suffix decide.
 
     Raises:
         DataError: it is missing, is of no kind known here, or holds no image.
     """
     path = source.absolute()
     if any(mark in path.name for mark in "*?[") and not path.exists():
-        return [each for match in expand(path) for each in list_source(match)]
+        return [each for match in expand(path) for each in list_source(match, lister)]
     suffix = path.suffix.lower()
     try:
-        if path.is_dir():
+        if lister is not None and path.exists():
+            found = list(lister(path))
+        elif path.is_dir():
             found = _list_folder(path)
         elif path.is_file() and suffix in LIST_SUFFIXES:
             found = _list_lines(path)
@@ -125,7 +135,7 @@ def _list_lines(path: Path) -> list[Found]:
     return [Found(Location(Kind.FILE, str(path.parent), name), "") for name in names]
 
 
-def _list_tar(path: Path) -> Iterator[Found]:
+def list_tar(path: Path) -> Iterator[Found]:
     """Images of one shard. Samples are distinguished by their name up to the first dot, as WebDataset does."""
     images: list[tuple[str, Location]] = []
     labels: dict[str, str] = {}
@@ -193,7 +203,7 @@ def _long_name(kind: bytes, payload: bytes) -> str:
     return ""
 
 
-def _list_parquet(path: Path) -> Iterator[Found]:
+def list_parquet(path: Path) -> Iterator[Found]:
     """Rows of a Parquet file; needs pyarrow."""
     try:
         import pyarrow
@@ -219,4 +229,4 @@ def _list_parquet(path: Path) -> Iterator[Found]:
         raise OSError(str(error).splitlines()[0]) from error
 
 
-CONTAINERS = {".tar": _list_tar, ".parquet": _list_parquet}
+CONTAINERS = {".tar": list_tar, ".parquet": list_parquet}

@@ -15,12 +15,13 @@ from torch import nn
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.index import ImageIndex
 from distill.engine.engine import Engine, EngineSettings
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, RecipeError
 from distill.job.to_data import build_feed, build_loader
 from distill.plan.by_step import PlanSchedule
 from distill.plan.from_recipe import Recipe, TeacherShape, heads_of_student, later_plans
 from distill.plan.plan import Placement, Plan
 from distill.recipe.crop_sizes import crop_schedule
+from distill.recipe.extensions import Kind, find
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
 from distill.recipe.networks import StudentSpec
 from distill.recipe.schedules import ObjectiveSpec, StageSpec
@@ -38,7 +39,7 @@ from students.shapes import BackboneSpec, grid_of
 from students.student import build_heads, seeded
 from teacher.frozen import FrozenTeacher
 from teacher.heads import Head
-from teacher.losses import Objective
+from teacher.losses import ExtraTerm, LossTerm, Objective
 from teacher.shapes import scaled_size
 from teacher.task import DistillationTask, TaskOptions
 from teacher.vit import ViT
@@ -93,10 +94,34 @@ def objective_of(spec: ObjectiveSpec, gram: float = 0.0) -> Objective:
 
 
 def task_options(
-    recipe: Recipe, *, masks_input: bool, crop_scale: float = 1.0, survival: float = 1.0
+    recipe: Recipe,
+    *,
+    masks_input: bool,
+    crop_scale: float = 1.0,
+    survival: float = 1.0,
+    extra: tuple[ExtraTerm, ...] = (),
 ) -> TaskOptions:
     """How a network of this recipe is trained."""
-    return TaskOptions(masks_input, recipe.data.mean, recipe.data.std, crop_scale, survival)
+    return TaskOptions(masks_input, recipe.data.mean, recipe.data.std, crop_scale, survival, extra)
+
+
+def extra_terms(recipe: FamilyRecipe) -> tuple[ExtraTerm, ...]:
+    """Loss terms of installed packages, made anew for one student, in the order of their names.
+
+    Raises:
+        RecipeError: one has parameters, which no optimizer would get.
+    """
+    terms = []
+    for name, weight in sorted((recipe.objective.extra or {}).items()):
+        make: Callable[[FamilyRecipe], LossTerm] = find(Kind.LOSS, name, "objective.extra")
+        term = make(recipe)
+        if isinstance(term, nn.Module) and any(True for _ in term.parameters()):
+            raise RecipeError(
+                f"objective.extra = {name}: has parameters, and no optimizer would train them",
+                fix="Use a term without parameters; a student's network may have more of them.",
+            )
+        terms.append(ExtraTerm(name, weight, term))
+    return tuple(terms)
 
 
 def build_task(
@@ -298,6 +323,7 @@ def _student(
 ) -> tuple[nn.Module, TargetBuilder]:
     """A student with fresh weights, and what makes its targets: heads if the teacher has them, projectors if not."""
     recipe, device = context.recipe, context.rank_context.device
+    assert isinstance(recipe, FamilyRecipe), "students are a family's"
     spec, generator = student.backbone_spec(), seeded(recipe.seed, student.label)
     size = recipe.crops.global_.size
     grid_hw, teacher_hw = (
@@ -311,7 +337,8 @@ def _student(
         )
     backbone = spec.build()
     spec.init_(backbone, generator)
-    options = task_options(recipe, masks_input=False, crop_scale=student.crop_scale)
+    extra, scale = extra_terms(recipe), student.crop_scale
+    options = task_options(recipe, masks_input=False, crop_scale=scale, extra=extra)
     if shape.heads is None:
         teacher_dim = shape.spec.width
         projectors = build_projectors(spec.width, teacher_dim, generator)

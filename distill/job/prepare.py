@@ -19,7 +19,7 @@ from typing import Any
 from distill.checkpoint.manifest import TeacherFacts, find_latest
 from distill.data.index import ImageIndex, build_index, split
 from distill.data.photographs import photograph_paths, write_tiles
-from distill.data.sources import list_source
+from distill.data.sources import Lister, list_source
 from distill.errors import CheckpointError, DataError
 from distill.job.resume import describe_changes, joining_steps
 from distill.job.teacher_files import (
@@ -32,8 +32,9 @@ from distill.job.teacher_files import (
 from distill.plan.job import check_job
 from distill.plan.teacher_source import TRAINED_HEADS, heads_file
 from distill.recipe.document import find_recipe
+from distill.recipe.extensions import Kind, find
 from distill.recipe.identity import recipe_hash
-from distill.recipe.inputs import DataSpec
+from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.reader import TEACHER_PREFIX, load_job
 from distill.recipe.writer import resolved_yaml
@@ -135,12 +136,21 @@ def check_data(
         DataError: a source is missing or holds no image.
     """
     recipes = [recipe] if teacher_recipe is None else [recipe, teacher_recipe]
-    paths = dict.fromkeys(source.path for each in recipes for source in each.data.sources)
-    return {path: _count_images(path) for path in paths}
+    return {source.path: _count_images(source) for each in recipes for source in each.data.sources}
 
 
-def _count_images(path: str) -> int:
-    return len(photograph_paths()) if path == BUILTIN_PHOTOGRAPHS else len(list_source(Path(path)))
+def _count_images(source: SourceSpec) -> int:
+    if source.path == BUILTIN_PHOTOGRAPHS:
+        return len(photograph_paths())
+    return len(list_source(Path(source.path), _lister_of(source)))
+
+
+def _lister_of(source: SourceSpec) -> Lister | None:
+    """What the recipe names to list a source; None leaves it to the suffixes."""
+    if source.lister is None:
+        return None
+    found: Lister = find(Kind.SOURCE, source.lister, "data.sources.lister")
+    return found
 
 
 def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[str], None]) -> Job:
@@ -277,8 +287,12 @@ def _index(data: DataSpec) -> ImageIndex:
                 fix="Name another folder, or remove this one so that it is made again.",
             )
         return index
+    listers = {path: _lister_of(source) for path, source in zip(paths, data.sources, strict=True)}
     index = build_index(
-        paths, max_bad_fraction=data.max_bad_fraction, max_megapixels=data.max_megapixels
+        paths,
+        max_bad_fraction=data.max_bad_fraction,
+        max_megapixels=data.max_megapixels,
+        listers={path: lister for path, lister in listers.items() if lister is not None},
     )
     if index_folder is not None:
         index.save(index_folder)

@@ -14,6 +14,7 @@ import os
 import time
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,16 +37,19 @@ from distill.job.resume import agreed_checkpoint, joining_steps
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.from_recipe import ONLINE, plan_family, plan_fitting, plan_stage
 from distill.plan.teacher_source import TRAINED_HEADS, teacher_shape
+from distill.recipe.extensions import BUILTIN, Kind, find
 from distill.recipe.identity import recipe_hash
 from distill.recipe.keys import (
     FAMILY_PHASE,
     HEADS_PHASE,
     RESERVED_PHASES,
+    EngineSpec,
     FamilyRecipe,
     TeacherRecipe,
 )
 from distill.runfolder.files import replace_text
 from distill.runfolder.heartbeat import Heartbeat
+from distill.runfolder.metrics import MetricSinks, SinkFactory
 from distill.runfolder.requests import StopSaveRequests
 from distill.runfolder.status import PhaseStatus, write_json
 from distill.train.device import take_device
@@ -101,6 +105,7 @@ class _Run:
             [steps for steps in (every.every_steps, every.milestones) if steps is not None],
             job.resume_command,
             self.control,
+            partial(MetricSinks, factories=find_sinks(recipe.engine)),
         )
         self.recorder.show("preparing", message="; ".join(notes))
         last_saved = None if self.saved is None else (self.saved[1].phase, self.saved[1].step)
@@ -314,6 +319,12 @@ class _Run:
             "steps": steps,
             "data": self.job.data_fingerprint,
         }
+
+
+def find_sinks(engine: EngineSpec) -> list[SinkFactory]:
+    """Factories of the metric sinks of installed packages that a recipe names."""
+    names = [name for name in engine.metric_sinks if name not in BUILTIN[Kind.SINK]]
+    return [find(Kind.SINK, name, "engine.metric_sinks") for name in dict.fromkeys(names)]
 
 
 def _backbone_only(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

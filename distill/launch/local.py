@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
@@ -27,10 +27,12 @@ from distill.runfolder.requests import SAVE, STOP, forget, is_requested, leave_r
 
 if TYPE_CHECKING:
     from distill.job.prepare import JobRequest
+    from distill.recipe.keys import EngineSpec
     from distill.runfolder.failure import Failure
 
 STOPPED_EXIT_CODE = 130  # the shell's convention for a program ended by Ctrl-C
 SAVE_HINT = "Ctrl-C saves and stops"
+RANK_VARIABLES = ("RANK", "WORLD_SIZE")  # set by whatever else starts ranks
 PREPARED_WAIT_S = 1800.0  # indexing a large folder may take minutes
 
 
@@ -47,6 +49,22 @@ class Options:
     max_restarts: int = 0  # of all local ranks, when one fails
 
 
+class Launcher(Protocol):
+    """Starts the ranks of a job and stays until all have ended; ``engine.launcher`` names one.
+
+    Each rank is a process that runs the command of this one (``sys.argv``) with RANK, WORLD_SIZE, LOCAL_RANK,
+    LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT set, as under torchrun.
+    """
+
+    def __call__(self, request: "JobRequest", options: Options, engine: "EngineSpec") -> int:
+        """Runs the job.
+
+        Returns:
+            0 for a good end; anything else is the exit code of the command.
+        """
+        ...
+
+
 def run(recipe: str, overrides: list[str], options: Options) -> int:
     """Prepares and runs a job; the exit code is how it ended: 0 finished or stopped by SIGTERM, 130 stopped by Ctrl-C.
 
@@ -55,6 +73,7 @@ def run(recipe: str, overrides: list[str], options: Options) -> int:
     """
     from distill.job.prepare import JobRequest
     from distill.recipe.document import builtin_recipes
+    from distill.recipe.extensions import Kind, find
     from distill.recipe.reader import load_job
 
     parsed, _ = load_job(recipe, overrides)
@@ -65,10 +84,15 @@ def run(recipe: str, overrides: list[str], options: Options) -> int:
     request = JobRequest(
         recipe_name, tuple(overrides), str(run_folder), resume_command(), options.until
     )
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _run_as_rank(request, options)
-    wanted = options.processes or parsed.engine.processes
-    return _run_locally(request, options, count_processes(wanted), parsed.engine.device)
+    launcher: Launcher = find(Kind.LAUNCHER, launcher_name(parsed.engine), "engine.launcher")
+    return launcher(request, options, parsed.engine)
+
+
+def launcher_name(engine: "EngineSpec") -> str:
+    """The launcher of this process: with RANK and WORLD_SIZE it is a rank, whatever the recipe names."""
+    if all(name in os.environ for name in RANK_VARIABLES):
+        return "external"
+    return "local" if engine.launcher == "auto" else engine.launcher
 
 
 def resume_command() -> str:
@@ -86,9 +110,8 @@ def count_processes(wanted: int | str) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _run_locally(
-    request: "JobRequest", options: Options, num_ranks: int, engine_device: str
-) -> int:
+def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -> int:
+    """Starts all ranks on this machine, watches them and starts them again: the launcher ``local``."""
     from distill.job.forkserver import choose_start_method
     from distill.job.prepare import prepare
     from distill.launch.supervisor import Supervisor
@@ -96,7 +119,8 @@ def _run_locally(
     console = Console()
     live = console.is_terminal and not options.plain
     folder = Path(request.run_folder)
-    start_method = choose_start_method(engine_device)  # it imports while the job is prepared
+    num_ranks = count_processes(options.processes or engine.processes)
+    start_method = choose_start_method(engine.device)  # it imports while the job is prepared
     with run_lock(folder) as lock:
         lock.alone()
         job = prepare(request, num_ranks=num_ranks, fresh=options.fresh, say=console.print)
@@ -138,11 +162,20 @@ def _screen(run_folder: Path, console: Console, *, live: bool, hint: str = "") -
         screen.join(timeout=5)
 
 
-def _run_as_rank(request: "JobRequest", options: Options) -> int:
-    """One rank of an outer launch; rank 0 prepares and concludes."""
+def run_as_rank(request: "JobRequest", options: Options, _: "EngineSpec") -> int:
+    """Is one rank of an outer launch, of which rank 0 prepares and concludes: the launcher ``external``.
+
+    Raises:
+        SetupError: the outer launch has not set which rank this is.
+    """
     from distill.job.prepare import prepare
     from distill.launch.rank import entry
 
+    if not all(name in os.environ for name in RANK_VARIABLES):
+        raise SetupError(
+            f"engine.launcher = external: {' and '.join(RANK_VARIABLES)} are not set",
+            fix="Start it under another launcher such as torchrun, or leave engine.launcher out.",
+        )
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     folder = Path(request.run_folder)
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")

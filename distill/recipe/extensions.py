@@ -18,17 +18,16 @@ from typing import Any
 from distill.errors import RecipeError
 
 GROUP_PREFIX = "distill."  # before the kind, in the name of an entry-point group
-Table = Mapping[str, str]  # name -> "module:object"
 
 
 class Kind(StrEnum):
     """What can be added, each by the name of its group; the comments say where the promise of each is."""
 
-    LOSS = "losses"  # teacher.task.LossTerm, made by a factory that is given the recipe
+    LOSS = "losses"  # a factory: distill.recipe.keys.FamilyRecipe to teacher.losses.LossTerm
     SOURCE = "sources"  # distill.data.sources.Lister
     EXPORTER = "exporters"  # distill.weights.exporter.Exporter
-    LAUNCHER = "launchers"  # distill.launch.launcher.Launcher
-    SINK = "sinks"  # distill.runfolder.metrics.MetricSink, made by a factory for each network
+    LAUNCHER = "launchers"  # distill.launch.local.Launcher
+    SINK = "sinks"  # distill.runfolder.metrics.SinkFactory
     KEYS = "keys"  # distill.recipe.types.Section
 
     @property
@@ -37,29 +36,49 @@ class Kind(StrEnum):
         return GROUP_PREFIX + self.value
 
 
-def find(kind: Kind, name: str, builtin: Table, key: str) -> Any:
+BUILTIN: Mapping[Kind, Mapping[str, str]] = {  # name -> "module:object"
+    Kind.LOSS: {},
+    Kind.SOURCE: {
+        "tar": "distill.data.sources:list_tar",
+        "parquet": "distill.data.sources:list_parquet",
+    },
+    Kind.EXPORTER: {
+        "hf": "distill.weights.to_hf:EXPORTER",
+        "timm": "distill.weights.to_timm:EXPORTER",
+        "meta": "distill.weights.to_meta:EXPORTER",
+        "onnx": "distill.weights.to_onnx:EXPORTER",
+    },
+    Kind.LAUNCHER: {
+        "local": "distill.launch.local:run_locally",
+        "external": "distill.launch.local:run_as_rank",
+    },
+    Kind.SINK: {"jsonl": "distill.runfolder.metrics:MetricsWriter"},
+    Kind.KEYS: {},
+}
+
+
+def find(kind: Kind, name: str, key: str) -> Any:
     """Imports and returns the object of a name; a built-in name cannot be taken by a package.
 
     Args:
         kind: what is looked for.
         name: as the recipe or the command line has it.
-        builtin: the names of this project.
         key: where the name stands, for messages: a dotted key or an option.
 
     Raises:
         RecipeError: the name is not known, is ambiguous, or cannot be imported.
     """
-    return _load(require(kind, name, builtin, key), key)
+    return _load(require(kind, name, key), key)
 
 
-def require(kind: Kind, name: str, builtin: Table, key: str) -> EntryPoint:
+def require(kind: Kind, name: str, key: str) -> EntryPoint:
     """Returns where the object of a name is, without importing it.
 
     Raises:
         RecipeError: as ``find``, as far as it shows without importing.
     """
-    if name in builtin:
-        return EntryPoint(name, builtin[name], kind.group)
+    if name in BUILTIN[kind]:
+        return EntryPoint(name, BUILTIN[kind][name], kind.group)
     found = entry_points(group=kind.group, name=name)
     targets = sorted({point.value for point in found})
     if len(targets) > 1:
@@ -68,7 +87,7 @@ def require(kind: Kind, name: str, builtin: Table, key: str) -> EntryPoint:
             fix="Uninstall one of them.",
         )
     if not targets:
-        known = names(kind, builtin)
+        known = names(kind)
         close = difflib.get_close_matches(name, known, n=1)
         hint = f" - did you mean {close[0]!r}?" if close else ""
         raise RecipeError(
@@ -78,9 +97,10 @@ def require(kind: Kind, name: str, builtin: Table, key: str) -> EntryPoint:
     return next(point for point in found if point.value == targets[0])
 
 
-def names(kind: Kind, builtin: Table) -> list[str]:
+def names(kind: Kind) -> list[str]:
     """Returns all names of a kind: the built-in ones first, then those of installed packages."""
-    return list(dict.fromkeys([*builtin, *sorted(p.name for p in entry_points(group=kind.group))]))
+    added = sorted(point.name for point in entry_points(group=kind.group))
+    return list(dict.fromkeys([*BUILTIN[kind], *added]))
 
 
 def _load(point: EntryPoint, key: str) -> Any:

@@ -135,6 +135,14 @@ class SourceSpec(Section):
         min_length=1,
         description="Folder, `.tar` shards, `.txt` list, `.parquet` file, or `builtin:photographs`.",
     )
+    lister: str | None = machine(
+        None,
+        since=2,
+        description=(
+            "What lists the images of `path`: `tar`, `parquet`, or a lister of an installed package. "
+            "Null means by the suffix of each file."
+        ),
+    )
     weight: float | None = science(
         None,
         gt=0.0,

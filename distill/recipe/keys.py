@@ -12,11 +12,12 @@ from typing import Annotated, Literal
 
 from pydantic import Strict
 
+from distill.recipe.extension_keys import Extensions, Of, extensions_key
 from distill.recipe.inputs import CropsSpec, DataSpec, MasksSpec
 from distill.recipe.networks import HeadsSpec, Model, Student, TeacherSource
 from distill.recipe.schedules import (
+    FamilyObjectiveSpec,
     FamilyScheduleSpec,
-    ObjectiveSpec,
     StageSpec,
     TeacherScheduleSpec,
 )
@@ -102,6 +103,22 @@ class EngineSpec(Section):
             "saves that took longer before may again."
         ),
     )
+    launcher: str = machine(
+        "auto",
+        since=2,
+        description=(
+            "What starts the ranks: `local`, `external`, or a launcher of an installed package. `auto` is "
+            "`external` under another launcher, else `local`."
+        ),
+    )
+    metric_sinks: Annotated[tuple[str, ...], Strict(False)] = machine(
+        (),
+        since=2,
+        description=(
+            "Sinks of installed packages that get every row of metrics, beside `metrics/NAME.jsonl`. "
+            "The default is none."
+        ),
+    )
 
 
 class CheckpointSpec(Section):
@@ -168,7 +185,9 @@ class FamilyRecipe(Section):
     data: DataSpec = science(description="Images and how their pixels are normalised.")
     crops: CropsSpec = science(CropsSpec(), description="Crops of every image.")
     masks: MasksSpec = science(MasksSpec(), description="Masks of the iBOT loss.")
-    objective: ObjectiveSpec = science(ObjectiveSpec(), description="Weights of the loss terms.")
+    objective: FamilyObjectiveSpec = science(
+        FamilyObjectiveSpec(), description="Weights of the loss terms."
+    )
     schedule: FamilyScheduleSpec = science(
         description="Batch, optimiser and everything that changes with the step."
     )
@@ -176,6 +195,7 @@ class FamilyRecipe(Section):
     checkpoint: CheckpointSpec = machine(
         CheckpointSpec(), description="How often the job is saved and how much is left on disk."
     )
+    extensions: Extensions | None = extensions_key()
 
     def input_size_of(self, name: str) -> int:
         """Pixels per side that a finished network is scored at, the teacher included."""
@@ -219,6 +239,7 @@ class TeacherRecipe(Section):
     checkpoint: CheckpointSpec = machine(
         CheckpointSpec(), description="How often the job is saved and how much is left on disk."
     )
+    extensions: Extensions | None = extensions_key()
 
     def at_stage(self, stage: StageSpec) -> "TeacherRecipe":
         """The recipe with the schedule that a stage has; the other stages keep theirs."""
@@ -238,3 +259,9 @@ class TeacherRecipe(Section):
 
 
 Recipe = FamilyRecipe | TeacherRecipe
+
+
+def extension(recipe: Recipe, kind: type[Of]) -> Of | None:
+    """Returns the section of an installed package; None where the recipe does not name it."""
+    sections = [] if recipe.extensions is None else vars(recipe.extensions).values()
+    return next((section for section in sections if isinstance(section, kind)), None)

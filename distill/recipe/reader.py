@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from distill.errors import RecipeError
 from distill.recipe.document import OVERRIDE, Document, find_recipe, read_document, with_overrides
+from distill.recipe.extension_keys import find_section, with_sections
 from distill.recipe.formats import format_of, with_defaults_of
 from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe
 from distill.recipe.messages import explain, place_of, refuse, render
@@ -67,7 +68,7 @@ def load_job(
         second = _read_fields(
             path.parent / train, [text.removeprefix(TEACHER_PREFIX) for text in theirs]
         )
-        if second.kind is not TeacherRecipe:
+        if not issubclass(second.kind, TeacherRecipe):
             problems.append(
                 (("teacher", "train"), f"{train!r} has no stages, so trains no teacher")
             )
@@ -110,8 +111,12 @@ def names_teacher_recipe(recipe: str, overrides: Sequence[str] = ()) -> bool:
 
 def _read_fields(path: Path, overrides: Sequence[str]) -> Reading:
     document, problems = with_overrides(read_document(path), overrides)
-    kind = _kind(document)
+    kind, wrong = _with_extensions(_kind(document), document.values.get("extensions"))
+    problems += [(("extensions", name), text) for name, text in wrong.items()]
     values = with_defaults_of(format_of(document.values), kind, document.values)
+    if wrong:
+        given = values["extensions"].items()
+        values["extensions"] = {name: part for name, part in given if name not in wrong}
     recipe: Recipe | None = None
     errors: list[Any] = []
     try:
@@ -138,6 +143,17 @@ def _kind(document: Document) -> Kind:
             fix="Start from `distill recipes copy quickstart my.yaml`.",
         )
     return kinds[found[0]]
+
+
+def _with_extensions(kind: Kind, named: Any) -> tuple[Kind, dict[str, str]]:
+    """The kind with the sections of the installed packages that a recipe names, and what is wrong with names."""
+    sections, wrong = dict[str, type[Section]](), dict[str, str]()
+    for name in named if isinstance(named, dict) else ():
+        try:
+            sections[name] = find_section(str(name))
+        except RecipeError as error:
+            wrong[name] = error.message.removeprefix(f"extensions = {name}: ")
+    return (with_sections(kind, sections) if sections else kind), wrong
 
 
 def _valid_parts(
@@ -174,6 +190,10 @@ def _missing_folders(parts: Parts) -> Iterator[Problem]:
         if any(mark in Path(path).name for mark in "*?[") and not Path(path).exists():
             if not any(Path(path).parent.glob(Path(path).name)):
                 yield key_path, f"{path!r} matches nothing"
+            continue
+        if parts.get(("data", "sources", index, "lister")) is not None:
+            if not Path(path).exists():
+                yield key_path, f"{path!r} is not there"
             continue
         known, suffix = {*SUFFIXES, *CONTAINERS}, Path(path).suffix.lower()
         if Path(path).is_file() and suffix in {*CONTAINERS, *LIST_SUFFIXES}:

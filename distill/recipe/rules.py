@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from distill.errors import RecipeError
+from distill.recipe.extensions import Kind, require
 from distill.recipe.keys import RESERVED_PHASES
 from distill.recipe.networks import HEADS_MODES, RESERVED_NETWORKS, ArchSpec
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS, Loc, Problem, is_custom
@@ -44,6 +46,7 @@ def items_of(parts: Parts, *key_path: str | int) -> list[int]:
 def find_conflicts(parts: Parts, teacher: Parts | None = None) -> Iterator[Problem]:
     """What is wrong across keys; ``teacher`` is the recipe that a family trains first, if any."""
     yield from _shared_rules(parts)
+    yield from _extension_rules(parts)
     if items_of(parts, "students"):
         yield from _family_rules(parts, teacher or {})
     if items_of(parts, "stages"):
@@ -118,6 +121,35 @@ def _shared_rules(parts: Parts) -> Iterator[Problem]:
         if path is not None and path.startswith("builtin:") and path != BUILTIN_PHOTOGRAPHS:
             key_path = ("data", "sources", index, "path")
             yield key_path, f"{path!r}: the only built-in images are {BUILTIN_PHOTOGRAPHS!r}"
+
+
+def _extension_rules(parts: Parts) -> Iterator[Problem]:
+    """Every name of an installed package is known; nothing is imported to find out."""
+    launcher = parts.get(("engine", "launcher"))
+    named: list[tuple[Kind, Loc, str]] = [
+        *(
+            (Kind.LOSS, ("objective", "extra"), name)
+            for name in parts.get(("objective", "extra")) or ()
+        ),
+        *(
+            (Kind.SINK, ("engine", "metric_sinks"), name)
+            for name in parts.get(("engine", "metric_sinks")) or ()
+        ),
+    ]
+    if launcher not in (None, "auto"):
+        named.append((Kind.LAUNCHER, ("engine", "launcher"), launcher))
+    for index in items_of(parts, "data", "sources"):
+        source: Loc = ("data", "sources", index)
+        lister = parts.get((*source, "lister"))
+        if lister is not None:
+            named.append((Kind.SOURCE, (*source, "lister"), lister))
+        if lister is not None and parts.get((*source, "path")) == BUILTIN_PHOTOGRAPHS:
+            yield (*source, "lister"), f"{lister}: {BUILTIN_PHOTOGRAPHS} takes none"
+    for kind, loc, name in named:
+        try:
+            require(kind, name, "")
+        except RecipeError as error:
+            yield loc, error.message.removeprefix(" = ")
 
 
 def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:

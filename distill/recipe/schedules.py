@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Strict
+from pydantic import Field, Strict
 
 from distill.recipe.types import Name, Pair, Section, science
 
@@ -50,6 +50,19 @@ class ObjectiveSpec(Section):
         description=(
             "Weight of the smooth L1 distance of features, for a teacher without heads. The "
             "default keeps it below the cosine."
+        ),
+    )
+
+
+class FamilyObjectiveSpec(ObjectiveSpec):
+    """A family's objective takes loss terms of installed packages, too."""
+
+    extra: dict[str, Annotated[float, Field(gt=0.0)]] | None = science(
+        None,
+        since=2,
+        description=(
+            "Weight of each further loss term, by its name in an installed package; no plan counts "
+            "its cost. Null means none."
         ),
     )
 

@@ -8,7 +8,8 @@ from typing import Any
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.types import Loc, Section, facts_of, fields_of, section_in
 
-KINDS: Mapping[str, type[FamilyRecipe] | type[TeacherRecipe]] = {
+Kinds = Mapping[str, type[FamilyRecipe] | type[TeacherRecipe]]
+KINDS: Kinds = {
     "family": FamilyRecipe,
     "teacher": TeacherRecipe,
 }
@@ -64,10 +65,10 @@ def schema_name(kind: type[Section]) -> str:
     return f"{_name_of(kind)}.schema.json"
 
 
-def keys(reads: Reads) -> dict[str, list[Key]]:
+def keys(reads: Reads, kinds: Kinds = KINDS) -> dict[str, list[Key]]:
     """Returns all keys by dotted name; two entries where the recipes differ in it."""
     found: dict[str, list[Key]] = {}
-    for recipe, kind in KINDS.items():
+    for recipe, kind in kinds.items():
         for key in _keys_below(kind, (), recipe, reads, None):
             same = found.setdefault(key.name, [])
             twin = next((other for other in same if _is_like(other, key)), None)
@@ -147,7 +148,7 @@ def _type_text(fragment: Mapping[str, Any]) -> str:
 
 
 def _name_of(kind: type[Section]) -> str:
-    return next(name for name, each in KINDS.items() if each is kind)
+    return next(name for name, each in KINDS.items() if issubclass(kind, each))
 
 
 def _tidied(node: Any) -> Any:

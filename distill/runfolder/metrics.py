@@ -3,14 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from distill.errors import UserError
+from distill.runfolder.events import Event, note
 from distill.runfolder.status import without_nonfinite
 
 
@@ -59,6 +61,53 @@ class MetricsRow:
             if name not in values
         }
         return cls(**values, terms=terms)
+
+
+@runtime_checkable
+class MetricSink(Protocol):
+    """Takes the numbers of one network. A run that was resumed repeats the rows after its checkpoint."""
+
+    def write(self, row: MetricsRow) -> None:
+        """Takes the row of a logging interval; the training loop waits until this returns."""
+        ...
+
+    def close(self) -> None:
+        """Ends the phase; there may be no further row."""
+        ...
+
+
+SinkFactory = Callable[[Path, str], MetricSink]
+"""Makes the sink of a run folder and a network, at the start of each phase, in the process of the network's first rank."""
+
+
+class MetricSinks:
+    """Hands each row to several sinks. One of another package that raises gets no more rows: a run does not end for its history."""
+
+    def __init__(self, run_folder: Path, network: str, factories: Sequence[SinkFactory]) -> None:
+        """Makes the writer of ``metrics/<network>.jsonl`` and a sink of each factory."""
+        self._run_folder, self._network = run_folder, network
+        self._writer = MetricsWriter(run_folder, network)
+        self._others = [factory(run_folder, network) for factory in factories]
+
+    def write(self, row: MetricsRow) -> None:
+        """Hands on a row."""
+        self._writer.write(row)
+        for sink in tuple(self._others):
+            self._guard(sink, partial(sink.write, row))
+
+    def close(self) -> None:
+        """Closes all sinks."""
+        self._writer.close()
+        for sink in tuple(self._others):
+            self._guard(sink, sink.close)
+
+    def _guard(self, sink: MetricSink, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:  # whatever code from outside raises
+            self._others.remove(sink)
+            text = f"the metric sink {type(sink).__name__} gets no more rows: {error}"
+            note(self._run_folder, Event("failed", text, self._network))
 
 
 class MetricsWriter:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.bad_samples import count_bad
 from distill.errors import UserError
-from distill.runfolder.metrics import MetricsRow, MetricsWriter, drop_after
+from distill.runfolder.metrics import MetricSink, MetricsRow, MetricsWriter, SinkFactory, drop_after
 from distill.runfolder.requests import StopSaveRequests
 from distill.runfolder.status import (
     CheckpointStatus,
@@ -49,10 +49,11 @@ class Recorder:
         save_every_steps: Sequence[int],
         resume_command: str,
         control: dist.ProcessGroup,
+        open_sinks: SinkFactory = MetricsWriter,
     ) -> None:
         """``save_every_steps``: a save is due where any of these numbers of steps is passed. ``control`` is a gloo group of the world."""
         self._run_folder, self._world_rank, self._requests = run_folder, world_rank, requests
-        self._control = control
+        self._control, self._open_sinks = control, open_sinks
         self._save_every_s, self._save_every_steps = save_every_s, save_every_steps
         self._file = StatusFile(run_folder)
         previous = None
@@ -67,11 +68,9 @@ class Recorder:
             last_checkpoint=previous.last_checkpoint if previous else None,
             resume_command=resume_command,
         )
-        self._writers: dict[str, MetricsWriter] = {}
+        self._writers: dict[str, MetricSink] = {}
         self._last_save = time.monotonic()
-        self._images_trained = 0
-        self._loader_wait = 0.0
-        self._complaint = ""
+        self._images_trained, self._loader_wait, self._complaint = 0, 0.0, ""
 
     def start(self, phase: Phase, start_step: int) -> None:
         """Begins a phase at ``start_step``; metrics past that point (of a run that died) are dropped."""
@@ -81,7 +80,7 @@ class Recorder:
                 drop_after(
                     self._run_folder, trainer.name, phases=names, phase=phase.name, step=start_step
                 )
-                self._writers[trainer.name] = MetricsWriter(self._run_folder, trainer.name)
+                self._writers[trainer.name] = self._open_sinks(self._run_folder, trainer.name)
         networks = {
             p.name: NetworkStatus(tuple(p.world_ranks), "training") for p in phase.plan.placements
         }
@@ -94,7 +93,7 @@ class Recorder:
         )
         self._phase_start_step = self._interval_step = start_step
         self._phase_started = self._interval_started = time.monotonic()
-        self._marks = self._read_clocks(phase)
+        self._marks = read_clocks(phase)
         self._delayed_reduce = DelayedAllReduce(self._control, phase.lookahead)
 
     def show(self, state: RunState, **changes: object) -> None:
@@ -155,7 +154,7 @@ class Recorder:
         """Metrics and status of the interval that ends at ``step``; this rank's loader wait as a part of its time."""
         elapsed = max(1e-9, time.monotonic() - self._interval_started)
         num_steps = step - self._interval_step
-        clocks = self._read_clocks(phase)
+        clocks = read_clocks(phase)
         loader_s, exchange_s = (
             now - before for now, before in zip(clocks, self._marks, strict=True)
         )
@@ -212,9 +211,6 @@ class Recorder:
         taken, self._images_trained = self._images_trained, 0
         return taken
 
-    def _read_clocks(self, phase: Phase) -> tuple[float, float]:
-        return phase.loader.wait_s, phase.exchange.wait_s
-
     def _take_faults(self, phase: Phase, found: Sequence[float]) -> None:
         """How every network of the world fares, into the status."""
         networks = dict(self.status.networks)
@@ -241,3 +237,8 @@ class Recorder:
         )
         saves = self._requests.take_save() or (due and self._world_rank == 0)
         return torch.tensor([self._requests.to_stop(), saves, loader_wait, *faults])
+
+
+def read_clocks(phase: Phase) -> tuple[float, float]:
+    """Seconds that this rank has waited for images, and for the exchange."""
+    return phase.loader.wait_s, phase.exchange.wait_s

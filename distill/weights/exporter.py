@@ -1,10 +1,9 @@
 """What a format to export to has to say: how files are written, read back and described. One file per format.
 
-``distill export --to NAME`` finds a format by name: in ``EXPORTERS``, or among the entry points
-``distill.exporters`` of installed packages.
+``distill export --to NAME`` finds a format by name (``distill.recipe.extensions``).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,13 +11,6 @@ import torch
 from torch import Tensor
 
 from students.shapes import BackboneSpec
-
-EXPORTERS: Mapping[str, str] = {
-    "hf": "distill.weights.to_hf:EXPORTER",
-    "timm": "distill.weights.to_timm:EXPORTER",
-    "meta": "distill.weights.to_meta:EXPORTER",
-    "onnx": "distill.weights.to_onnx:EXPORTER",
-}
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Pixels [images, channels, height, width] to class features [images, width] and patch features [images, patches, width]."""

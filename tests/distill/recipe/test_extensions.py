@@ -6,9 +6,14 @@ from pathlib import Path
 import pytest
 
 from distill.errors import RecipeError
-from distill.recipe.extensions import Kind, find, names, require
+from distill.recipe import extensions
+from distill.recipe.extensions import BUILTIN, Kind, find, names, require
 
-BUILTIN = {"depth": "distill.recipe.extensions:GROUP_PREFIX"}
+
+@pytest.fixture
+def _table(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = {**BUILTIN, Kind.SINK: {"depth": "distill.recipe.extensions:GROUP_PREFIX"}}
+    monkeypatch.setattr(extensions, "BUILTIN", table)
 
 
 def install(folder: Path, package: str, lines: str, module: str = "") -> None:
@@ -20,6 +25,7 @@ def install(folder: Path, package: str, lines: str, module: str = "") -> None:
     (folder / f"{package}.py").write_text(module)
 
 
+@pytest.mark.usefixtures("_table")
 def test_find__takes_the_table_first_and_imports_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -30,14 +36,15 @@ def test_find__takes_the_table_first_and_imports_nothing_else(
         "class Inner:\n    value = 3",
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert find(Kind.SINK, "depth", BUILTIN, "place") == "distill."
-    assert names(Kind.SINK, BUILTIN) == ["depth", "toy"] and names(Kind.LOSS, {}) == []
-    require(Kind.SINK, "toy", BUILTIN, "place")
+    assert find(Kind.SINK, "depth", "place") == "distill."
+    assert names(Kind.SINK) == ["depth", "toy"] and names(Kind.LOSS) == []
+    require(Kind.SINK, "toy", "place")
     assert "toy_one" not in sys.modules
-    assert find(Kind.SINK, "toy", BUILTIN, "place") == 3
+    assert find(Kind.SINK, "toy", "place") == 3
     assert "toy_one" in sys.modules
 
 
+@pytest.mark.usefixtures("_table")
 def test_find__says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path / "one", "toy_two", "twice = toy_two:a\ngone = toy_two:b\nlost = toy_lost:c")
     install(tmp_path / "two", "toy_three", "twice = toy_three:a")
@@ -46,15 +53,21 @@ def test_find__says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(
         RecipeError, match=r"a\.b = dept: not known - did you mean 'depth'\?; known: depth, gone"
     ) as failed:
-        find(Kind.SINK, "dept", BUILTIN, "a.b")
+        find(Kind.SINK, "dept", "a.b")
     assert "in the group distill.sinks" in failed.value.fix
     with pytest.raises(
         RecipeError, match=r"twice: two installed packages add it \(toy_three:a and toy_two:a\)"
     ):
-        require(Kind.SINK, "twice", BUILTIN, "a.b")
+        require(Kind.SINK, "twice", "a.b")
     with pytest.raises(
         RecipeError, match=r"gone: toy_two:b cannot be imported \(.*no attribute 'b'"
     ):
-        find(Kind.SINK, "gone", BUILTIN, "a.b")
+        find(Kind.SINK, "gone", "a.b")
     with pytest.raises(RecipeError, match="lost: toy_lost:c cannot be imported"):
-        find(Kind.SINK, "lost", BUILTIN, "a.b")
+        find(Kind.SINK, "lost", "a.b")
+
+
+def test_builtin__every_name_is_there() -> None:
+    for kind, table in BUILTIN.items():
+        for name in table:
+            assert callable(find(kind, name, "a.b")) or kind is Kind.EXPORTER

@@ -117,7 +117,7 @@ def test_formats__no_key_is_of_a_format_to_come() -> None:
 def test_load_job__reads_with_the_defaults_of_the_recipes_format(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The reader asks for the format that the recipe names: 1 where it names none."""
+    """The reader asks for the format that the recipe names."""
     asked: list[int] = []
 
     def note(number: int, kind: type[Section], values: dict[str, Any]) -> dict[str, Any]:
@@ -128,4 +128,4 @@ def test_load_job__reads_with_the_defaults_of_the_recipes_format(
     monkeypatch.setattr(formats, "RECIPE_FORMAT", 5)
     monkeypatch.setattr("distill.recipe.types.RECIPE_FORMAT", 5)
     load_job("quickstart", ["format=4"])
-    assert asked == [4, 1]
+    assert asked == [4, RECIPE_FORMAT]

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import CheckpointError, SetupError, UserError
-from distill.recipe.extensions import Kind, find
+from distill.recipe.extensions import BUILTIN, Kind, find
 from distill.weights import to_hf, to_meta, to_onnx, to_timm
 from distill.weights.card import Background, teacher_licence
 from distill.weights.export import DTYPES, Dtype, Exported, export_network
-from distill.weights.exporter import EXPORTERS, Exporter
+from distill.weights.exporter import Exporter
 from distill.weights.load import load_backbone
 from distill.weights.onnx import require_exporter, write_onnx
 from distill.weights.save import ExportFacts, fingerprint, write_backbone
@@ -40,7 +40,7 @@ SPECS = {"vit": VIT, "gated": GATED, "convnext": CONVNEXT}
 
 
 def exporter_of(form: str) -> Exporter:
-    found: Exporter = find(Kind.EXPORTER, form, EXPORTERS, "--to")
+    found: Exporter = find(Kind.EXPORTER, form, "--to")
     return found
 
 
@@ -432,7 +432,7 @@ def meta_convnext(
 
 def test_exporters__every_name_of_the_table() -> None:
     modules = {"hf": to_hf, "timm": to_timm, "meta": to_meta, "onnx": to_onnx}
-    assert {name: exporter_of(name) for name in EXPORTERS} == {
+    assert {name: exporter_of(name) for name in BUILTIN[Kind.EXPORTER]} == {
         name: module.EXPORTER for name, module in modules.items()
     }
-    assert all(exporter_of(name).name == name for name in EXPORTERS)
+    assert all(exporter_of(name).name == name for name in BUILTIN[Kind.EXPORTER])
