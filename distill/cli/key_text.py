@@ -34,7 +34,7 @@ def explained(name: str) -> list[Key]:
         kinds = {name: with_sections(kind, sections) for name, kind in KINDS.items()}
     known = keys({}, kinds)
     if bare in known:
-        return keys(reads_of_distill(), kinds)[bare]
+        return keys(reads_of_distill() if kinds is KINDS else {}, kinds)[bare]
     last = bare.rpartition(".")[2]
     same_end = sorted((key for key in known if key.rpartition(".")[2] == last), key=len)
     close = [*difflib.get_close_matches(bare, known, n=1), *same_end]

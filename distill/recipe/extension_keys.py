@@ -38,12 +38,11 @@ def find_section(name: str) -> type[Section]:
     Raises:
         RecipeError: it is not known, cannot be imported, or is no section of declared keys.
     """
-    key = f"extensions.{name}"
     found = find(Kind.KEYS, name, "extensions")
     is_section = isinstance(found, type) and issubclass(found, Section)
     if not is_section or not name.isidentifier() or not _are_declared(found):
         raise RecipeError(
-            f"{key} = {found}: not a Section whose every key is declared with science() or machine()",
+            f"extensions = {name}: not a Section whose every key is declared with science() or machine()",
             fix="See docs/extending.md for what its package has to define.",
         )
     return found

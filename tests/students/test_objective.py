@@ -17,7 +17,7 @@ from students.objective import (
 )
 from students.shapes import ConvNeXtSpec
 from teacher.batch import CropBatch, normalise
-from teacher.losses import Objective
+from teacher.losses import ExtraTerm, Objective
 from teacher.task import StepScalars, TaskOptions
 from tests.support.tiny import IMAGES, LOCALS, MEAN, STD, network, student_batch, teacher
 
@@ -152,3 +152,15 @@ def test_standardiser__goes_on_from_its_state() -> None:
     assert torch.equal(one.patch_features, two.patch_features)
     assert first.state().keys() == second.state().keys()
     assert all(torch.equal(first.state()[key], tensor) for key, tensor in second.state().items())
+
+
+def test_feature_task__a_term_from_outside_is_added_with_its_weight() -> None:
+    taught, learner = teacher(has_heads=False), task()
+    batch = student_batch(taught)
+    targets = FeatureNormalizer(16, CPU).build_targets(batch, 0.07, None)
+    without = learner(batch, targets, SCALARS)
+    term = ExtraTerm("ones", 0.5, lambda globals_, _, __: globals_.class_token.square().sum())
+    learner.options = replace(learner.options, extra=(term,))
+    losses = learner(batch, targets, SCALARS)
+    added = (losses.total - without.total).detach()
+    torch.testing.assert_close(added, 0.5 * losses.parts["extra_ones"], rtol=1e-5, atol=0)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from teacher.batch import CropBatch, PatchMasks, StudentBatch, normalise, onto
+from teacher.batch import CropBatch, Features, PatchMasks, StudentBatch, normalise, onto
 from teacher.frozen import FrozenTeacher
 from teacher.heads import sinkhorn
-from teacher.losses import Objective
+from teacher.losses import ExtraTerm, Objective
 from teacher.task import Assignments, DistillationTask, StepScalars, TaskOptions
 from teacher.vit import ViT, init_vit_
 from tests.support.gpu import CPU_AND_GPU
@@ -137,6 +137,27 @@ def test_task__a_zero_weight_leaves_the_term_out() -> None:
         batch, assignments(batch, taught), StepScalars(Objective(1.0, 0.0, 0.0, 1.0), 1.0, 1.0)
     )
     assert set(losses.parts) == {"dino"}
+
+
+def spread(globals_: Features, locals_: Features, batch: StudentBatch) -> Tensor:
+    both = torch.cat([globals_.class_token, locals_.class_token])
+    return both.square().sum() / batch.images_global
+
+
+def test_task__a_term_from_outside_is_added_with_its_weight() -> None:
+    taught, learner = teacher(), task()
+    batch = student_batch(taught)
+    targets = assignments(batch, taught)
+    scalars = StepScalars(Objective(1.0, 0.7, 0.1, 1.0), 1.0, 1.0)
+    without = learner(batch, targets, scalars)
+    learner.options = replace(learner.options, extra=(ExtraTerm("spread", 0.25, spread),))
+    losses = learner(batch, targets, scalars)
+    assert losses.parts.keys() - without.parts.keys() == {"extra_spread"}
+    assert all(torch.equal(losses.parts[name], part) for name, part in without.parts.items())
+    added = (losses.total - without.total).detach()
+    torch.testing.assert_close(added, 0.25 * losses.parts["extra_spread"], rtol=1e-5, atol=0)
+    only = torch.autograd.grad(losses.total - without.total, learner.backbone.norm.weight)[0]
+    assert only.abs().sum() > 0
 
 
 def test_task__a_coarser_map_is_compared_on_the_teachers_grid() -> None:

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from distill.data.index import build_index
-from distill.data.locations import Reader
-from distill.data.sources import list_source
+from distill.data.locations import Kind, Location, Reader
+from distill.data.sources import Found, list_source
 from distill.errors import DataError
 from tests.support.pictures import picture
 
@@ -151,6 +152,29 @@ def test_list_source__a_damaged_tar_gives_images_or_one_line(
 def test_list_source__links_in_circles_end(folder: Path) -> None:
     (folder / "cat/again").symlink_to(folder)
     assert len(list_source(folder)) == 3
+
+
+def test_list_source__by_a_lister_whatever_the_suffix(folder: Path, tmp_path: Path) -> None:
+    files = [folder / name for name in NAMES]
+    box = tmp_path / "images.box"
+    box.write_bytes(b"".join(path.read_bytes() for path in files))
+
+    def lister(path: Path) -> Iterator[Found]:
+        offset = 0
+        for file in files:
+            length = file.stat().st_size
+            yield Found(Location(Kind.TAR, str(path), file.name, offset, length), "")
+            offset += length
+
+    found = list_source(box, lister)
+    read = [Reader().read(each.location).tobytes() for each in found]
+    assert read == [path.read_bytes() for path in files]
+    assert list_source(tmp_path / "*.box", lister) == found
+    assert len(build_index([box], max_bad_fraction=0.0, listers={box: lister})) == len(files)
+    with pytest.raises(DataError, match="gone is not there"):
+        list_source(tmp_path / "gone", lister)
+    with pytest.raises(DataError, match="holds no images"):
+        list_source(box, lambda _: [])
 
 
 def test_list_source__what_is_no_source(tmp_path: Path) -> None:

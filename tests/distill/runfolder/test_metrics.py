@@ -2,6 +2,7 @@ import json
 import math
 import resource
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.errors import UserError
+from distill.runfolder.events import read_events
 from distill.runfolder.metrics import (
+    MetricSink,
+    MetricSinks,
     MetricsReader,
     MetricsRow,
     MetricsWriter,
@@ -134,6 +138,48 @@ def test_metrics_reader__bad_line_is_named(tmp_path: Path) -> None:
         file.write('{"phase": "base"}\n')
     with pytest.raises(UserError, match=r"small\.jsonl:2: not a line of metrics"):
         read_rows(tmp_path, "small")
+
+
+class Toy:
+    """A sink that refuses one step."""
+
+    def __init__(self, run_folder: Path, network: str) -> None:
+        self.steps: list[int] = []
+        self.is_closed = False
+
+    def write(self, row: MetricsRow) -> None:
+        if row.step == 20:
+            raise ConnectionError("no network")
+        self.steps.append(row.step)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_metric_sinks__one_that_fails_gets_no_more_rows_and_the_others_go_on(
+    tmp_path: Path,
+) -> None:
+    class Other(Toy):
+        def write(self, row: MetricsRow) -> None:
+            self.steps.append(row.step)
+
+    made: list[Toy] = []
+
+    def factory(kind: type[Toy], run_folder: Path, network: str) -> MetricSink:
+        made.append(kind(run_folder, network))
+        return made[-1]
+
+    sinks = MetricSinks(tmp_path, "small", [partial(factory, Toy), partial(factory, Other)])
+    for step in (10, 20, 30):
+        sinks.write(replace(ROW, step=step))
+    sinks.close()
+    assert [row.step for row in read_rows(tmp_path, "small")] == [10, 20, 30]
+    assert [(sink.steps, sink.is_closed) for sink in made] == [
+        ([10], False),
+        ([10, 20, 30], True),
+    ]
+    (event,) = read_events(tmp_path)
+    assert event.text == "the metric sink Toy gets no more rows: no network"
 
 
 def test_drop_after__history_ends_at_the_saved_step(tmp_path: Path) -> None:
