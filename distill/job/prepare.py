@@ -136,7 +136,8 @@ def check_data(
         DataError: a source is missing or holds no image.
     """
     recipes = [recipe] if teacher_recipe is None else [recipe, teacher_recipe]
-    return {source.path: _count_images(source) for each in recipes for source in each.data.sources}
+    sources = {source.path: source for each in recipes for source in each.data.sources}
+    return {path: _count_images(source) for path, source in sources.items()}
 
 
 def _count_images(source: SourceSpec) -> int:
