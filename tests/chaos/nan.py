@@ -26,29 +26,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.engine.engine import prepare_deepspeed
-from distill.plan.by_step import PlanSchedule
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, make_plan
 from distill.runfolder.events import read_events
 from distill.runfolder.heartbeat import Heartbeat
-from distill.train.exchange import Outgoing, Pending, Slices
+from distill.train.exchange import Outgoing, Pending
 from distill.train.faults import IN_A_ROW, FaultHandler
 from distill.train.groups import Groups, make_groups
 from distill.train.loop import run_phase
-from distill.train.masking import DrawnMasks
 from distill.train.phase import Decision, Phase
-from distill.train.student import Attempt, Stopwatch, StudentTrainer
-from teacher.batch import CropBatch, PatchMasks, StudentBatch
+from distill.train.student import Attempt, StudentTrainer
+from teacher.batch import StudentBatch
 from teacher.losses import Losses
-from tests.support.families import IMAGES, Numbers, Ways, batch_of, make_pupil, some, take
+from tests.support.families import IMAGES, NoSaver, Ways, family_phase
 from tests.support.spawn import on_ranks
-from tests.support.tiny import teacher
 
 STUDENTS = ("a", "b", "c")
 KINDS = ("loss", "gradient", "parameter", "weight shard", "received rows", "teacher rows")
 IN_WEIGHTS = frozenset({"parameter", "weight shard"})
 LASTING = frozenset({"weight shard"})  # stays bad until the student is rolled back
 NUM_STEPS = 10
+LOOKAHEAD = 2
 SAVE_AT = 4  # a save between the start and most faults
 
 
@@ -154,7 +152,7 @@ def train_all(faults: list[Fault], folder: str) -> list[Outcome]:
     """One training after another in the same processes; the first two without a fault, with heads and without."""
     prepare_deepspeed("cpu")
     works = [NetworkCost(name, cost) for name, cost in zip(STUDENTS, (3.0, 2.0, 1.0), strict=True)]
-    plan = make_plan(works, 1.0, IMAGES, dist.get_world_size(), lookahead=2)
+    plan = make_plan(works, 1.0, IMAGES, dist.get_world_size(), lookahead=LOOKAHEAD)
     groups = make_groups(plan, timedelta(seconds=60))
     trainings = [(None, True), (None, False), *((fault, fault.has_heads) for fault in faults)]
     outcomes = []
@@ -169,41 +167,19 @@ def train(
     plan: Plan, groups: Groups, fault: Fault | None, *, has_heads: bool, run_folder: Path
 ) -> Outcome:
     """The real loop over a tiny family, with one fault put in."""
-    rank = dist.get_rank()
     run_folder.mkdir(exist_ok=True)
-    plan_schedule, ways = PlanSchedule(plan), Ways(has_heads=has_heads)
-    trainers = tuple(
-        make_pupil(plan, groups, placement.name, 1, "fp32", ways)
-        for placement in plan.placements
-        if rank in placement.world_ranks
-    )
-    phase = Phase(
-        name="family",
-        num_steps=NUM_STEPS,
-        first_step=0,
-        lookahead=2,
-        plan=plan,
-        plan_schedule=plan_schedule,
-        world_rank=rank,
-        schedule=Numbers(),
-        loader=_Loader(plan, rank),
-        masks=_Masks(plan, rank),
-        teacher=teacher(4, has_heads=has_heads),
-        teaching=Stopwatch(torch.device("cpu")),
-        exchange=Slices(plan_schedule, rank, groups.exchange, torch.device("cpu")),
-        trainers=trainers,
-        after_step=None,
-    )
+    phase = family_phase(plan, groups, NUM_STEPS, Ways(has_heads=has_heads, lookahead=LOOKAHEAD))
     fault_handler = FaultHandler(phase, run_folder)
     witness = _Witness(fault_handler, fault, phase)
     fault_handler.start(0, groups.control)
-    run_phase(phase, _Recorder(), _Saver(), witness, Heartbeat(run_folder, rank), 0)
+    heartbeat = Heartbeat(run_folder, phase.world_rank)
+    run_phase(phase, _Recorder(), NoSaver(), witness, heartbeat, 0)
     fault_handler.before_save(NUM_STEPS)
     dist.barrier()  # every rank has written its events
     counts, names = fault_handler.counts(), [placement.name for placement in plan.placements]
-    own = {trainer.name: 3 * names.index(trainer.name) for trainer in trainers}
+    own = {trainer.name: 3 * names.index(trainer.name) for trainer in phase.trainers}
     return Outcome(
-        {trainer.name: trainer.state() for trainer in trainers},
+        {trainer.name: trainer.state() for trainer in phase.trainers},
         {name: int(counts[place]) for name, place in own.items()},
         {name: int(counts[place + 1]) for name, place in own.items()},
         {name: bool(counts[place + 2]) for name, place in own.items()},
@@ -332,50 +308,8 @@ def spoiling(fault: Fault, trainer: StudentTrainer) -> Iterator[None]:
     trainer.engine.forward = forward  # type: ignore[method-assign]
 
 
-class _Loader:
-    """The synthetic batch of ``tests.distill.train.test_ranks`` in the loader's place."""
-
-    wait_s = 0.0
-
-    def __init__(self, plan: Plan, rank: int) -> None:
-        self._plan, self._rank = plan, rank
-
-    def fetch(self, step: int) -> CropBatch:
-        share = self._plan.share(self._rank, step)
-        return some(batch_of(step)[0], slice(share.start, share.stop))
-
-    def make_room(self, max_images: int) -> None:
-        """Any share fits."""
-
-    def close(self) -> None:
-        """Nothing to end."""
-
-
-class _Masks:
-    """Its masks."""
-
-    def __init__(self, plan: Plan, rank: int) -> None:
-        self._plan, self._rank = plan, rank
-
-    def draw(self, step: int) -> DrawnMasks:
-        masks, share = batch_of(step)[1], self._plan.share(self._rank, step)
-        required_positions = PatchMasks.of(take(masks, self._plan.required_positions[self._rank]))
-        own = PatchMasks.of(masks[share.start : share.stop])
-        return DrawnMasks(own, required_positions, masks.sum(dim=2).numpy())
-
-
 class _Recorder:
     """Asks for one save."""
 
     def record(self, _: Phase, step: int, __: object) -> Decision:
         return Decision(save=step == SAVE_AT, stop=False)
-
-
-class _Saver:
-    """Saves nothing: keeping the good states is not its part."""
-
-    def report(self) -> None:
-        pass
-
-    def save(self, phase: Phase, step: int) -> None:
-        pass

@@ -1,18 +1,23 @@
-"""A family of tiny students, its batches and its trainers."""
+"""A family of tiny students: its batches, its trainers, and the phase that the real loop trains it in."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill.engine.engine import Engine, EngineSettings, StepRates
-from distill.plan.plan import Plan
+from distill.plan.by_step import PlanSchedule
+from distill.plan.plan import Plan, without
 from distill.plan.traffic import WireShape
+from distill.train.exchange import AllGather, Slices
+from distill.train.groups import Groups
+from distill.train.masking import DrawnMasks
+from distill.train.phase import Phase
 from distill.train.schedule import StepNumbers
-from distill.train.student import SinkhornTargets, StudentTrainer, TargetBuilder
+from distill.train.student import SinkhornTargets, Stopwatch, StudentTrainer, TargetBuilder
 from students.objective import FeatureNormalizer, FeatureTask, build_projectors
-from teacher.batch import CropBatch
+from teacher.batch import CropBatch, PatchMasks
+from teacher.frozen import FrozenTeacher
 from teacher.losses import Objective
 from teacher.task import DistillationTask, StepScalars, TaskOptions
 from tests.support.tiny import MEAN, STD, network, teacher
@@ -79,7 +84,7 @@ WHOLE = Ways()
 
 
 def make_pupil(
-    plan: Plan, groups: Any, name: str, zero: int, precision: str, ways: Ways = WHOLE
+    plan: Plan, groups: Groups, name: str, zero: int, precision: str, ways: Ways = WHOLE
 ) -> StudentTrainer:
     placement = next(p for p in plan.placements if p.name == name)
     group, group_ranks = groups.by_network[name], len(placement.slices)
@@ -105,7 +110,97 @@ def make_pupil(
     return StudentTrainer(name, placement, engine, targets, parts=parts, num_steps=end)
 
 
-def metrics_of(trainer: StudentTrainer) -> dict[str, float]:
-    values = trainer.read_metrics(wait=0.0)
-    assert values is not None
-    return values
+class Loader:
+    """Cuts a rank's share out of the batch of a step."""
+
+    wait_s = 0.0
+
+    def __init__(self, plan_schedule: PlanSchedule, rank: int) -> None:
+        self._plan_schedule, self._rank = plan_schedule, rank
+
+    def fetch(self, step: int) -> CropBatch:
+        share = self._plan_schedule.at(step).share(self._rank, step)
+        return some(batch_of(step)[0], slice(share.start, share.stop))
+
+    def make_room(self, max_images: int) -> None:
+        """Any share fits."""
+
+    def close(self) -> None:
+        """Nothing to end."""
+
+
+class Masks:
+    """Gives the masks that belong to the batch of a step."""
+
+    def __init__(self, plan_schedule: PlanSchedule, rank: int) -> None:
+        self._plan_schedule, self._rank = plan_schedule, rank
+
+    def draw(self, step: int) -> DrawnMasks:
+        plan, masks = self._plan_schedule.at(step), batch_of(step)[1]
+        share = plan.share(self._rank, step)
+        return DrawnMasks(
+            PatchMasks.of(masks[share.start : share.stop]),
+            PatchMasks.of(take(masks, plan.required_positions[self._rank])),
+            masks.sum(dim=2).numpy(),
+        )
+
+
+class NoSaver:
+    """Saves nothing: to keep the good states is the fault handler's part."""
+
+    def report(self) -> None:
+        pass
+
+    def save(self, phase: object, step: int) -> None:
+        pass
+
+
+def frozen_teacher(plan: Plan, groups: Groups, ways: Ways) -> FrozenTeacher:
+    """The teacher, its weights cut over all ranks where ``ways`` says so."""
+    taught = teacher(4, has_heads=ways.has_heads)
+    if ways.is_sharded:
+        whole = sum(p.numel() for p in taught.backbone.parameters())
+        taught.shard(groups.teacher, torch.device("cpu"))
+        taught.pad_forwards(max(plan.largest_shares))
+        parts = [p.to_local().numel() for p in taught.backbone.parameters()]  # type: ignore[attr-defined]
+        assert sum(parts) < whole / plan.num_ranks * 1.3  # rows do not divide evenly
+    return taught
+
+
+def family_phase(
+    plan: Plan,
+    groups: Groups,
+    num_steps: int,
+    ways: Ways = WHOLE,
+    zero: int = 1,
+    precision: str = "fp32",
+) -> Phase:
+    """What ``run_phase`` needs to train the family of a plan on this rank."""
+    rank, cpu = groups.world_rank, torch.device("cpu")
+    ends = [(end, without(plan, {name})) for name, end in ways.ends]
+    plan_schedule = PlanSchedule(plan, ends)
+    exchange = (AllGather if ways.is_published else Slices)(
+        plan_schedule, rank, groups.exchange, cpu
+    )
+    trainers = tuple(
+        make_pupil(plan, groups, placement.name, zero, precision, ways)
+        for placement in plan.placements
+        if rank in placement.world_ranks
+    )
+    return Phase(
+        name="family",
+        num_steps=num_steps,
+        first_step=0,
+        lookahead=ways.lookahead,
+        plan=plan,
+        plan_schedule=plan_schedule,
+        world_rank=rank,
+        schedule=Numbers(),
+        loader=Loader(plan_schedule, rank),
+        masks=Masks(plan_schedule, rank),
+        teacher=frozen_teacher(plan, groups, ways),
+        teaching=Stopwatch(cpu),
+        exchange=exchange,
+        trainers=trainers,
+        after_step=None,
+    )

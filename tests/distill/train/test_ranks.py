@@ -1,8 +1,9 @@
-"""Claims about several processes, on real gloo groups and real engines with tiny networks."""
+"""Claims about several processes: the real loop on real gloo groups and real engines, with tiny networks."""
 
-from collections import deque
+import tempfile
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,31 +12,83 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.engine.engine import prepare_deepspeed
-from distill.plan.by_step import PlanSchedule
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import Plan, make_plan, without
+from distill.plan.plan import make_plan
 from distill.plan.traffic import gathered_bytes, slice_bytes
-from distill.train.exchange import AllGather, Outgoing, Pending, Slices
-from distill.train.groups import make_groups
-from distill.train.student import StudentTrainer
-from teacher.batch import PatchMasks, student_batch
-from teacher.frozen import FrozenTeacher
+from distill.runfolder.events import read_events
+from distill.runfolder.heartbeat import Heartbeat
+from distill.train.faults import FaultHandler
+from distill.train.groups import Groups, make_groups
+from distill.train.loop import run_phase
+from distill.train.phase import Decision, Phase, Trainer
+from distill.train.schedule import StepNumbers
+from distill.train.student import Attempt, StudentTrainer
+from teacher.batch import StudentBatch
 from teacher.heads import sinkhorn
 from teacher.losses import koleo_sum
 from tests.support.families import (
     IMAGES,
     WHOLE,
     WIRE,
-    Numbers,
+    NoSaver,
     Ways,
     batch_of,
-    make_pupil,
-    metrics_of,
-    some,
-    take,
+    family_phase,
 )
 from tests.support.spawn import on_ranks
-from tests.support.tiny import MEAN, STD, network, teacher
+
+
+class Recorder:
+    """Reads every network's numbers after each step, so that they are of one step."""
+
+    def __init__(self, phase: Phase) -> None:
+        self.losses: dict[str, list[float]] = {trainer.name: [] for trainer in phase.trainers}
+        self.skipped = dict.fromkeys(self.losses, 0)
+
+    def record(self, phase: Phase, step: int, faults: object) -> Decision:
+        for trainer in phase.trainers:
+            values = trainer.read_metrics(wait=0.0)
+            if values is not None:  # it is finished
+                self.losses[trainer.name].append(values["loss"])
+                self.skipped[trainer.name] += int(values["skipped"])
+        return Decision(save=False, stop=False)
+
+
+def run_steps(phase: Phase, groups: Groups, start_step: int = 0) -> tuple[Recorder, list[str]]:
+    """Trains a phase in the real loop with a real fault handler; the numbers, and the texts of the run's events."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, recorder = Path(name), Recorder(phase)
+        fault_handler = FaultHandler(phase, folder)
+        fault_handler.start(start_step, groups.control)
+        heartbeat = Heartbeat(folder, phase.world_rank)
+        assert run_phase(phase, recorder, NoSaver(), fault_handler, heartbeat, start_step)
+        fault_handler.before_save(phase.num_steps)
+        return recorder, [event.text for event in read_events(folder)]
+
+
+def spoil_(trainer: StudentTrainer, step: int) -> None:
+    """Makes a weight of the network that it computes with NaN, right before one step."""
+    train_step = trainer.train_step
+
+    def spoiled(batch: StudentBatch, numbers: StepNumbers) -> Attempt:
+        if numbers.run_step == step:
+            with torch.no_grad():
+                next(iter(trainer.engine.module.dino_head.parameters()))[0, 0] = float("nan")
+        return train_step(batch, numbers)
+
+    trainer.train_step = spoiled  # type: ignore[method-assign]
+
+
+def predicted_bytes(phase: Phase, ways: Ways) -> int:
+    """What the exchange should have brought to this rank."""
+    if ways.is_published:
+        return phase.num_steps * gathered_bytes(phase.plan, WIRE)
+    per_step = []
+    for step in range(phase.num_steps):
+        per_image = batch_of(step)[1].sum(dim=(1, 2)).numpy()
+        sent = slice_bytes(phase.plan_schedule.at(step), step, WIRE, per_image)
+        per_step.append(sent[phase.world_rank])
+    return sum(per_step)
 
 
 def train_family(
@@ -46,76 +99,31 @@ def train_family(
     bad: tuple[str, int] | None = None,
     ways: Ways = WHOLE,
 ) -> dict[str, Any]:
-    """Losses and EMA of every student this rank trains, through exchange, engines and trainers as in the loop."""
+    """Losses, EMA and targets of every student this rank trains, and what the exchange brought to it."""
     prepare_deepspeed("cpu")
-    rank, num_ranks = dist.get_rank(), dist.get_world_size()
-    lookahead, is_published = ways.lookahead, ways.is_published
     plan = make_plan(
         works,
         1.0,
         IMAGES,
-        num_ranks,
-        lookahead=lookahead,
-        has_even_shares=is_published,
+        dist.get_world_size(),
+        lookahead=ways.lookahead,
+        has_even_shares=ways.is_published,
         is_teacher_sharded=ways.is_sharded,
     )
-    plan_schedule = PlanSchedule(plan, [(end, without(plan, {name})) for name, end in ways.ends])
     groups = make_groups(plan, timedelta(seconds=60))
-    taught = teacher(4, has_heads=ways.has_heads)
-    whole = sum(p.numel() for p in taught.backbone.parameters())
-    if ways.is_sharded:
-        taught.shard(groups.teacher, torch.device("cpu"))
-        taught.pad_forwards(max(plan.largest_shares))
-        parts = [p.to_local().numel() for p in taught.backbone.parameters()]  # type: ignore[attr-defined]
-        assert sum(parts) < whole / num_ranks * 1.3  # rows do not divide evenly
-    way = AllGather if is_published else Slices
-    exchange = way(plan_schedule, rank, groups.exchange, torch.device("cpu"))
-    trainers = [
-        make_pupil(plan, groups, p.name, zero, precision, ways)
-        for p in plan.placements
-        if rank in p.world_ranks
-    ]
-    losses: dict[str, list[float]] = {trainer.name: [] for trainer in trainers}
-    skipped = {trainer.name: 0 for trainer in trainers}
-    on_the_way: deque[Pending] = deque()
-    predicted_bytes = 0
-    for step in range(num_steps):
-        for ahead in range(step + len(on_the_way), min(step + lookahead + 1, num_steps)):
-            crops, masks = batch_of(ahead)
-            now = plan_schedule.at(ahead)
-            share = now.share(rank, ahead)
-            part = slice(share.start, share.stop)
-            mine = some(crops, part)
-            asked = PatchMasks.of(torch.ones_like(masks[part]) if is_published else masks[part])
-            counts = masks.sum(dim=2).numpy()
-            needed = PatchMasks.of(take(masks, now.required_positions[rank]))
-            on_the_way.append(
-                exchange.start(Outgoing(ahead, mine, taught.teach(mine, asked), needed, counts))
-            )
-            predicted_bytes += (
-                gathered_bytes(plan, WIRE)
-                if is_published
-                else slice_bytes(now, ahead, WIRE, counts.sum(axis=1))[rank]
-            )
-        delivery = exchange.wait(on_the_way.popleft())
-        for trainer in trainers:
-            if trainer.stop_step is not None and step >= trainer.stop_step:
-                continue
-            batch = student_batch(delivery, trainer.placement.slice_of(rank), (2, 2), IMAGES)
-            if bad == (trainer.name, step):
-                with torch.no_grad():
-                    next(iter(trainer.engine.module.dino_head.parameters()))[0, 0] = float("nan")
-            trainer.train_step(batch, Numbers().at(step))
-            values = metrics_of(trainer)
-            losses[trainer.name].append(values["loss"])
-            skipped[trainer.name] += int(values["skipped"])
+    phase = family_phase(plan, groups, num_steps, ways, zero, precision)
+    trainers: dict[str, Any] = {trainer.name: trainer for trainer in phase.trainers}
+    if bad is not None and bad[0] in trainers:
+        spoil_(trainers[bad[0]], bad[1])
+    recorder, events = run_steps(phase, groups)
     return {
-        "losses": losses,
-        "targets": {trainer.name: trainer.targets.state() for trainer in trainers},
-        "ema": {trainer.name: trainer.engine.full("ema") for trainer in trainers},
-        "skipped": skipped,
-        "received_bytes": exchange.received_bytes,
-        "predicted_bytes": predicted_bytes,
+        "losses": recorder.losses,
+        "targets": {name: trainer.targets.state() for name, trainer in trainers.items()},
+        "ema": {name: trainer.ema() for name, trainer in trainers.items()},
+        "skipped": recorder.skipped,
+        "events": events,
+        "received_bytes": phase.exchange.received_bytes,
+        "predicted_bytes": predicted_bytes(phase, ways),
     }
 
 
@@ -161,6 +169,7 @@ def test_family__a_student_with_siblings_equals_the_student_alone(alone: dict[st
 def test_family__a_fault_of_one_student_leaves_the_others_bit_equal(alone: dict[str, Any]) -> None:
     hurt = on_ranks(1, train_family, FAMILY, 4, 1, "fp32", ("b", 2))[0]
     assert hurt["skipped"] == {"a": 0, "b": 1, "c": 0}  # which restores what it computes with
+    assert hurt["events"] == ["b: step 2 skipped, its dino loss is not finite"]
     assert all(tensor.isfinite().all() for tensor in hurt["ema"]["b"].values())
     for name in "ac":
         assert hurt["losses"][name] == alone["losses"][name]
@@ -329,61 +338,35 @@ def test_family__without_heads_many_processes_equal_one() -> None:
             torch.testing.assert_close(tensor, alone["targets"][name][key], rtol=1e-6, atol=1e-9)
 
 
-def state_on(num_ranks_before: int) -> dict[str, Tensor]:
-    """The full state of one engine over all ranks after two steps."""
+def one_student(num_steps: int) -> tuple[Phase, Groups, Trainer]:
+    """A phase of one student on all ranks."""
     prepare_deepspeed("cpu")
-    plan = make_plan(
-        [NetworkCost("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size()
-    )
-    groups = make_groups(plan, timedelta(seconds=60))
-    trainer = make_pupil(plan, groups, "a", 1, "fp32")
-    assert dist.get_world_size() == num_ranks_before
-    train_one(trainer, plan, range(2))
-    return trainer.state()
-
-
-def train_one(trainer: StudentTrainer, plan: Plan, steps: range) -> list[float]:
-    taught = FrozenTeacher(*network(2), mean=MEAN, std=STD, micro_images=4)
-    losses, rank = [], dist.get_rank()
-    exchange = Slices(PlanSchedule(plan), rank, dist.group.WORLD, torch.device("cpu"))  # type: ignore[arg-type]
+    num_ranks = dist.get_world_size()
+    plan = make_plan([NetworkCost("a", 1.0, num_ranks)], 1.0, IMAGES, num_ranks)
     assert plan.is_local
-    for step in steps:
-        crops, masks = batch_of(step)
-        part = slice(plan.share(rank, step).start, plan.share(rank, step).stop)
-        mine = some(crops, part)
-        own = PatchMasks.of(masks[part])
-        outgoing = Outgoing(step, mine, taught.teach(mine, own), own, masks.sum(dim=2).numpy())
-        delivery = exchange.wait(exchange.start(outgoing))
-        batch = student_batch(delivery, trainer.placement.slice_of(rank), (2, 2), IMAGES)
-        trainer.train_step(batch, Numbers().at(step))
-        losses.append(metrics_of(trainer)["loss"])
-    return losses
+    groups = make_groups(plan, timedelta(seconds=60))
+    phase = family_phase(plan, groups, num_steps)
+    (trainer,) = phase.trainers
+    return phase, groups, trainer
+
+
+def train_to(num_steps: int) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses of some steps, and the full state of the engine over all ranks after them."""
+    phase, groups, trainer = one_student(num_steps)
+    return run_steps(phase, groups)[0].losses["a"], trainer.state()
 
 
 def go_on_from(state: dict[str, Tensor]) -> tuple[list[float], dict[str, Tensor]]:
-    prepare_deepspeed("cpu")
-    plan = make_plan(
-        [NetworkCost("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size()
-    )
-    trainer = make_pupil(plan, make_groups(plan, timedelta(seconds=60)), "a", 1, "fp32")
+    phase, groups, trainer = one_student(4)
     trainer.load_state(state)
     restored = trainer.state()
     assert all(torch.equal(restored[key], tensor) for key, tensor in state.items())
-    return train_one(trainer, plan, range(2, 4)), trainer.state()
-
-
-def train_through() -> tuple[list[float], dict[str, Tensor]]:
-    prepare_deepspeed("cpu")
-    plan = make_plan(
-        [NetworkCost("a", 1.0, dist.get_world_size())], 1.0, IMAGES, dist.get_world_size()
-    )
-    trainer = make_pupil(plan, make_groups(plan, timedelta(seconds=60)), "a", 1, "fp32")
-    return train_one(trainer, plan, range(4)), trainer.state()
+    return run_steps(phase, groups, 2)[0].losses["a"], trainer.state()
 
 
 def test_state__two_ranks_go_on_as_two_bitwise_and_as_three_closely() -> None:
-    losses, final = on_ranks(2, train_through)[0]
-    state = on_ranks(2, state_on, 2)[0]
+    losses, final = on_ranks(2, train_to, 4)[0]
+    _, state = on_ranks(2, train_to, 2)[0]
     same_losses, same_final = on_ranks(2, go_on_from, state)[0]
     assert same_losses == losses[2:]
     assert all(torch.equal(same_final[key], tensor) for key, tensor in final.items())
