@@ -85,8 +85,7 @@ def _work(
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    # filling DeepSpeed's empty bucket of 2 GB at every step took nine tenths of the time
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    assert torch.utils.deterministic.fill_uninitialized_memory  # what nobody wrote to is NaN
     try:
         assert device_type != "cpu" or "tests.support.preload" in sys.modules, "another fork server"
         dist.init_process_group(
