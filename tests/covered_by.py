@@ -55,7 +55,6 @@ COVERED_BY = {
     "distill.recipe.types": "tests/distill/recipe/test_identity.py",
     "distill.recipe.writer": "tests/distill/cli/test_app.py",
     "distill.runfolder.events": "tests/distill/runfolder/test_failure.py",
-    "distill.runfolder.files": "tests/distill/checkpoint/test_manifest.py",
     "distill.runfolder.lock": "tests/distill/runfolder/test_failure.py",
     "distill.runfolder.status": "tests/distill/runfolder/test_metrics.py",
     "distill.runfolder.tensor_file": "tests/distill/checkpoint/test_manifest.py",

@@ -24,6 +24,7 @@ from distill.cli.options import (
     print_json,
 )
 from distill.errors import DataError, RecipeError
+from distill.runfolder.files import replace_text
 
 
 class JobByDefault(TyperGroup):
@@ -163,7 +164,7 @@ def _show(
     """Figures as JSON, to standard output or to a file; as tables for people, unless JSON is on standard output."""
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(report, indent=2) + "\n")
+        replace_text(json_file, json.dumps(report, indent=2) + "\n")
     if as_json and json_file is None:
         print_json(report)
         return

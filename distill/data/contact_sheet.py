@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from distill.data.crops import NUM_GLOBAL, CropParameters
+from distill.runfolder.files import replaced
 from teacher.batch import CropBatch
 
 CELL = 160  # pixels of a global crop on the sheet
@@ -68,9 +69,8 @@ def draw_contact_sheet(
     for strip in strips:
         canvas.paste(strip, (GAP, top))
         top += strip.height + GAP
-    aside = out.with_name(f".{out.name}.part")
-    canvas.save(aside, "PNG")
-    aside.replace(out)
+    with replaced(out) as aside:
+        canvas.save(aside, "PNG")
     return out
 
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from distill.data.locations import Kind, Location, Reader
 from distill.data.sources import Found, Lister, list_source
 from distill.data.stateless_random import mix
 from distill.errors import DataError
+from distill.runfolder.files import make_folder, replaced
 
 FORMAT = 1
 INDEX_FOLDER = "index"  # within a packed source
@@ -90,17 +90,10 @@ class ImageIndex:
         return digest.hexdigest()[:16]
 
     def save(self, folder: Path, relative_to: Path | None = None) -> None:
-        """Writes a folder without pickle, in one rename; what was there is replaced.
+        """Writes a folder without pickle; what was there is replaced at once.
 
         ``relative_to`` is the folder's parent: containers below it are found wherever it is moved.
         """
-        aside = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for name in ARRAYS:
-            array = getattr(self, name)
-            if array is not None:
-                np.save(aside / _file_of(name), array, allow_pickle=False)
         facts = {
             "format": FORMAT,
             "class_names": self.class_names,
@@ -110,9 +103,14 @@ class ImageIndex:
             ],
             "sources": self.sources,
         }
-        (aside / "index.json").write_text(json.dumps(facts))
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        make_folder(folder.parent)
+        with replaced(folder) as aside:
+            aside.mkdir()
+            for name in ARRAYS:
+                array = getattr(self, name)
+                if array is not None:
+                    np.save(aside / _file_of(name), array, allow_pickle=False)
+            (aside / "index.json").write_text(json.dumps(facts))
 
     @classmethod
     def load(cls, folder: Path) -> "ImageIndex":

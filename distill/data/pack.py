@@ -11,7 +11,6 @@ command goes on after a stop with the first one that is missing. The same source
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from distill.data.index import INDEX_FOLDER, build_index
 from distill.data.locations import Reader
 from distill.data.sources import Found, list_source
 from distill.errors import DataError
+from distill.runfolder.files import make_folder, replace_text, replaced
 
 FORMAT = 1
 SUFFIX_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
@@ -74,16 +74,15 @@ def _claim(out: Path, facts: dict[str, object]) -> None:
         return
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out}: holds other files", fix="Choose another folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(facts, indent=2))
+    make_folder(out)
+    replace_text(note, json.dumps(facts, indent=2))
 
 
 def _write_shard(path: Path, part: Sequence[Found], start: int, max_megapixels: float) -> None:
     """One shard, complete or not there. Images that cannot be used are left out, and a list of them lies beside it."""
-    reader, aside = Reader(), path.with_name(f".{path.name}.part")
-    left_out = []
-    with aside.open("wb") as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as shard:
+    reader, left_out = Reader(), list[dict[str, str]]()
+    with replaced(path) as aside:
+        with tarfile.open(aside, mode="w", format=tarfile.USTAR_FORMAT) as shard:
             for number, each in enumerate(part, start):
                 try:
                     encoded = reader.read(each.location)
@@ -96,12 +95,9 @@ def _write_shard(path: Path, part: Sequence[Found], start: int, max_megapixels: 
                 _add(shard, f"{number:09}.{SUFFIX_OF[name_format(encoded)]}", encoded.tobytes())
                 if each.label:
                     _add(shard, f"{number:09}.cls", each.label.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    if left_out:
-        lines = "".join(json.dumps(row) + "\n" for row in left_out)
-        path.with_suffix(".left_out.jsonl").write_text(lines)
-    aside.rename(path)
+        if left_out:
+            lines = "".join(json.dumps(row) + "\n" for row in left_out)
+            replace_text(path.with_suffix(".left_out.jsonl"), lines)
 
 
 def _add(shard: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -6,10 +6,11 @@ The split is a checkerboard: neighbours of a held-out tile were trained on, the 
 """
 
 import json
-import shutil
 from pathlib import Path
 
 from PIL import Image
+
+from distill.runfolder.files import replaced
 
 NAMES = {
     "astronaut": "astronaut.png",
@@ -45,18 +46,15 @@ def photograph_paths() -> dict[str, Path]:
 def write_tiles(folder: Path, tile: int = 64) -> tuple[Path, Path]:
     """Cuts the photographs once into ``tile``-pixel RGB tiles; returns the folders to train on and to hold out.
 
-    Written aside and renamed: a folder that exists is complete and is used as it is.
+    A folder that exists is complete and is used as it is.
     """
     facts = {"tile": tile, "photographs": sorted(NAMES)}
     listing = folder / "tiles.json"
     if not listing.is_file() or json.loads(listing.read_text()) != facts:
-        aside = folder.with_name(f"{folder.name}.part")
-        shutil.rmtree(aside, ignore_errors=True)
-        for name, path in photograph_paths().items():
-            _cut(path, name, aside, tile)
-        (aside / "tiles.json").write_text(json.dumps(facts))
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
+        with replaced(folder) as aside:
+            for name, path in photograph_paths().items():
+                _cut(path, name, aside, tile)
+            (aside / "tiles.json").write_text(json.dumps(facts))
     return folder / "train", folder / "held_out"
 
 

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
+from distill.runfolder.files import replaced
 from teacher.batch import Backbone, normalise
 
 LONGER_SIDE_PX = 512  # the bundled photographs at the scale their tiles were cut
@@ -74,9 +75,8 @@ def draw(
                 components = turn_towards(components, reference)
             row[2 * index + 1].imshow(rgb(components), interpolation="nearest")
             _draw_similarity(row[2 * index + 2], cosine_map(patches, point))
-    aside = out.with_name(f".{out.name}.part")
-    figure.savefig(aside, dpi=DPI, format="png")
-    aside.replace(out)
+    with replaced(out) as aside:
+        figure.savefig(aside, dpi=DPI, format="png")
     return out
 
 

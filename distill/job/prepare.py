@@ -38,6 +38,7 @@ from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.reader import TEACHER_PREFIX, load_job
 from distill.recipe.writer import resolved_yaml
+from distill.runfolder.files import replace_text
 from distill.runfolder.status import write_json
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
@@ -219,8 +220,8 @@ def _write_recipes(job: Job) -> None:
     family_overrides = [
         text for text in job.request.overrides if not text.startswith(TEACHER_PREFIX)
     ]
-    shutil.copyfile(source, folder / "recipe.yaml")
-    (folder / RESOLVED).write_text(resolved_yaml(str(source), family_overrides, job.recipe))
+    replace_text(folder / "recipe.yaml", source.read_text())
+    replace_text(folder / RESOLVED, resolved_yaml(str(source), family_overrides, job.recipe))
     if job.teacher_recipe is not None and isinstance(job.recipe, FamilyRecipe):
         theirs = [
             text.removeprefix(TEACHER_PREFIX)
@@ -228,7 +229,7 @@ def _write_recipes(job: Job) -> None:
             if text not in family_overrides
         ]
         path = source.parent / str(job.recipe.teacher.train)
-        (folder / path.name).write_text(resolved_yaml(str(path), theirs, job.teacher_recipe))
+        replace_text(folder / path.name, resolved_yaml(str(path), theirs, job.teacher_recipe))
 
 
 def _refuse_foreign_folder(run_folder: Path) -> None:

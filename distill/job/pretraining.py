@@ -30,7 +30,7 @@ from distill.plan.from_recipe import ONLINE, TeacherShape, plan_stage, shape_of_
 from distill.plan.plan import Plan
 from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
 from distill.recipe.schedules import LrSpec, ObjectiveSpec, StageSpec
-from distill.runfolder.files import rename, write_file
+from distill.runfolder.files import make_folder, replaced, write_file
 from distill.runfolder.tensor_file import encode, read_tensors
 from distill.train.groups import Groups
 from distill.train.phase import Phase
@@ -167,12 +167,11 @@ class Pretraining:
         if not is_first:
             return
         path = self._snapshot(reference)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".part")
+        make_folder(path.parent)
         prefix = "backbone."
         backbone = {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
-        write_file(aside, encode(backbone))
-        rename(aside, path)
+        with replaced(path) as aside:
+            write_file(aside, encode(backbone))
 
     def _read_snapshot(self, reference: str) -> dict[str, Tensor]:
         path = self._snapshot(reference)

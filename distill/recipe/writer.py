@@ -14,6 +14,7 @@ from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe
 from distill.recipe.reader import load_recipe
 from distill.recipe.schema import MARK, schema_name, schema_text
 from distill.recipe.types import Loc, Section, facts_of
+from distill.runfolder.files import make_folder, replace_text
 
 EDITOR_LINE = "# yaml-language-server: $schema="  # read by the YAML language server, in any editor
 
@@ -105,8 +106,8 @@ def copy_recipe(recipe: str, target: Path) -> list[Path]:
                 f"{path}: exists already", fix="Choose another name or folder; nothing was written."
             )
     for path, text in texts.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        make_folder(path.parent)
+        replace_text(path, text)
     return list(texts)
 
 

@@ -2,13 +2,15 @@
 
 Until it is synced a file may hold anything after a power cut, and until its folder is synced it may
 have its old name or none. So the order is always: content, sync of the file, rename, sync of the
-folder. Every operation is one call of ``os``, so that tests can die at each.
+folder. Every operation is one call of ``os``, so that tests can die at each. Only this module renames.
 """
 
 import errno
 import hashlib
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,10 +64,38 @@ def read_back(path: Path) -> Written:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """A file that holds either what it held before or ``text``, at every moment."""
+    """Writes a file that holds either what it held before or ``text``, at every moment; several processes may."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write_file(aside, [text.encode()])
+        rename(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Gives the name to write a file or folder under; at the end it is synced and becomes ``path``.
+
+    What was there stays until then, and stays after an error, which removes what was written. One
+    process at a time.
+    """
     aside = path.with_name(f".{path.name}.part")
-    write_file(aside, [text.encode()])
-    rename(aside, path)
+    remove(aside)
+    try:
+        yield aside
+        sync(aside)
+        if path.is_dir():
+            gone = path.with_name(f".{path.name}.gone")
+            remove(gone)
+            rename(path, gone)
+            rename(aside, path)
+            remove(gone)
+        else:
+            rename(aside, path)
+    finally:
+        remove(aside)
 
 
 def rename(source: Path, target: Path) -> None:
@@ -74,9 +104,29 @@ def rename(source: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Syncs a file, or all files and names in and below a folder."""
+    if path.is_dir():
+        for entry in sorted(path.iterdir()):
+            sync(entry)
+    _sync_entry(path)
+
+
 def sync_folder(folder: Path) -> None:
-    """Names in it stay."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Syncs the names in a folder."""
+    _sync_entry(folder)
+
+
+def _sync_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

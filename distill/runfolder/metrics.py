@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from distill.errors import UserError
 from distill.runfolder.events import Event, note
+from distill.runfolder.files import replaced
 from distill.runfolder.status import without_nonfinite
 
 
@@ -221,9 +222,8 @@ def drop_after(
             if (order[row.phase], row.step) <= (order[phase], step):
                 good.append(line)
     if len(good) < len(lines):
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_bytes(b"".join(good))
-        aside.replace(path)
+        with replaced(path) as aside:
+            aside.write_bytes(b"".join(good))
     return len(lines) - len(good)
 
 

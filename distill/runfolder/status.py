@@ -13,7 +13,6 @@ and read back as NaN.
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.errors import UserError
+from distill.runfolder.files import replace_text
 
 RunState = Literal[
     "preparing",
@@ -142,12 +142,8 @@ def work_done(phases: Sequence[PhaseStatus], phase: str, step: int) -> float:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Replace ``path`` by ``value`` as JSON in one rename; a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(
-        json.dumps(without_nonfinite(value), indent=2, allow_nan=False) + "\n", encoding="utf-8"
-    )
-    aside.replace(path)
+    """Replaces ``path`` by ``value`` as JSON; a reader never sees half a file."""
+    replace_text(path, json.dumps(without_nonfinite(value), indent=2, allow_nan=False) + "\n")
 
 
 class StatusFile:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from distill.errors import CheckpointError
+from distill.runfolder.files import make_folder, replaced
 from distill.weights.containers import read_json
 from distill.weights.hf_config import hf_config
 from distill.weights.identity import catalogue_name
@@ -47,10 +48,8 @@ def convert(source: Path, target: Path, *, layout: Layout, dtype: torch.dtype | 
         name: origin.make(*(state[part] for part in origin.sources)).detach().clone().contiguous()
         for name, origin in origins(spec, "hf", layout).items()
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = target.with_name(f".{target.name}.converting")
-    _remove(aside)
-    try:
+    make_folder(target.parent)
+    with replaced(target) as aside:
         if layout == "meta":
             torch.save(tensors, aside)
         else:
@@ -63,17 +62,7 @@ def convert(source: Path, target: Path, *, layout: Layout, dtype: torch.dtype | 
                 shutil.copyfile(
                     beside / "preprocessor_config.json", aside / "preprocessor_config.json"
                 )
-        aside.rename(target)
-    finally:
-        _remove(aside)
     return inspect(target)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _config(spec: BackboneSpec, layout: Layout, dtype: torch.dtype, source: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ it was not. What each format holds:
 """
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from typing import Any, Literal
 import torch
 
 from distill.errors import CheckpointError, UserError
+from distill.runfolder.files import make_folder, remove, rename, replaced
 from distill.weights.card import Background, WrittenFile, licence_text, model_card
 from distill.weights.containers import read_object
 from distill.weights.exporter import Exporter
@@ -88,29 +88,22 @@ def export_network(
         SetupError: a library is missing to write this format.
     """
     _refuse_foreign(folder, source)
-    aside, rejected = (
-        folder.with_name(f".{folder.name}.part"),
-        folder.with_name(f"{folder.name}.rejected"),
-    )
-    for stale in (aside, rejected):
-        shutil.rmtree(stale, ignore_errors=True)
-    aside.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    rejected = folder.with_name(f"{folder.name}.rejected")
+    remove(rejected)
+    make_folder(folder.parent)
+    with replaced(folder) as aside:
         exporter.write(name, source, aside, DTYPES[dtype])
         _write_preparation(source, aside, inputs)
         parity = verify(exporter, aside, source, DTYPES[dtype])
         if parity.is_mismatch:
-            aside.rename(rejected)
+            rename(aside, rejected)
             raise _mismatch(name, exporter.name, parity, rejected)
         files = tuple(
             _measure(path) for path in sorted(aside.iterdir()) if path.name not in (CARD, RECORD)
         )
-        _describe(name, source, aside, exporter, dtype, background, parity, files)
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return Exported(name, folder, parity, files)
+        exported = Exported(name, folder, parity, files)
+        _describe(exported, source, aside, exporter, dtype, background)
+    return exported
 
 
 def _write_preparation(source: Path, aside: Path, inputs: Inputs) -> None:
@@ -125,17 +118,16 @@ def _write_preparation(source: Path, aside: Path, inputs: Inputs) -> None:
 
 
 def _describe(
-    name: str,
+    exported: Exported,
     source: Path,
     aside: Path,
     exporter: Exporter,
     dtype: Dtype,
     background: Background,
-    parity: Parity,
-    files: tuple[WrittenFile, ...],
 ) -> None:
-    """The card and the record; what the source's record holds is kept in it."""
-    spec = load_backbone(source)[1]
+    """Writes the card and the record; what the source's record holds is kept in it."""
+    spec, name = load_backbone(source)[1], exported.name
+    parity, files = exported.parity, exported.files
     (aside / CARD).write_text(
         model_card(name, spec, exporter, dtype, background, parity, files),
         encoding="utf-8",

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.runfolder.files import make_folder, replace_text, replaced
 from distill.weights.hf_config import hf_config, preprocessor_config
 from students.shapes import BackboneSpec
 
@@ -39,8 +40,8 @@ class ExportFacts:
 def write_backbone(
     folder: Path, weights: Mapping[str, Tensor], spec: BackboneSpec, facts: ExportFacts
 ) -> None:
-    """Writes config, weights (fp32), preprocessor, model card and ``distill.json``; the weights last, in one rename."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes config, weights (fp32), preprocessor, model card and ``distill.json``; the weights last; each is complete or as it was."""
+    make_folder(folder)
     contiguous = {
         name: tensor.detach().float().cpu().contiguous()
         for name, tensor in weights.items()
@@ -51,14 +52,14 @@ def write_backbone(
         folder / "preprocessor_config.json", preprocessor_config(facts.size, facts.mean, facts.std)
     )
     _write_json(folder / "distill.json", facts.provenance)
-    (folder / "README.md").write_text(_card(folder.name, contiguous, facts))
+    replace_text(folder / "README.md", _card(folder.name, contiguous, facts))
     write_tensors(folder, contiguous)
 
 
 def write_tensors(
     folder: Path, tensors: Mapping[str, Tensor], shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Writes ``model.safetensors``, or shards of at most ``shard_bytes`` and their index; each in one rename."""
+    """Writes ``model.safetensors``, or shards of at most ``shard_bytes`` and their index; each is complete or as it was."""
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
@@ -74,9 +75,8 @@ def write_tensors(
         for i in range(count)
     ]
     for file, shard in zip(files, shards, strict=True):
-        aside = folder / f".{file}.part"
-        save_file(shard, aside, {"format": "pt"})
-        aside.rename(folder / file)
+        with replaced(folder / file) as aside:
+            save_file(shard, aside, {"format": "pt"})
     if count > 1:
         total = sum(t.numel() * t.element_size() for t in tensors.values())
         where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
@@ -86,15 +86,14 @@ def write_tensors(
 
 def write_heads(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Writes ``dino_head.*`` and ``ibot_head.*``, fp32, as one safetensors file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     contiguous = {
         name: tensor.detach().float().cpu().contiguous()
         for name, tensor in weights.items()
         if "_head." in name
     }
-    aside = path.with_name(f".{path.name}.part")
-    save_file(contiguous, aside, {"format": "pt"})
-    aside.rename(path)
+    with replaced(path) as aside:
+        save_file(contiguous, aside, {"format": "pt"})
 
 
 def fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -115,7 +114,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    replace_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _card(name: str, weights: Mapping[str, Tensor], facts: ExportFacts) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.runfolder.files import rename
 from distill.weights.convert import convert
 from distill.weights.exporter import Exporter, Forward
 from distill.weights.load import load_backbone
@@ -21,7 +22,7 @@ def _write(name: str, source: Path, folder: Path, dtype: torch.dtype) -> None:
     folder.mkdir()
     file = folder / f"{name}.pth"
     convert(source, file, layout="meta", dtype=dtype)
-    file.rename(folder / f"{name}-{sha256_of(file)[:8]}.pth")
+    rename(file, folder / f"{name}-{sha256_of(file)[:8]}.pth")
 
 
 def _read_back(folder: Path, stride: int) -> Forward:  # noqa: ARG001  # our features are named
