@@ -69,7 +69,6 @@ COVERED_BY = {
     "distill.train.groups": "tests/distill/train/test_ranks.py",
     "distill.train.masking": "tests/distill/train/test_faults.py",
     "distill.train.phase": "tests/distill/train/test_loop.py",
-    "distill.train.recorder": "tests/distill/train/test_devices.py",
     "distill.train.student": "tests/distill/train/test_ranks.py",
     "distill.weights.card": "tests/distill/weights/test_export.py",
     "distill.weights.containers": "tests/distill/weights/test_load.py",

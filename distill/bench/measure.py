@@ -51,7 +51,7 @@ from distill.job.build import (
 )
 from distill.job.forkserver import choose_start_method
 from distill.plan.flops import DEFAULT_DEVICE
-from distill.plan.from_recipe import TeacherShape, plan_family
+from distill.plan.from_recipe import TeacherShape, on_nodes_of, plan_family
 from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
 from distill.recipe.reader import load_job
@@ -161,7 +161,8 @@ def measure(request: Request) -> dict[str, Any]:
 
 def family_of(request: Request) -> tuple[FamilyRecipe, TeacherShape]:
     """The recipe, long enough for what is measured, and its teacher."""
-    recipe, teacher = load_job(request.recipe, request.overrides)
+    loaded, teacher = load_job(request.recipe, request.overrides)
+    recipe = on_nodes_of(loaded, request.num_ranks)
     assert isinstance(recipe, FamilyRecipe), "checked by the command"
     turns = request.num_blocks * (2 if SAVING in request.against else 1)
     lookahead = recipe.engine.lookahead

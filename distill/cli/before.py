@@ -61,12 +61,13 @@ def check(
 
         from distill.job.prepare import check_data
         from distill.plan.flops import find_device  # these import torch
+        from distill.plan.from_recipe import on_nodes_of
         from distill.plan.job import check_job, require_fit
         from distill.plan.teacher_source import heads_story
         from distill.train.device import has_gpu
 
         num_ranks = count_ranks(loaded.engine.processes, gpus)
-        plans = check_job(loaded, teacher, num_ranks)
+        plans = check_job(on_nodes_of(loaded, num_ranks), teacher, num_ranks)
         if has_gpu(loaded.engine.device):
             for job in plans:
                 require_fit(job, loaded, teacher, find_device("measured"))
@@ -113,12 +114,14 @@ def plan(
     loaded, teacher = load_job(recipe, list(overrides or []))
 
     from distill.plan.flops import find_device
+    from distill.plan.from_recipe import on_nodes_of
     from distill.plan.job import check_job, require_fit
     from distill.screen.tables import plan_tables
 
     assumed = find_device(device)
     num_ranks = count_ranks(loaded.engine.processes, ranks)
-    plans = check_job(loaded, teacher, num_ranks, assumed, has_files=False)
+    placed = loaded if ranks is not None else on_nodes_of(loaded, num_ranks)  # this machine's
+    plans = check_job(placed, teacher, num_ranks, assumed, has_files=False)
     if as_json:
         print_json({**plans[-1].to_json(), "device": assumed.name})
     else:

@@ -29,6 +29,7 @@ from distill.job.teacher_files import (
     refuse_another_teacher,
     teacher_facts,
 )
+from distill.plan.from_recipe import on_nodes_of
 from distill.plan.job import check_job
 from distill.plan.teacher_source import TRAINED_HEADS, heads_file
 from distill.recipe.document import find_recipe
@@ -56,6 +57,7 @@ class JobRequest:
     run_folder: str
     resume_command: str
     until: str | None = None  # the phase to end after; None for the full job
+    ranks_per_node: int | None = None  # as the launcher started them; None where the recipe has it
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def read_job(run_folder: Path) -> Job:
         **{**stored["request"], "overrides": tuple(stored["request"]["overrides"])}
     )
     recipe, teacher_recipe = load_job(request.recipe, request.overrides)
+    recipe = on_nodes_of(recipe, request.ranks_per_node)
     teacher = stored.get("teacher")  # absent in runs of 0.1.0
     facts = None if teacher is None else TeacherFacts(**teacher)
     return Job(request, recipe, teacher_recipe, stored["data_fingerprint"], facts)
@@ -165,7 +168,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
         not touched.
     """
     recipe, teacher_recipe = load_job(request.recipe, request.overrides)
-    plans = check_job(recipe, teacher_recipe, num_ranks)
+    plans = check_job(on_nodes_of(recipe, request.ranks_per_node), teacher_recipe, num_ranks)
     run_folder = Path(request.run_folder)
     _refuse_foreign_folder(run_folder)
     tiles = run_folder.parent / ".photographs"

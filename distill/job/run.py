@@ -57,7 +57,7 @@ from distill.train.faults import FaultHandler
 from distill.train.groups import make_control, make_groups
 from distill.train.loop import run_phase
 from distill.train.phase import Phase
-from distill.train.recorder import Recorder
+from distill.train.recorder import Recorder, RecordPolicy
 from distill.weights.save import ExportFacts, fingerprint, write_backbone, write_heads
 from students.shapes import BackboneSpec
 
@@ -96,13 +96,16 @@ class _Run:
         self.saved = agreed_checkpoint(folder, job.hash, self.control, notes.append)
         self.first_steps = joining_steps(recipe, job.networks, self.saved)
         every = recipe.checkpoint
+        policy = RecordPolicy(
+            recipe.engine.log_every,
+            every.every_s,
+            [steps for steps in (every.every_steps, every.milestones) if steps is not None],
+        )
         self.recorder = Recorder(
             job.run_folder,
             self._phases(),
-            self.rank,
             requests,
-            every.every_s,
-            [steps for steps in (every.every_steps, every.milestones) if steps is not None],
+            policy,
             job.resume_command,
             self.control,
             partial(MetricSinks, factories=find_sinks(recipe.engine)),

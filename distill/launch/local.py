@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from rich.console import Console
 
 from distill.errors import SetupError, UserError
+from distill.launch.node import ranks_on_node
 from distill.runfolder.lock import run_lock
 from distill.runfolder.requests import SAVE, STOP, forget, is_requested, leave_request
 
@@ -120,6 +121,7 @@ def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -
     live = console.is_terminal and not options.plain
     folder = Path(request.run_folder)
     num_ranks = count_processes(options.processes or engine.processes)
+    request = replace(request, ranks_per_node=None if engine.ranks_per_node else num_ranks)
     start_method = choose_start_method(engine.device)  # it imports while the job is prepared
     with run_lock(folder) as lock:
         lock.alone()
@@ -162,7 +164,7 @@ def _screen(run_folder: Path, console: Console, *, live: bool, hint: str = "") -
         screen.join(timeout=5)
 
 
-def run_as_rank(request: "JobRequest", options: Options, _: "EngineSpec") -> int:
+def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -> int:
     """Is one rank of an outer launch, of which rank 0 prepares and concludes: the launcher ``external``.
 
     Raises:
@@ -177,6 +179,8 @@ def run_as_rank(request: "JobRequest", options: Options, _: "EngineSpec") -> int
             fix="Start it under another launcher such as torchrun, or leave engine.launcher out.",
         )
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    ranks_per_node = None if engine.ranks_per_node else ranks_on_node(os.environ)
+    request = replace(request, ranks_per_node=ranks_per_node)
     folder = Path(request.run_folder)
     names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
     launch = "-".join(os.environ.get(name, "0") for name in names)

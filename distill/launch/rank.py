@@ -14,6 +14,7 @@ from pathlib import Path
 
 from distill.job.prepare import read_job
 from distill.job.run import work
+from distill.launch.node import require_node_size
 from distill.launch.process import ProcessMark
 from distill.launch.watchdog import Watchdog, end_ranks
 from distill.runfolder.events import Event, note
@@ -46,6 +47,7 @@ def entry(run_folder: str, launcher: ProcessMark | None) -> None:
         with heartbeat:
             try:
                 job = read_job(folder)
+                require_node_size(os.environ, job.request.ranks_per_node)
                 heartbeat.limit_s = guard.limit_s = job.recipe.engine.hang_limit_s
                 work(job, requests, heartbeat)
             except BaseException as error:

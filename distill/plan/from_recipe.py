@@ -30,7 +30,7 @@ from distill.plan.memory import (
     wire_shape,
 )
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import Plan, make_plan, without
+from distill.plan.plan import RANKS_PER_NODE, Plan, make_plan, without
 from distill.recipe.crop_sizes import crop_schedule
 from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import HeadsSpec, StudentSpec
@@ -177,6 +177,14 @@ def _training(recipe: Recipe) -> Training:
     )
 
 
+def on_nodes_of(recipe: Recipe, ranks_per_node: int | None) -> Recipe:
+    """Returns the recipe with a number of ranks per node where it gives none; None is not known."""
+    if recipe.engine.ranks_per_node is not None or ranks_per_node is None:
+        return recipe
+    engine = recipe.engine.model_copy(update={"ranks_per_node": ranks_per_node})
+    return recipe.model_copy(update={"engine": engine})
+
+
 def plan_family(
     recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device = DEFAULT_DEVICE
 ) -> Plan:
@@ -216,6 +224,7 @@ def _plan_family(
         has_even_shares=recipe.engine.exchange == "all_gather",
         is_teacher_sharded=is_sharded,
         has_full_groups=recipe.engine.micro_batch is not None,
+        ranks_per_node=recipe.engine.ranks_per_node or RANKS_PER_NODE,
     )
     if recipe.objective.koleo and shape.heads is not None:
         require_full_groups(recipe, plan)

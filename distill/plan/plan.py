@@ -32,6 +32,7 @@ from teacher.shapes import KOLEO_GROUP
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples modulo one spread evenly from the start
 LEAST_SHARE = 0.05  # images per step of a rank that has computed targets before
+RANKS_PER_NODE = 8  # where neither recipe nor launcher say: GPUs of the usual server
 SHARDED_NOTE = "the teacher is sharded over all ranks (ZeRO-3), so shares are even"
 
 
@@ -246,7 +247,7 @@ def make_plan(
     has_even_shares: bool = False,
     is_teacher_sharded: bool = False,
     has_full_groups: bool = False,
-    ranks_per_node: int = 8,
+    ranks_per_node: int = RANKS_PER_NODE,
 ) -> Plan:
     """Places networks on ranks and divides the teaching.
 

@@ -95,6 +95,24 @@ class EngineSpec(Section):
         ge=0,
         description="Steps between two measurements of every rank's speed, after which shares follow it; 0 for never. The default keeps measuring cheap.",
     )
+    log_every: int = machine(
+        10,
+        ge=1,
+        since=2,
+        description=(
+            "Steps between two rows of metrics, when ranks also agree to save or stop: a request "
+            "waits that long. The default 10 seldom waits for the device."
+        ),
+    )
+    ranks_per_node: int | None = machine(
+        None,
+        ge=1,
+        since=2,
+        description=(
+            "Ranks on each machine; groups of ranks are laid out so that few cross from one to the "
+            "next. Null takes it from the launcher; `distill plan --ranks` takes at most 8."
+        ),
+    )
     hang_limit_s: float = machine(
         30.0,
         ge=2.0,

@@ -9,7 +9,7 @@ no rank waits for the one furthest behind.
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,7 +33,18 @@ from distill.runfolder.status import (
 from distill.train.delayed_reduce import DelayedAllReduce
 from distill.train.phase import Decision, Phase
 
-LOG_EVERY = 10  # steps
+
+@dataclass(frozen=True)
+class RecordPolicy:
+    """When numbers are written, and when a save is due.
+
+    ``log_every``: steps of an interval. ``save_every_s``: seconds between saves. ``save_every_steps``: a
+    save is due where any of these numbers of steps is passed.
+    """
+
+    log_every: int
+    save_every_s: float | None
+    save_every_steps: Sequence[int]
 
 
 class Recorder:
@@ -43,22 +54,20 @@ class Recorder:
         self,
         run_folder: Path,
         phases: Sequence[PhaseStatus],
-        world_rank: int,
         requests: StopSaveRequests,
-        save_every_s: float | None,
-        save_every_steps: Sequence[int],
+        policy: RecordPolicy,
         resume_command: str,
         control: dist.ProcessGroup,
         open_sinks: SinkFactory = MetricsWriter,
     ) -> None:
-        """``save_every_steps``: a save is due where any of these numbers of steps is passed. ``control`` is a gloo group of the world."""
-        self._run_folder, self._world_rank, self._requests = run_folder, world_rank, requests
-        self._control, self._open_sinks = control, open_sinks
-        self._save_every_s, self._save_every_steps = save_every_s, save_every_steps
+        """``control`` is a gloo group of the world."""
+        self._run_folder, self._requests = run_folder, requests
+        self._world_rank = dist.get_rank(control)
+        self._control, self._policy, self._open_sinks = control, policy, open_sinks
         self._file = StatusFile(run_folder)
         previous = None
         with suppress(UserError):  # a power cut may leave anything; it is written anew
-            previous = self._file.read() if world_rank == 0 else None
+            previous = self._file.read() if self._world_rank == 0 else None
         started = previous.started_unix if previous else time.time()
         self.status = Status(
             state="preparing",
@@ -134,7 +143,7 @@ class Recorder:
         if due_step is not None and (is_last or step >= due_step):
             answers.append(self._delayed_reduce.result())
         saves_now, since = False, self._interval_step
-        if step % LOG_EVERY == 0 or is_last:
+        if step % self._policy.log_every == 0 or is_last:
             loader_wait = self._write(phase, step)
             if self._delayed_reduce.due_step is None:
                 self._delayed_reduce.start(
@@ -142,7 +151,9 @@ class Recorder:
                 )
             if is_last or self._delayed_reduce.is_due(step):
                 answers.append(self._delayed_reduce.result())
-            saves_now = any(step // every > since // every for every in self._save_every_steps)
+            saves_now = any(
+                step // every > since // every for every in self._policy.save_every_steps
+            )
         stop = save = False
         for answer in answers:
             stop_votes, save_votes, self._loader_wait, *found = answer.tolist()
@@ -232,8 +243,8 @@ class Recorder:
     def _votes(self, loader_wait: float, faults: Sequence[float]) -> torch.Tensor:
         """Stop requested on this rank, save requested or due by the clock of rank 0, loader wait, faults."""
         due = (
-            self._save_every_s is not None
-            and time.monotonic() - self._last_save >= self._save_every_s
+            self._policy.save_every_s is not None
+            and time.monotonic() - self._last_save >= self._policy.save_every_s
         )
         saves = self._requests.take_save() or (due and self._world_rank == 0)
         return torch.tensor([self._requests.to_stop(), saves, loader_wait, *faults])

@@ -300,6 +300,24 @@ def test_plan__ranks_as_the_recipe_says_them(distill: Run) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "gated_begins"),
+    [
+        (("--ranks", "12"), 8),  # groups of 6 and 2 fill a node of 8
+        (("--ranks", "12", "engine.ranks_per_node=8"), 8),
+        (("--ranks", "12", "engine.ranks_per_node=12"), 6),
+        (("engine.processes=12",), 6),  # all on this machine
+        (("engine.processes=12", "engine.ranks_per_node=8"), 8),
+    ],
+)
+def test_plan__groups_stay_within_nodes(
+    words: tuple[str, ...], gated_begins: int, distill: Run
+) -> None:
+    ranks = ("students.0.ranks=6", "students.1.ranks=4", "students.2.ranks=2")
+    printed = distill("plan", "quickstart", "--device", "cpu", "--json", *ranks, *words)
+    assert json.loads(printed.out)["placements"]["gated"] == [gated_begins, gated_begins + 4]
+
+
 def test_plan__memory_by_part_and_by_rank(distill: Run) -> None:
     plan = json.loads(distill("plan", "family_vit", "--ranks", "8", "--json").out)
     parts = plan["memory_gib"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,13 @@ def test_prepare__refuses_another_teacher_and_touches_nothing(
 
     job = start("teacher0")
     assert job.teacher is not None and job == read_job(tmp_path / "run")
+    request = replace(job.request, ranks_per_node=2)
+    prepare(request, num_ranks=1, fresh=False, say=lambda _: None)
+    read = read_job(
+        tmp_path / "run"
+    )  # what every rank plans with; the run's recipe has no such line
+    assert (read.recipe.engine.ranks_per_node, read.hash) == (2, job.hash)
+    assert "ranks_per_node" not in (tmp_path / "run/recipe.resolved.yaml").read_text()
     folder = tmp_path / "run" / CHECKPOINTS
     staging = staging_folder(folder, "family", 4)
     make_folder(staging)

@@ -128,4 +128,4 @@ def test_load_job__reads_with_the_defaults_of_the_recipes_format(
     monkeypatch.setattr(formats, "RECIPE_FORMAT", 5)
     monkeypatch.setattr("distill.recipe.types.RECIPE_FORMAT", 5)
     load_job("quickstart", ["format=4"])
-    assert asked == [4, RECIPE_FORMAT]
+    assert asked == [4, RECIPE_FORMAT] and formats.format_of({}) == 1
