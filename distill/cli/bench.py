@@ -17,9 +17,11 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from distill.cli.options import (
+    AllowCodeOption,
     DebugOption,
     OverridesArgument,
     RecipeArgument,
+    allow_code,
     count_ranks,
     print_json,
 )
@@ -59,10 +61,13 @@ def bench_loader(
     overrides: OverridesArgument = None,
     data: ImageSourceOption = "synthetic",
     images: Annotated[int, typer.Option("--images", min=1, help="Images per block.")] = 256,
+    allow: AllowCodeOption = False,
     as_json: JsonFileOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Measure the image loader of a recipe against Pillow: images per CPU-second."""
+    if allow:
+        allow_code(Path(recipe).parent)
     texts, json_file = _json_file(list(overrides or []), is_wanted=as_json)
     report = loader_report(recipe, texts, uses_recipe=_is_recipe(data), images=images)
     _show(report, [loader_table(report)], json_file, as_json=as_json)
@@ -103,6 +108,7 @@ def bench(
         Path | None,
         typer.Option("--picture", metavar="FILE", help="Write a PNG of one step of each mode."),
     ] = None,
+    allow: AllowCodeOption = False,
     as_json: JsonFileOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -110,6 +116,8 @@ def bench(
     from distill.recipe.keys import FamilyRecipe
     from distill.recipe.reader import load_job
 
+    if allow:
+        allow_code(Path(recipe).parent)
     texts, json_file = _json_file(list(overrides or []), is_wanted=as_json)
     uses_recipe = _is_recipe(data)
     loaded = load_job(recipe, texts)[0]

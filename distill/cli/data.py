@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from distill.cli.options import DebugOption, JsonOption
+from distill.cli.options import AllowCodeOption, DebugOption, JsonOption, allow_code
 
 if TYPE_CHECKING:
     from distill.data.dataset_report import DatasetReport
@@ -134,11 +134,14 @@ def show(
             "--stage", help="Steps count from the start of this stage of a teacher recipe."
         ),
     ] = None,
+    allow: AllowCodeOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Draw what the networks are shown: images, crops and masks of a step, as training would cut them."""
     from distill.recipe.reader import load_job
 
+    if allow:
+        allow_code(Path(recipe).parent)
     loaded, teacher = load_job(recipe, list(overrides or []), check_folders=True)
 
     from distill.job.step_sheet import draw_step

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from distill.cli.export import Precision, WeightLayout
 from distill.cli.options import (
+    AllowCodeOption,
     DataOption,
     DebugOption,
     FreshOption,
@@ -18,6 +19,7 @@ from distill.cli.options import (
     OverridesArgument,
     PlainOption,
     RecipeArgument,
+    allow_code,
     print_json,
     say,
     with_data,
@@ -85,6 +87,7 @@ def fit_heads(
     name: NameOption = None,
     fresh: FreshOption = False,
     plain: PlainOption = False,
+    allow: AllowCodeOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Learn DINO and iBOT heads on a frozen teacher, as the first phase of a family's job.
@@ -97,6 +100,8 @@ def fit_heads(
     from distill.recipe.keys import HEADS_PHASE, FamilyRecipe
     from distill.recipe.reader import load_job
 
+    if allow:
+        allow_code(Path(recipe).parent)
     texts = with_data(recipe, overrides, data)
     loaded = load_job(recipe, texts)[0]
     if not isinstance(loaded, FamilyRecipe) or loaded.teacher.heads_mode != "fit":
