@@ -6,19 +6,20 @@ class UserError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str, *, fix: str = "") -> None:
-        """Keep the message and the next move apart so that the command line can print both."""
+    def __init__(self, message: str, *, fix: str = "", exit_code: int | None = None) -> None:
+        """Keeps message and next move apart, so that the command line can print both; ``exit_code``: other than the class's."""
         super().__init__(message)
         self.message = message
         self.fix = fix
+        self.exit_code = type(self).exit_code if exit_code is None else exit_code
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Survive the trip from a worker process with the fix attached."""
-        return _rebuild, (type(self), self.message, self.fix)
+        """Survives the trip from a worker process with fix and exit code."""
+        return _rebuild, (type(self), self.message, self.fix, self.exit_code)
 
 
-def _rebuild(kind: type["UserError"], message: str, fix: str) -> "UserError":
-    return kind(message, fix=fix)
+def _rebuild(kind: type["UserError"], message: str, fix: str, exit_code: int) -> "UserError":
+    return kind(message, fix=fix, exit_code=exit_code)
 
 
 class RecipeError(UserError):

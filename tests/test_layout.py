@@ -34,6 +34,19 @@ MOST_FLOORS = 11  # data lies on runfolder, so that its files too are written by
 MOST_LINES_OF_A_PACKAGE = 3000
 MOST_LINES_OF_A_MODULE = 400
 FLAT = {"__init__.py", "__main__.py", "errors.py"}  # all that lies in distill/ itself
+# Files that set an attribute of another object, and whose it is
+SETS_FROM_OUTSIDE = {
+    "distill/cli/bench.py": "a table of rich",
+    "distill/data/pack.py": "an entry of tarfile",
+    "distill/engine/deepspeed_private.py": "DeepSpeed",
+    "distill/engine/engine.py": "DeepSpeed and torch's fused optimizer",
+    "distill/engine/group_as_world.py": "DeepSpeed",
+    "distill/screen/panel.py": "a table of rich",
+    "distill/screen/tables.py": "tables of rich",
+    "distill/train/faults.py": "a plain record of the same module",
+    "distill/weights/onnx.py": "a graph of onnx",
+    "teacher/losses.py": "the context of an autograd function",
+}
 # Writes without the one writer of distill/runfolder/files.py: files that write so, and why they may
 WRITES_PLAINLY = {
     "distill/bench/loader.py": "images of a temporary folder",
@@ -152,6 +165,19 @@ def test_deepspeed__is_imported_behind_one_door() -> None:
         assert not any(name.split(".")[0] == "deepspeed" for name in imported(path)), path
     naming = {str(path.relative_to(ROOT)) for path in outside if names_deepspeed(path)}
     assert naming == NAMES_DEEPSPEED.keys()
+
+
+def test_attributes__are_set_by_their_own_class() -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign)
+        for each in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        for target in (each.elts if isinstance(each, ast.Tuple) else [each])
+        if isinstance(target, ast.Attribute) and ast.unparse(target.value) != "self"
+    }
+    assert found == SETS_FROM_OUTSIDE.keys()
 
 
 def test_files__get_their_names_in_one_module() -> None:

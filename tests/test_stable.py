@@ -1,6 +1,7 @@
 """What docs/upgrading.md calls stable: exit codes, and the keys of JSON output and of status.json."""
 
 import json
+from copy import copy
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,14 @@ def test_status__keeps_its_keys() -> None:
     kinds = (Status, PhaseStatus, NetworkStatus, CheckpointStatus)
     held = {f"{kind.__name__}.{field.name}" for kind in kinds for field in fields(kind)}
     assert set(STORED["status.json"]) - held == set()
+
+
+def test_exit_code__of_an_error_survives_another_process() -> None:
+    kept = [UserError("a", fix="b", exit_code=LOST_EXIT_CODE), RecipeError("a", fix="b")]
+    for error in kept:
+        copied = copy(error)  # by the same protocol as between processes
+        assert type(copied) is type(error) and copied.exit_code == error.exit_code
+        assert (copied.message, copied.fix) == ("a", "b")
 
 
 def test_exit_codes__are_those_on_the_pages() -> None:

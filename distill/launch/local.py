@@ -238,12 +238,11 @@ def _finalize(run_folder: Path, failure: "Failure | None", *, was_interrupted: b
 
 
 def _ended_at_once(run_folder: Path) -> UserError:
-    error = UserError(
+    return UserError(
         f"{run_folder}: ended at once, nothing was saved",
         fix="The same command resumes from the last checkpoint.",
+        exit_code=STOPPED_EXIT_CODE,
     )
-    error.exit_code = STOPPED_EXIT_CODE
-    return error
 
 
 class _Signals:

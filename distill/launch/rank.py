@@ -48,7 +48,8 @@ def entry(run_folder: str, launcher: ProcessMark | None) -> None:
             try:
                 job = read_job(folder)
                 require_node_size(os.environ, job.request.ranks_per_node)
-                heartbeat.limit_s = guard.limit_s = job.recipe.engine.hang_limit_s
+                heartbeat.set_limit(job.recipe.engine.hang_limit_s)
+                guard.watch_others(job.recipe.engine.hang_limit_s)
                 work(job, requests, heartbeat)
             except BaseException as error:
                 if not is_lost_connection(error):
@@ -67,7 +68,11 @@ class RankMonitor:
         self._watches = launcher is None and world_rank in {0, self._num_ranks - 1}
         self._watchdog: Watchdog | None = None
         self._failed_at: float | None = None
-        self.limit_s: float | None = None
+
+    def watch_others(self, limit_s: float) -> None:
+        """Begins to look for ranks that hold the job up, where that is this rank's part."""
+        if self._watches:
+            self._watchdog = Watchdog(self._run_folder, self._num_ranks, limit_s)
 
     def look(self, requests: StopSaveRequests) -> None:
         """Reads requests, watches if that is this rank's part, and ends the process when there is nothing left to do."""
@@ -75,8 +80,8 @@ class RankMonitor:
             os._exit(LOST_EXIT_CODE)
         if self._world_rank == 0:
             requests.look()
-        if self._watches and self.limit_s is not None:
-            self._watch(self.limit_s)
+        if self._watchdog is not None:
+            self._end_stragglers(self._watchdog)
         self._end_with_the_others()
 
     def cause(self) -> Failure:
@@ -88,10 +93,8 @@ class RankMonitor:
             write_failure(self._run_folder, found)
         return found
 
-    def _watch(self, limit_s: float) -> None:
-        if self._watchdog is None:
-            self._watchdog = Watchdog(self._run_folder, self._num_ranks, limit_s)
-        stragglers = self._watchdog.look()
+    def _end_stragglers(self, watchdog: Watchdog) -> None:
+        stragglers = watchdog.look()
         if stragglers is None or read_failure(self._run_folder) is not None:
             return
         write_failure(self._run_folder, stragglers.to_failure(self._run_folder))

@@ -44,9 +44,7 @@ class Failure:
 
     def to_error(self) -> UserError:
         """As the command line reports it."""
-        error = UserError(self.message, fix=self.fix)
-        error.exit_code = self.exit_code
-        return error
+        return UserError(self.message, fix=self.fix, exit_code=self.exit_code)
 
 
 def write_failure(run_folder: Path, failure: Failure) -> None:

@@ -93,12 +93,16 @@ class Heartbeat:
         self._path = record_path(run_folder, world_rank)
         self._world_rank, self._on_beat = world_rank, on_beat
         self._host, self._main = socket.gethostname(), threading.main_thread().ident
-        self.limit_s = FIRST_ALLOWED_S
+        self._limit_s = FIRST_ALLOWED_S
         self._now = _Activity("starting", "", "", 0, 0, time.monotonic())
         self._times: dict[tuple[str, str], tuple[int, float]] = {}
         self._beats, self._end = 0, ""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+
+    def set_limit(self, limit_s: float) -> None:
+        """Sets the seconds that a known activity may take, once the recipe is read; until then it may take long."""
+        self._limit_s = limit_s
 
     def enter_phase(self, phase: str, phase_step: int) -> None:
         """Begins a phase at one of its steps; the activity stays what it is."""
@@ -134,7 +138,7 @@ class Heartbeat:
         now = self._now
         count, longest = self._times.get((now.name, now.network), (0, 0.0))
         is_known = count >= FIRST_TIMES and now.name not in SELDOM
-        allowed_s = max(self.limit_s, SLOWER * longest) if is_known else FIRST_ALLOWED_S
+        allowed_s = max(self._limit_s, SLOWER * longest) if is_known else FIRST_ALLOWED_S
         frame, is_collective = _frame_of(sys._current_frames().get(self._main or 0))
         return HeartbeatRecord(
             self._world_rank,

@@ -29,7 +29,7 @@ def test_pulse__says_where_the_rank_is(tmp_path: Path) -> None:
 
 def test_pulse__a_known_activity_may_take_the_limit_and_a_new_one_long(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, 0)
-    heartbeat.limit_s = 5.0
+    heartbeat.set_limit(5.0)
     for step in range(3):
         heartbeat.enter("learning", step)
         assert heartbeat.record().allowed_s == (FIRST_ALLOWED_S if step < 2 else 5.0)
