@@ -30,10 +30,10 @@ class ActiveRows:
         self,
         tokens: Float[Tensor, "rows tokens embed"],
         branch: Callable[[Tensor], Tensor],
-        number: int,
+        index: int,
     ) -> Float[Tensor, "rows tokens embed"]:
-        """``tokens`` plus what branch ``number`` (counted over all blocks) makes of its rows."""
-        rows = self.rows[number]
+        """``tokens`` plus what branch ``index`` (counted over all blocks) makes of its rows."""
+        rows = self.rows[index]
         added = branch(tokens.index_select(0, rows))
         return tokens.index_add(0, rows, added, alpha=self.scale)
 

@@ -39,15 +39,15 @@ class TaskOptions:
 
 
 @dataclass(frozen=True)
-class Assignments:
+class SoftAssignments:
     """Soft targets of one slice: class tokens [2 * images, crop-major] and masked patches."""
 
     dino: SoftAssignment
     ibot: SoftAssignment
 
-    def part(self, images: slice, masked: slice) -> "Assignments":
+    def part(self, images: slice, masked: slice) -> "SoftAssignments":
         """Of some images and their masked patches."""
-        return Assignments(self.dino.part(images, NUM_GLOBAL), self.ibot.part(masked))
+        return SoftAssignments(self.dino.part(images, NUM_GLOBAL), self.ibot.part(masked))
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class DistillationTask(nn.Module):
         self._koleo_is_local = not is_needed
 
     def forward(
-        self, batch: StudentBatch, assignments: Assignments, scalars: StepScalars
+        self, batch: StudentBatch, assignments: SoftAssignments, scalars: StepScalars
     ) -> Losses:
         """All loss terms for this rank's slice. Communication: KoLeo only, when a slice border cuts one of its groups."""
         weights = scalars.objective

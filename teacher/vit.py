@@ -181,9 +181,9 @@ class Block(nn.Module):
         tokens: Float[Tensor, "rows tokens embed"],
         angles: Angles,
         active_rows: ActiveRows | None = None,
-        number: int = 0,
+        index: int = 0,
     ) -> Float[Tensor, "rows tokens embed"]:
-        """``active_rows`` are the rows that pass through the branches of block ``number``; all without it."""
+        """``active_rows`` are the rows that pass through the branches of block ``index``; all without it."""
 
         def attend(rows: Tensor) -> Tensor:
             return self.layer_scale1(self.attention(self.norm1(rows), angles))
@@ -194,8 +194,8 @@ class Block(nn.Module):
         if active_rows is None:
             tokens = tokens + attend(tokens)
             return tokens + transform(tokens)
-        tokens = active_rows.add(tokens, attend, BRANCHES * number)
-        return active_rows.add(tokens, transform, BRANCHES * number + 1)
+        tokens = active_rows.add(tokens, attend, BRANCHES * index)
+        return active_rows.add(tokens, transform, BRANCHES * index + 1)
 
 
 class ViT(nn.Module):
@@ -281,8 +281,8 @@ class ViT(nn.Module):
         angles = rope_angles(self._grid_hw(pixels), head_dim, rope_scale, pixels.device)
         tokens = self.embeddings(pixels, masks)
         keeps_less = self._is_checkpointing and tokens.requires_grad
-        for number, block in enumerate(self.layer):
-            inputs = (tokens, angles, active_rows, number)
+        for index, block in enumerate(self.layer):
+            inputs = (tokens, angles, active_rows, index)
             if keeps_less:  # no comparison of shapes: ZeRO-3 empties weights between the passes
                 tokens = checkpoint(
                     block,

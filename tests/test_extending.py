@@ -12,7 +12,7 @@ import pytest
 
 from distill.errors import RecipeError
 from distill.job.build import extra_terms
-from distill.recipe.extensions import Kind, find
+from distill.recipe.extensions import ExtensionKind, find
 from distill.recipe.identity import recipe_hash
 from distill.recipe.keys import FamilyRecipe, extension
 from distill.recipe.reader import load_job
@@ -298,7 +298,7 @@ def test_extensions__a_resolved_recipe_reads_back(installed: Path) -> None:
     resolved = installed.with_name("resolved.yaml")
     resolved.write_text(text)
     again = load_job(str(resolved))[0]
-    keys = find(Kind.KEYS, "toy_keys", "extensions")
+    keys = find(ExtensionKind.KEYS, "toy_keys", "extensions")
     assert extension(again, keys) == extension(loaded, keys) == keys(margin=0.25)
     assert recipe_hash(again) == recipe_hash(loaded)
 

@@ -33,6 +33,8 @@ ORDER = (
 MOST_FLOORS = 11  # data lies on runfolder, so that its files too are written by the one writer
 MOST_LINES_OF_A_PACKAGE = 3000
 MOST_LINES_OF_A_MODULE = 400
+MOST_LINES_OF_A_FUNCTION = 60
+MOST_PARAMETERS = 7  # beside self; a command has one for each of its options
 FLAT = {"__init__.py", "__main__.py", "errors.py"}  # all that lies in distill/ itself
 # Files that set an attribute of another object, and whose it is
 SETS_FROM_OUTSIDE = {
@@ -40,11 +42,11 @@ SETS_FROM_OUTSIDE = {
     "distill/data/pack.py": "an entry of tarfile",
     "distill/engine/deepspeed_private.py": "DeepSpeed",
     "distill/engine/engine.py": "DeepSpeed and torch's fused optimizer",
-    "distill/engine/group_as_world.py": "DeepSpeed",
     "distill/screen/panel.py": "a table of rich",
     "distill/screen/tables.py": "tables of rich",
     "distill/train/faults.py": "a plain record of the same module",
     "distill/weights/onnx.py": "a graph of onnx",
+    "teacher/heads.py": "the context of an autograd function",
     "teacher/losses.py": "the context of an autograd function",
 }
 # Writes without the one writer of distill/runfolder/files.py: files that write so, and why they may
@@ -152,6 +154,19 @@ def test_annotations__are_not_postponed(path: Path) -> None:
     assert "from __future__ import annotations" not in path.read_text(), (
         "it disables the run-time shape checks"
     )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions__are_short_and_take_little(path: Path) -> None:
+    is_command = path.is_relative_to(ROOT / "distill" / "cli")
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        num_lines = (node.end_lineno or 0) - node.lineno + 1
+        assert num_lines <= MOST_LINES_OF_A_FUNCTION, f"{node.name} has {num_lines} lines"
+        arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
+        assert is_command or len(names) <= MOST_PARAMETERS, f"{node.name} takes {len(names)}"
 
 
 def test_groups__are_made_in_one_file() -> None:

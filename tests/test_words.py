@@ -4,8 +4,10 @@ Two kinds. A retired word is found everywhere: as a part of a name (``told_unix`
 names, keys of JSON), in a docstring, in a comment and on a page. A word with several meanings is found as a
 complete name only, because in prose it is ordinary English: ``place`` for the location of an image.
 
+Three more are looked at where they stand: ``number`` is never a position in a sequence (``index``), only what
+comes from random numbers is drawn (pictures are plotted or rendered), and a public class has one name to itself.
+
 What this cannot see: whether a sentence is clear, and a private word that is in no list. Tests may use any word.
-Not looked for yet: draw, heads, number, Failure, Work, Assignments, is_over, which still name more than one thing.
 """
 
 import ast
@@ -95,6 +97,7 @@ PRIVATE = frozenset(
         "Asked",
         "Assigner",
         "Assignment",
+        "Assignments",
         "Ballot",
         "Isolation",
         "Keeping",
@@ -126,12 +129,22 @@ PRIVATE = frozenset(
         "filling",
         "go_back",
         "hear",
+        "is_over",
         "lesson_for",
         "patch_rows",
         "still_s",
         "supply",
     ]
 )
+
+# Where functions may draw: from random numbers.
+DRAWING = (
+    "distill/data/",
+    "distill/train/masking.py",
+    "distill/train/phase.py",
+    "distill/train/loop.py",
+)
+PICTURES = {"distill/data/contact_sheet.py"}
 
 # (file, word): why it stays.
 ALLOWED = {
@@ -174,6 +187,26 @@ def texts_in(source: str) -> list[str]:
     return [token.string for token in tokens if token.type in kinds]
 
 
+def positions_called_number(source: str) -> int:
+    """How often ``number`` runs over a sequence or picks an item of one."""
+    count = 0
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.For | ast.comprehension):
+            names = [name for name in ast.walk(node.target) if isinstance(name, ast.Name)]
+        elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Name):
+            names = [node.slice]
+        else:
+            names = []
+        count += sum(name.id == "number" for name in names)
+    return count
+
+
+def functions_that_draw(source: str) -> set[str]:
+    """Names of functions that say ``draw``."""
+    functions = (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef))
+    return {function.name for function in functions if "draw" in words_of(function.name)}
+
+
 def problems_of(source: str) -> set[str]:
     """Retired words and names with several meanings in a Python file."""
     names = names_in(source)
@@ -188,6 +221,24 @@ def test_source__uses_the_words_of_the_field(path: Path) -> None:
     file = str(path.relative_to(ROOT))
     allowed = {word for name, word in ALLOWED if name == file}
     assert problems_of(path.read_text(encoding="utf-8")) <= allowed
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_source__numbers_count_and_only_random_numbers_are_drawn(path: Path) -> None:
+    source, file = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
+    assert positions_called_number(source) == 0
+    if file in PICTURES or not file.startswith(DRAWING):
+        assert not functions_that_draw(source)
+
+
+def test_classes__have_one_meaning_each() -> None:
+    """A public class name that two modules define is one that a reader takes for the other."""
+    defined: dict[str, list[str]] = {}
+    for path in SOURCES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                defined.setdefault(node.name, []).append(path.stem)
+    assert {name: files for name, files in defined.items() if len(files) > 1} == {}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
@@ -213,6 +264,10 @@ def test_page__uses_the_words_of_the_field(path: Path) -> None:
 )
 def test_problems_of__finds_a_word_wherever_it_stands(source: str, word: str) -> None:
     assert problems_of(source) == {word}
+
+
+def test_positions_called_number__counts_loops_and_subscripts() -> None:
+    assert positions_called_number("for number, x in y: ...\nz[number]\nnumber = 1") == 2
 
 
 def test_allowed__is_still_there() -> None:

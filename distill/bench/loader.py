@@ -106,8 +106,8 @@ def _compare(
             cpu = time.process_time()
             for prepared in taken:
                 assert prepared is not None, "enough steps"
-                for number, encoded in enumerate(prepared.encoded):
-                    cut(encoded, prepared.parameters, number, crops.graph, blur)
+                for row, encoded in enumerate(prepared.encoded):
+                    cut(encoded, prepared.parameters, row, crops.graph, blur)
             blocks[side].append(steps * batch / (time.process_time() - cpu))
     loader.close()
     reference.close()
@@ -124,7 +124,7 @@ def _spread(values: list[float]) -> dict[str, float]:
 def write_synthetic(folder: Path, seed: int) -> None:
     """JPEGs that weigh about as much as photographs do: smooth shapes with texture."""
     rng = np.random.default_rng(seed)
-    for number in range(NUM_SYNTHETIC):
+    for index in range(NUM_SYNTHETIC):
         coarse = Image.fromarray(rng.integers(0, 255, (12, 16, 3), dtype=np.uint8))
         shapes = coarse.resize(SYNTHETIC_WH, Image.Resampling.BICUBIC)
         grain = rng.normal(0.0, 40.0, (SYNTHETIC_WH[1], SYNTHETIC_WH[0], 3))
@@ -133,4 +133,4 @@ def write_synthetic(folder: Path, seed: int) -> None:
         mixed = Image.blend(shapes, texture, 0.3)
         buffer = io.BytesIO()
         mixed.save(buffer, "JPEG", quality=QUALITY)
-        (folder / f"{number:03}.jpg").write_bytes(buffer.getvalue())
+        (folder / f"{index:03}.jpg").write_bytes(buffer.getvalue())

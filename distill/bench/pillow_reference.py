@@ -28,13 +28,13 @@ class Blur(Enum):
 
 
 def cut(
-    encoded: NDArray[np.uint8], parameters: CropParameters, number: int, spec: CropSpec, blur: Blur
+    encoded: NDArray[np.uint8], parameters: CropParameters, index: int, spec: CropSpec, blur: Blur
 ) -> list[NDArray[np.uint8]]:
-    """Global, local and anchor crops of image ``number`` of the parameters, [height, width, 3] each."""
+    """Global, local and anchor crops of image ``index`` of the parameters, [height, width, 3] each."""
     with Image.open(io.BytesIO(encoded.data)) as file:
         image = ImageOps.exif_transpose(file).convert("RGB")
     crops, anchors = [], []
-    pairs = zip(parameters.windows[number], parameters.photometric[number], strict=True)
+    pairs = zip(parameters.windows[index], parameters.photometric[index], strict=True)
     for crop, (window, photometric) in enumerate(pairs):
         is_global = crop < NUM_GLOBAL
         resized = _resize(image, window, spec.global_size if is_global else spec.local_size)

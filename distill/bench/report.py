@@ -218,7 +218,7 @@ TEACHING, WAITING, LOADING, REST = "#4477aa", "#dddddd", "#66ccee", "#999999"
 TRAINING = ("#ee8866", "#eedd88", "#bbcc33", "#ffaabb", "#44bb99", "#aa4499", "#cc6677", "#ddaa33")
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
+def plot_report(report: dict[str, Any], path: Path) -> None:
     """A picture: what every rank does during one step of each mode, from the end of rank 0's step before."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -64,7 +64,7 @@ class TeacherFacts(_Facts):
     heads_sha256: str
 
 
-class Failure(_Facts):
+class SaveFailure(_Facts):
     """Why a writer could not write a file: the reason, bytes it needs, bytes that were free."""
 
     reason: str
@@ -125,7 +125,7 @@ def record_failed(path: Path, error: OSError, num_bytes: int) -> None:
     path.unlink(missing_ok=True)
     free = shutil.disk_usage(path.parent).free
     reason = error.strerror or str(error)
-    failure = Failure(reason=reason, bytes=num_bytes, free=free)
+    failure = SaveFailure(reason=reason, bytes=num_bytes, free=free)
     replace_text(path.with_name(path.name + FAILED), failure.model_dump_json())
 
 
@@ -137,14 +137,14 @@ def collect(staging: Path, expected: Mapping[str, int], timeout_s: float) -> dic
     """
     deadline = time.monotonic() + timeout_s
     files: dict[str, FileFacts] = {}
-    failures: dict[str, Failure] = {}
+    failures: dict[str, SaveFailure] = {}
     while waiting := [name for name in expected if name not in files and name not in failures]:
         for name in waiting:
             done, failed = (staging / (name + suffix) for suffix in (DONE, FAILED))
             if done.is_file():
                 files[name] = FileFacts.model_validate_json(done.read_bytes())
             elif failed.is_file():
-                failures[name] = Failure.model_validate_json(failed.read_bytes())
+                failures[name] = SaveFailure.model_validate_json(failed.read_bytes())
         if time.monotonic() > deadline:
             late = next(name for name in waiting if name not in files and name not in failures)
             raise CheckpointError(

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -27,6 +27,9 @@ from distill.cli.options import (
 )
 from distill.errors import DataError, RecipeError
 from distill.runfolder.files import replace_text
+
+if TYPE_CHECKING:
+    from distill.recipe.keys import FamilyRecipe
 
 
 class JobByDefault(TyperGroup):
@@ -113,17 +116,46 @@ def bench(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Measure a family's throughput against the published procedure and separate jobs."""
-    from distill.recipe.keys import FamilyRecipe
-    from distill.recipe.reader import load_job
-
     if allow:
         allow_code(Path(recipe).parent)
     texts, json_file = _json_file(list(overrides or []), is_wanted=as_json)
-    uses_recipe = _is_recipe(data)
+    family, modes = _family_of(recipe, texts), _modes(against, sleep)
+    slow_rank, slow_factor = _slow(slow, sleep)
+
+    from distill.bench.measure import Request, measure
+    from distill.bench.report import plot_report, tables
+
+    num_ranks = count_ranks(family.engine.processes, ranks)
+    request = Request(
+        recipe, tuple(texts), modes, num_ranks, steps, warmup, sleep, slow_rank, slow_factor
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        if _is_recipe(data):
+            from distill.job.prepare import training_index
+
+            training_index(family.data, Path("runs/.photographs")).save(Path(folder) / "index")
+            request = replace(request, index=str(Path(folder) / "index"))
+        report = measure(request)
+    if picture is None and json_file is not None:
+        picture = json_file.with_suffix(".png")
+    if picture is not None:
+        plot_report(report, picture)
+    _show(report, tables(report), json_file, as_json=as_json)
+
+
+def _family_of(recipe: str, texts: list[str]) -> "FamilyRecipe":
+    from distill.recipe.keys import FamilyRecipe
+    from distill.recipe.reader import load_job
+
     loaded = load_job(recipe, texts)[0]
-    modes = [] if against == "none" else against.split(",")
     if not isinstance(loaded, FamilyRecipe):
         raise RecipeError(f"{recipe}: not a family recipe", fix="Give one with students.")
+    return loaded
+
+
+def _modes(against: str, sleep: float | None) -> tuple[str, ...]:
+    """What to compare with, from the text of ``--against``."""
+    modes = () if against == "none" else tuple(against.split(","))
     if not set(modes) <= {"published", "separate", "saving"}:
         raise RecipeError(
             f"--against {against}: not known",
@@ -133,29 +165,7 @@ def bench(
         raise RecipeError(
             "--against saving: a rank that sleeps has no state to save", fix="Leave --sleep away."
         )
-    slow_rank, slow_factor = _slow(slow)
-    if slow_rank is not None and sleep is None:
-        raise RecipeError("--slow needs --sleep", fix="Add --sleep 0.5.")
-
-    from distill.bench.measure import Request, measure
-    from distill.bench.report import draw, tables
-
-    num_ranks = count_ranks(loaded.engine.processes, ranks)
-    request = Request(
-        recipe, tuple(texts), tuple(modes), num_ranks, steps, warmup, sleep, slow_rank, slow_factor
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        if uses_recipe:
-            from distill.job.prepare import training_index
-
-            training_index(loaded.data, Path("runs/.photographs")).save(Path(folder) / "index")
-            request = replace(request, index=str(Path(folder) / "index"))
-        report = measure(request)
-    if picture is None and json_file is not None:
-        picture = json_file.with_suffix(".png")
-    if picture is not None:
-        draw(report, picture)
-    _show(report, tables(report), json_file, as_json=as_json)
+    return modes
 
 
 def _json_file(texts: list[str], *, is_wanted: bool) -> tuple[list[str], Path | None]:
@@ -180,9 +190,12 @@ def _show(
         Console().print(table)
 
 
-def _slow(text: str | None) -> tuple[int | None, float]:
+def _slow(text: str | None, sleep: float | None) -> tuple[int | None, float]:
+    """Rank and factor of ``--slow``."""
     if text is None:
         return None, 1.0
+    if sleep is None:
+        raise RecipeError("--slow needs --sleep", fix="Add --sleep 0.5.")
     rank, _, factor = text.partition("=")
     try:
         return int(rank), float(factor)

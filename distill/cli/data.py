@@ -144,7 +144,7 @@ def show(
         allow_code(Path(recipe).parent)
     loaded, teacher = load_job(recipe, list(overrides or []), check_folders=True)
 
-    from distill.job.step_sheet import draw_step
+    from distill.job.step_sheet import render_step
 
-    drawn = draw_step(loaded, teacher, step=step, num_images=images, stage=stage, out=out)
-    Console().print(f"wrote {drawn}", highlight=False, soft_wrap=True)
+    rendered = render_step(loaded, teacher, step=step, num_images=images, stage=stage, out=out)
+    Console().print(f"wrote {rendered}", highlight=False, soft_wrap=True)

@@ -71,11 +71,11 @@ def export(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Write a student for Hugging Face, timm, Meta or ONNX, and verify the outputs agree."""
-    from distill.recipe.extensions import Kind, find
+    from distill.recipe.extensions import ExtensionKind, find
     from distill.weights.export import export_network
     from distill.weights.exporter import Exporter
 
-    exporter: Exporter = find(Kind.EXPORTER, to, "--to")
+    exporter: Exporter = find(ExtensionKind.EXPORTER, to, "--to")
     folders = _chosen(run, student or [])
     exporter.require()
 

@@ -64,14 +64,14 @@ def evaluate(
 def _score_steps(runs: Sequence[Path], *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from distill.evaluate.over_steps import draw_progress, score_steps
+    from distill.evaluate.over_steps import plot_progress, score_steps
 
     scored = {}
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         for run in runs:
             require_run(run)
             scored[run.name] = score_steps(run, say)
-        picture = draw_progress(scored, runs[0] / "progress.png")
+        picture = plot_progress(scored, runs[0] / "progress.png")
         say(f"wrote {picture}")
     if as_json:
         print_json({name: [asdict(m) for m in moments] for name, moments in scored.items()})

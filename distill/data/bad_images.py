@@ -76,7 +76,7 @@ def name_format(encoded: NDArray[np.uint8]) -> str:
         return ""
 
 
-def redraw(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def to_bitmap(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """The image as Pillow decodes it, upright in RGB, as a bitmap that every decoder can read.
 
     For the few that DALI 2.4 cannot decode though they are intact, such as WebP files with an EXIF block it does not parse.

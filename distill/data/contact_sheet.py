@@ -44,7 +44,7 @@ def rows_of(images: Sequence[Image.Image], parameters: CropParameters) -> list[R
     ]
 
 
-def draw_contact_sheet(
+def render_contact_sheet(
     rows: Sequence[Row],
     crops: CropBatch,
     masks: Bool[Tensor, "images 2 patches"],

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.bad_images import examine, find_fault, redraw
+from distill.data.bad_images import examine, find_fault, to_bitmap
 from distill.data.bad_samples import BadSamples
 from distill.data.crops import CropParameters, CropSchedule, draw_parameters
 from distill.data.index import ImageIndex
@@ -72,7 +72,7 @@ class Feed:
         self._max_megapixels = max_megapixels
         self._reader = Reader()
         self._known: dict[int, str] = {}  # bad images and why
-        self._redrawn: set[int] = set()  # good ones that only Pillow can decode
+        self._as_bitmap: set[int] = set()  # good ones that only Pillow can decode
         self._preparing = ThreadPoolExecutor(1, "feed")
         self._reading = ThreadPoolExecutor(READ_THREADS, "read")
         self._ahead: deque[Future[Prepared]] = deque()
@@ -106,10 +106,10 @@ class Feed:
     def refuse(self, image: int, encoded: Encoded) -> None:
         """Notes that the decoder cannot decode an image: from the next ``start`` on Pillow does, or a substitute is used."""
         size = examine(encoded, self._max_megapixels, is_full=True)
-        if isinstance(size, str) or image in self._redrawn:
+        if isinstance(size, str) or image in self._as_bitmap:
             self._known[image] = size if isinstance(size, str) else "the decoder refuses it"
         else:
-            self._redrawn.add(image)
+            self._as_bitmap.add(image)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -189,4 +189,4 @@ class Feed:
             return np.empty(0, np.uint8), reason
         height, width = self._index.hw[image].tolist()
         fault = find_fault(encoded, (height, width), self._max_megapixels)
-        return redraw(encoded) if image in self._redrawn and fault is None else encoded, fault
+        return to_bitmap(encoded) if image in self._as_bitmap and fault is None else encoded, fault

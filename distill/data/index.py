@@ -268,8 +268,8 @@ def make_index(
     names = [each.location.name.encode() for each in found]
     for row, each in enumerate(found):
         location = each.location
-        number = containers.setdefault((location.kind, location.container), len(containers))
-        locations[row] = number, location.offset, location.length
+        container = containers.setdefault((location.kind, location.container), len(containers))
+        locations[row] = container, location.offset, location.length
     labels, class_names = _classes([each.label for each in found])
     return ImageIndex(
         names=np.frombuffer(b"".join(names), np.uint8),

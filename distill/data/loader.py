@@ -174,8 +174,8 @@ class Loader:
             for image, encoded in zip(prepared.ids, prepared.encoded, strict=True)
         }
         refused = find_refused(list(images.values()), self._device_id)
-        for number in refused:
-            self._feed.refuse(*list(images.items())[number])
+        for index in refused:
+            self._feed.refuse(*list(images.items())[index])
         return bool(refused)
 
     def _nothing(self, spec: CropSpec) -> CropBatch:

@@ -49,8 +49,8 @@ def pack(
     }
     _claim(out, facts)
     starts = range(0, len(found), images_per_shard)
-    for number, start in enumerate(starts):
-        path = out / f"shard-{number:06}.tar"
+    for position, start in enumerate(starts):
+        path = out / f"shard-{position:06}.tar"
         part = found[start : start + images_per_shard]
         if not path.exists():
             _write_shard(path, part, start, max_megapixels)
@@ -83,7 +83,7 @@ def _write_shard(path: Path, part: Sequence[Found], start: int, max_megapixels: 
     reader, left_out = Reader(), list[dict[str, str]]()
     with replaced(path) as aside:
         with tarfile.open(aside, mode="w", format=tarfile.USTAR_FORMAT) as shard:
-            for number, each in enumerate(part, start):
+            for position, each in enumerate(part, start):
                 try:
                     encoded = reader.read(each.location)
                     fault = examine(encoded, max_megapixels, is_full=True)
@@ -92,9 +92,9 @@ def _write_shard(path: Path, part: Sequence[Found], start: int, max_megapixels: 
                 if isinstance(fault, str):
                     left_out.append({"sample": str(each.location), "reason": fault})
                     continue
-                _add(shard, f"{number:09}.{SUFFIX_OF[name_format(encoded)]}", encoded.tobytes())
+                _add(shard, f"{position:09}.{SUFFIX_OF[name_format(encoded)]}", encoded.tobytes())
                 if each.label:
-                    _add(shard, f"{number:09}.cls", each.label.encode())
+                    _add(shard, f"{position:09}.cls", each.label.encode())
         if left_out:
             lines = "".join(json.dumps(row) + "\n" for row in left_out)
             replace_text(path.with_suffix(".left_out.jsonl"), lines)

@@ -135,9 +135,9 @@ def _blur(crop: Any, sigma: Any, device_id: int | None) -> Any:
 
 
 def find_refused(encoded: Sequence[NDArray[np.uint8]], device_id: int | None) -> list[int]:
-    """Numbers of the images that the decoder cannot decode; each is tried alone."""
+    """Indices of the images that the decoder cannot decode; each is tried alone."""
     refused = []
-    for number, image in enumerate(encoded):
+    for index, image in enumerate(encoded):
 
         @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
         @no_type_check  # as above
@@ -150,7 +150,7 @@ def find_refused(encoded: Sequence[NDArray[np.uint8]], device_id: int | None) ->
         try:
             pipeline.run()
         except RuntimeError:
-            refused.append(number)
+            refused.append(index)
     return refused
 
 

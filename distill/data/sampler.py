@@ -155,14 +155,14 @@ class Sampler:
         kind = int(self._batches.at(np.array([step]))[0][0])
         stream = self._images_before(step, kind) + positions
         if self._pools_at is None or kind:
-            number = len(self._mixed) + kind - (self._pools_at is not None)
-            return self._draw(number, stream), [self._pools[number]] * len(positions)
-        numbers, earlier = self._pools_at.at(stream)
+            pool_index = len(self._mixed) + kind - (self._pools_at is not None)
+            return self._draw(pool_index, stream), [self._pools[pool_index]] * len(positions)
+        pool_indices, earlier = self._pools_at.at(stream)
         ids = np.empty(len(positions), np.int64)
-        for number in np.unique(numbers):
-            here = numbers == number
-            ids[here] = self._draw(int(number), earlier[here])
-        return ids, [self._pools[number] for number in numbers]
+        for pool_index in np.unique(pool_indices):
+            here = pool_indices == pool_index
+            ids[here] = self._draw(int(pool_index), earlier[here])
+        return ids, [self._pools[pool_index] for pool_index in pool_indices]
 
     def _images_before(self, step: int, kind: int) -> int:
         """Images of all batches of a kind before a step."""
@@ -174,9 +174,9 @@ class Sampler:
             if first < step
         )
 
-    def _draw(self, number: int, stream: Ints) -> Ints:
+    def _draw(self, pool_index: int, stream: Ints) -> Ints:
         """The samples at some places of one pool's stream of permutations."""
-        pool = self._pools[number]
+        pool = self._pools[pool_index]
         num_samples = pool.stop - pool.start
         epochs, positions = np.divmod(stream, num_samples)
         ids = np.empty(len(stream), np.int64)

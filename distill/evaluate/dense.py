@@ -39,7 +39,7 @@ class Mosaics:
     classes: Int64[Tensor, "images height width"]
 
     def patch_classes(self, stride: int) -> Int64[Tensor, "images patches"]:
-        """The class that covers most of each patch, row-major; the smaller number where two cover the same."""
+        """The class that covers most of each patch, row-major; the smaller index where two cover the same."""
         blocks = self.classes.unfold(1, stride, stride).unfold(2, stride, stride).flatten(3)
         return blocks.mode(dim=3).values.flatten(1)
 
@@ -53,7 +53,7 @@ def compose(split: Scored, count: int, size: int, stride: int, *, seed: int = SE
     images = np.empty((count, 3, side, side), np.uint8)
     classes = np.empty((count, side, side), np.int64)
     rows, columns = np.mgrid[:side, :side]
-    for number in range(count):
+    for index in range(count):
         regions = min(REGIONS, len(known))
         chosen = rng.choice(known, regions, replace=False)
         points = rng.uniform(0, side, (regions, 2))
@@ -63,8 +63,8 @@ def compose(split: Scored, count: int, size: int, stride: int, *, seed: int = SE
             image = int(rng.choice(np.flatnonzero(labels == label)))
             inside = nearest == region
             pixels = decode(reader, split.locations[image], size).numpy()
-            images[number][:, inside] = _mirrored(pixels, side)[:, inside]
-            classes[number][inside] = label
+            images[index][:, inside] = _mirrored(pixels, side)[:, inside]
+            classes[index][inside] = label
     return Mosaics(torch.from_numpy(images), torch.from_numpy(classes))
 
 
@@ -124,8 +124,8 @@ class DenseProbe:
     def __init__(self, splits: Sequence[Scored], size: int, stride: int) -> None:
         """``splits``: training and held-out images; ``size``, ``stride``: of the networks that will be scored."""
         self.mosaics = [
-            compose(split, count, size, stride, seed=SEED + number)
-            for number, (split, count) in enumerate(zip(splits, (NUM_TRAIN, NUM_TEST), strict=True))
+            compose(split, count, size, stride, seed=SEED + index)
+            for index, (split, count) in enumerate(zip(splits, (NUM_TRAIN, NUM_TEST), strict=True))
         ]
         self._classes = [each.patch_classes(stride).flatten() for each in self.mosaics]
 

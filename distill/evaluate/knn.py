@@ -147,11 +147,11 @@ def evaluate_run(
     train, test, reason = read_splits(run_folder, k)
     summary = _read_summary(run_folder)
     untrained: dict[str, float | None] = {}
-    for number, (name, folder) in enumerate(folders.items(), start=1):
+    for turn, (name, folder) in enumerate(folders.items(), start=1):
         entry = _summary_entry(summary, name, is_teacher=name == TEACHER)
         entry["knn"] = untrained[name] = None
         if not reason:
-            what = f"k-NN of {name} and its untrained copy ({number} of {len(folders)})"
+            what = f"k-NN of {name} and its untrained copy ({turn} of {len(folders)})"
             say(what)
             on_batch = count_images(say, what, 2 * (len(train.locations) + len(test.locations)))
             target_device = device or torch.device("cpu")

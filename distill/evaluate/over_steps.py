@@ -107,7 +107,7 @@ def read_ema(path: Path) -> dict[str, Tensor]:
         }
 
 
-def draw_progress(runs: Mapping[str, Sequence[StepScores]], out: Path) -> Path:
+def plot_progress(runs: Mapping[str, Sequence[StepScores]], out: Path) -> Path:
     """``out``, now holding the three scores over the steps, a line per run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -36,7 +36,7 @@ CLIP_SIGMAS = 2.0  # of a component's spread; what lies outside is drawn as the 
 Point = tuple[float, float]
 
 
-def draw(
+def plot_features(
     networks: Mapping[str, nn.Module],
     photographs: Sequence[np.ndarray],
     out: Path,
@@ -56,7 +56,7 @@ def draw(
         ValueError: no network or no photograph, or not one point for each photograph.
     """
     if not networks or not photographs:
-        raise ValueError("draw needs at least one network and one photograph")
+        raise ValueError("a picture needs at least one network and one photograph")
     marks = points or [(0.5, 0.5)] * len(photographs)
     if len(marks) != len(photographs):
         raise ValueError(f"{len(marks)} points for {len(photographs)} photographs: give one each")
@@ -64,7 +64,7 @@ def draw(
     resized = [fit(photograph, longer_side_px, multiple) for photograph in photographs]
     figure, axes = _canvas(resized, list(networks))
     for photograph, point, row in zip(resized, marks, axes, strict=True):
-        _draw_photograph(row[0], photograph, point)
+        _plot_photograph(row[0], photograph, point)
         reference: Tensor | None = None
         for index, backbone in enumerate(networks.values()):
             patches = patch_features(backbone, photograph, mean, std)
@@ -74,7 +74,7 @@ def draw(
             else:
                 components = turn_towards(components, reference)
             row[2 * index + 1].imshow(rgb(components), interpolation="nearest")
-            _draw_similarity(row[2 * index + 2], cosine_map(patches, point))
+            _plot_similarity(row[2 * index + 2], cosine_map(patches, point))
     with replaced(out) as aside:
         figure.savefig(aside, dpi=DPI, format="png")
     return out
@@ -181,14 +181,14 @@ def _canvas(photographs: Sequence[np.ndarray], names: Sequence[str]) -> tuple[Fi
     return figure, axes
 
 
-def _draw_photograph(axis: Axes, photograph: np.ndarray, point: Point) -> None:
+def _plot_photograph(axis: Axes, photograph: np.ndarray, point: Point) -> None:
     height, width, _ = photograph.shape
     axis.imshow(photograph)
     axis.plot(point[1] * width, point[0] * height, "o", ms=7, mfc="none", mec="white", mew=3.0)
     axis.plot(point[1] * width, point[0] * height, "o", ms=7, mfc="none", mec="red", mew=1.5)
 
 
-def _draw_similarity(axis: Axes, similarity: np.ndarray) -> None:
+def _plot_similarity(axis: Axes, similarity: np.ndarray) -> None:
     """The map stretched from its lowest value (given below it) to 1."""
     axis.imshow(
         similarity, cmap="magma", vmin=float(similarity.min()), vmax=1.0, interpolation="nearest"

@@ -15,7 +15,7 @@ from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
 from distill.evaluate.knn import evaluate_run
-from distill.evaluate.pictures import draw
+from distill.evaluate.pictures import plot_features
 from distill.job.prepare import BUILTIN_PHOTOGRAPHS, read_job
 from distill.recipe.keys import FamilyRecipe
 from distill.runfolder.files import is_full
@@ -64,7 +64,7 @@ def finish(run_folder: Path) -> dict[str, Any]:
     photographs = _photographs(run_folder, data.sources[0].path)
     message, picture = "", run_folder / "features.png"
     try:
-        draw(networks, photographs, picture, mean=data.mean, std=data.std)
+        plot_features(networks, photographs, picture, mean=data.mean, std=data.std)
     except OSError as error:
         if not is_full(error):
             raise

@@ -21,7 +21,7 @@ from distill.plan.by_step import PlanSchedule
 from distill.plan.from_recipe import Recipe, TeacherShape, heads_of_student, later_plans
 from distill.plan.plan import Placement, Plan
 from distill.recipe.crop_sizes import crop_schedule
-from distill.recipe.extensions import Kind, find
+from distill.recipe.extensions import ExtensionKind, find
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
 from distill.recipe.networks import StudentSpec
 from distill.recipe.schedules import ObjectiveSpec, StageSpec
@@ -113,7 +113,7 @@ def extra_terms(recipe: FamilyRecipe) -> tuple[ExtraTerm, ...]:
     """
     terms = []
     for name, weight in sorted((recipe.objective.extra or {}).items()):
-        make: Callable[[FamilyRecipe], LossTerm] = find(Kind.LOSS, name, "objective.extra")
+        make: Callable[[FamilyRecipe], LossTerm] = find(ExtensionKind.LOSS, name, "objective.extra")
         term = make(recipe)
         if isinstance(term, nn.Module) and any(True for _ in term.parameters()):
             raise RecipeError(

@@ -33,7 +33,7 @@ from distill.plan.from_recipe import on_nodes_of
 from distill.plan.job import check_job
 from distill.plan.teacher_source import TRAINED_HEADS, heads_file
 from distill.recipe.document import find_recipe
-from distill.recipe.extensions import Kind, find
+from distill.recipe.extensions import ExtensionKind, find
 from distill.recipe.identity import recipe_hash
 from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
@@ -154,7 +154,7 @@ def _lister_of(source: SourceSpec) -> Lister | None:
     """What the recipe names to list a source; None leaves it to the suffixes."""
     if source.lister is None:
         return None
-    found: Lister = find(Kind.SOURCE, source.lister, "data.sources.lister")
+    found: Lister = find(ExtensionKind.SOURCE, source.lister, "data.sources.lister")
     return found
 
 

@@ -37,7 +37,7 @@ from distill.job.resume import agreed_checkpoint, joining_steps
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.from_recipe import ONLINE, plan_family, plan_fitting, plan_stage
 from distill.plan.teacher_source import TRAINED_HEADS, teacher_shape
-from distill.recipe.extensions import BUILTIN, Kind, find
+from distill.recipe.extensions import BUILTIN, ExtensionKind, find
 from distill.recipe.identity import recipe_hash
 from distill.recipe.keys import (
     FAMILY_PHASE,
@@ -326,8 +326,8 @@ class _Run:
 
 def find_sinks(engine: EngineSpec) -> list[SinkFactory]:
     """Factories of the metric sinks of installed packages that a recipe names."""
-    names = [name for name in engine.metric_sinks if name not in BUILTIN[Kind.SINK]]
-    return [find(Kind.SINK, name, "engine.metric_sinks") for name in dict.fromkeys(names)]
+    names = [name for name in engine.metric_sinks if name not in BUILTIN[ExtensionKind.SINK]]
+    return [find(ExtensionKind.SINK, name, "engine.metric_sinks") for name in dict.fromkeys(names)]
 
 
 def _backbone_only(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from distill.data.contact_sheet import draw_contact_sheet, rows_of
+from distill.data.contact_sheet import render_contact_sheet, rows_of
 from distill.data.mask_counts import mask_counts
 from distill.data.masks import draw_masks
 from distill.errors import RecipeError
@@ -21,7 +21,7 @@ from distill.recipe.schedules import StageSpec
 from students.shapes import grid_of
 
 
-def draw_step(
+def render_step(
     recipe: FamilyRecipe | TeacherRecipe,
     teacher_recipe: TeacherRecipe | None,
     *,
@@ -78,7 +78,7 @@ def draw_step(
     masks = draw_masks(
         seed=recipe.seed, step=step, counts=counts, positions=positions, grid_hw=grid_hw
     )
-    return draw_contact_sheet(rows_of(images, prepared.parameters), batch, masks, grid_hw, out)
+    return render_contact_sheet(rows_of(images, prepared.parameters), batch, masks, grid_hw, out)
 
 
 def _stage_named(recipe: FamilyRecipe | TeacherRecipe, name: str) -> StageSpec:

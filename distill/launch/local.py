@@ -74,7 +74,7 @@ def run(recipe: str, overrides: list[str], options: Options) -> int:
     """
     from distill.job.prepare import JobRequest
     from distill.recipe.document import builtin_recipes
-    from distill.recipe.extensions import Kind, find
+    from distill.recipe.extensions import ExtensionKind, find
     from distill.recipe.reader import load_job
 
     parsed, _ = load_job(recipe, overrides)
@@ -85,7 +85,9 @@ def run(recipe: str, overrides: list[str], options: Options) -> int:
     request = JobRequest(
         recipe_name, tuple(overrides), str(run_folder), resume_command(), options.until
     )
-    launcher: Launcher = find(Kind.LAUNCHER, launcher_name(parsed.engine), "engine.launcher")
+    launcher: Launcher = find(
+        ExtensionKind.LAUNCHER, launcher_name(parsed.engine), "engine.launcher"
+    )
     return launcher(request, options, parsed.engine)
 
 
@@ -259,13 +261,13 @@ class _Signals:
             signal.SIGUSR1: self._on_save,
         }
         self._before = {
-            number: signal.signal(number, handler) for number, handler in handlers.items()
+            signum: signal.signal(signum, handler) for signum, handler in handlers.items()
         }
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
 
     def _on_stop(self, *_: object) -> None:
         leave_request(self._run_folder, STOP)

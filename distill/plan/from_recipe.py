@@ -30,7 +30,7 @@ from distill.plan.memory import (
     wire_shape,
 )
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import RANKS_PER_NODE, Plan, make_plan, without
+from distill.plan.plan import RANKS_PER_NODE, Plan, PlanOptions, make_plan, without
 from distill.recipe.crop_sizes import crop_schedule
 from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import HeadsSpec, StudentSpec
@@ -99,7 +99,7 @@ def plan_stage(
     in_groups = recipe.engine.micro_batch is not None
     batch = recipe.at_stage(stage).schedule.batch
     works = [NetworkCost(ONLINE, train_s, num_ranks)]
-    plan = make_plan(works, teach_s, batch, num_ranks, has_full_groups=in_groups)
+    plan = make_plan(works, teach_s, batch, num_ranks, PlanOptions(has_full_groups=in_groups))
     require_full_groups(recipe, plan)
     first = recipe.at_stage(recipe.stages[0]).schedule.batch
     parts, first_parts = (_num_parts(recipe, images, num_ranks) for images in (batch, first))
@@ -219,12 +219,14 @@ def _plan_family(
         device.seconds(teaching_tflops(shape.spec, shape.heads, shapes)),
         recipe.schedule.batch,
         num_ranks,
-        lookahead=recipe.engine.lookahead,
-        unit=recipe.engine.teacher_micro_batch,
-        has_even_shares=recipe.engine.exchange == "all_gather",
-        is_teacher_sharded=is_sharded,
-        has_full_groups=recipe.engine.micro_batch is not None,
-        ranks_per_node=recipe.engine.ranks_per_node or RANKS_PER_NODE,
+        PlanOptions(
+            lookahead=recipe.engine.lookahead,
+            unit=recipe.engine.teacher_micro_batch,
+            has_even_shares=recipe.engine.exchange == "all_gather",
+            is_teacher_sharded=is_sharded,
+            has_full_groups=recipe.engine.micro_batch is not None,
+            ranks_per_node=recipe.engine.ranks_per_node or RANKS_PER_NODE,
+        ),
     )
     if recipe.objective.koleo and shape.heads is not None:
         require_full_groups(recipe, plan)

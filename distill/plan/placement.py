@@ -30,7 +30,7 @@ class NetworkCost:
 
 
 def place_networks(
-    works: Sequence[NetworkCost],
+    costs: Sequence[NetworkCost],
     teach_s: float,
     images_global: int,
     num_ranks: int,
@@ -48,35 +48,35 @@ def place_networks(
     Raises:
         PlanError: a network asks for ranks that this job has not.
     """
-    given = [work.ranks for work in works if isinstance(work.ranks, range)]
+    given = [work.ranks for work in costs if isinstance(work.ranks, range)]
     if given:
-        assert len(given) == len(works), "ranges for all or for none, a rule of recipes"
-        return _as_given(works, given, num_ranks)
-    counts, notes = _count_ranks(works, num_ranks)
-    firsts = _first_ranks(works, counts, num_ranks, ranks_per_node)
-    total_s = images_global * (teach_s + sum(work.image_s for work in works))
+        assert len(given) == len(costs), "ranges for all or for none, a rule of recipes"
+        return _as_given(costs, given, num_ranks)
+    counts, notes = _count_ranks(costs, num_ranks)
+    firsts = _first_ranks(costs, counts, num_ranks, ranks_per_node)
+    total_s = images_global * (teach_s + sum(work.image_s for work in costs))
     ideal_s = total_s / num_ranks
 
     def step_s(counts: Sequence[int], firsts: Sequence[int]) -> float:
         student_s = np.zeros(num_ranks)
-        for work, count, first in zip(works, counts, firsts, strict=True):
+        for work, count, first in zip(costs, counts, firsts, strict=True):
             student_s[first : first + count] += work.image_s * images_global / count
         even = teach_s * images_global / num_ranks
         return float(max(student_s.max(), ideal_s) if is_filled else student_s.max() + even)
 
     if not may_overlap or step_s(counts, firsts) <= ideal_s * (1.0 + NEARLY):
         return counts, firsts, notes
-    candidates = _overlapping(works, num_ranks, images_global)
+    candidates = _overlapping(costs, num_ranks, images_global)
     found = min(candidates, key=lambda c: (round(step_s(*c) / ideal_s, 2), sum(c[0]), step_s(*c)))
     if step_s(*found) > step_s(counts, firsts) * (1.0 - NEARLY):
         return counts, firsts, notes
-    return *found, (f"{len(works)} networks on {num_ranks} ranks: some ranks hold several",)
+    return *found, (f"{len(costs)} networks on {num_ranks} ranks: some ranks hold several",)
 
 
 def _as_given(
-    works: Sequence[NetworkCost], given: Sequence[range], num_ranks: int
+    costs: Sequence[NetworkCost], given: Sequence[range], num_ranks: int
 ) -> tuple[Sequence[int], Sequence[int], tuple[str, ...]]:
-    for work, ranks in zip(works, given, strict=True):
+    for work, ranks in zip(costs, given, strict=True):
         if ranks.stop > num_ranks:
             moved = max(0, num_ranks - len(ranks))
             raise PlanError(
@@ -93,11 +93,11 @@ def _as_given(
 
 
 def _overlapping(
-    works: Sequence[NetworkCost], num_ranks: int, images_global: int
+    costs: Sequence[NetworkCost], num_ranks: int, images_global: int
 ) -> Iterator[tuple[Sequence[int], Sequence[int]]]:
     """Counts and first ranks of groups that may overlap: all there are, or the heaviest spread step by step."""
     most = min(num_ranks, images_global)
-    requested = _requested(works)
+    requested = _requested(costs)
     allowed = [range(1, most + 1) if count is None else (count,) for count in requested]
     spans = [[(n, first) for n in each for first in range(num_ranks - n + 1)] for each in allowed]
     if math.prod(len(each) for each in spans) <= SEARCH_LIMIT:
@@ -106,7 +106,7 @@ def _overlapping(
         return
     counts = [each[0] for each in allowed]
     while True:
-        load = [work.image_s / count for work, count in zip(works, counts, strict=True)]
+        load = [work.image_s / count for work, count in zip(costs, counts, strict=True)]
         yield tuple(counts), tuple(_heaviest_first(load, counts, num_ranks))
         growing = [i for i, each in enumerate(allowed) if counts[i] < each[-1]]
         if not growing:
@@ -116,14 +116,14 @@ def _overlapping(
         counts[heaviest] = min(grown, allowed[heaviest][-1])
 
 
-def _count_ranks(works: Sequence[NetworkCost], num_ranks: int) -> tuple[list[int], tuple[str, ...]]:
+def _count_ranks(costs: Sequence[NetworkCost], num_ranks: int) -> tuple[list[int], tuple[str, ...]]:
     """Ranks of each network: as requested, the others by giving each next rank to the network with most work per rank.
 
     That order makes the heaviest rank as light as any division of the ranks can (each rank goes where
     the maximum is), and the teaching fills what remains below it.
     """
-    requested = _requested(works)
-    for work, count in zip(works, requested, strict=True):
+    requested = _requested(costs)
+    for work, count in zip(costs, requested, strict=True):
         if count is not None and count > num_ranks:
             raise PlanError(
                 f"students.{work.name}.ranks = {count}: this job has {num_ranks} ranks",
@@ -132,27 +132,27 @@ def _count_ranks(works: Sequence[NetworkCost], num_ranks: int) -> tuple[list[int
     counts = [count or 1 for count in requested]
     free = num_ranks - sum(counts)
     if free < 0:
-        return counts, (f"{len(works)} networks on {num_ranks} ranks: some ranks hold several",)
+        return counts, (f"{len(costs)} networks on {num_ranks} ranks: some ranks hold several",)
     flexible = [index for index, count in enumerate(requested) if count is None]
     for _ in range(free if flexible else 0):
-        heaviest = max(flexible, key=lambda index: works[index].image_s / counts[index])
+        heaviest = max(flexible, key=lambda index: costs[index].image_s / counts[index])
         counts[heaviest] += 1
     idle = num_ranks - sum(counts)
     return counts, ((f"{idle} ranks only teach",) if idle else ())
 
 
-def _requested(works: Sequence[NetworkCost]) -> list[int | None]:
+def _requested(costs: Sequence[NetworkCost]) -> list[int | None]:
     """The number of ranks that each network asks for."""
-    return [work.ranks if isinstance(work.ranks, int) else None for work in works]
+    return [work.ranks if isinstance(work.ranks, int) else None for work in costs]
 
 
 def _first_ranks(
-    works: Sequence[NetworkCost], counts: Sequence[int], num_ranks: int, ranks_per_node: int
+    costs: Sequence[NetworkCost], counts: Sequence[int], num_ranks: int, ranks_per_node: int
 ) -> list[int]:
     """Side by side where they fit, otherwise stacked so that the fullest rank is as light as can be."""
     if sum(counts) <= num_ranks:
         return _side_by_side(counts, ranks_per_node)
-    return _stacked([w.image_s / c for w, c in zip(works, counts, strict=True)], counts, num_ranks)
+    return _stacked([w.image_s / c for w, c in zip(costs, counts, strict=True)], counts, num_ranks)
 
 
 def _side_by_side(counts: Sequence[int], ranks_per_node: int) -> list[int]:

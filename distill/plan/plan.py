@@ -236,68 +236,58 @@ def run_lengths(values: Sequence[float]) -> list[list[float]]:
     return [[len(list(run)), value] for value, run in groupby(values)]
 
 
-def make_plan(
-    works: Sequence[NetworkCost],
-    teach_s: float,
-    images_global: int,
-    num_ranks: int,
-    *,
-    lookahead: int = 0,
-    unit: int = 1,
-    has_even_shares: bool = False,
-    is_teacher_sharded: bool = False,
-    has_full_groups: bool = False,
-    ranks_per_node: int = RANKS_PER_NODE,
-) -> Plan:
-    """Places networks on ranks and divides the teaching.
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan may and must do.
 
     Args:
-        works: networks to train.
-        teach_s: seconds the teacher takes per image.
-        images_global: images per step.
-        num_ranks: ranks of the job.
         lookahead: steps that teaching may run ahead; above 0 shares may differ from step to step.
         unit: images the teacher takes at once; shares are multiples of it where they divide the batch.
         has_even_shares: divide the teaching evenly, as published.
         has_full_groups: slices are full KoLeo groups wherever there are enough.
         is_teacher_sharded: every rank holds a part of the teacher, so shares are even.
         ranks_per_node: groups are laid out so that few of them cross a node border.
+    """
+
+    lookahead: int = 0
+    unit: int = 1
+    has_even_shares: bool = False
+    is_teacher_sharded: bool = False
+    has_full_groups: bool = False
+    ranks_per_node: int = RANKS_PER_NODE
+
+
+def make_plan(
+    costs: Sequence[NetworkCost],
+    teach_s: float,
+    images_global: int,
+    num_ranks: int,
+    options: PlanOptions = PlanOptions(),
+) -> Plan:
+    """Places networks on ranks and divides the teaching.
+
+    Args:
+        costs: of the networks to train.
+        teach_s: seconds the teacher takes per image.
+        images_global: images per step.
+        num_ranks: ranks of the job.
+        options: what the plan may and must do.
 
     Raises:
         PlanError: no ranks, fewer images than ranks of a network, or a network that asks for more
         ranks than there are.
     """
-    if num_ranks < 1:
-        raise PlanError(f"{num_ranks} ranks: at least one is needed", fix="Pass --gpus 1 or more.")
-    counts, firsts, notes = place_networks(
-        works,
-        teach_s,
-        images_global,
-        num_ranks,
-        ranks_per_node,
-        is_filled=not (has_even_shares or is_teacher_sharded),
-        may_overlap=not has_even_shares,
-    )
-    for work, count in zip(works, counts, strict=True):
-        if count > images_global:
-            raise PlanError(
-                f"{work.name}: {count} ranks for a batch of {images_global} images leaves ranks without an image",
-                fix=f"Use at most {images_global} ranks, or a larger schedule.batch.",
-            )
-    placements = tuple(
-        Placement(work.name, first, split_evenly(images_global, count, in_groups=has_full_groups))
-        for work, first, count in zip(works, firsts, counts, strict=True)
-    )
-    image_s = tuple(work.image_s for work in works)
+    placements, notes = _place(costs, teach_s, images_global, num_ranks, options)
+    image_s = tuple(cost.image_s for cost in costs)
     student_s = _student_seconds(placements, image_s, num_ranks)
-    unit = unit if images_global % unit == 0 else 1
+    unit = options.unit if images_global % options.unit == 0 else 1
     is_local = all(len(p.slices) == num_ranks for p in placements)  # nothing to fill or to send
-    has_even_shares |= is_teacher_sharded
-    is_filled = not is_local and not has_even_shares
-    is_dithered = is_filled and lookahead > 0
+    is_even = options.has_even_shares or options.is_teacher_sharded
+    is_filled = not is_local and not is_even
+    is_dithered = is_filled and options.lookahead > 0
     if is_local:
         exact, unit = [float(len(part)) for part in placements[0].slices], 1
-    elif has_even_shares:
+    elif is_even:
         exact, unit = [float(len(part)) for part in split_evenly(images_global, num_ranks)], 1
     else:
         exact = _fill(student_s, teach_s, images_global, unit, is_dithered=is_dithered)
@@ -309,12 +299,45 @@ def make_plan(
         unit=unit,
         is_filled=is_filled,
         is_dithered=is_dithered,
-        is_teacher_sharded=is_teacher_sharded,
+        is_teacher_sharded=options.is_teacher_sharded,
         teach_s=teach_s,
         image_s=image_s,
         student_s=student_s,
-        notes=(*notes, SHARDED_NOTE) if is_teacher_sharded else notes,
+        notes=(*notes, SHARDED_NOTE) if options.is_teacher_sharded else notes,
     )
+
+
+def _place(
+    costs: Sequence[NetworkCost],
+    teach_s: float,
+    images_global: int,
+    num_ranks: int,
+    options: PlanOptions,
+) -> tuple[tuple[Placement, ...], tuple[str, ...]]:
+    """Ranks and slices of every network, and what people should know about them."""
+    if num_ranks < 1:
+        raise PlanError(f"{num_ranks} ranks: at least one is needed", fix="Pass --gpus 1 or more.")
+    counts, firsts, notes = place_networks(
+        costs,
+        teach_s,
+        images_global,
+        num_ranks,
+        options.ranks_per_node,
+        is_filled=not (options.has_even_shares or options.is_teacher_sharded),
+        may_overlap=not options.has_even_shares,
+    )
+    for cost, count in zip(costs, counts, strict=True):
+        if count > images_global:
+            raise PlanError(
+                f"{cost.name}: {count} ranks for a batch of {images_global} images leaves ranks without an image",
+                fix=f"Use at most {images_global} ranks, or a larger schedule.batch.",
+            )
+    in_groups = options.has_full_groups
+    placements = tuple(
+        Placement(cost.name, first, split_evenly(images_global, count, in_groups=in_groups))
+        for cost, first, count in zip(costs, firsts, counts, strict=True)
+    )
+    return placements, tuple(notes)
 
 
 def without(plan: Plan, names: Collection[str]) -> Plan:

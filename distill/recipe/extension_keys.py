@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, create_model
 
 from distill.errors import RecipeError
-from distill.recipe.extensions import Kind, find
+from distill.recipe.extensions import ExtensionKind, find
 from distill.recipe.types import Section, science, section_in
 
 Of = TypeVar("Of", bound=Section)
@@ -38,7 +38,7 @@ def find_section(name: str) -> type[Section]:
     Raises:
         RecipeError: it is not known, cannot be imported, or is no section of declared keys.
     """
-    found = find(Kind.KEYS, name, "extensions")
+    found = find(ExtensionKind.KEYS, name, "extensions")
     is_section = isinstance(found, type) and issubclass(found, Section)
     if not is_section or not name.isidentifier() or not _are_declared(found):
         raise RecipeError(

@@ -20,7 +20,7 @@ from distill.errors import RecipeError
 GROUP_PREFIX = "distill."  # before the kind, in the name of an entry-point group
 
 
-class Kind(StrEnum):
+class ExtensionKind(StrEnum):
     """What can be added, each by the name of its group; the comments say where the promise of each is."""
 
     LOSS = "losses"  # a factory: distill.recipe.keys.FamilyRecipe to teacher.losses.LossTerm
@@ -36,28 +36,28 @@ class Kind(StrEnum):
         return GROUP_PREFIX + self.value
 
 
-BUILTIN: Mapping[Kind, Mapping[str, str]] = {  # name -> "module:object"
-    Kind.LOSS: {},
-    Kind.SOURCE: {
+BUILTIN: Mapping[ExtensionKind, Mapping[str, str]] = {  # name -> "module:object"
+    ExtensionKind.LOSS: {},
+    ExtensionKind.SOURCE: {
         "tar": "distill.data.sources:list_tar",
         "parquet": "distill.data.sources:list_parquet",
     },
-    Kind.EXPORTER: {
+    ExtensionKind.EXPORTER: {
         "hf": "distill.weights.to_hf:EXPORTER",
         "timm": "distill.weights.to_timm:EXPORTER",
         "meta": "distill.weights.to_meta:EXPORTER",
         "onnx": "distill.weights.to_onnx:EXPORTER",
     },
-    Kind.LAUNCHER: {
+    ExtensionKind.LAUNCHER: {
         "local": "distill.launch.local:run_locally",
         "external": "distill.launch.local:run_as_rank",
     },
-    Kind.SINK: {"jsonl": "distill.runfolder.metrics:MetricsWriter"},
-    Kind.KEYS: {},
+    ExtensionKind.SINK: {"jsonl": "distill.runfolder.metrics:MetricsWriter"},
+    ExtensionKind.KEYS: {},
 }
 
 
-def find(kind: Kind, name: str, key: str) -> Any:
+def find(kind: ExtensionKind, name: str, key: str) -> Any:
     """Imports and returns the object of a name; a built-in name cannot be taken by a package.
 
     Args:
@@ -71,7 +71,7 @@ def find(kind: Kind, name: str, key: str) -> Any:
     return _load(require(kind, name, key), key)
 
 
-def require(kind: Kind, name: str, key: str) -> EntryPoint:
+def require(kind: ExtensionKind, name: str, key: str) -> EntryPoint:
     """Returns where the object of a name is, without importing it.
 
     Raises:
@@ -97,7 +97,7 @@ def require(kind: Kind, name: str, key: str) -> EntryPoint:
     return next(point for point in found if point.value == targets[0])
 
 
-def names(kind: Kind) -> list[str]:
+def names(kind: ExtensionKind) -> list[str]:
     """Returns all names of a kind: the built-in ones first, then those of installed packages."""
     added = sorted(point.name for point in entry_points(group=kind.group))
     return list(dict.fromkeys([*BUILTIN[kind], *added]))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distill.errors import RecipeError
-from distill.recipe.extensions import Kind, require
+from distill.recipe.extensions import ExtensionKind, require
 from distill.recipe.keys import RESERVED_PHASES
 from distill.recipe.networks import HEADS_MODES, RESERVED_NETWORKS, ArchSpec
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS, Loc, Problem, is_custom
@@ -54,6 +54,13 @@ def find_conflicts(parts: Parts, teacher: Parts | None = None) -> Iterator[Probl
 
 
 def _shared_rules(parts: Parts) -> Iterator[Problem]:
+    yield from _range_rules(parts)
+    yield from _batch_rules(parts)
+    yield from _source_rules(parts)
+
+
+def _range_rules(parts: Parts) -> Iterator[Problem]:
+    """Pairs of numbers in order, deviations above zero."""
     blur = parts.get(("crops", "blur_sigma"))
     if blur is not None and not 0.0 < blur[0] <= blur[1]:
         yield ("crops", "blur_sigma"), f"{list(map(float, blur))}: must satisfy 0 < low <= high"
@@ -78,6 +85,10 @@ def _shared_rules(parts: Parts) -> Iterator[Problem]:
         std = parts.get((*key_path, "std"))
         if std is not None and min(std) <= 0.0:
             yield (*key_path, "std"), f"{list(std)}: each must be above 0"
+
+
+def _batch_rules(parts: Parts) -> Iterator[Problem]:
+    """Batches that all ranks, and KoLeo, have enough of."""
     batch, processes = parts.get(("schedule", "batch")), parts.get(("engine", "processes"))
     if isinstance(processes, int) and processes < 1:
         yield ("engine", "processes"), f"{processes}: at least 1, or auto"
@@ -104,6 +115,10 @@ def _shared_rules(parts: Parts) -> Iterator[Problem]:
             )
     for key_path in lonely:
         yield key_path, "1: koleo compares images, so it needs a batch of at least 2 (or koleo: 0)"
+
+
+def _source_rules(parts: Parts) -> Iterator[Problem]:
+    """Shares of the sources, and their names."""
     weights = [
         parts.get(("data", "sources", i, "weight")) for i in items_of(parts, "data", "sources")
     ]
@@ -126,23 +141,23 @@ def _shared_rules(parts: Parts) -> Iterator[Problem]:
 def _extension_rules(parts: Parts) -> Iterator[Problem]:
     """Every name of an installed package is known; nothing is imported to find out."""
     launcher = parts.get(("engine", "launcher"))
-    named: list[tuple[Kind, Loc, str]] = [
+    named: list[tuple[ExtensionKind, Loc, str]] = [
         *(
-            (Kind.LOSS, ("objective", "extra"), name)
+            (ExtensionKind.LOSS, ("objective", "extra"), name)
             for name in parts.get(("objective", "extra")) or ()
         ),
         *(
-            (Kind.SINK, ("engine", "metric_sinks"), name)
+            (ExtensionKind.SINK, ("engine", "metric_sinks"), name)
             for name in parts.get(("engine", "metric_sinks")) or ()
         ),
     ]
     if launcher not in (None, "auto"):
-        named.append((Kind.LAUNCHER, ("engine", "launcher"), launcher))
+        named.append((ExtensionKind.LAUNCHER, ("engine", "launcher"), launcher))
     for index in items_of(parts, "data", "sources"):
         source: Loc = ("data", "sources", index)
         lister = parts.get((*source, "lister"))
         if lister is not None:
-            named.append((Kind.SOURCE, (*source, "lister"), lister))
+            named.append((ExtensionKind.SOURCE, (*source, "lister"), lister))
         if lister is not None and parts.get((*source, "path")) == BUILTIN_PHOTOGRAPHS:
             yield (*source, "lister"), f"{lister}: {BUILTIN_PHOTOGRAPHS} takes none"
     for kind, loc, name in named:
@@ -187,6 +202,17 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
                 (*key_path, "steps"),
                 f"{ends[label]}: the family ends at schedule.steps = {num_steps}",
             )
+    yield from _length_rules(parts, ends)
+    strides_of_teacher = {} if teacher_stride is None else {"the teacher": teacher_stride}
+    for key in ("global", "eval_size"):
+        yield from _crop_rules(parts, key, {**strides_of_teacher, **strides})
+    yield from _crop_rules(parts, "local", strides)
+    yield from _source_of_teacher_rules(parts, teacher)
+
+
+def _length_rules(parts: Parts, ends: Mapping[str, int | None]) -> Iterator[Problem]:
+    """Which ranks, and how long; ``ends`` are the students' steps, None for all."""
+    num_steps = parts.get(("schedule", "steps"))
     requested = {i: parts.get(("students", i, "ranks")) for i in items_of(parts, "students")}
     ranged = {i for i, ranks in requested.items() if isinstance(ranks, str) and ranks != "auto"}
     for index, ranks in requested.items():
@@ -199,10 +225,10 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
             ("schedule", "steps"),
             f"{num_steps}: no student trains so long - did you mean {last}?",
         )
-    strides_of_teacher = {} if teacher_stride is None else {"the teacher": teacher_stride}
-    for key in ("global", "eval_size"):
-        yield from _crop_rules(parts, key, {**strides_of_teacher, **strides})
-    yield from _crop_rules(parts, "local", strides)
+
+
+def _source_of_teacher_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
+    """Where the teacher comes from, and the pixels that it expects."""
     train, weights, heads = (parts.get(("teacher", key)) for key in ("train", "weights", "heads"))
     if {("teacher", "train"), ("teacher", "weights")} <= parts.keys() and (train is None) == (
         weights is None

@@ -185,8 +185,8 @@ class MetricsReader:
         complete = data[: data.rfind(b"\n") + 1]
         num_known = len(self.rows)
         fresh = [
-            _parse_row(line, self.path, num_known + number)
-            for number, line in enumerate(complete.splitlines(), start=1)
+            _parse_row(line, self.path, num_known + line_number)
+            for line_number, line in enumerate(complete.splitlines(), start=1)
         ]
         self.rows.extend(fresh)
         self._offset += len(complete)
@@ -216,9 +216,9 @@ def drop_after(
     path = metrics_path(run_folder, network)
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     good = []
-    for number, line in enumerate(lines, start=1):
+    for line_number, line in enumerate(lines, start=1):
         with suppress(UserError):
-            row = _parse_row(line, path, number)
+            row = _parse_row(line, path, line_number)
             if (order[row.phase], row.step) <= (order[phase], step):
                 good.append(line)
     if len(good) < len(lines):
@@ -232,11 +232,11 @@ def metrics_path(run_folder: Path, network: str) -> Path:
     return run_folder / "metrics" / f"{network}.jsonl"
 
 
-def _parse_row(line: bytes, path: Path, number: int) -> MetricsRow:
+def _parse_row(line: bytes, path: Path, line_number: int) -> MetricsRow:
     try:
         return MetricsRow.from_json(json.loads(line))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}:{number}: not a line of metrics ({error})",
+            f"{path}:{line_number}: not a line of metrics ({error})",
             fix="remove that line; the run itself does not need it.",
         ) from error

@@ -48,12 +48,12 @@ class StopSaveRequests:
             signal.SIGTERM: self._stop,
             signal.SIGUSR1: self._save,
         }
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
     def look(self) -> None:
         """Takes up what was left in files."""

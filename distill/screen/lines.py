@@ -8,7 +8,7 @@ from distill.runfolder.status import FINAL_STATES, Status
 
 if TYPE_CHECKING:
     pass
-from distill.screen.snapshot import Snapshot, silence_s
+from distill.screen.snapshot import RunSnapshot, silence_s
 from distill.screen.tables import BASELINES, score_rows, score_text
 from distill.screen.words import clock_time, duration, number_text, rate_text, time_of_day
 
@@ -27,7 +27,7 @@ class Narrator:
         self._has_printed_silence = False
         self._num_events = 0
 
-    def lines(self, snapshot: Snapshot) -> list[str]:
+    def lines(self, snapshot: RunSnapshot) -> list[str]:
         """The lines for what happened since the last snapshot, oldest first."""
         before, now = self._status, snapshot.status
         fresh = snapshot.events[self._num_events :]
@@ -57,7 +57,7 @@ class Narrator:
         self._status = now
         return _stamped(events, snapshot.now_unix)
 
-    def _is_progress_due(self, snapshot: Snapshot) -> bool:
+    def _is_progress_due(self, snapshot: RunSnapshot) -> bool:
         now = snapshot.status
         assert now is not None, "progress of a run without a status"
         if now.state != "training" or now.work_done <= self._printed_work:
@@ -81,7 +81,7 @@ def _phase_line(status: Status) -> str:
     return f"phase {phase.name} ({index + 1} of {len(names)}): {phase.steps} steps of {who}"
 
 
-def _progress_line(snapshot: Snapshot) -> str:
+def _progress_line(snapshot: RunSnapshot) -> str:
     status = snapshot.status
     assert status is not None, "progress of a run without a status"
     steps = next(phase.steps for phase in status.phases if phase.name == status.phase)
@@ -100,7 +100,7 @@ def _progress_line(snapshot: Snapshot) -> str:
     return ", ".join(facts)
 
 
-def _state_lines(before: Status | None, snapshot: Snapshot) -> list[str]:
+def _state_lines(before: Status | None, snapshot: RunSnapshot) -> list[str]:
     now = snapshot.status
     assert now is not None, "state of a run without a status"
     lines = []

@@ -14,7 +14,7 @@ from distill.runfolder.status import FINAL_STATES, NetworkStatus, Status
 
 if TYPE_CHECKING:
     pass
-from distill.screen.snapshot import Snapshot, silence_s
+from distill.screen.snapshot import RunSnapshot, silence_s
 from distill.screen.words import (
     NOTHING,
     clock_time,
@@ -34,7 +34,7 @@ STATE_STYLES = {"training": "green", "waiting": "yellow", "done": "cyan", "parke
 NARROW = 84  # columns below which trend and ranks are left out
 
 
-def render_panel(snapshot: Snapshot, width: int, hint: str = "") -> Panel:
+def render_panel(snapshot: RunSnapshot, width: int, hint: str = "") -> Panel:
     """The run as a panel ``width`` columns wide: where it is, how it does, a row per network."""
     status = snapshot.status
     if status is None:
@@ -99,18 +99,18 @@ def _progress(status: Status, now_unix: float, width: int) -> RenderableType:
     return _spread(bar, right, width)
 
 
-def _health(snapshot: Snapshot) -> Text:
+def _health(snapshot: RunSnapshot) -> Text:
     """What slows the run down, and what would survive a crash now."""
     status = snapshot.status
     assert status is not None, "the panel of a run without a status has no health line"
-    is_over = status.state in FINAL_STATES
-    facts = [] if is_over else [f"loader wait {status.loader_wait:.1%}"]
+    is_done = status.state in FINAL_STATES
+    facts = [] if is_done else [f"loader wait {status.loader_wait:.1%}"]
     trained = [
         (rows[-1].wait, name)
         for name, rows in snapshot.rows.items()
         if rows and rows[-1].phase == status.phase and status.networks[name].state == "training"
     ]
-    if len(trained) > 1 and not is_over:
+    if len(trained) > 1 and not is_done:
         facts.append(f"slowest: {min(trained)[1]}")
     if status.bad_samples:
         facts.append(f"{status.bad_samples:,} bad samples")
@@ -123,7 +123,7 @@ def _health(snapshot: Snapshot) -> Text:
     return Text("   ".join(facts), style="dim", no_wrap=True, overflow="ellipsis")
 
 
-def _notices(snapshot: Snapshot) -> list[Text]:
+def _notices(snapshot: RunSnapshot) -> list[Text]:
     status = snapshot.status
     assert status is not None, "the panel of a run without a status has no notices"
     notices = []
@@ -144,7 +144,7 @@ def _notices(snapshot: Snapshot) -> list[Text]:
     return notices
 
 
-def _network_table(snapshot: Snapshot, *, is_narrow: bool) -> Table:
+def _network_table(snapshot: RunSnapshot, *, is_narrow: bool) -> Table:
     status = snapshot.status
     assert status is not None, "the panel of a run without a status has no networks"
     table = Table(box=None, expand=True, pad_edge=False, header_style="dim", show_edge=False)

@@ -19,7 +19,7 @@ SILENCE_S = 60.0  # without a new status (and ten steps' time) the job may be go
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class RunSnapshot:
     """The contents of the files at one time; ``rows`` has every network of the status."""
 
     name: str
@@ -43,7 +43,7 @@ class RunFiles:
         self._status_file = StatusFile(run_folder)
         self._readers: dict[str, MetricsReader] = {}
 
-    def take_snapshot(self) -> Snapshot:
+    def take_snapshot(self) -> RunSnapshot:
         """The run as its files describe it now."""
         status = self._status_file.read()
         if status is not None and status.updated_unix < self._since_unix:
@@ -51,7 +51,7 @@ class RunFiles:
         for name in status.networks if status else ():
             reader = self._readers.setdefault(name, MetricsReader(self._folder, name))
             reader.poll()
-        return Snapshot(
+        return RunSnapshot(
             name=self._folder.name,
             status=status,
             rows={name: reader.rows for name, reader in self._readers.items()},
@@ -68,7 +68,7 @@ class RunFiles:
         return summary
 
 
-def silence_s(snapshot: Snapshot) -> float:
+def silence_s(snapshot: RunSnapshot) -> float:
     """Seconds without news when that is long enough to say so, else 0."""
     status = snapshot.status
     if status is None or status.state in FINAL_STATES:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     pass
 from distill.screen.lines import Narrator
 from distill.screen.panel import render_panel
-from distill.screen.snapshot import RunFiles, Snapshot
+from distill.screen.snapshot import RunFiles, RunSnapshot
 from distill.screen.tables import scores_table
 
 REFRESH_S = 0.25  # of the live panel and of looking for events
@@ -57,7 +57,7 @@ def _watch_live(
         auto_refresh=False,
         transient=False,
     ) as screen:
-        while not _is_over(snapshot) and not stop.wait(REFRESH_S):
+        while not _is_done(snapshot) and not stop.wait(REFRESH_S):
             snapshot = files.take_snapshot()
             screen.update(render_panel(snapshot, console.width, hint), refresh=True)
         snapshot = files.take_snapshot()
@@ -74,10 +74,10 @@ def _watch_plain(files: RunFiles, console: Console, stop: threading.Event) -> St
         snapshot = files.take_snapshot()
         for line in narrator.lines(snapshot):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if is_last or _is_over(snapshot):
+        if is_last or _is_done(snapshot):
             return snapshot.status
         stop.wait(REFRESH_S)
 
 
-def _is_over(snapshot: Snapshot) -> bool:
+def _is_done(snapshot: RunSnapshot) -> bool:
     return snapshot.status is not None and snapshot.status.state in FINAL_STATES

@@ -69,14 +69,14 @@ def clock_time(unix: float, now_unix: float) -> str:
     return local_time.strftime("%a %d %b %H:%M") if is_far else local_time.strftime("%H:%M")
 
 
-def count_text(number: int, one: str, many: str) -> str:
+def count_text(count: int, one: str, many: str) -> str:
     """A count with its noun in the singular or plural."""
-    return f"{number} {one if number == 1 else many}"
+    return f"{count} {one if count == 1 else many}"
 
 
-def steps_text(number: int) -> str:
+def steps_text(count: int) -> str:
     """An integer with thin groups of thousands: ``41 900``."""
-    return f"{number:,}".replace(",", " ")
+    return f"{count:,}".replace(",", " ")
 
 
 def number_text(value: float) -> str:

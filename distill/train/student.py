@@ -16,7 +16,7 @@ from distill.train.schedule import StepNumbers
 from teacher.batch import StudentBatch
 from teacher.heads import Head, sinkhorn
 from teacher.losses import Losses
-from teacher.task import Assignments
+from teacher.task import SoftAssignments
 
 TARGETS_PREFIX = "targets/"  # of a target maker's tensors in a network's state
 
@@ -58,11 +58,11 @@ class SinkhornTargets:
 
     def build_targets(
         self, batch: StudentBatch, temperature: float, group: dist.ProcessGroup | None
-    ) -> Assignments:
-        """Assignments of the slice; the balance is over the full group."""
+    ) -> SoftAssignments:
+        """SoftAssignments of the slice; the balance is over the full group."""
         class_features = batch.targets.class_features.transpose(0, 1).flatten(0, 1)
         dino, ibot = self.dino_head.prototypes.weight, self.ibot_head.prototypes.weight
-        return Assignments(
+        return SoftAssignments(
             sinkhorn(class_features, dino, temperature, group),
             sinkhorn(batch.targets.patch_features, ibot, temperature, group),
         )

@@ -114,9 +114,9 @@ def renamed_vit(spec: ViTSpec, layout: Layout) -> list[tuple[str, str]]:
             f"{ours}.norm2", f"{other}.norm2"
         )
         pairs += _pairs(f"{ours}.attention.o_proj", f"{other}.attn.proj")
-        for number in (1, 2):
-            gamma = f"ls{number}.gamma" if is_meta else f"gamma_{number}"
-            pairs.append((f"{ours}.layer_scale{number}.lambda1", f"{other}.{gamma}"))
+        for branch in (1, 2):
+            gamma = f"ls{branch}.gamma" if is_meta else f"gamma_{branch}"
+            pairs.append((f"{ours}.layer_scale{branch}.lambda1", f"{other}.{gamma}"))
         for mine, theirs_ in layers:
             pairs += _pairs(f"{ours}.mlp.{mine}", f"{other}.mlp.{theirs_}")
     return pairs

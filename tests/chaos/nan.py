@@ -27,7 +27,7 @@ from torch import Tensor
 
 from distill.engine.engine import prepare_deepspeed
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import Plan, make_plan
+from distill.plan.plan import Plan, PlanOptions, make_plan
 from distill.runfolder.events import read_events
 from distill.runfolder.heartbeat import Heartbeat
 from distill.train.exchange import Outgoing, Pending
@@ -152,7 +152,7 @@ def train_all(faults: list[Fault], folder: str) -> list[Outcome]:
     """One training after another in the same processes; the first two without a fault, with heads and without."""
     prepare_deepspeed("cpu")
     works = [NetworkCost(name, cost) for name, cost in zip(STUDENTS, (3.0, 2.0, 1.0), strict=True)]
-    plan = make_plan(works, 1.0, IMAGES, dist.get_world_size(), lookahead=LOOKAHEAD)
+    plan = make_plan(works, 1.0, IMAGES, dist.get_world_size(), PlanOptions(lookahead=LOOKAHEAD))
     groups = make_groups(plan, timedelta(seconds=60))
     trainings = [(None, True), (None, False), *((fault, fault.has_heads) for fault in faults)]
     outcomes = []

@@ -10,7 +10,7 @@ from teacher.batch import CropBatch, Features, PatchMasks, StudentBatch, normali
 from teacher.frozen import FrozenTeacher
 from teacher.heads import sinkhorn
 from teacher.losses import ExtraTerm, Objective
-from teacher.task import Assignments, DistillationTask, StepScalars, TaskOptions
+from teacher.task import DistillationTask, SoftAssignments, StepScalars, TaskOptions
 from teacher.vit import ViT, init_vit_
 from tests.support.gpu import CPU_AND_GPU
 from tests.support.tiny import (
@@ -33,9 +33,9 @@ def task(*, masks_input: bool = False) -> DistillationTask:
     )
 
 
-def assignments(batch: StudentBatch, taught: FrozenTeacher) -> Assignments:
+def assignments(batch: StudentBatch, taught: FrozenTeacher) -> SoftAssignments:
     rows = batch.targets.class_features.transpose(0, 1).flatten(0, 1)
-    return Assignments(
+    return SoftAssignments(
         sinkhorn(rows, taught.dino_head.prototypes.weight, 0.07),
         sinkhorn(batch.targets.patch_features, taught.ibot_head.prototypes.weight, 0.07),
     )

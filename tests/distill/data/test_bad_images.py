@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from distill.data.bad_images import examine, find_fault, redraw
+from distill.data.bad_images import examine, find_fault, to_bitmap
 from distill.data.crops import CropParameters, CropSpec, source_outputs
 from distill.data.pipeline import build_pipeline
 from tests.support.pictures import NEUTRAL, picture
@@ -99,4 +99,4 @@ def test_find_fault__an_image_that_changed_its_size() -> None:
 def test_redraw__is_upright_and_the_same() -> None:
     for name in ("turned webp", "png", "palette"):
         expected = as_pillow_sees_it(FORMATS[name])
-        assert np.array_equal(as_pillow_sees_it(redraw(FORMATS[name])), expected)
+        assert np.array_equal(as_pillow_sees_it(to_bitmap(FORMATS[name])), expected)

@@ -7,9 +7,9 @@ from PIL import Image
 
 from distill.evaluate.pictures import (
     cosine_map,
-    draw,
     fit,
     patch_features,
+    plot_features,
     principal_components,
     rgb,
     turn_towards,
@@ -39,7 +39,9 @@ def photograph(height: int, width: int) -> np.ndarray:
 def test_draw__writes_one_picture(tmp_path: Path) -> None:
     out = tmp_path / "features.png"
     photographs = [photograph(40, 64), photograph(64, 64)]
-    drawn = draw(small_backbones(), photographs, out, mean=MEAN, std=STD, longer_side_px=64)
+    drawn = plot_features(
+        small_backbones(), photographs, out, mean=MEAN, std=STD, longer_side_px=64
+    )
     assert drawn == out
     assert [path.name for path in tmp_path.iterdir()] == ["features.png"]
     with Image.open(out) as picture:
@@ -48,7 +50,7 @@ def test_draw__writes_one_picture(tmp_path: Path) -> None:
 
 def test_draw__points_and_photographs_must_pair(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="1 points for 2 photographs"):
-        draw(
+        plot_features(
             small_backbones(),
             [photograph(64, 64)] * 2,
             tmp_path / "a.png",
@@ -60,7 +62,7 @@ def test_draw__points_and_photographs_must_pair(tmp_path: Path) -> None:
 
 def test_draw__nothing_to_draw(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one network and one photograph"):
-        draw({}, [photograph(64, 64)], tmp_path / "a.png", mean=MEAN, std=STD)
+        plot_features({}, [photograph(64, 64)], tmp_path / "a.png", mean=MEAN, std=STD)
 
 
 @pytest.mark.parametrize("shape", [(100, 64), (64, 100), (33, 500)])

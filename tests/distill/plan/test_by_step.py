@@ -2,7 +2,7 @@
 
 from distill.plan.by_step import PlanSchedule
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import make_plan, rebalanced, without
+from distill.plan.plan import PlanOptions, make_plan, rebalanced, without
 
 
 def test_timetable__the_newest_plan_that_has_begun_is_in_force() -> None:
@@ -15,7 +15,9 @@ def test_timetable__the_newest_plan_that_has_begun_is_in_force() -> None:
 
 
 def test_timetable__a_network_that_finishes_is_known_from_the_start() -> None:
-    plan = make_plan([NetworkCost("a", 3.0, 1), NetworkCost("b", 1.0, 1)], 1.0, 32, 2, lookahead=1)
+    plan = make_plan(
+        [NetworkCost("a", 3.0, 1), NetworkCost("b", 1.0, 1)], 1.0, 32, 2, PlanOptions(lookahead=1)
+    )
     plan_schedule = PlanSchedule(plan, [(100, without(plan, {"a"}))])
     assert [len(plan_schedule.at(step).placements) for step in (0, 99, 100)] == [2, 2, 1]
     assert plan_schedule.most_images(0) == 32 > plan.largest_shares[0]

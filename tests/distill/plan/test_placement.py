@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from distill.errors import PlanError
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import make_plan
+from distill.plan.plan import PlanOptions, make_plan
 
 
 @settings(max_examples=25, deadline=None)
@@ -31,7 +31,7 @@ def assert_placed_as_well_as_can_be(costs: list[float], num_ranks: int) -> None:
     """The step is as short as with the best of all contiguous placements, overlapping ones included."""
     images, teaching = 840, 0.3  # divisible by every number of ranks tried
     works = [NetworkCost(f"s{i}", cost) for i, cost in enumerate(costs)]
-    plan = make_plan(works, teaching, images, num_ranks, lookahead=1)
+    plan = make_plan(works, teaching, images, num_ranks, PlanOptions(lookahead=1))
     spans = [(n, first) for n in range(1, num_ranks + 1) for first in range(num_ranks - n + 1)]
     ideal = images * (sum(costs) + teaching) / num_ranks
     best = math.inf
@@ -45,10 +45,10 @@ def assert_placed_as_well_as_can_be(costs: list[float], num_ranks: int) -> None:
 
 def test_make_plan__a_network_too_heavy_for_its_ranks_shares_those_of_others() -> None:
     works = [NetworkCost("heavy", 9.0), *(NetworkCost(f"s{i}", 0.2) for i in range(5))]
-    plan = make_plan(works, 1.0, 960, 6, lookahead=2)
+    plan = make_plan(works, 1.0, 960, 6, PlanOptions(lookahead=2))
     assert plan.utilisation > 0.98
     assert len(plan.placements[0].slices) > 4
-    published = make_plan(works, 1.0, 960, 6, has_even_shares=True)
+    published = make_plan(works, 1.0, 960, 6, PlanOptions(has_even_shares=True))
     assert [len(p.slices) for p in published.placements] == [1] * 6
 
 
@@ -56,7 +56,7 @@ def test_make_plan__a_network_too_heavy_for_its_ranks_shares_those_of_others() -
 @given(counts=st.lists(st.integers(1, 30), min_size=1, max_size=9))
 def test_make_plan__groups_that_fill_nodes_do_not_cross_them(counts: list[int]) -> None:
     works = [NetworkCost(f"s{i}", 1.0, count) for i, count in enumerate(counts)]
-    plan = make_plan(works, 1.0, 1000, sum(counts), ranks_per_node=8)
+    plan = make_plan(works, 1.0, 1000, sum(counts), PlanOptions(ranks_per_node=8))
     assert sorted(r for p in plan.placements for r in p.world_ranks) == list(range(sum(counts)))
 
     def borders(first: int, count: int) -> int:
@@ -78,7 +78,7 @@ def test_make_plan__fewer_ranks_than_students_share_ranks() -> None:
 def test_make_plan__ranks_as_the_recipe_says_them() -> None:
     """Groups may share ranks, and ranks may be left over; what is not trained on is taught on."""
     works = [NetworkCost("a", 3.0, range(3)), NetworkCost("b", 1.0, range(2, 4))]
-    plan = make_plan(works, 1.0, 96, 6, lookahead=2)
+    plan = make_plan(works, 1.0, 96, 6, PlanOptions(lookahead=2))
     assert {p.name: p.world_ranks for p in plan.placements} == {"a": range(3), "b": range(2, 4)}
     assert plan.notes == ("2 ranks only teach", "1 ranks hold several students")
     assert plan.mean_shares[2] == 0 < min(plan.mean_shares[4:])

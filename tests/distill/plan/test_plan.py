@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from distill.errors import PlanError
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import LEAST_SHARE, make_plan, rebalanced, split_evenly, without
+from distill.plan.plan import LEAST_SHARE, PlanOptions, make_plan, rebalanced, split_evenly, without
 from teacher.shapes import KOLEO_GROUP
 
 costs = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=9)
@@ -40,9 +40,7 @@ def test_make_plan__every_image_is_taught_once_and_trained_on_by_every_student(
             teaching,
             images,
             num_ranks,
-            lookahead=lookahead,
-            unit=unit,
-            has_even_shares=has_even_shares,
+            PlanOptions(lookahead=lookahead, unit=unit, has_even_shares=has_even_shares),
         )
     except PlanError:
         assert num_ranks > images - len(costs)  # one student may end up with more ranks than images
@@ -65,7 +63,9 @@ def test_make_plan__every_image_is_taught_once_and_trained_on_by_every_student(
 
 
 def test_rebalanced__a_slow_rank_teaches_less_and_nobody_stops() -> None:
-    plan = make_plan([NetworkCost("a", 3.0), NetworkCost("b", 1.3)], 1.7, 100, 5, lookahead=1)
+    plan = make_plan(
+        [NetworkCost("a", 3.0), NetworkCost("b", 1.3)], 1.7, 100, 5, PlanOptions(lookahead=1)
+    )
     slow = [1.7, 1.7, 1.7 * 1.5, 1.7, 1.7]
     changed = rebalanced(plan, slow, plan.student_s)
     assert sum(changed.exact_shares) == pytest.approx(100)
@@ -93,7 +93,7 @@ def test_without__the_others_stay_and_teaching_fills_the_gap(
     costs: list[float], num_ranks: int, lookahead: int, step: int
 ) -> None:
     works = [NetworkCost(f"n{index}", cost) for index, cost in enumerate(costs)]
-    plan = make_plan(works, 1.0, 240, num_ranks, lookahead=lookahead)
+    plan = make_plan(works, 1.0, 240, num_ranks, PlanOptions(lookahead=lookahead))
     changed = without(plan, {"n0"})
     assert changed.placements == plan.placements[1:]
     assert [i for share in changed.shares(step) for i in share] == list(range(240))
@@ -117,7 +117,9 @@ def test_parts_of__whole_koleo_groups_and_as_many_on_every_rank() -> None:
 
 
 def test_shares__over_many_steps_are_the_exact_ones() -> None:
-    plan = make_plan([NetworkCost("a", 3.0), NetworkCost("b", 1.3)], 1.7, 100, 5, lookahead=1)
+    plan = make_plan(
+        [NetworkCost("a", 3.0), NetworkCost("b", 1.3)], 1.7, 100, 5, PlanOptions(lookahead=1)
+    )
     steps = 1000
     taught = np.zeros(5)
     for step in range(steps):
@@ -133,7 +135,9 @@ PUBLISHED = {"s": 0.18, "sp": 0.22, "b": 0.55, "l": 1.83, "hp": 4.93}  # TF per 
 
 def test_make_plan__eight_ranks_are_balanced_and_full() -> None:
     """S S+ B L H+ on 1 1 1 2 3: 73% with even shares, 100% filled (teacher 7.10 TF per image pair)."""
-    plan = make_plan([NetworkCost(*each) for each in PUBLISHED.items()], 7.10, 1920, 8, lookahead=2)
+    plan = make_plan(
+        [NetworkCost(*each) for each in PUBLISHED.items()], 7.10, 1920, 8, PlanOptions(lookahead=2)
+    )
     assert {p.name: len(p.slices) for p in plan.placements} == {
         "s": 1,
         "sp": 1,
@@ -150,7 +154,7 @@ def test_make_plan__the_published_launch() -> None:
     """S S+ B L on 48 48 80 120 of 296 ranks: 85.1% with even shares, 100% filled."""
     ranks = {"s": 48, "sp": 48, "b": 80, "l": 120}
     works = [NetworkCost(name, PUBLISHED[name], count) for name, count in ranks.items()]
-    plan = make_plan(works, 7.10, 1920, 296, lookahead=2)
+    plan = make_plan(works, 7.10, 1920, 296, PlanOptions(lookahead=2))
     assert plan.utilisation_even_barrier == pytest.approx(0.851, abs=0.001)
     assert plan.utilisation == pytest.approx(1.0)
     # with a barrier every step an image is an image: one more or less per rank is 11% of its step
@@ -159,7 +163,7 @@ def test_make_plan__the_published_launch() -> None:
 
 def test_make_plan__thousands_of_ranks_are_planned_in_no_time() -> None:
     works = [NetworkCost(f"s{i}", 0.2 * (i + 1)) for i in range(9)]
-    plan = make_plan(works, 7.10, 8192, 4096, lookahead=2)
+    plan = make_plan(works, 7.10, 8192, 4096, PlanOptions(lookahead=2))
     assert plan.utilisation == pytest.approx(1.0)
     assert len(plan.shares(7)) == 4096
 

@@ -7,12 +7,12 @@ import pytest
 
 from distill.errors import RecipeError
 from distill.recipe import extensions
-from distill.recipe.extensions import BUILTIN, Kind, find, names, require
+from distill.recipe.extensions import BUILTIN, ExtensionKind, find, names, require
 
 
 @pytest.fixture
 def _table(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {**BUILTIN, Kind.SINK: {"depth": "distill.recipe.extensions:GROUP_PREFIX"}}
+    table = {**BUILTIN, ExtensionKind.SINK: {"depth": "distill.recipe.extensions:GROUP_PREFIX"}}
     monkeypatch.setattr(extensions, "BUILTIN", table)
 
 
@@ -36,11 +36,11 @@ def test_find__takes_the_table_first_and_imports_nothing_else(
         "class Inner:\n    value = 3",
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert find(Kind.SINK, "depth", "place") == "distill."
-    assert names(Kind.SINK) == ["depth", "toy"] and names(Kind.LOSS) == []
-    require(Kind.SINK, "toy", "place")
+    assert find(ExtensionKind.SINK, "depth", "place") == "distill."
+    assert names(ExtensionKind.SINK) == ["depth", "toy"] and names(ExtensionKind.LOSS) == []
+    require(ExtensionKind.SINK, "toy", "place")
     assert "toy_one" not in sys.modules
-    assert find(Kind.SINK, "toy", "place") == 3
+    assert find(ExtensionKind.SINK, "toy", "place") == 3
     assert "toy_one" in sys.modules
 
 
@@ -53,21 +53,21 @@ def test_find__says_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(
         RecipeError, match=r"a\.b = dept: not known - did you mean 'depth'\?; known: depth, gone"
     ) as failed:
-        find(Kind.SINK, "dept", "a.b")
+        find(ExtensionKind.SINK, "dept", "a.b")
     assert "in the group distill.sinks" in failed.value.fix
     with pytest.raises(
         RecipeError, match=r"twice: two installed packages add it \(toy_three:a and toy_two:a\)"
     ):
-        require(Kind.SINK, "twice", "a.b")
+        require(ExtensionKind.SINK, "twice", "a.b")
     with pytest.raises(
         RecipeError, match=r"gone: toy_two:b cannot be imported \(.*no attribute 'b'"
     ):
-        find(Kind.SINK, "gone", "a.b")
+        find(ExtensionKind.SINK, "gone", "a.b")
     with pytest.raises(RecipeError, match="lost: toy_lost:c cannot be imported"):
-        find(Kind.SINK, "lost", "a.b")
+        find(ExtensionKind.SINK, "lost", "a.b")
 
 
 def test_builtin__every_name_is_there() -> None:
     for kind, table in BUILTIN.items():
         for name in table:
-            assert callable(find(kind, name, "a.b")) or kind is Kind.EXPORTER
+            assert callable(find(kind, name, "a.b")) or kind is ExtensionKind.EXPORTER

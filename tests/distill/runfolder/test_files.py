@@ -114,7 +114,7 @@ def picture(folder: Path) -> Path:
         local_crops=torch.zeros(1, 1, 3, 16, 16, dtype=torch.uint8),
     )
     masks = torch.zeros(1, 2, 4, dtype=torch.bool)
-    return contact_sheet.draw_contact_sheet([row], crops, masks, (2, 2), folder / "sheet.png")
+    return contact_sheet.render_contact_sheet([row], crops, masks, (2, 2), folder / "sheet.png")
 
 
 @writer

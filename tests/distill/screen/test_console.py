@@ -12,7 +12,7 @@ from distill.runfolder.metrics import MetricsWriter
 from distill.runfolder.status import StatusFile, write_json
 from distill.screen.lines import Narrator
 from distill.screen.panel import render_panel
-from distill.screen.snapshot import RunFiles, Snapshot
+from distill.screen.snapshot import RunFiles, RunSnapshot
 from distill.screen.tables import scores_table
 from distill.screen.watch import watch
 from distill.screen.words import clock_time, duration, rank_ranges, sparkline
@@ -38,13 +38,13 @@ def run_folder(tmp_path: Path) -> Path:
     return folder
 
 
-def snapshot_of(folder: Path, **changes: object) -> Snapshot:
+def snapshot_of(folder: Path, **changes: object) -> RunSnapshot:
     taken = RunFiles(folder, clock=lambda: NOW).take_snapshot()
     assert taken.status is not None
     return replace(taken, status=replace(taken.status, **changes))  # type: ignore[arg-type]
 
 
-def panel_text(snapshot: Snapshot, width: int = 100, hint: str = "") -> str:
+def panel_text(snapshot: RunSnapshot, width: int = 100, hint: str = "") -> str:
     file = io.StringIO()
     Console(file=file, width=width, color_system=None).print(render_panel(snapshot, width, hint))
     return file.getvalue()
@@ -71,7 +71,7 @@ def test_render_panel__fits_its_width(run_folder: Path, width: int) -> None:
 
 
 def test_render_panel__before_the_first_news(tmp_path: Path) -> None:
-    assert "waiting for the first news" in panel_text(Snapshot("family", None, {}, None, NOW))
+    assert "waiting for the first news" in panel_text(RunSnapshot("family", None, {}, None, NOW))
 
 
 def test_render_panel__names_what_went_wrong_and_what_next(run_folder: Path) -> None:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from distill.plan.by_step import PlanSchedule
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import make_plan
+from distill.plan.plan import PlanOptions, make_plan
 from distill.train.balance import Balancer
 from distill.train.groups import make_groups
 from distill.train.student import Stopwatch
@@ -39,7 +39,7 @@ class Room:
 
 def shares_with_a_slow_rank(slow: int, factor: float) -> dict[str, Any]:
     rank, lookahead = dist.get_rank(), 2
-    plan = make_plan(WORKS, 1.0, 300, dist.get_world_size(), lookahead=lookahead)
+    plan = make_plan(WORKS, 1.0, 300, dist.get_world_size(), PlanOptions(lookahead=lookahead))
     groups = make_groups(plan, timedelta(seconds=60))
     plan_schedule, teaching, training, room = PlanSchedule(plan), Clock(), Clock(), Room()
     told: list[str] = []

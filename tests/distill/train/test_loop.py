@@ -11,7 +11,7 @@ import torch.distributed as dist
 from distill.bench.stand_ins import SleepingStudent
 from distill.plan.by_step import PlanSchedule
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import Plan, make_plan
+from distill.plan.plan import Plan, PlanOptions, make_plan
 from distill.runfolder.failure import failure_of
 from distill.runfolder.heartbeat import Heartbeat
 from distill.train.exchange import Outgoing
@@ -132,7 +132,7 @@ def second_stage(parts: Any, plan: Plan) -> Phase:
 def test_run_phase__a_rank_that_fails_in_a_second_stage_names_the_step_it_trains(
     failing: str, tmp_path: Path
 ) -> None:
-    plan = make_plan([NetworkCost("a", 1.0)], 1.0, IMAGES, 1, lookahead=LOOKAHEAD)
+    plan = make_plan([NetworkCost("a", 1.0)], 1.0, IMAGES, 1, PlanOptions(lookahead=LOOKAHEAD))
     parts: Any = Parts(plan, failing)
     phase, heartbeat = second_stage(parts, plan), Heartbeat(tmp_path, 0)
     heartbeat.enter_phase("base", 0)
@@ -146,7 +146,7 @@ def test_run_phase__a_rank_that_fails_in_a_second_stage_names_the_step_it_trains
 
 
 def test_run_phase__trains_every_step_once(tmp_path: Path) -> None:
-    plan = make_plan([NetworkCost("a", 1.0)], 1.0, IMAGES, 1, lookahead=LOOKAHEAD)
+    plan = make_plan([NetworkCost("a", 1.0)], 1.0, IMAGES, 1, PlanOptions(lookahead=LOOKAHEAD))
     parts: Any = Parts(plan, "")
     phase, heartbeat = second_stage(parts, plan), Heartbeat(tmp_path, 0)
     fault_handler = FaultHandler(phase, tmp_path)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.engine.engine import prepare_deepspeed
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import make_plan
+from distill.plan.plan import PlanOptions, make_plan
 from distill.plan.traffic import gathered_bytes, slice_bytes
 from distill.runfolder.events import read_events
 from distill.runfolder.heartbeat import Heartbeat
@@ -106,9 +106,11 @@ def train_family(
         1.0,
         IMAGES,
         dist.get_world_size(),
-        lookahead=ways.lookahead,
-        has_even_shares=ways.is_published,
-        is_teacher_sharded=ways.is_sharded,
+        PlanOptions(
+            lookahead=ways.lookahead,
+            has_even_shares=ways.is_published,
+            is_teacher_sharded=ways.is_sharded,
+        ),
     )
     groups = make_groups(plan, timedelta(seconds=60))
     phase = family_phase(plan, groups, num_steps, ways, zero, precision)
@@ -241,7 +243,7 @@ def test_exchange__lookahead_gives_the_same_bits_where_groups_overlap() -> None:
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_exchange__counts_what_arrives_from_other_ranks(num_ranks: int) -> None:
     results = on_ranks(num_ranks, train_family, FAMILY, 3, 1, "fp32", None, Ways(lookahead=2))
-    plan = make_plan(FAMILY, 1.0, IMAGES, num_ranks, lookahead=2)
+    plan = make_plan(FAMILY, 1.0, IMAGES, num_ranks, PlanOptions(lookahead=2))
     for rank, result in enumerate(results):
         expected = 0
         for step in range(3):

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import CheckpointError, SetupError, UserError
-from distill.recipe.extensions import BUILTIN, Kind, find
+from distill.recipe.extensions import BUILTIN, ExtensionKind, find
 from distill.weights import to_hf, to_meta, to_onnx, to_timm
 from distill.weights.card import Background, teacher_licence
 from distill.weights.export import DTYPES, Dtype, Exported, export_network
@@ -40,7 +40,7 @@ SPECS = {"vit": VIT, "gated": GATED, "convnext": CONVNEXT}
 
 
 def exporter_of(form: str) -> Exporter:
-    found: Exporter = find(Kind.EXPORTER, form, "--to")
+    found: Exporter = find(ExtensionKind.EXPORTER, form, "--to")
     return found
 
 
@@ -432,7 +432,7 @@ def meta_convnext(
 
 def test_exporters__every_name_of_the_table() -> None:
     modules = {"hf": to_hf, "timm": to_timm, "meta": to_meta, "onnx": to_onnx}
-    assert {name: exporter_of(name) for name in BUILTIN[Kind.EXPORTER]} == {
+    assert {name: exporter_of(name) for name in BUILTIN[ExtensionKind.EXPORTER]} == {
         name: module.EXPORTER for name, module in modules.items()
     }
-    assert all(exporter_of(name).name == name for name in BUILTIN[Kind.EXPORTER])
+    assert all(exporter_of(name).name == name for name in BUILTIN[ExtensionKind.EXPORTER])
