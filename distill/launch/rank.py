@@ -15,7 +15,7 @@ from pathlib import Path
 from distill.job.prepare import read_job
 from distill.job.run import work
 from distill.launch.node import require_node_size
-from distill.launch.process import ProcessMark
+from distill.launch.process import ProcessMark, end_with, parent_process
 from distill.launch.watchdog import Watchdog, end_ranks
 from distill.runfolder.events import Event, note
 from distill.runfolder.failure import (
@@ -39,7 +39,12 @@ GRACE_S = 5.0  # from the first cause on, for a rank to end by itself
 def entry(run_folder: str, launcher: ProcessMark | None) -> None:
     """Runs one rank of the prepared job; ``launcher`` is None under another launcher."""
     folder, rank = Path(run_folder), int(os.environ["RANK"])
-    requests, guard = StopSaveRequests(folder), RankMonitor(folder, rank, launcher)
+    if launcher is not None:
+        # not by the heartbeat, which ends with the job: torch elastic then keeps the rank until the
+        # launcher has taken its result, for ever where the launcher or the fork server is gone
+        end_with([launcher, parent_process()], LOST_EXIT_CODE)
+    requests = StopSaveRequests(folder)
+    guard = RankMonitor(folder, rank, has_launcher=launcher is not None)
     heartbeat = Heartbeat(folder, rank, on_beat=lambda: guard.look(requests))
     with requests.listening(), stacks_on_signal(folder, rank), run_lock(folder) as lock:
         if launcher is not None:
@@ -62,10 +67,11 @@ def entry(run_folder: str, launcher: ProcessMark | None) -> None:
 class RankMonitor:
     """Looks around at every beat of one rank."""
 
-    def __init__(self, run_folder: Path, world_rank: int, launcher: ProcessMark | None) -> None:
-        self._run_folder, self._launcher = run_folder, launcher
+    def __init__(self, run_folder: Path, world_rank: int, *, has_launcher: bool) -> None:
+        """``has_launcher``: it watches the ranks; else the first and the last rank do."""
+        self._run_folder = run_folder
         self._num_ranks, self._world_rank = int(os.environ["WORLD_SIZE"]), world_rank
-        self._watches = launcher is None and world_rank in {0, self._num_ranks - 1}
+        self._watches = not has_launcher and world_rank in {0, self._num_ranks - 1}
         self._watchdog: Watchdog | None = None
         self._failed_at: float | None = None
 
@@ -76,8 +82,6 @@ class RankMonitor:
 
     def look(self, requests: StopSaveRequests) -> None:
         """Reads requests, watches if that is this rank's part, and ends the process when there is nothing left to do."""
-        if self._launcher is not None and not self._launcher.is_running():
-            os._exit(LOST_EXIT_CODE)
         if self._world_rank == 0:
             requests.look()
         if self._watchdog is not None:

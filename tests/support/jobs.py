@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,17 @@ def _children(parent: int, word: bytes) -> list[int]:
             continue
         if int(fields[1]) == parent and word in words:
             found.append(int(path.parent.name))
+    return found
+
+
+def session_of(leader: int) -> list[int]:
+    """Process ids of a session that still run: all that a job in a session of its own has started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(path.parent.name))
     return found
 
 

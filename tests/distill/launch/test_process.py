@@ -9,9 +9,6 @@ from pathlib import Path
 import pytest
 
 from distill.launch.process import ProcessMark, this_process
-from distill.launch.rank import RankMonitor
-from distill.runfolder.failure import LOST_EXIT_CODE
-from distill.runfolder.requests import StopSaveRequests
 
 
 def test_is_running__this_process_and_not_another_one_of_its_number() -> None:
@@ -34,15 +31,29 @@ def test_is_running__not_once_it_ended_even_while_nobody_collected_it() -> None:
     assert not mark.is_running()
 
 
-def test_look__a_rank_ends_when_its_launcher_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, ended = tmp_path, list[int]()
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(os, "_exit", ended.append)
-    here = this_process()
-    RankMonitor(folder, 1, here).look(StopSaveRequests(folder))
-    assert ended == []
-    gone = replace(here, start_ticks=here.start_ticks + 1)
-    RankMonitor(folder, 1, gone).look(StopSaveRequests(folder))
-    assert ended == [LOST_EXIT_CODE]
+WAITS = """\
+import sys, threading
+from distill.launch.process import ProcessMark, end_with, parent_process
+others = [parent_process(), ProcessMark(*map(int, sys.argv[1:]))]
+end_with(others, 7)
+print("watching", flush=True)
+threading.Event().wait()  # as a rank that has done its work waits for its launcher
+"""
+
+
+@pytest.mark.parametrize("is_parent", [False, True])
+def test_end_with__a_process_that_waits_for_ever_ends_with_either(is_parent: bool) -> None:
+    """The process is started through another one, so that its parent can be ended too."""
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    start = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]
+    code = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {WAITS!r}, *sys.argv[1:]]))"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(other.pid), start], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None and parent.stdout.readline() == "watching\n"
+    (parent if is_parent else other).kill()
+    assert parent.stdout.read() == ""  # returns when the last process that holds it has ended
+    assert parent.wait(timeout=10) == (-9 if is_parent else 7)
+    parent.stdout.close()
+    other.kill()
+    other.wait()
