@@ -1,5 +1,6 @@
 """Where the number of ranks per node comes from, and that all nodes agree on it."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def test_run__puts_what_the_launcher_says_into_the_request_for_all_ranks(
     overrides: list[str],
     expected: int | None,
     monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -72,11 +74,12 @@ def test_run__puts_what_the_launcher_says_into_the_request_for_all_ranks(
         monkeypatch.setenv(name, value)
     requests: list[JobRequest] = []
 
-    def start(request: JobRequest, *_: Any) -> int:
+    def note(request: JobRequest, **_: Any) -> None:
         requests.append(request)
-        return 0
+        raise StopIteration
 
-    monkeypatch.setattr(local, "_run_as_rank", start)
-    monkeypatch.setattr(local, "_run_locally", start)
-    assert local.run("quickstart", overrides, OPTIONS) == 0
+    monkeypatch.setattr("distill.job.prepare.prepare", note)
+    monkeypatch.setattr("distill.job.forkserver.choose_start_method", lambda _: "spawn")
+    with pytest.raises(StopIteration):
+        local.run("quickstart", overrides, replace(OPTIONS, out=tmp_path))
     assert requests[0].ranks_per_node == expected
