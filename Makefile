@@ -2,6 +2,7 @@
 #   make quickstart   photographs -> teacher -> family of students -> scores and a picture
 #   make test         format, lint, types, tests; the commit that passed is in .test-passed
 #   make test-slow    the tests marked slow: whole jobs, large counts, the pretended GPU
+#   make gpu          what one GPU shows in ten minutes, in gpu.json; GPU_PYTHON=python3 takes an interpreter as it is
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ COMMIT := $(shell git rev-parse --verify HEAD 2>/dev/null)
 # Two workers; the tests of a file stay together, since they share what its fixtures trained.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup quickstart quickstart-short test test-slow format lint types unit clean
+.PHONY: setup quickstart quickstart-short test test-slow gpu format lint types unit clean
 
 setup: $(READY)
 
@@ -37,6 +38,15 @@ test: format lint types unit
 
 test-slow: setup
 	$(PYTEST) -m slow
+
+# With GPU_PYTHON nothing is installed: packages may be missing, and each that is costs the checks that import it.
+ifdef GPU_PYTHON
+gpu:
+	$(GPU_PYTHON) -m tests.gpu $(ARGS)
+else
+gpu: setup
+	$(BIN)/python -m tests.gpu $(ARGS)
+endif
 
 format: setup
 	$(BIN)/ruff format --check .
