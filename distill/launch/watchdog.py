@@ -7,8 +7,8 @@ one that waited, not the one that was waited for. Here the records decide, in th
     stuck     it runs and does not move, and is not inside a collective
     deadlock  every rank waits; those that are furthest behind are named
 
-How long each may take comes with the record: the limit, more where the activity took long before,
-much more the first times. On the watcher's host the kernel distinguishes a stopped process from a busy
+How long each may take comes with the record: the limit, more where the activity took long before (its
+first times count too), much more the first times. On the watcher's host the kernel distinguishes a stopped process from a busy
 one, and then the limit counts, whatever it was doing.
 """
 
@@ -66,9 +66,12 @@ class Watchdog:
         self._last: dict[int, tuple[tuple[int, int], float]] = {}
 
     def look(self) -> StragglerReport | None:
-        """Who holds the job up, if somebody does."""
+        """Reads all records; who holds the job up, if somebody does."""
+        return self.judge(read_records(self._run_folder, self._num_ranks))
+
+    def judge(self, records: Sequence[HeartbeatRecord]) -> StragglerReport | None:
+        """Compares records with those of before; who holds the job up, if somebody does."""
         now = self._clock()
-        records = read_records(self._run_folder, self._num_ranks)
         missing = set(range(self._num_ranks)) - {record.world_rank for record in records}
         if missing and now - self._started > FIRST_ALLOWED_S:
             names = ", ".join(map(str, sorted(missing)))

@@ -27,7 +27,9 @@ from types import FrameType
 BEAT_S = 0.5
 FIRST_TIMES = 2  # an activity's first occurrences compile, connect, warm caches
 FIRST_ALLOWED_S = 600.0  # as long as a collective may take
-SLOWER = 5.0  # times the longest so far: more is not a slow step but no step
+SLOWER = (
+    8.0  # times the longest so far; of that the watchdog takes 0.8, so five times is never too long
+)
 SELDOM = frozenset({"starting", "between phases", "post-step", "saving"})  # now and then very long
 WAITING = frozenset({"exchange", "agreeing"})  # activities that are nothing but waiting for others
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
@@ -87,14 +89,19 @@ class Heartbeat:
     """One rank's record of life. ``enter`` is called by the loop, everything else happens on a thread."""
 
     def __init__(
-        self, run_folder: Path, world_rank: int, *, on_beat: Callable[[], None] = lambda: None
+        self,
+        run_folder: Path,
+        world_rank: int,
+        *,
+        on_beat: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``on_beat`` is called on the thread after every beat."""
         self._path = record_path(run_folder, world_rank)
-        self._world_rank, self._on_beat = world_rank, on_beat
+        self._world_rank, self._on_beat, self._clock = world_rank, on_beat, clock
         self._host, self._main = socket.gethostname(), threading.main_thread().ident
         self._limit_s = FIRST_ALLOWED_S
-        self._now = _Activity("starting", "", "", 0, 0, time.monotonic())
+        self._now = _Activity("starting", "", "", 0, 0, clock())
         self._times: dict[tuple[str, str], tuple[int, float]] = {}
         self._beats, self._end = 0, ""
         self._over = threading.Event()
@@ -112,12 +119,10 @@ class Heartbeat:
 
     def enter(self, activity: str, phase_step: int, network: str = "") -> None:
         """Begins another activity, for the step of the phase that this rank trains now."""
-        before, now = self._now, time.monotonic()
+        before, now = self._now, self._clock()
         key = (before.name, before.network)
         count, longest = self._times.get(key, (0, 0.0))
-        if count >= FIRST_TIMES:
-            longest = max(longest, now - before.since_s)
-        self._times[key] = (count + 1, longest)
+        self._times[key] = (count + 1, max(longest, now - before.since_s))
         self._now = _Activity(activity, network, before.phase, before.phase_number, phase_step, now)
 
     def __enter__(self) -> "Heartbeat":
@@ -150,7 +155,7 @@ class Heartbeat:
             now.phase_step,
             now.name,
             now.network,
-            time.monotonic() - now.since_s,
+            self._clock() - now.since_s,
             allowed_s,
             now.name in WAITING or is_collective,
             frame,
