@@ -4,7 +4,7 @@ A collective of gloo or NCCL that hangs ends after minutes, and the rank that gi
 one that waited, not the one that was waited for. Here the records decide, in this order:
 
     silent    its file no longer changes: stopped, frozen, or its host is gone
-    stuck     it runs and does not move, and is not inside a collective
+    stuck     it runs and does not move, and waits neither in a collective nor for a device
     deadlock  every rank waits; those that are furthest behind are named
 
 How long each may take comes with the record: the limit, more where the activity took long before (its

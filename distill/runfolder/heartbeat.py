@@ -4,7 +4,7 @@ The loop only sets a name when it turns to something else (``enter``, about a mi
 writes it down with the time since the last change, how long that may take, and where the main
 thread stands. So a file shows three things apart from each other: the process runs (the file
 changes), it moves (the activity changes), and whether it waits for others (it stands inside a
-collective) or others wait for it.
+collective, or waits for a device whose work may wait for them) or others wait for it.
 
 Each file is written in place and closed, never renamed: a network file system shows the new bytes
 to the process that opens it next.
@@ -30,9 +30,24 @@ FIRST_ALLOWED_S = 600.0  # as long as a collective may take
 SLOWER = (
     8.0  # times the longest so far; of that the watchdog takes 0.8, so five times is never too long
 )
-SELDOM = frozenset({"starting", "between phases", "post-step", "saving"})  # now and then very long
+BETWEEN_PHASES = "between phases"
+SELDOM = frozenset({"starting", BETWEEN_PHASES, "post-step", "saving"})  # now and then very long
 WAITING = frozenset({"exchange", "agreeing"})  # activities that are nothing but waiting for others
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
+DEVICE_WAITS = ("torch/cuda/streams.py", "torch/cuda/__init__.py")  # where ``synchronize`` is
+# Functions of ours that wait for a device inside a call of C, which leaves no frame: what is copied has to be
+# computed, and on a GPU what is computed may wait for other ranks
+COPIES = frozenset(
+    {
+        "onto",
+        "Loader._copied",
+        "AppliedFlag.send",
+        "AppliedFlag.read",
+        "Stopwatch.read_s",
+        "Engine.snapshot",
+        "StudentTrainer.read_metrics",
+    }
+)
 ROOT = Path(__file__).parents[2]
 OURS = tuple(f"{ROOT / package}{os.sep}" for package in ("distill", "students", "teacher"))
 RECORD_BYTES = 1024  # each record is padded to this, so that a shorter one leaves no rest
@@ -142,9 +157,11 @@ class Heartbeat:
         """The record as it would be written now."""
         now = self._now
         count, longest = self._times.get((now.name, now.network), (0, 0.0))
+        frame, is_in_wait = _frame_of(sys._current_frames().get(self._main or 0))
         is_known = count >= FIRST_TIMES and now.name not in SELDOM
         allowed_s = max(self._limit_s, SLOWER * longest) if is_known else FIRST_ALLOWED_S
-        frame, is_collective = _frame_of(sys._current_frames().get(self._main or 0))
+        if now.name == BETWEEN_PHASES and is_in_wait:
+            allowed_s = self._limit_s  # a long wait there is for other ranks, not for work
         return HeartbeatRecord(
             self._world_rank,
             self._host,
@@ -157,7 +174,7 @@ class Heartbeat:
             now.network,
             self._clock() - now.since_s,
             allowed_s,
-            now.name in WAITING or is_collective,
+            now.name in WAITING or is_in_wait,
             frame,
             self._end,
         )
@@ -179,19 +196,21 @@ class Heartbeat:
 
 
 def _frame_of(frame: FrameType | None) -> tuple[str, bool]:
-    """File, line and function where a thread stands in our code, and whether that is inside a collective."""
-    is_collective, innermost = False, ""
+    """File, line and function where a thread stands in our code, and whether that waits: in a collective or for a device."""
+    is_in_wait, innermost = False, ""
     while frame is not None:
-        file = frame.f_code.co_filename
-        is_collective = is_collective or any(part in file for part in COLLECTIVES)
+        code = frame.f_code
+        file = code.co_filename
+        is_in_wait = is_in_wait or any(part in file for part in COLLECTIVES)
+        is_in_wait |= code.co_name == "synchronize" and file.endswith(DEVICE_WAITS)
         is_ours = file.startswith(OURS)
         name = Path(file).relative_to(ROOT) if is_ours else Path(*Path(file).parts[-2:])
         where = f"{name.as_posix()}:{frame.f_lineno}"
         innermost = innermost or where
         if is_ours:
-            return f"{where} in {frame.f_code.co_name}", is_collective
+            return f"{where} in {code.co_name}", is_in_wait or code.co_qualname in COPIES
         frame = frame.f_back
-    return innermost, is_collective
+    return innermost, is_in_wait
 
 
 def record_path(run_folder: Path, world_rank: int) -> Path:

@@ -1,11 +1,18 @@
+import importlib
 import os
 import signal
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from distill.data.loader import Loader
 from distill.runfolder.heartbeat import (
+    COPIES,
     FIRST_ALLOWED_S,
     Heartbeat,
     process_state,
@@ -14,6 +21,8 @@ from distill.runfolder.heartbeat import (
     stacks_on_signal,
     state_of,
 )
+from distill.train.faults import AppliedFlag
+from teacher.batch import onto
 
 
 def test_pulse__says_where_the_rank_is(tmp_path: Path) -> None:
@@ -68,3 +77,97 @@ def test_stacks_on_signal__are_written_and_an_empty_file_is_not_left(tmp_path: P
     with stacks_on_signal(tmp_path, 0) as path:
         os.kill(os.getpid(), signal.SIGUSR2)
     assert "test_stacks_on_signal" in path.read_text()
+
+
+class Standing:
+    """A thread that stands in a call until it is let go; as the main thread of a heartbeat."""
+
+    def __init__(self) -> None:
+        self.is_there, self._go_on = threading.Event(), threading.Event()
+
+    def stand(self, *_: object, **__: object) -> "Standing":
+        self.is_there.set()
+        self._go_on.wait(20.0)
+        return self
+
+    synchronize = record_event = pin_memory = to = copy_ = numpy = clone = stand
+
+    def frame_of(self, call: Callable[[], Any], heartbeat: Heartbeat) -> tuple[str, bool, float]:
+        """Where the thread stands by the record, whether that waits, and how long it may."""
+        thread = threading.Thread(target=call, daemon=True)
+        thread.start()
+        assert self.is_there.wait(20.0)
+        heartbeat._main = thread.ident
+        record = heartbeat.record()
+        self._go_on.set()
+        thread.join(20.0)
+        return record.frame, record.is_waiting, record.allowed_s
+
+
+def inside(file: str, name: str) -> Callable[[Standing], None]:
+    """A function of that name, as if it were from the file."""
+    namespace: dict[str, Any] = {}
+    exec(compile(f"def {name}(standing):\n    standing.stand()\n", file, "exec"), namespace)
+    function: Callable[[Standing], None] = namespace[name]
+    return function
+
+
+@pytest.mark.parametrize("activity", ["learning", "loading", "saving", "between phases"])
+@pytest.mark.parametrize(
+    ("file", "name", "waits"),
+    [
+        ("/lib/torch/distributed/distributed_c10d.py", "all_reduce", True),
+        ("/lib/deepspeed/comm/comm.py", "all_gather", True),
+        ("/lib/torch/cuda/streams.py", "synchronize", True),
+        ("/lib/torch/cuda/__init__.py", "synchronize", True),
+        ("/lib/torch/cuda/streams.py", "record_event", False),
+        ("/lib/torch/nn/functional.py", "linear", False),
+    ],
+)
+def test_record__a_collective_and_a_synchronize_wait_whatever_the_activity(
+    tmp_path: Path, activity: str, file: str, name: str, waits: bool
+) -> None:
+    heartbeat, standing = Heartbeat(tmp_path, 0), Standing()
+    heartbeat.set_limit(5.0)
+    for step in range(3):
+        heartbeat.enter(activity, step)
+        heartbeat.enter("exchange", step)
+    heartbeat.enter(activity, 3)
+    _, is_waiting, allowed_s = standing.frame_of(lambda: inside(file, name)(standing), heartbeat)
+    assert is_waiting == waits
+    between = {True: 5.0, False: FIRST_ALLOWED_S}[waits]
+    wanted = {"saving": FIRST_ALLOWED_S, "between phases": between}.get(activity, 5.0)
+    assert allowed_s == wanted
+
+
+def test_record__who_waits_for_a_device_in_our_code_waits(tmp_path: Path) -> None:
+    """As on a GPU where a collective hangs: the host stands at the flag of a step or at a copy, not in a collective."""
+
+    def read_flag(standing: Standing) -> None:
+        flag = AppliedFlag()
+        flag.send(torch.ones((), dtype=torch.bool))
+        flag._sent = standing  # type: ignore[assignment]
+        flag.read()
+
+    def copy(standing: Standing) -> None:
+        loader: Any = Loader.__new__(Loader)
+        loader._copying = (standing, [])
+        loader._device = None
+        with suppress(RuntimeError, ValueError, AssertionError):  # no GPU to record an event on
+            loader._copied([])
+
+    for call, name in ((read_flag, "read"), (copy, "_copied")):
+        heartbeat, standing = Heartbeat(tmp_path, 0), Standing()
+        heartbeat.enter("learning", 4, "small")
+        frame, is_waiting, _ = standing.frame_of(lambda: call(standing), heartbeat)  # noqa: B023
+        assert is_waiting and frame.endswith(f" in {name}")
+
+
+def test_copies__are_functions_of_ours() -> None:
+    modules = ("data.loader", "engine.engine", "train.faults", "train.student")
+    found = {onto.__qualname__}
+    for module in modules:
+        for name, kind in vars(importlib.import_module(f"distill.{module}")).items():
+            if isinstance(kind, type):
+                found |= {f"{name}.{function}" for function in vars(kind)}
+    assert not COPIES - found
