@@ -10,6 +10,9 @@ one that waited, not the one that was waited for. Here the records decide, in th
 How long each may take comes with the record: the limit, more where the activity took long before (its
 first times count too), much more the first times. On the watcher's host the kernel distinguishes a stopped process from a busy
 one, and then the limit counts, whatever it was doing.
+
+The watcher may be stopped itself (Ctrl-Z, docker pause, a suspended SLURM job). It measures the time
+between its looks, and after a pause every rank starts anew.
 """
 
 import os
@@ -24,6 +27,7 @@ from pathlib import Path
 from distill.runfolder.failure import LOST_EXIT_CODE, Failure
 from distill.runfolder.heartbeat import (
     FIRST_ALLOWED_S,
+    PAUSE_S,
     HeartbeatRecord,
     process_state,
     read_records,
@@ -62,7 +66,7 @@ class Watchdog:
         """``limit_s``: a rank that does not move this long is named before it is over."""
         self._run_folder, self._num_ranks, self._limit_s = run_folder, num_ranks, limit_s
         self._clock, self._state_of = clock, state_of
-        self._started = clock()
+        self._started = self._looked = clock()
         self._last: dict[int, tuple[tuple[int, int], float]] = {}
 
     def look(self) -> StragglerReport | None:
@@ -72,6 +76,14 @@ class Watchdog:
     def judge(self, records: Sequence[HeartbeatRecord]) -> StragglerReport | None:
         """Compares records with those of before; who holds the job up, if somebody does."""
         now = self._clock()
+        if (
+            now - self._looked > PAUSE_S
+        ):  # the watcher was stopped, and the ranks with it: all start anew
+            self._started += now - self._looked
+            self._last = {}
+            self._looked = now
+            return None
+        self._looked = now
         missing = set(range(self._num_ranks)) - {record.world_rank for record in records}
         if missing and now - self._started > FIRST_ALLOWED_S:
             names = ", ".join(map(str, sorted(missing)))

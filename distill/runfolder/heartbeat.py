@@ -12,6 +12,7 @@ to the process that opens it next.
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
@@ -31,6 +32,10 @@ SLOWER = (
     8.0  # times the longest so far; of that the watchdog takes 0.8, so five times is never too long
 )
 BETWEEN_PHASES = "between phases"
+LOADING_ALLOWED_S = 300.0  # storage may pause for minutes
+PAUSE_S = (
+    5.0  # between two beats, or two looks: then this process did not run (Ctrl-Z, docker pause)
+)
 SELDOM = frozenset({"starting", BETWEEN_PHASES, "post-step", "saving"})  # now and then very long
 WAITING = frozenset({"exchange", "agreeing"})  # activities that are nothing but waiting for others
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
@@ -116,7 +121,8 @@ class Heartbeat:
         self._world_rank, self._on_beat, self._clock = world_rank, on_beat, clock
         self._host, self._main = socket.gethostname(), threading.main_thread().ident
         self._limit_s = FIRST_ALLOWED_S
-        self._now = _Activity("starting", "", "", 0, 0, clock())
+        self._beat_at, self._paused_s = math.inf, 0.0
+        self._now = _Activity("starting", "", "", 0, 0, self._running_s())
         self._times: dict[tuple[str, str], tuple[int, float]] = {}
         self._beats, self._end = 0, ""
         self._over = threading.Event()
@@ -134,7 +140,7 @@ class Heartbeat:
 
     def enter(self, activity: str, phase_step: int, network: str = "") -> None:
         """Begins another activity, for the step of the phase that this rank trains now."""
-        before, now = self._now, self._clock()
+        before, now = self._now, self._running_s()
         key = (before.name, before.network)
         count, longest = self._times.get(key, (0, 0.0))
         self._times[key] = (count + 1, max(longest, now - before.since_s))
@@ -160,6 +166,8 @@ class Heartbeat:
         frame, is_in_wait = _frame_of(sys._current_frames().get(self._main or 0))
         is_known = count >= FIRST_TIMES and now.name not in SELDOM
         allowed_s = max(self._limit_s, SLOWER * longest) if is_known else FIRST_ALLOWED_S
+        if now.name == "loading":
+            allowed_s = max(allowed_s, LOADING_ALLOWED_S)
         if now.name == BETWEEN_PHASES and is_in_wait:
             allowed_s = self._limit_s  # a long wait there is for other ranks, not for work
         return HeartbeatRecord(
@@ -172,15 +180,29 @@ class Heartbeat:
             now.phase_step,
             now.name,
             now.network,
-            self._clock() - now.since_s,
+            max(0.0, self._running_s() - now.since_s),
             allowed_s,
             now.name in WAITING or is_in_wait,
             frame,
             self._end,
         )
 
+    def _running_s(self) -> float:
+        """The time of the clock without pauses, in which this process was stopped or its machine suspended."""
+        now = self._clock()
+        gap_s = now - self._beat_at
+        return now - self._paused_s - (gap_s - BEAT_S if gap_s > PAUSE_S else 0.0)
+
+    def note_beat(self) -> None:
+        """Leaves out the time since the last beat where that was a pause; the thread calls this."""
+        now = self._clock()
+        gap_s = now - self._beat_at
+        paused_s = self._paused_s + (gap_s - BEAT_S if gap_s > PAUSE_S else 0.0)
+        self._beat_at, self._paused_s = now, paused_s
+
     def _run(self) -> None:
         while not self._over.wait(BEAT_S):
+            self.note_beat()
             with suppress(OSError):  # a full disk; the watchdog misses one beat
                 self._write()
             self._on_beat()

@@ -10,6 +10,8 @@ from distill.runfolder.failure import LOST_EXIT_CODE
 from distill.runfolder.heartbeat import FIRST_ALLOWED_S, record_path
 from tests.support.status import LIMIT_S, SIGN
 
+STRIDE_S = 2.5
+
 
 class Job:
     """Signs of two ranks on a clock of its own; ranks beat unless they are said not to."""
@@ -28,6 +30,9 @@ class Job:
     def look(
         self, after_s: float = 0.0, beating: tuple[int, ...] = (0, 1)
     ) -> StragglerReport | None:
+        while after_s > STRIDE_S:  # a watcher that looks less often was stopped
+            self.look(STRIDE_S, beating)
+            after_s -= STRIDE_S
         self.now += after_s
         for rank, record in self.records.items():
             self.records[rank] = replace(record, beat=record.beat + (rank in beating))
@@ -104,8 +109,11 @@ def test_look__a_rank_that_never_came_is_named(tmp_path: Path) -> None:
     clock: Callable[[], float] = lambda: now[0]  # noqa: E731
     watchdog = Watchdog(tmp_path, 2, LIMIT_S, clock=clock)
     assert watchdog.look() is None
-    now[0] = FIRST_ALLOWED_S + 1.0
-    stragglers = watchdog.look()
+    stragglers = None
+    while stragglers is None:
+        now[0] += 1.0
+        stragglers = watchdog.look()
+    assert now[0] == FIRST_ALLOWED_S + 1.0
     assert stragglers is not None and "no record of rank 0, 1 after 601 s" in stragglers.message
 
 
@@ -118,3 +126,19 @@ def test_look__furthest_behind_is_the_rank_in_the_earlier_phase(job: Job) -> Non
     stragglers = job.look(1.0)
     assert stragglers is not None and stragglers.world_ranks == (1,)
     assert "base step 90" in stragglers.message
+
+
+def test_look__a_pause_of_the_watcher_is_forgiven(job: Job) -> None:
+    """Ctrl-Z: nothing looked and nothing beat for a minute; what then stays silent is named all the same."""
+    job.look(20.0, beating=())
+    job.now += 60.0
+    assert job.look(0.0, beating=()) is None
+    assert job.look(20.0, beating=()) is None
+    stragglers = job.look(7.0, beating=(0,))
+    assert stragglers is not None and stragglers.world_ranks == (1,)
+
+
+def test_look__pauses_again_and_again_are_forgiven(job: Job) -> None:
+    for _ in range(20):
+        job.now += 40.0
+        assert job.look(0.0, beating=()) is None

@@ -1,7 +1,10 @@
 import importlib
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +17,9 @@ from distill.data.loader import Loader
 from distill.runfolder.heartbeat import (
     COPIES,
     FIRST_ALLOWED_S,
+    LOADING_ALLOWED_S,
+    ROOT,
+    SLOWER,
     Heartbeat,
     process_state,
     read_record,
@@ -136,7 +142,11 @@ def test_record__a_collective_and_a_synchronize_wait_whatever_the_activity(
     _, is_waiting, allowed_s = standing.frame_of(lambda: inside(file, name)(standing), heartbeat)
     assert is_waiting == waits
     between = {True: 5.0, False: FIRST_ALLOWED_S}[waits]
-    wanted = {"saving": FIRST_ALLOWED_S, "between phases": between}.get(activity, 5.0)
+    wanted = {
+        "saving": FIRST_ALLOWED_S,
+        "loading": LOADING_ALLOWED_S,
+        "between phases": between,
+    }.get(activity, 5.0)
     assert allowed_s == wanted
 
 
@@ -171,3 +181,76 @@ def test_copies__are_functions_of_ours() -> None:
             if isinstance(kind, type):
                 found |= {f"{name}.{function}" for function in vars(kind)}
     assert not COPIES - found
+
+
+def test_record__pauses_of_the_process_are_left_out(tmp_path: Path) -> None:
+    """As after Ctrl-Z: neither the time that an activity stands nor the longest so far has the pause in it."""
+    now = [100.0]
+    heartbeat = Heartbeat(tmp_path, 0, clock=lambda: now[0])
+    heartbeat.set_limit(5.0)
+    heartbeat.note_beat()
+    for step in range(3):
+        heartbeat.enter("learning", step)
+        now[0] += 1.0
+        heartbeat.note_beat()
+        now[0] += 3600.0  # the main thread may run before the heartbeat's does
+        if step == 1:
+            heartbeat.note_beat()
+        assert heartbeat.record().idle_s == pytest.approx(1.5)
+        heartbeat.enter("exchange", step)
+        heartbeat.note_beat()
+    heartbeat.enter("learning", 3)
+    assert heartbeat.record().allowed_s == pytest.approx(SLOWER * 1.5)
+
+
+STOPPED_GROUP = """
+import sys, time
+from pathlib import Path
+from distill.runfolder.heartbeat import Heartbeat
+from distill.launch.watchdog import Watchdog
+folder = Path(sys.argv[2])
+if sys.argv[1] == "rank":
+    with Heartbeat(folder, 0) as heartbeat:
+        heartbeat.set_limit(8.0)
+        for step in range(3):
+            heartbeat.enter("learning", step)
+            heartbeat.enter("exchange", step)
+        while True:
+            heartbeat.enter("learning", 4)
+            time.sleep(1.0)
+watchdog, until = Watchdog(folder, 1, 8.0), time.monotonic() + 20.0
+while time.monotonic() < until:
+    report = watchdog.look()
+    if report is not None:
+        sys.exit(report.message)
+    time.sleep(0.25)
+"""
+
+
+@pytest.mark.slow
+def test_group__stopped_and_continued_gives_no_alarm(tmp_path: Path) -> None:
+    """Ctrl-Z and fg: SIGSTOP and SIGCONT of a rank and its watcher together, longer than the limit."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", STOPPED_GROUP]
+    rank = subprocess.Popen([*command, "rank", str(tmp_path)], env=environment, process_group=0)
+    try:
+        watcher = subprocess.Popen(
+            [*command, "watcher", str(tmp_path)],
+            env=environment,
+            process_group=rank.pid,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        while read_record(tmp_path, 0) is None:
+            time.sleep(0.1)
+        time.sleep(2.0)
+        os.killpg(rank.pid, signal.SIGSTOP)
+        time.sleep(12.0)
+        os.killpg(rank.pid, signal.SIGCONT)
+        _, message = watcher.communicate(timeout=120.0)
+        assert watcher.returncode == 0, message
+        assert rank.poll() is None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)
+        rank.wait()
