@@ -17,7 +17,6 @@ between its looks, and after a pause every rank starts anew.
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -147,15 +146,19 @@ def _report_on(stragglers: Sequence[tuple[HeartbeatRecord, str]]) -> StragglerRe
 
 
 def end_ranks(records: Sequence[HeartbeatRecord]) -> None:
-    """Ends the ranks that run on this host after they have written their stacks; a stopped one is woken for it."""
-    here = [
-        record.pid for record in records if not record.end and record.host == socket.gethostname()
-    ]
-    for pid in here:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGUSR2)
-            os.kill(pid, signal.SIGCONT)
+    """Ends the ranks among the processes of this host after they have written their stacks; a stopped one is woken for it.
+
+    A process gets a signal only if it is the one that wrote the record: its number may be another's by now, or in this container.
+    """
+    running = [record for record in records if not record.end]
+    _signal(running, signal.SIGUSR2, signal.SIGCONT)
     time.sleep(DUMP_S)
-    for pid in here:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    _signal(running, signal.SIGKILL)
+
+
+def _signal(records: Sequence[HeartbeatRecord], *signals: signal.Signals) -> None:
+    for record in records:
+        if record.process.is_same():
+            with suppress(ProcessLookupError):
+                for each in signals:
+                    os.kill(record.pid, each)

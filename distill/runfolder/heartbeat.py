@@ -15,7 +15,6 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -24,6 +23,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
+
+from distill.runfolder.process_identity import ProcessIdentity, this_process_identity
 
 BEAT_S = 0.5
 FIRST_TIMES = 2  # an activity's first occurrences compile, connect, warm caches
@@ -55,7 +56,7 @@ COPIES = frozenset(
 )
 ROOT = Path(__file__).parents[2]
 OURS = tuple(f"{ROOT / package}{os.sep}" for package in ("distill", "students", "teacher"))
-RECORD_BYTES = 1024  # each record is padded to this, so that a shorter one leaves no rest
+RECORD_BYTES = 2048  # each record is padded to this, so that a shorter one leaves no rest
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class HeartbeatRecord:
     """What a rank reports; ``end`` is empty while it runs, then "done" or why it ended.
 
     ``phase_number``: how many phases the rank has entered. ``phase_step``: the step of that phase which
-    the rank trains, also while it teaches or loads for a later one.
+    the rank trains, also while it teaches or loads for a later one. ``boot_id``, ``pid_namespace`` and
+    ``start_ticks`` distinguish the process from others with its number; older records lack them.
     """
 
     world_rank: int
@@ -80,12 +82,22 @@ class HeartbeatRecord:
     is_waiting: bool
     frame: str
     end: str
+    boot_id: str = ""
+    pid_namespace: str = ""
+    start_ticks: int = 0
 
     def describe(self) -> str:
         """Who and where, for people: rank, host, phase, step, activity, network."""
         doing = f"{self.activity} {self.network}".strip()
         where = f"{self.phase} step {self.phase_step}" if self.phase else "before the first step"
         return f"rank {self.world_rank} on {self.host}: {doing}, {where}"
+
+    @property
+    def process(self) -> ProcessIdentity:
+        """Which process wrote the record."""
+        return ProcessIdentity(
+            self.host, self.boot_id, self.pid_namespace, self.pid, self.start_ticks
+        )
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -119,7 +131,7 @@ class Heartbeat:
         """``on_beat`` is called on the thread after every beat."""
         self._path = record_path(run_folder, world_rank)
         self._world_rank, self._on_beat, self._clock = world_rank, on_beat, clock
-        self._host, self._main = socket.gethostname(), threading.main_thread().ident
+        self._process, self._main = this_process_identity(), threading.main_thread().ident
         self._limit_s = FIRST_ALLOWED_S
         self._beat_at, self._paused_s = math.inf, 0.0
         self._now = _Activity("starting", "", "", 0, 0, self._running_s())
@@ -172,8 +184,8 @@ class Heartbeat:
             allowed_s = self._limit_s  # a long wait there is for other ranks, not for work
         return HeartbeatRecord(
             self._world_rank,
-            self._host,
-            os.getpid(),
+            self._process.host,
+            self._process.pid,
             self._beats,
             now.phase,
             now.phase_number,
@@ -185,6 +197,9 @@ class Heartbeat:
             now.name in WAITING or is_in_wait,
             frame,
             self._end,
+            self._process.boot_id,
+            self._process.pid_namespace,
+            self._process.start_ticks,
         )
 
     def _running_s(self) -> float:
@@ -255,8 +270,11 @@ def read_records(run_folder: Path, num_ranks: int) -> list[HeartbeatRecord]:
 
 
 def process_state(record: HeartbeatRecord) -> str:
-    """The kernel's letter for a rank's process ("T" stopped, "Z" ended); "" where it is gone, "?" on another host."""
-    return state_of(record.pid) if record.host == socket.gethostname() else "?"
+    """The kernel's letter for a rank's process ("T" stopped, "Z" ended); "" where it is gone, "?" on another host or in another container."""
+    if not record.process.is_visible():
+        return "?"
+    state = state_of(record.pid)
+    return state if state in {"", "?"} or record.process.is_same() else ""
 
 
 def state_of(pid: int) -> str:
