@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -176,7 +177,10 @@ def test_script__every_check_on_the_cpu_and_nearly_every_line(tmp_path: Path) ->
     out, traced = tmp_path / "gpu.json", tmp_path / "lines.json"
     words = ["--device", "cpu", "--sizes", "tiny", "--out", str(out), "--budget", "1200"]
     command = [sys.executable, "-c", TRACED, str(FOLDER), str(traced), *words]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # more wait for each other, spinning
+    ended = subprocess.run(
+        command, cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=1200
+    )
     report = json.loads(out.read_text())
     assert problems_of(report) == []
     failed = {row["name"]: row["error"] for row in report["rows"] if row["state"] != "ok"}
