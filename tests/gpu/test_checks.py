@@ -33,6 +33,9 @@ from tests.support.lines_run import traced_lines
 with traced_lines(Path(sys.argv[1])) as lines:
     from tests.gpu.__main__ import main
     code = main(sys.argv[3:])
+    import pytest
+    fast = [sys.argv[1] + "/test_checks.py", "-m", "not slow", "-p", "no:cacheprovider"]
+    code = code or int(pytest.main([*fast, "-o", "addopts=", "-o", "filterwarnings=default"]))
 Path(sys.argv[2]).write_text(json.dumps({name: sorted(found) for name, found in lines.items()}))
 sys.exit(code)
 """
