@@ -37,7 +37,6 @@ COVERED_BY = {
     "distill.job.step_sheet": "tests/distill/cli/test_data.py",
     "distill.job.to_data": "tests/distill/job/test_pretraining.py",
     "distill.launch.local": "tests/distill/cli/test_app.py",
-    "distill.launch.rank": "tests/chaos/test_disk.py",
     "distill.plan.from_recipe": "tests/distill/plan/test_memory.py",
     "distill.plan.job": "tests/distill/plan/test_memory.py",
     "distill.plan.teacher_source": "tests/distill/plan/test_memory.py",

@@ -67,17 +67,18 @@ COLLECTIVE_TIMEOUT = timedelta(
 
 
 def work(job: Job, requests: StopSaveRequests, heartbeat: Heartbeat) -> None:
-    """Runs one rank of a prepared job; the launcher has set the usual rank variables."""
+    """Runs one rank of a prepared job; the launcher has set the usual rank variables.
+
+    After an error the process group still stands: the caller writes down the cause, then leaves it.
+    """
     device = take_device(job.recipe.engine.device)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
-    try:
-        prepare_deepspeed(device.type)
-        _Run(job, device, requests, heartbeat).run()
-    finally:
-        dist.destroy_process_group()
+    prepare_deepspeed(device.type)
+    _Run(job, device, requests, heartbeat).run()
+    dist.destroy_process_group()
 
 
 class _Run:

@@ -9,8 +9,11 @@ launcher is gone, or when the job has failed and something keeps it from noticin
 
 import faulthandler
 import os
+import threading
 import time
 from pathlib import Path
+
+import torch.distributed as dist
 
 from distill.job.prepare import read_job
 from distill.job.run import work
@@ -33,6 +36,7 @@ from distill.runfolder.heartbeat import Heartbeat, read_records, stacks_on_signa
 from distill.runfolder.lock import run_lock
 from distill.runfolder.requests import StopSaveRequests
 
+LEAVE_S = 3.0  # for the process group to be destroyed after an error; NCCL waits for kernels that may never end
 GRACE_S = 5.0  # from the first cause on, for a rank to end by itself
 
 
@@ -46,22 +50,62 @@ def entry(run_folder: str, launcher: ProcessMark | None) -> None:
     requests = StopSaveRequests(folder)
     guard = RankMonitor(folder, rank, has_launcher=launcher is not None)
     heartbeat = Heartbeat(folder, rank, on_beat=lambda: guard.look(requests))
-    with requests.listening(), stacks_on_signal(folder, rank), run_lock(folder) as lock:
-        if launcher is not None:
-            lock.share()
-        with heartbeat:
-            try:
-                job = read_job(folder)
-                require_node_size(os.environ, job.request.ranks_per_node)
-                heartbeat.set_limit(job.recipe.engine.hang_limit_s)
-                guard.watch_others(job.recipe.engine.hang_limit_s)
-                work(job, requests, heartbeat)
-            except BaseException as error:
-                if not is_lost_connection(error):
-                    write_failure(folder, failure_of(error, heartbeat.record(), folder))
-                elif launcher is None:
-                    raise guard.cause().to_error() from error
-                raise
+    try:
+        with requests.listening(), stacks_on_signal(folder, rank), run_lock(folder) as lock:
+            if launcher is not None:
+                lock.share()
+            with heartbeat:
+                _work(folder, requests, heartbeat, guard, launcher)
+    except _StuckError as stuck:
+        os._exit(stuck.exit_code)  # the usual end would wait for the process group too
+
+
+class _StuckError(Exception):
+    """The rank failed and cannot leave its process group; its cause is on disk."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def _work(
+    folder: Path,
+    requests: StopSaveRequests,
+    heartbeat: Heartbeat,
+    guard: "RankMonitor",
+    launcher: ProcessMark | None,
+) -> None:
+    """Runs the job; after an error the cause is on disk before anything is destroyed, unless another rank has to show it."""
+    try:
+        job = read_job(folder)
+        require_node_size(os.environ, job.request.ranks_per_node)
+        heartbeat.set_limit(job.recipe.engine.hang_limit_s)
+        guard.watch_others(job.recipe.engine.hang_limit_s)
+        work(job, requests, heartbeat)
+    except BaseException as error:
+        is_lost = is_lost_connection(error)
+        failure = None if is_lost else failure_of(error, heartbeat.record(), folder)
+        if failure is not None:
+            write_failure(folder, failure)
+        has_left = _leave_group()
+        if failure is None and launcher is None:
+            failure = guard.cause()
+        if not has_left:
+            code = LOST_EXIT_CODE if failure is None else failure.exit_code
+            raise _StuckError(f"{type(error).__name__}: {error}", code) from error
+        if is_lost and failure is not None:
+            raise failure.to_error() from error
+        raise
+
+
+def _leave_group() -> bool:
+    """Destroys the process group, if there is one; False where that does not end in time."""
+    if not dist.is_initialized():
+        return True
+    leaving = threading.Thread(target=dist.destroy_process_group, name="leave", daemon=True)
+    leaving.start()
+    leaving.join(LEAVE_S)
+    return not leaving.is_alive()
 
 
 class RankMonitor:

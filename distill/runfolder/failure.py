@@ -18,14 +18,26 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch.distributed as dist
-
 from distill.errors import StudentError, UserError
 from distill.runfolder.heartbeat import HeartbeatRecord, process_state, read_records
 
 FILE = "failure.json"
 LOST_EXIT_CODE = 4  # a rank died or hung: nothing is wrong with the job, start it again
-CONNECTION_WORDS = ("onnection", "gloo", "NCCL", "ncclSystemError", "Broken pipe", "Socket")
+# Of a lost connection: the other end is gone, did not answer in time, or ended the collective
+CONNECTION_WORDS = (
+    "onnection closed",
+    "onnection reset",
+    "onnection refused",
+    "onnection was",
+    "Broken pipe",
+    "Socket closed",
+    "ncclRemoteError",
+    "remote process exited",
+    "imed out",
+    "imeout",
+    "aborted",
+)
+MESSAGE_LETTERS = 300  # of an exception
 SETTLE_S = 3.0  # for ranks that are ending to say so
 FAR_S = 3.0  # silence of a rank on another host that is taken for death; six beats
 
@@ -65,7 +77,7 @@ def failure_of(error: BaseException, record: HeartbeatRecord, run_folder: Path) 
     """The cause that an exception of this rank is; call while handling it."""
     if isinstance(error, UserError):
         return Failure("user", error.message, error.fix, error.exit_code, traceback.format_exc())
-    text = (str(error).strip().splitlines() or ["no message"])[0]
+    text = " ".join(str(error).split())[:MESSAGE_LETTERS] or "no message"
     return Failure(
         "student" if isinstance(error, StudentError) else "error",
         f"{record.describe()}; {type(error).__name__}: {text}",
@@ -76,18 +88,21 @@ def failure_of(error: BaseException, record: HeartbeatRecord, run_folder: Path) 
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """The error means that another rank is gone, not that this one did something wrong."""
-    if isinstance(error, dist.DistError):
-        return True
-    is_general = isinstance(error, RuntimeError | OSError)
+    """The error means that another rank is gone, not that this one did something wrong.
+
+    An error of NCCL or gloo alone does not: memory, a driver or a wrong size may be its cause.
+    """
+    is_general = isinstance(error, RuntimeError | OSError)  # dist.DistError is a RuntimeError
     return is_general and any(word in str(error) for word in CONNECTION_WORDS)
 
 
 def failure_of_dead(records: Sequence[HeartbeatRecord], exit_codes: dict[int, int]) -> Failure:
     """The cause when ranks died; ``exit_codes`` by rank where a launcher knows them, negative for a signal."""
+    # a rank that aborts may do so because another one is gone
+    order = sorted(records, key=lambda r: exit_codes.get(r.world_rank) == -signal.SIGABRT)
     messages = [
         f"{record.describe()}; {record.end or _how(exit_codes.get(record.world_rank, 0))}"
-        for record in records
+        for record in order
     ]
     if not messages:
         host = socket.gethostname()
@@ -126,6 +141,8 @@ def find_dead(
 def _how(exit_code: int) -> str:
     if exit_code >= 0:
         return "ended without a word"
+    if exit_code == -signal.SIGABRT:
+        return "ended by SIGABRT, as NCCL does where a collective fails; its log has the reason"
     with suppress(ValueError):
         return f"ended by {signal.Signals(-exit_code).name}"
     return f"ended by signal {-exit_code}"

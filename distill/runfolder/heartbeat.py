@@ -168,7 +168,7 @@ class Heartbeat:
         """Writes how the rank ended."""
         self._over.set()
         self._thread.join()
-        self._end = "done" if error is None else f"{type(error).__name__}: {error}"[:200]
+        self._end = "done" if error is None else f"{type(error).__name__}: {error}"[:300]
         self._write()
 
     def record(self) -> HeartbeatRecord:

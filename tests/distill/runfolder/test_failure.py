@@ -2,6 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from distill.errors import SetupError, UserError
 from distill.runfolder.events import Event, note, read_events
@@ -43,6 +44,20 @@ def test_failure_of__what_needs_a_person_keeps_its_words(tmp_path: Path) -> None
     assert told.message == "rank 0 on node1: learning small, family step 40; KeyError: 'x'"
 
 
+def test_failure_of__keeps_300_letters_of_all_lines(tmp_path: Path) -> None:
+    text = "NCCL error in: x.cpp:1\nLast error:\nCuda failure 2 'out of memory'\n" + 400 * "x"
+    message = failure_of(RuntimeError(text), SIGN, tmp_path).message
+    kept = message.partition("RuntimeError: ")[2]
+    assert len(kept) == 300 and "Last error: Cuda failure 2 'out of memory'" in kept
+
+
+def test_failure_of_dead__who_aborted_is_named_so_and_after_who_was_killed() -> None:
+    other = replace(SIGN, world_rank=1)
+    assert "; ended by SIGABRT" in failure_of_dead([SIGN], {0: -6}).message
+    both = failure_of_dead([SIGN, other], {0: -6, 1: -9}).message
+    assert both.startswith("rank 1") and "SIGKILL" in both
+
+
 def test_failure_of_dead__names_rank_host_student_step_and_signal() -> None:
     told = failure_of_dead([SIGN], {0: -9})
     said = "rank 0 on node1: learning small, family step 40; ended by SIGKILL"
@@ -57,6 +72,13 @@ def test_failure_of_dead__names_rank_host_student_step_and_signal() -> None:
     [
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), True),
         (ConnectionResetError("Connection reset by peer"), True),
+        (dist.DistBackendError("NCCL error: ncclRemoteError: remote process exited"), True),
+        (dist.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL(1)"), True),
+        (dist.DistBackendError("NCCL communicator was aborted on rank 1."), True),
+        (RuntimeError("Timed out waiting 600000ms for recv operation to complete"), True),
+        (dist.DistBackendError("NCCL error: ncclUnhandledCudaError: out of memory"), False),
+        (dist.DistBackendError("NCCL error: ncclInvalidUsage: Duplicate GPU detected"), False),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:1] op.preamble.length <= op.nbytes"), False),
         (RuntimeError("shape mismatch"), False),
         (ValueError("gloo"), False),
     ],

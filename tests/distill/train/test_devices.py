@@ -202,3 +202,20 @@ def test_take_device__names_what_the_machine_lacks(monkeypatch: pytest.MonkeyPat
     with pytest.raises(SetupError, match="rank 2 of this machine has no GPU to itself"):
         take_device("cuda")
     assert take_device("cpu") == torch.device("cpu")
+
+
+def test_take_device__a_task_with_one_visible_gpu_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_RANK", "SLURM_LOCALID", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    assert take_device("auto") == torch.device("cuda", 0)  # no LOCAL_RANK
+    monkeypatch.setenv("SLURM_LOCALID", "3")
+    with pytest.raises(SetupError, match="rank 3 of this machine"):  # one GPU for the machine
+        take_device("auto")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert take_device("auto") == torch.device("cuda", 0)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # started inside the task, beside others
+    with pytest.raises(SetupError, match="rank 1 of this machine"):
+        take_device("auto")
