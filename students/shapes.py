@@ -10,13 +10,15 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from teacher.shapes import HeadShape, ViTSpec
+from teacher.shapes import NORM_BYTES, VALUE_BYTES, HeadShape, ViTSpec
 
 if TYPE_CHECKING:
     import torch
 
 STEM = 4  # pixels per side of a ConvNeXt's first convolution; each later stage halves the map
-CONV_ACTIVATION_BYTES = 24  # per pixel, channel and ConvNeXt block
+# Kept for the backward pass in bf16: a block's input, the norm's input and output, the wide layer before and
+# after its GELU, the scale's input
+CONV_BLOCK_BYTES = 24  # per pixel, channel and ConvNeXt block
 
 
 @runtime_checkable
@@ -144,13 +146,16 @@ class ConvNeXtSpec:
         return 2.0 * (size // STEM) ** 2 * self.in_channels * STEM**2 * self.widths[0]
 
     def activation_bytes(self, size: int) -> float:
-        """Bytes kept for the backward pass of one crop of ``size`` pixels per side; an estimate for bf16."""
-        return float(
-            sum(
-                depth * width * (size // (STEM * 2**stage)) ** 2 * CONV_ACTIVATION_BYTES
-                for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True))
-            )
-        )
+        """Bytes kept for the backward pass of one crop of ``size`` pixels per side, in bf16."""
+        pixels = (size // STEM) ** 2
+        kept = VALUE_BYTES * self.in_channels * size**2
+        kept += pixels * (VALUE_BYTES * self.widths[0] + NORM_BYTES)  # the stem's norm
+        for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
+            if stage:  # input of the norm, and of the halving convolution
+                kept += pixels * (2 * VALUE_BYTES * self.widths[stage - 1] + NORM_BYTES)
+                pixels //= 4
+            kept += depth * pixels * (CONV_BLOCK_BYTES * width + NORM_BYTES)
+        return float(kept + (pixels + 1) * (VALUE_BYTES * self.width + NORM_BYTES))
 
     def build(self) -> "torch.nn.Module":
         """Build the network."""

@@ -10,7 +10,16 @@ if TYPE_CHECKING:
 KOLEO_GROUP = 16  # images; DINOv3 report, section 3.1
 # fastest of 512..16384 on CPU for 65,536 prototypes; memory is rows * 4096
 PROTOTYPES_AT_ONCE = 4096
-ACTIVATION_BYTES = 34  # per token, channel and transformer block
+# Kept for the backward pass in bf16, counted by saved-tensor hooks over a forward pass with flash attention:
+# both norms' inputs and outputs, queries, keys and values, what attention gives and its copy, both layer scales' inputs
+BLOCK_BYTES = 22  # per token, channel and transformer block
+FFN_BYTES = {
+    "mlp": 4,
+    "swiglu": 8,
+}  # per token and hidden unit: two tensors; gate, its SiLU, up, product
+NORM_BYTES = 8  # per token and norm: mean and inverse deviation, fp32
+LOGSUMEXP_BYTES = 4  # per token and attention head, fp32
+VALUE_BYTES = 2  # of a number in bf16
 
 
 @dataclass(frozen=True)
@@ -89,14 +98,12 @@ class ViTSpec:
         return 2.0 * (size // self.patch) ** 2 * self.in_channels * self.patch**2 * self.width
 
     def activation_bytes(self, size: int) -> float:
-        """Bytes kept for the backward pass of one crop of ``size`` pixels per side.
-
-        An estimate for bf16 with a fused attention. Source: Korthikanti et al. 2022, equation 1
-        without the attention matrices.
-        """
-        ratio = (3 if self.ffn == "swiglu" else 2) * self.ffn_width / (8 * self.width)
-        per_token = ACTIVATION_BYTES * self.width * (0.5 + 0.5 * ratio)
-        return self.depth * self.tokens(size) * per_token
+        """Bytes kept for the backward pass of one crop of ``size`` pixels per side, in bf16 with flash attention."""
+        per_block = BLOCK_BYTES * self.width + FFN_BYTES[self.ffn] * self.ffn_width
+        per_block += 2 * NORM_BYTES + LOGSUMEXP_BYTES * self.heads
+        final_norm = VALUE_BYTES * self.width + NORM_BYTES
+        pixels = VALUE_BYTES * self.in_channels * size**2
+        return float(self.tokens(size) * (self.depth * per_block + final_norm) + pixels)
 
     def build(self) -> "torch.nn.Module":
         """Build the network; its class and register tokens are uninitialised until ``init_``."""
@@ -131,6 +138,12 @@ class HeadShape:
         """Weights and biases of the three layers, and the prototypes."""
         layers = pairwise((self.width, self.hidden, self.hidden, self.bottleneck))
         return sum((a + 1) * b for a, b in layers) + self.prototypes * self.bottleneck
+
+    @property
+    def activation_bytes(self) -> int:
+        """Bytes kept for the backward pass of one row: inputs of the layers, before and after each GELU, and the bottleneck in fp32 and bf16."""
+        hidden = 2 * 2 * self.hidden
+        return VALUE_BYTES * (self.width + hidden + self.bottleneck) + 4 * self.bottleneck
 
 
 def scaled_size(size: int, scale: float) -> int:

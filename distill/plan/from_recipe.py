@@ -20,6 +20,8 @@ from distill.plan.flops import (
     training_tflops,
 )
 from distill.plan.memory import (
+    PARAMETER_BYTES,
+    PROJECTED_BYTES,
     Footprint,
     Student,
     Training,
@@ -27,6 +29,7 @@ from distill.plan.memory import (
     footprint_of,
     head_parameters,
     pretraining_footprint,
+    row_bytes,
     wire_shape,
 )
 from distill.plan.placement import NetworkCost
@@ -276,10 +279,13 @@ def family_footprint(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> F
         spec = student.backbone_spec()
         if shape.heads is None:
             extra = 2 * (spec.width + 1) * shape.spec.width
+            of_row = PARAMETER_BYTES * spec.width + PROJECTED_BYTES * shape.spec.width
+            of_rows = of_row, of_row
         else:
-            extra = head_parameters(heads_of_student(student, spec, shape.heads))
+            heads = heads_of_student(student, spec, shape.heads)
+            extra, of_rows = head_parameters(heads), row_bytes(heads)
         parameters = spec.parameters + extra
-        students.append(Student(student.label, spec, parameters, student.crop_scale))
+        students.append(Student(student.label, spec, parameters, of_rows, student.crop_scale))
     crops, patches = crop_shapes(recipe, grid_hw), grid_hw[0] * grid_hw[1]
     has_stats = recipe.data.has_source_stats
     wire = wire_shape(crops, shape.heads, shape.spec.width, patches, has_pixel_stats=has_stats)

@@ -1,11 +1,13 @@
 """What a plan needs: GiB per rank by part, and bytes per rank and step on the wire. From shapes alone.
 
-Weights, gradients and optimizer state are exact. Activations are an estimate of the network's spec.
+Weights, optimizer state and EMA are exact; gradients were measured on DeepSpeed's engines of one and two ranks.
+Activations and logits are within 10% of what autograd keeps, by tracing; all in bf16. Other parts are estimates: ``FIXED_GIB``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,23 +20,42 @@ from students.shapes import BackboneSpec
 from teacher.shapes import PROTOTYPES_AT_ONCE, ViTSpec
 
 GIB = 2**30
-PARAMETER_BYTES = 2  # bf16 weights, and as much for gradients
-SUM_BYTES = 4  # gradients of micro-batches are added up in fp32, sharded over the group
+PARAMETER_BYTES = 2  # bf16 weights
 OPTIMIZER_BYTES = 12  # fp32 master weight and two moments; sharded over the group
 EMA_BYTES = 4  # fp32; sharded like them
-HIDDEN_BYTES = 4  # per unit of a head's hidden layer: before and after its GELU
-LOGIT_BYTES = 12  # three fp32 matrices of [rows, chunk] at once
-CONTEXT_GIB = 1.5  # driver, communicators, kernels
+REDUCED_AT_ONCE = (
+    500_000_000  # gradients in DeepSpeed's bucket, as ``distill.engine.engine`` sets it
+)
+# Bytes in the bucket per gradient, and of the rank's shard: its bf16 gradients and their fp32 sum
+ONE_PART_BYTES, SEVERAL_PARTS_BYTES, STAGE_3_BYTES = (2, 6), (4, 4), (2, 4)
+# Per row and prototype of a chunk: logits and targets in fp32, those of the chunk before, and their makings
+LOGIT_BYTES = 22
+PROJECTED_BYTES = (
+    12  # per row and channel of a projected feature: in fp32, normalised, and its target normalised
+)
+# What depends on no shape. Source of each: an estimate, to be measured by `make gpu`.
+FIXED_GIB: Mapping[str, float] = MappingProxyType(
+    {
+        "CUDA context and libraries": 1.0,
+        "communicators of NCCL": 1.0,
+    }
+)
+CONTEXT_GIB = sum(FIXED_GIB.values())
 STUDENT_PARTS = ("weights", "gradients", "optimizer", "ema", "activations", "logits")
 
 
 @dataclass(frozen=True)
 class Student:
-    """What a student's memory follows from. ``parameters`` count backbone, heads or projectors."""
+    """What a student's memory follows from.
+
+    ``parameters`` count backbone, heads or projectors; ``row_bytes`` are kept by heads or projectors
+    per class token and per masked patch.
+    """
 
     name: str
     spec: BackboneSpec
     parameters: int
+    row_bytes: tuple[int, int]
     crop_scale: float = 1.0
 
 
@@ -200,16 +221,15 @@ def _student_bytes(
     parts = np.zeros((plan.num_ranks, len(STUDENT_PARTS)))
     for student, placement in zip(students, plan.placements, strict=True):
         group, count = len(placement.slices), student.parameters
-        sharded = count / group if training.zero_stage >= 2 else count
         per_image = activation_bytes(student.spec, crops.scaled(student.crop_scale))
+        per_image += kept_by_rows(student.row_bytes, crops)
         for rank in placement.world_ranks:
             images = largest_part(placement, rank, training)
-            rows = images * (2 + crops.num_locals + crops.masked_per_image)
-            logits = rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES if has_heads else 0.0
-            added_up = count * SUM_BYTES / group if images < len(placement.slice_of(rank)) else 0
+            logits = images * logit_bytes(crops) if has_heads else 0.0
+            is_added_up = images < len(placement.slice_of(rank))
             parts[rank, :4] += (
                 count * PARAMETER_BYTES,
-                sharded * PARAMETER_BYTES + added_up,
+                gradient_bytes(count, group, training.zero_stage, is_added_up=is_added_up),
                 count * OPTIMIZER_BYTES / group,
                 count * EMA_BYTES / group,
             )
@@ -253,9 +273,11 @@ def pretraining_footprint(
         frozen, weights = backbone, backbone + of_heads
     networks = frozen * (2 if has_anchor else 1) + of_heads  # EMA, anchor
     counts = _Counts(teaching=networks, computing=weights, trained=backbone + of_heads)
-    saved_bytes = max(_saved_bytes(spec, crops, training) for crops in kinds)
-    rows = max(2 + c.num_locals + c.masked_per_image for c in kinds)
-    return _footprint_alone(plan, counts, training, saved_bytes, rows)
+    of_rows = row_bytes(heads)
+    saved_bytes = max(
+        _saved_bytes(spec, crops, training) + kept_by_rows(of_rows, crops) for crops in kinds
+    )
+    return _footprint_alone(plan, counts, training, saved_bytes, max(map(logit_bytes, kinds)))
 
 
 def fitting_footprint(
@@ -263,13 +285,11 @@ def fitting_footprint(
 ) -> Footprint:
     """Memory of every rank while heads are learned on a frozen backbone, which keeps nothing but the block at work. Nothing travels."""
     backbone, count = spec.parameters, head_parameters(heads)
-    dino, ibot = heads
-    hidden = 2 * (2 + crops.num_locals) * dino.hidden + 2 * crops.masked_per_image * ibot.hidden
-    saved_bytes = activation_bytes(spec, crops) / spec.equal_blocks + HIDDEN_BYTES * hidden
+    saved_bytes = activation_bytes(spec, crops) / spec.equal_blocks
+    saved_bytes += kept_by_rows(row_bytes(heads), crops)
     # the EMA of the heads teaches
     counts = _Counts(teaching=backbone + count, computing=count, trained=count)
-    rows = 2 + crops.num_locals + crops.masked_per_image
-    return _footprint_alone(plan, counts, training, saved_bytes, rows)
+    return _footprint_alone(plan, counts, training, saved_bytes, logit_bytes(crops))
 
 
 @dataclass(frozen=True)
@@ -282,17 +302,17 @@ class _Counts:
 
 
 def _footprint_alone(
-    plan: Plan, counts: _Counts, training: Training, saved_bytes: float, rows: float
+    plan: Plan, counts: _Counts, training: Training, saved_bytes: float, of_logits: float
 ) -> Footprint:
-    """Memory of one network on all ranks; ``saved_bytes`` for the backward pass and ``rows`` of logits are per image."""
+    """Memory of one network on all ranks; ``saved_bytes`` for the backward pass and bytes ``of_logits`` are per image."""
     placement, num_ranks = plan.placements[0], plan.num_ranks
     trained = counts.trained
     memory = []
     for rank in placement.world_ranks:
         images = largest_part(placement, rank, training)
         is_added_up = images < len(placement.slice_of(rank))
-        sharded = trained / num_ranks if training.zero_stage >= 2 else trained
-        gradients = PARAMETER_BYTES * sharded + is_added_up * SUM_BYTES * trained / num_ranks
+        stage = training.zero_stage
+        gradients = gradient_bytes(trained, num_ranks, stage, is_added_up=is_added_up)
         memory.append(
             Memory(
                 teacher=PARAMETER_BYTES * counts.teaching / GIB,
@@ -301,7 +321,7 @@ def _footprint_alone(
                 optimizer=OPTIMIZER_BYTES * trained / num_ranks / GIB,
                 ema=EMA_BYTES * trained / num_ranks / GIB,
                 activations=images * saved_bytes / GIB,
-                logits=images * rows * PROTOTYPES_AT_ONCE * LOGIT_BYTES / GIB,
+                logits=images * of_logits / GIB,
                 buffers=0.0,
                 context=CONTEXT_GIB,
             )
@@ -324,3 +344,25 @@ def activation_bytes(spec: BackboneSpec, crops: CropShapes) -> float:
     """Bytes kept for the backward pass of all crops of one image."""
     sides = [crops.global_size] * 2 + [crops.local_size] * crops.num_locals
     return float(sum(spec.activation_bytes(side) for side in sides))
+
+
+def gradient_bytes(count: int, group: int, zero_stage: int, *, is_added_up: bool) -> float:
+    """Bytes of the gradients of ``count`` parameters on one of ``group`` ranks, with DeepSpeed's bucket; added up over micro-batches or not."""
+    several = SEVERAL_PARTS_BYTES if is_added_up else ONE_PART_BYTES
+    bucket, shard = STAGE_3_BYTES if zero_stage == 3 else several
+    return bucket * min(count, REDUCED_AT_ONCE) + shard * count / group
+
+
+def row_bytes(heads: Heads) -> tuple[int, int]:
+    """Bytes that the DINO and the iBOT head keep of one row."""
+    return heads[0].activation_bytes, heads[1].activation_bytes
+
+
+def kept_by_rows(of_rows: tuple[int, int], crops: CropShapes) -> float:
+    """Bytes that heads or projectors keep of one image: of all class tokens and of masked patches."""
+    return of_rows[0] * (2 + crops.num_locals) + of_rows[1] * crops.masked_per_image
+
+
+def logit_bytes(crops: CropShapes) -> float:
+    """Bytes of one image's logits in the loss: of the DINO and the iBOT loss, one after the other, the larger."""
+    return max(2 + crops.num_locals, crops.masked_per_image) * PROTOTYPES_AT_ONCE * LOGIT_BYTES

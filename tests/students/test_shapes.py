@@ -110,13 +110,7 @@ def test_init__refuses_another_kind_of_network(spec: BackboneSpec, kind: str) ->
         spec.init_(nn.Linear(2, 2), torch.Generator())
 
 
-def test_activation_bytes__are_those_of_the_published_estimate() -> None:
-    vit = CATALOG[
-        "vits16"
-    ]  # 34 bytes per token, channel and block where the FFN is four times as wide
-    assert vit.activation_bytes(64) == 34 * (4 * 4 + 5) * 384 * 12
-    convnext = ConvNeXtSpec((1, 2), (8, 16))
-    assert convnext.activation_bytes(32) == 24 * (8 * 8 * 8 + 2 * 4 * 4 * 16)
+def test_activation_bytes__of_a_custom_network_are_a_guess() -> None:
     assert CustomSpec("a:b", "{}", 4, 8, 16).activation_bytes(32) == 32 * 32 * 4
 
 
