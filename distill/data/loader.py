@@ -173,7 +173,7 @@ class Loader:
             for prepared in self._in_pipeline
             for image, encoded in zip(prepared.ids, prepared.encoded, strict=True)
         }
-        refused = find_refused(list(images.values()), self._device_id)
+        refused = find_refused(list(images.values()))
         for index in refused:
             self._feed.refuse(*list(images.items())[index])
         return bool(refused)

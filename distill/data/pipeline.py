@@ -134,16 +134,16 @@ def _blur(crop: Any, sigma: Any, device_id: int | None) -> Any:
     return fn.filter(fn.filter(crop, across), down)
 
 
-def find_refused(encoded: Sequence[NDArray[np.uint8]], device_id: int | None) -> list[int]:
-    """Indices of the images that the decoder cannot decode; each is tried alone."""
+def find_refused(encoded: Sequence[NDArray[np.uint8]]) -> list[int]:
+    """Indices of the images that the decoder cannot decode; each is tried alone, on the CPU: a GPU's decoder takes seconds to build for each."""
     refused = []
     for index, image in enumerate(encoded):
 
-        @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+        @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
         @no_type_check  # as above
         def alone(image: NDArray[np.uint8] = image) -> Any:
             one = fn.external_source(source=lambda: [image], batch=True)
-            return _decode(one, device_id)
+            return _decode(one, None)
 
         pipeline = alone()
         pipeline.build()
@@ -156,6 +156,16 @@ def find_refused(encoded: Sequence[NDArray[np.uint8]], device_id: int | None) ->
 
 @no_type_check
 def _decode(encoded: Any, device_id: int | None) -> Any:
+    """On a GPU by its kernels alone, with the CPU's interpolation of colours.
+
+    The hardware decoder takes a part of each batch and differs by a level, so pixels would depend on an image's place in its batch.
+    """
+    if device_id is None:
+        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
     return fn.decoders.image(
-        encoded, device="cpu" if device_id is None else "mixed", output_type=types.RGB
+        encoded,
+        device="mixed",
+        output_type=types.RGB,
+        hw_decoder_load=0.0,
+        jpeg_fancy_upsampling=True,
     )
