@@ -117,7 +117,9 @@ def _device() -> Finding:
     def look() -> str:
         import torch
 
-        if not torch.cuda.is_available():
+        from distill.train.device import has_gpu
+
+        if not has_gpu("auto"):
             return "no CUDA device; recipes run on the CPU"
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         kinds = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))

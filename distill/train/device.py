@@ -1,6 +1,8 @@
 """Which device a rank computes on."""
 
 import os
+import re
+from pathlib import Path
 
 import torch
 
@@ -9,11 +11,40 @@ from distill.errors import SetupError
 # The number of a task on its node, by srun, Open MPI and MPICH
 TASK_NUMBERS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+DEVICES_FOLDER = Path("/dev")  # has nvidia0, nvidia1, ... where GPUs are handed to this process
+NO_GPU = ("", "-1")  # values of CUDA_VISIBLE_DEVICES that hide all GPUs
 
 
 def has_gpu(wanted: str) -> bool:
-    """``engine.device`` of a recipe means a GPU on this machine."""
-    return wanted != "cpu" and torch.cuda.is_available()
+    """``engine.device`` of a recipe means a GPU on this machine.
+
+    Raises:
+        SetupError: the driver has a GPU that torch cannot use; training would fall back to the CPU in silence.
+    """
+    if wanted == "cpu":
+        return False
+    if torch.cuda.is_available():
+        return True
+    if (driver := unusable_driver()) is not None:
+        raise SetupError(
+            f"engine.device = {wanted}: the NVIDIA driver {driver} has a GPU, and torch {torch.__version__} ({_cuda_of_torch()}) cannot use it",
+            fix="Install a driver for this torch's CUDA or a torch for this driver, or write `device: cpu`.",
+        )
+    return False
+
+
+def unusable_driver() -> str | None:
+    """Returns the version of a driver whose GPUs torch does not see; None where there is none, or GPUs are hidden on purpose."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in NO_GPU
+    if is_hidden or not DRIVER_FILE.is_file() or not any(DEVICES_FOLDER.glob("nvidia[0-9]*")):
+        return None
+    found = re.search(r"\s(\d+\.[\d.]+)\s", DRIVER_FILE.read_text())
+    return found[1] if found else "of an unknown version"
+
+
+def _cuda_of_torch() -> str:
+    return "built without CUDA" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
 
 
 def take_device(wanted: str) -> torch.device:
@@ -23,14 +54,15 @@ def take_device(wanted: str) -> torch.device:
     rank that srun or mpirun started with one GPU per task.
 
     Raises:
-        SetupError: a GPU is wanted where there is none, or more ranks than there are GPUs.
+        SetupError: a GPU is wanted where there is none, or torch cannot use it, or there are more ranks than there are GPUs.
     """
-    if wanted == "cuda" and not torch.cuda.is_available():
+    is_on_gpu = has_gpu(wanted)
+    if wanted == "cuda" and not is_on_gpu:
         raise SetupError(
             "engine.device = cuda: no CUDA device on this machine",
             fix="Write `device: auto` or `device: cpu`.",
         )
-    if not has_gpu(wanted):
+    if not is_on_gpu:
         return torch.device("cpu")
     local_rank, num_gpus = _local_rank(), torch.cuda.device_count()
     if num_gpus == 1 and _is_task_with_gpu(local_rank):

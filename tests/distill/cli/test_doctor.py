@@ -3,9 +3,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 from distill.cli import doctor
 from distill.cli.doctor import Finding, examine
+from distill.errors import SetupError
+from distill.train import device
 
 
 class Usage(NamedTuple):
@@ -71,3 +74,24 @@ def test_finding__as_plain_data() -> None:
         "is_ok": False,
         "fix": "Free some space.",
     }
+
+
+@pytest.mark.parametrize("wanted", ["auto", "cuda"])
+def test_has_gpu__a_driver_that_torch_cannot_use_is_named(
+    wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.54.03  Tue Jun  6\n")
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr(device, "DRIVER_FILE", version)
+    monkeypatch.setattr(device, "DEVICES_FOLDER", tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(SetupError, match=r"driver 535\.54\.03 has a GPU, and torch \d"):
+        device.take_device(wanted)
+    found = doctor._device()
+    assert not found.is_ok and "535.54.03" in found.found
+    assert not device.has_gpu("cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not device.has_gpu("auto")
+    assert device.take_device("auto") == torch.device("cpu")
