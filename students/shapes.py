@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 STEM = 4  # pixels per side of a ConvNeXt's first convolution; each later stage halves the map
-# Kept for the backward pass in bf16: a block's input, the norm's input and output, the wide layer before and
+# Saved for the backward pass in bf16: a block's input, the norm's input and output, the wide layer before and
 # after its GELU, the scale's input
 CONV_BLOCK_BYTES = 24  # per pixel, channel and ConvNeXt block
 
@@ -148,14 +148,14 @@ class ConvNeXtSpec:
     def activation_bytes(self, size: int) -> float:
         """Bytes kept for the backward pass of one crop of ``size`` pixels per side, in bf16."""
         pixels = (size // STEM) ** 2
-        kept = VALUE_BYTES * self.in_channels * size**2
-        kept += pixels * (VALUE_BYTES * self.widths[0] + NORM_BYTES)  # the stem's norm
+        num_bytes = VALUE_BYTES * self.in_channels * size**2
+        num_bytes += pixels * (VALUE_BYTES * self.widths[0] + NORM_BYTES)  # the stem's norm
         for stage, (depth, width) in enumerate(zip(self.depths, self.widths, strict=True)):
             if stage:  # input of the norm, and of the halving convolution
-                kept += pixels * (2 * VALUE_BYTES * self.widths[stage - 1] + NORM_BYTES)
+                num_bytes += pixels * (2 * VALUE_BYTES * self.widths[stage - 1] + NORM_BYTES)
                 pixels //= 4
-            kept += depth * pixels * (CONV_BLOCK_BYTES * width + NORM_BYTES)
-        return float(kept + (pixels + 1) * (VALUE_BYTES * self.width + NORM_BYTES))
+            num_bytes += depth * pixels * (CONV_BLOCK_BYTES * width + NORM_BYTES)
+        return float(num_bytes + (pixels + 1) * (VALUE_BYTES * self.width + NORM_BYTES))
 
     def build(self) -> "torch.nn.Module":
         """Build the network."""
