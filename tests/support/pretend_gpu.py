@@ -225,8 +225,8 @@ class _GpuLoader(Loader):
         super().__init__(*args, **named)
         self._device_id = None
 
-    def _take(self, step: int) -> Batch:
-        prepared, outputs = super()._take(step)
+    def _take(self, step: int, positions: range) -> Batch:
+        prepared, outputs = super()._take(step, positions)
         return prepared, [output.to(self._device) for output in outputs]
 
 
