@@ -52,12 +52,13 @@ def judge(watchdog: Watchdog, ranks: list[Rank], now: float) -> StragglerReport 
     return watchdog.judge([rank.record() for rank in ranks])
 
 
-def test_judge__no_slow_step_of_a_hundred_thousand_is_an_alarm(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_steps", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_judge__no_slow_step_of_many_is_an_alarm(tmp_path: Path, num_steps: int) -> None:
     """Each step takes up to five times the longest before it; the first ones take long, as where kernels are compiled."""
     draw, alarms = random.Random(0), []
     rank, longest = Rank(tmp_path, 0), {}
     watchdog = Watchdog(tmp_path, 1, LIMIT_S, clock=lambda: rank.now)
-    for step in range(100_000):
+    for step in range(num_steps):
         activity, network, usual_s = STEP[step % 4]
         key = (activity, network)
         took_s = usual_s * draw.uniform(0.5, 1.0)
@@ -86,7 +87,9 @@ def test_judge__a_first_long_step_counts(tmp_path: Path) -> None:
         rank.heartbeat.enter("exchange", 0)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 5))]
+)
 def test_judge__every_hang_is_found_and_the_right_rank_named(tmp_path: Path, seed: int) -> None:
     """Ten hangs of one of four ranks in any activity; the others wait for it in an exchange or inside a collective."""
     draw = random.Random(seed)
