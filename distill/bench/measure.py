@@ -40,7 +40,7 @@ from distill.data.index import ImageIndex, make_index
 from distill.data.locations import Location
 from distill.data.sources import Found
 from distill.engine.engine import prepare_deepspeed
-from distill.errors import PlanError
+from distill.errors import PlanError, UserError
 from distill.job.build import (
     PhaseContext,
     PhaseSpec,
@@ -50,6 +50,7 @@ from distill.job.build import (
     freeze,
 )
 from distill.job.forkserver import choose_start_method
+from distill.job.local_ranks import LocalRanks, join_ranks
 from distill.plan.flops import DEFAULT_DEVICE
 from distill.plan.from_recipe import TeacherShape, on_nodes_of, plan_family
 from distill.plan.teacher_source import teacher_shape
@@ -113,9 +114,6 @@ def measure(request: Request) -> dict[str, Any]:
     Raises:
         UserError: the recipe or the plan cannot work.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     family, shape = family_of(request)
     plan = plan_family(family, shape, request.num_ranks)  # what cannot work is reported here, once
     if plan.is_teacher_sharded and request.sleep_s is None:
@@ -131,19 +129,7 @@ def measure(request: Request) -> dict[str, Any]:
     ) as folder:
         request = replace(request, folder=folder)
         engine_device = "cpu" if request.sleep_s is not None else family.engine.device
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=request.num_ranks,
-            run_id="bench",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            monitor_interval=0.1,
-            start_method=choose_start_method(engine_device),
-            logs_specs=DefaultLogsSpecs(log_dir=folder, redirects=Std.NONE),
-        )
-        results = elastic_launch(config, measure_rank)(asdict(request))
+        results = run_ranks(request, choose_start_method(engine_device))
     plans = {
         name: plan_family(recipe, shape, request.num_ranks, DEFAULT_DEVICE)
         for name, recipe in modes_of(family, request.against, request.num_ranks).items()
@@ -157,6 +143,27 @@ def measure(request: Request) -> dict[str, Any]:
             for _, traces in ranks
         ]
     return report
+
+
+def run_ranks(request: Request, start_method: str) -> dict[int, tuple["Turns", "Traces"]]:
+    """Starts the ranks and returns what each measured.
+
+    Raises:
+        UserError: a rank failed; it has printed why.
+    """
+    with LocalRanks(start_method, request.num_ranks) as ranks:
+        ranks.start(measure_rank, asdict(request))
+        while ranks.are_running:
+            ranks.wait(1.0)
+            failed = {rank: code for rank, code in ranks.exit_codes.items() if code != 0}
+            if failed:
+                rank, code = next(iter(failed.items()))
+                raise UserError(
+                    f"bench: rank {rank} ended with exit code {code}",
+                    fix="The lines above have the cause.",
+                )
+        ranks.wait(0.0)
+        return ranks.results
 
 
 def family_of(request: Request) -> tuple[FamilyRecipe, TeacherShape]:
@@ -176,7 +183,7 @@ Turns = dict[str, list[Turn]]
 Traces = dict[str, list[Span]]
 
 
-def measure_rank(fields: dict[str, Any]) -> tuple[Turns, Traces]:
+def measure_rank(fields: dict[str, Any], store: str) -> tuple[Turns, Traces]:
     """What one rank measured, by mode (``saving`` beside the others where it is requested), and one step of each."""
     request = Request(**fields)
     family, shape = family_of(request)
@@ -184,7 +191,7 @@ def measure_rank(fields: dict[str, Any]) -> tuple[Turns, Traces]:
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // request.num_ranks))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    join_ranks(device.type, TIMEOUT, store)
     try:
         prepare_deepspeed(device.type)
         bench = Bench(request, family, shape, device)

@@ -31,6 +31,7 @@ from distill.job.build import (
     load_teacher,
     shard_teacher,
 )
+from distill.job.local_ranks import join_ranks
 from distill.job.prepare import CHECKPOINTS, FITTED_HEADS, RESOLVED, Job
 from distill.job.pretraining import HeadFitting, Pretraining
 from distill.job.resume import agreed_checkpoint, joining_steps
@@ -66,8 +67,8 @@ COLLECTIVE_TIMEOUT = timedelta(
 )  # longer than any save or first step here; a dead peer fails at once
 
 
-def work(job: Job, requests: StopSaveRequests, heartbeat: Heartbeat) -> None:
-    """Runs one rank of a prepared job; the launcher has set the usual rank variables.
+def work(job: Job, requests: StopSaveRequests, heartbeat: Heartbeat, store: str | None) -> None:
+    """Runs one rank of a prepared job; the launcher has set the usual rank variables, ``store`` is as in ``join_ranks``.
 
     After an error the process group still stands: the caller writes down the cause, then leaves it.
     """
@@ -75,7 +76,7 @@ def work(job: Job, requests: StopSaveRequests, heartbeat: Heartbeat) -> None:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=COLLECTIVE_TIMEOUT)
+    join_ranks(device.type, COLLECTIVE_TIMEOUT, store)
     prepare_deepspeed(device.type)
     _Run(job, device, requests, heartbeat).run()
     dist.destroy_process_group()

@@ -189,7 +189,7 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
     ready = folder / f".ready-{launch}"
     if rank != 0:
         _wait_for(ready)
-        entry(request.run_folder, None)
+        entry(request.run_folder, None, None)
         return 0
     console = Console()
     with run_lock(folder) as lock:
@@ -200,7 +200,7 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
         ready.touch()
         try:
             with _screen(folder, console, live=False):
-                entry(request.run_folder, None)
+                entry(request.run_folder, None, None)
                 return _finalize(folder, None, was_interrupted=False)
         finally:
             ready.unlink(missing_ok=True)

@@ -40,12 +40,11 @@ LEAVE_S = 3.0  # for the process group to be destroyed after an error; NCCL wait
 GRACE_S = 5.0  # from the first cause on, for a rank to end by itself
 
 
-def entry(run_folder: str, launcher: ProcessMark | None) -> None:
-    """Runs one rank of the prepared job; ``launcher`` is None under another launcher."""
+def entry(run_folder: str, launcher: ProcessMark | None, store: str | None) -> None:
+    """Runs one rank of the prepared job; ``launcher`` and ``store`` (of ``join_ranks``) are None under another launcher."""
     folder, rank = Path(run_folder), int(os.environ["RANK"])
     if launcher is not None:
-        # not by the heartbeat, which ends with the job: torch elastic then keeps the rank until the
-        # launcher has taken its result, for ever where the launcher or the fork server is gone
+        # not by the heartbeat, which begins later and ends with the job
         end_with([launcher, parent_process()], LOST_EXIT_CODE)
     requests = StopSaveRequests(folder)
     guard = RankMonitor(folder, rank, has_launcher=launcher is not None)
@@ -55,7 +54,7 @@ def entry(run_folder: str, launcher: ProcessMark | None) -> None:
             if launcher is not None:
                 lock.share()
             with heartbeat:
-                _work(folder, requests, heartbeat, guard, launcher)
+                _work(folder, requests, heartbeat, guard, launcher, store)
     except _StuckError as stuck:
         os._exit(stuck.exit_code)  # the usual end would wait for the process group too
 
@@ -74,6 +73,7 @@ def _work(
     heartbeat: Heartbeat,
     guard: "RankMonitor",
     launcher: ProcessMark | None,
+    store: str | None,
 ) -> None:
     """Runs the job; after an error the cause is on disk before anything is destroyed, unless another rank has to show it."""
     try:
@@ -81,7 +81,7 @@ def _work(
         require_node_size(os.environ, job.request.ranks_per_node)
         heartbeat.set_limit(job.recipe.engine.hang_limit_s)
         guard.watch_others(job.recipe.engine.hang_limit_s)
-        work(job, requests, heartbeat)
+        work(job, requests, heartbeat, store)
     except BaseException as error:
         is_lost = is_lost_connection(error)
         failure = None if is_lost else failure_of(error, heartbeat.record(), folder)

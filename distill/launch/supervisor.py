@@ -1,24 +1,17 @@
 """Keeps the local ranks of a job going: starts them, watches them, reports why they ended, starts them again.
 
-Each attempt is one torch elastic launch on a separate thread, so that the main thread keeps the
-terminal and its signals. Restarting is done here and not by elastic: between two attempts the cause
+Each attempt is a start of new processes (``distill.job.local_ranks``). Between two attempts the cause
 is known, so what needs a person is not tried again, and a request to stop ends it.
 """
 
-import logging
-import os
 import shutil
-import signal
-import threading
+import tempfile
 import time
-from contextlib import suppress
-from multiprocessing import active_children
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
+from distill.job.local_ranks import LocalRanks
 from distill.launch.process import this_process
 from distill.launch.rank import GRACE_S, entry
 from distill.launch.watchdog import Watchdog, end_ranks
@@ -31,7 +24,7 @@ from distill.runfolder.failure import (
     read_failure,
     write_failure,
 )
-from distill.runfolder.heartbeat import read_records, record_path, state_of
+from distill.runfolder.heartbeat import read_records, record_path
 from distill.runfolder.requests import STOP, is_requested
 
 LOOK_S = 0.25
@@ -45,28 +38,24 @@ KINDS: dict[FailureKind, EventKind] = {
 
 
 class StragglerReaper:
-    """Ends the other ranks some seconds after one has died: elastic waits half a minute for those that are stuck."""
+    """Ends the other ranks some seconds after one has died: those that are stuck would wait for it."""
 
-    def __init__(self, run_folder: Path, num_ranks: int) -> None:
-        self._run_folder, self._num_ranks = run_folder, num_ranks
-        self._pids: list[int] = []
+    def __init__(self, run_folder: Path, processes: Sequence[BaseProcess]) -> None:
+        self._run_folder, self._processes = run_folder, processes
         self._dead_since: float | None = None
 
     def end_if_one_is_dead(self) -> None:
-        """Call again and again. Reads /proc: asking the process objects would take exit codes from elastic."""
-        if len(self._pids) < self._num_ranks:
-            self._pids = [child.pid for child in active_children() if child.pid is not None]
-            return
-        gone = [pid for pid in self._pids if state_of(pid) in {"", "Z"}]
+        """Call again and again."""
+        gone = {each.pid for each in self._processes if each.exitcode is not None}
         if not gone:
             return
-        done = {s.pid for s in read_records(self._run_folder, self._num_ranks) if s.end == "done"}
+        records = read_records(self._run_folder, len(self._processes))
+        done = {record.pid for record in records if record.end == "done"}
         if self._dead_since is None and not done.issuperset(gone):
             self._dead_since = time.monotonic()
         if self._dead_since is not None and time.monotonic() - self._dead_since > GRACE_S:
-            for pid in set(self._pids) - set(gone):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            for process in self._processes:
+                process.kill()
 
 
 class Supervisor:
@@ -86,7 +75,7 @@ class Supervisor:
         self._max_restarts, self._hang_limit_s = max_restarts, hang_limit_s
         self._start_method = start_method
         self._exit_codes: dict[int, int] = {}
-        self._has_failed, self._start_error = False, ""
+        self._start_error = ""
 
     def run(self) -> Failure | None:
         """Returns when the job has ended: None for a good end, or why the last attempt failed.
@@ -108,24 +97,49 @@ class Supervisor:
     def _attempt(self) -> Failure | None:
         (self._run_folder / FILE).unlink(missing_ok=True)
         shutil.rmtree(record_path(self._run_folder, 0).parent, ignore_errors=True)
-        self._exit_codes, self._has_failed, self._start_error = {}, False, ""
+        self._exit_codes, self._start_error = {}, ""
+        with LocalRanks(self._start_method, self._num_ranks, self._log_folder()) as ranks:
+            try:
+                ranks.start(entry, str(self._run_folder), this_process())
+            except OSError as error:
+                self._start_error = f"the ranks could not be started: {error}"
+            else:
+                self._watch(ranks)
+        return self.diagnose()
+
+    def _log_folder(self) -> Path:
+        """A new folder for the output of one attempt's ranks."""
+        logs = self._run_folder / "logs"
+        logs.mkdir(exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=time.strftime("%Y%m%d-%H%M%S-"), dir=logs))
+
+    def _watch(self, ranks: LocalRanks) -> None:
+        """Returns when every rank has ended."""
         watchdog: Watchdog | None = Watchdog(self._run_folder, self._num_ranks, self._hang_limit_s)
-        rest = StragglerReaper(self._run_folder, self._num_ranks)
-        ranks = threading.Thread(target=self._run_ranks, daemon=True)
-        ranks.start()
-        while ranks.is_alive():
-            ranks.join(timeout=LOOK_S)
-            rest.end_if_one_is_dead()
+        reaper = StragglerReaper(self._run_folder, ranks.processes)
+        while ranks.are_running:
+            ranks.wait(LOOK_S)
+            self._note_first_to_fail(ranks)
+            reaper.end_if_one_is_dead()
             stragglers = None if watchdog is None else watchdog.look()
             if stragglers is not None:
                 write_failure(self._run_folder, stragglers.to_failure(self._run_folder))
                 end_ranks(read_records(self._run_folder, self._num_ranks))
                 watchdog = None
-        return self.diagnose()
+        self._note_first_to_fail(ranks)
+
+    def _note_first_to_fail(self, ranks: LocalRanks) -> None:
+        """Notes how the first ranks failed, and asks the others to end, some of which cannot see it yet."""
+        failed = {rank: code for rank, code in ranks.exit_codes.items() if code != 0}
+        if self._exit_codes or not failed:
+            return
+        self._exit_codes = failed
+        for process in ranks.processes:
+            process.terminate()
 
     def diagnose(self) -> Failure | None:
         """Why the attempt failed: what a rank or the watchdog wrote, or else who died without a word."""
-        if not self._has_failed:
+        if not self._exit_codes and not self._start_error:
             return None
         found = read_failure(self._run_folder)
         if found is None and self._start_error:
@@ -141,29 +155,3 @@ class Supervisor:
             found = failure_of_dead(first or ([] if is_unseen else dead or ended), self._exit_codes)
         write_failure(self._run_folder, found)
         return found
-
-    def _run_ranks(self) -> None:
-        for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # the cause is printed in one line
-        logs = self._run_folder / "logs"
-        logs.mkdir(exist_ok=True)
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=self._num_ranks,
-            run_id=self._run_folder.name,
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            max_restarts=0,
-            monitor_interval=0.1,
-            start_method=self._start_method,
-            logs_specs=DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL),
-        )
-        try:
-            elastic_launch(config, entry)(str(self._run_folder), this_process())
-        except ChildFailedError as error:
-            self._has_failed = True
-            self._exit_codes = {rank: each.exitcode for rank, each in error.failures.items()}
-        except Exception as error:
-            self._has_failed = True
-            self._start_error = f"the ranks could not be started: {error}"

@@ -15,7 +15,6 @@ import json
 import os
 import shutil
 import tempfile
-import uuid
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,9 +103,7 @@ def report(num_ranks: int, whole: Trace, trace: Trace, num_steps: int) -> bool:
 
 def train(folder: Path, name: str, num_ranks: int, overrides: tuple[str, ...]) -> Trace:
     """Runs the job of that name to its end on some ranks, from whatever checkpoint it has."""
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
+    from distill.job.local_ranks import LocalRanks
     from distill.job.prepare import JobRequest, prepare
 
     run_folder, notes = folder / "runs" / name, folder / "notes" / name
@@ -116,23 +113,15 @@ def train(folder: Path, name: str, num_ranks: int, overrides: tuple[str, ...]) -
     if copy.exists():
         shutil.copytree(copy, run_folder / "checkpoints")
     notes.mkdir(parents=True)
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=num_ranks,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        run_id=uuid.uuid4().hex,
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="spawn",
-        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs" / name), redirects=Std.ALL),
-    )
-    elastic_launch(config, work_and_note)(str(run_folder), str(notes))
+    with LocalRanks("spawn", num_ranks, folder / "logs" / name) as ranks:
+        ranks.start(work_and_note, str(run_folder), str(notes))
+        while ranks.are_running:
+            ranks.wait(1.0)
+        assert set(ranks.exit_codes.values()) == {0}, f"{ranks.exit_codes}; see {ranks.logs}"
     return read_trace(run_folder, notes)
 
 
-def work_and_note(run_folder: str, notes: str) -> None:
+def work_and_note(run_folder: str, notes: str, store: str) -> None:
     """One rank of the product, which notes every loss and every sample on the way."""
     from distill.data.sampler import Sampler
     from distill.engine.engine import Engine
@@ -166,7 +155,7 @@ def work_and_note(run_folder: str, notes: str) -> None:
     os.sched_setaffinity(0, {cores[int(os.environ["RANK"]) % len(cores)]})
     StudentTrainer.train_step, Engine.backward_and_step = noted_train_step, noted_step  # type: ignore[method-assign]
     Sampler.draw = noted_draw  # type: ignore[method-assign]
-    entry(run_folder, None)
+    entry(run_folder, None, store)
     told = json.dumps({"losses": losses, "samples": samples})
     (Path(notes) / f"{os.environ['RANK']}.json").write_text(told)
 

@@ -32,7 +32,7 @@ def on_ranks(
 ) -> list[Any]:
     """``function(*args)`` on every rank of a fresh world; results in rank order, the first error raised here."""
     with tempfile.TemporaryDirectory() as folder:
-        context = _context(device_type)
+        context = context_for(device_type)
         workers = [
             context.Process(
                 target=_work, args=(rank, num_ranks, folder, function, args, device_type)
@@ -60,7 +60,7 @@ def on_ranks(
         ]  # our own bytes
 
 
-def _context(device_type: str) -> Any:
+def context_for(device_type: str) -> Any:
     """How a rank starts; the server itself starts with the first rank, from this process's environment."""
     if device_type != "cpu":
         return mp.get_context("spawn")

@@ -71,7 +71,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.delitem(sys.modules, "students_here", raising=False)
     monkeypatch.setattr("distill.launch.supervisor.Supervisor.run", start_no_rank)
-    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", start_no_rank)
+    monkeypatch.setattr("distill.bench.measure.LocalRanks.start", start_no_rank)
     monkeypatch.setattr("distill.bench.measure.choose_start_method", lambda _: "spawn")
     probe.cache_clear()
     return folder / "mine.yaml"
