@@ -14,6 +14,7 @@ checkpoints hold parameters. Nothing is downloaded.
 
 import difflib
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from students.shapes import CustomSpec
 from teacher.batch import Features
 
+REMOTE_CODE = "trust_remote_code"  # lets transformers run modules of a folder
 TRANSFORMERS, TIMM = "transformers", "timm"
 PROBE_STRIDES = (4, 6)  # sides of the test image in patches: not square, so a transposed map shows
 
@@ -144,6 +146,11 @@ def _make(factory: str, args: Mapping[str, Any]) -> nn.Module:
 
 
 def _from_module(module_name: str, name: str, args: Mapping[str, Any]) -> nn.Module:
+    if module_name.partition(".")[0] in sys.stdlib_module_names:
+        raise ValueError(
+            f"{module_name}:{name}: Python's own modules hold no networks; name a function or class "
+            "of an installed package, or of a module in the folder you stand in"
+        )
     if "" not in sys.path:
         sys.path.append("")  # the current folder, after everything that is installed
     try:
@@ -159,6 +166,12 @@ def _from_module(module_name: str, name: str, args: Mapping[str, Any]) -> nn.Mod
         hint = f" - did you mean {close[0]!r}?" if close else ""
         where = f" ({module.__file__})" if module.__file__ else ""
         raise ValueError(f"{module_name}:{name}: the module{where} has no such factory{hint}")
+    found = inspect.unwrap(getattr(module, name))
+    if not (inspect.isclass(found) or inspect.isfunction(found)):
+        raise ValueError(
+            f"{module_name}:{name}: is a {type(found).__name__}; "
+            "must be a function or class that returns a network"
+        )
     try:
         network = getattr(module, name)(**args)
     except TypeError as error:
@@ -173,13 +186,20 @@ class _TransformersNetwork(nn.Module):
 
     def __init__(self, name: str, args: Mapping[str, Any]) -> None:
         super().__init__()
+        if REMOTE_CODE in args:
+            raise ValueError(
+                f"transformers:{name}: args.{REMOTE_CODE} = {args[REMOTE_CODE]}: not allowed, code of "
+                'a folder of weights is never run; write arch: "module:Factory" for a module of yours'
+            )
         try:
             library = importlib.import_module(TRANSFORMERS)
         except ImportError as error:
             raise ValueError(f"transformers:{name}: {error}; pip install transformers") from error
         try:
             if "/" in name or "." in name:  # a local folder; the hub is never queried
-                backbone = library.AutoBackbone.from_pretrained(name, local_files_only=True, **args)
+                backbone = library.AutoBackbone.from_pretrained(
+                    name, local_files_only=True, trust_remote_code=False, **args
+                )
             else:
                 backbone = library.AutoBackbone.from_config(
                     library.AutoConfig.for_model(name, **args)

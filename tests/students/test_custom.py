@@ -149,7 +149,7 @@ def test_probe__refuses_what_breaks_the_protocol(
         ("nowhere.at.all:Net", "{}", "run distill in the folder that holds the module"),
         ("torch.nn:Linaer", "{}", "no such factory - did you mean 'Linear'"),
         ("torch.nn:Linear", '{"size": 3}', "unexpected keyword argument"),
-        ("builtins:dict", "{}", "gave a dict, not an nn.Module"),
+        ("torch:Size", "{}", "gave a Size, not an nn.Module"),
         ("transformers:nonsense", "{}", "transformers:nonsense: "),
         ("transformers:./nowhere", "{}", "transformers:./nowhere: "),
         ("timm:resnet18", "{}", "timm cannot be imported"),
@@ -173,3 +173,23 @@ def _has_timm() -> bool:
 def test_custom_spec__is_a_value() -> None:
     assert CustomSpec("a:b", "{}", 4, 8, 16) == CustomSpec("a:b", "{}", 4, 8, 16)
     assert isinstance(hash(CustomSpec("a:b", "{}", 4, 8, 16)), int)
+
+
+@pytest.mark.parametrize("factory", ["os:system", "builtins:exec", "importlib.util:find_spec"])
+def test_probe__refuses_modules_of_python(factory: str) -> None:
+    with pytest.raises(ValueError, match="Python's own modules hold no networks"):
+        probe(factory, "{}")
+
+
+def test_probe__takes_functions_and_classes_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reexports.py").write_text("from os import system\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match="must be a function or class"):
+        probe("reexports:system", "{}")
+
+
+def test_probe__never_lets_transformers_run_code_of_a_folder() -> None:
+    with pytest.raises(ValueError, match="trust_remote_code = True: not allowed"):
+        probe("transformers:./folder", '{"trust_remote_code": true}')
