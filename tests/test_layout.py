@@ -137,8 +137,10 @@ def test_packages__are_of_a_size_to_read_and_say_what_they_are_for() -> None:
             continue
         modules = [path for path in folder.rglob("*.py") if path.name != "__init__.py"]
         assert len(modules) > 1, f"{name} has one module only"
-        lines = sum(len(path.read_text().splitlines()) for path in modules)
-        assert lines <= MOST_LINES_OF_A_PACKAGE, f"{name} has {lines} lines"
+        lines = {path.name: len(path.read_text().splitlines()) for path in modules}
+        assert sum(lines.values()) <= MOST_LINES_OF_A_PACKAGE, f"{name}: {sum(lines.values())}"
+        longest = max(lines, key=lines.__getitem__)
+        assert lines[longest] <= MOST_LINES_OF_A_MODULE, f"{name}/{longest}: {lines[longest]}"
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), name
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 
 from distill.errors import PlanError
 from distill.plan.placement import NetworkCost, place_networks
-from distill.plan.shares import SLACK, fill_exactly, fill_units
+from distill.plan.shares import SLACK, fill_exactly, fill_shares, merge_ranges, split_evenly
 from teacher.shapes import KOLEO_GROUP
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples modulo one spread evenly from the start
@@ -115,7 +115,7 @@ class Plan:
         for placement in self.placements:
             for rank, part in zip(placement.world_ranks, placement.slices, strict=True):
                 hosted[rank].append(part)
-        return tuple(_merge(parts) for parts in hosted)
+        return tuple(merge_ranges(parts) for parts in hosted)
 
     @cached_property
     def _borders(self) -> NDArray[np.float64]:
@@ -290,7 +290,7 @@ def make_plan(
     elif is_even:
         exact, unit = [float(len(part)) for part in split_evenly(images_global, num_ranks)], 1
     else:
-        exact = _fill(student_s, teach_s, images_global, unit, is_dithered=is_dithered)
+        exact = fill_shares(student_s, teach_s, images_global, unit, is_dithered=is_dithered)
     return Plan(
         images_global=images_global,
         num_ranks=num_ranks,
@@ -353,7 +353,9 @@ def without(plan: Plan, names: Collection[str]) -> Plan:
     if not plan.is_filled:
         return changed
     dithered = plan.is_dithered
-    shares = _fill(student_s, plan.teach_s, plan.images_global, plan.unit, is_dithered=dithered)
+    shares = fill_shares(
+        student_s, plan.teach_s, plan.images_global, plan.unit, is_dithered=dithered
+    )
     return replace(changed, exact_shares=tuple(shares))
 
 
@@ -366,40 +368,6 @@ def _student_seconds(
         for rank, part in zip(placement.world_ranks, placement.slices, strict=True):
             student_s[rank] += each * len(part)
     return tuple(student_s)
-
-
-def _fill(
-    student_s: Sequence[float], teach_s: float, images_global: int, unit: int, *, is_dithered: bool
-) -> list[float]:
-    """Shares that fill the gaps: exact ones where steps may differ, integers where they may not."""
-    if is_dithered:
-        return fill_exactly(student_s, [teach_s] * len(student_s), images_global)
-    return [float(size) for size in fill_units(student_s, teach_s, images_global, unit)]
-
-
-def _merge(parts: Sequence[range]) -> tuple[range, ...]:
-    merged: list[range] = []
-    for part in sorted((p for p in parts if len(p)), key=lambda p: p.start):
-        if merged and part.start <= merged[-1].stop:
-            merged[-1] = range(merged[-1].start, max(merged[-1].stop, part.stop))
-        else:
-            merged.append(part)
-    return tuple(merged)
-
-
-def split_evenly(
-    images_global: int, num_parts: int, *, in_groups: bool = False
-) -> tuple[range, ...]:
-    """Contiguous ranges whose sizes differ by at most one, or by none in full KoLeo groups where those divide.
-
-    ``in_groups``: full KoLeo groups wherever there are enough, so that sizes may differ by one group.
-    """
-    groups, rest = divmod(images_global, KOLEO_GROUP)
-    is_divisible = rest == 0 and (groups % num_parts == 0 or (in_groups and groups >= num_parts))
-    unit = KOLEO_GROUP if is_divisible else 1
-    units = images_global // unit
-    borders = [unit * (units * part // num_parts) for part in range(num_parts + 1)]
-    return tuple(range(start, stop) for start, stop in pairwise(borders))
 
 
 def rebalanced(plan: Plan, teach_s: Sequence[float], student_s: Sequence[float]) -> Plan:

@@ -1,12 +1,24 @@
-"""How teaching fills the gaps that students leave on their ranks (water filling)."""
+"""How a batch is divided: evenly over a network's ranks, and teaching into the gaps that students leave (water filling)."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
+from teacher.shapes import KOLEO_GROUP
+
 SLACK = 1e-9  # floating-point room when a load is compared with the level
+
+
+def fill_shares(
+    student_s: Sequence[float], teach_s: float, images_global: int, unit: int, *, is_dithered: bool
+) -> list[float]:
+    """Shares that fill the gaps: exact ones where steps may differ, integers where they may not."""
+    if is_dithered:
+        return fill_exactly(student_s, [teach_s] * len(student_s), images_global)
+    return [float(size) for size in fill_units(student_s, teach_s, images_global, unit)]
 
 
 def fill_exactly(
@@ -56,3 +68,29 @@ def fill_units(
         sizes[fullest] -= 1
         load[fullest] = load[fullest] - cost if sizes[fullest] > 0 else -np.inf
     return [int(size) * unit for size in sizes]
+
+
+def split_evenly(
+    images_global: int, num_parts: int, *, in_groups: bool = False
+) -> tuple[range, ...]:
+    """Contiguous ranges whose sizes differ by at most one, or by none in full KoLeo groups where those divide.
+
+    ``in_groups``: full KoLeo groups wherever there are enough, so that sizes may differ by one group.
+    """
+    groups, rest = divmod(images_global, KOLEO_GROUP)
+    is_divisible = rest == 0 and (groups % num_parts == 0 or (in_groups and groups >= num_parts))
+    unit = KOLEO_GROUP if is_divisible else 1
+    units = images_global // unit
+    borders = [unit * (units * part // num_parts) for part in range(num_parts + 1)]
+    return tuple(range(start, stop) for start, stop in pairwise(borders))
+
+
+def merge_ranges(parts: Sequence[range]) -> tuple[range, ...]:
+    """Returns the union of ranges as ascending ranges that neither touch nor overlap."""
+    merged: list[range] = []
+    for part in sorted((p for p in parts if len(p)), key=lambda p: p.start):
+        if merged and part.start <= merged[-1].stop:
+            merged[-1] = range(merged[-1].start, max(merged[-1].stop, part.stop))
+        else:
+            merged.append(part)
+    return tuple(merged)

@@ -45,18 +45,14 @@ def items_of(parts: Parts, *key_path: str | int) -> list[int]:
 
 def find_conflicts(parts: Parts, teacher: Parts | None = None) -> Iterator[Problem]:
     """What is wrong across keys; ``teacher`` is the recipe that a family trains first, if any."""
-    yield from _shared_rules(parts)
+    yield from _range_rules(parts)
+    yield from _batch_rules(parts)
+    yield from _source_rules(parts)
     yield from _extension_rules(parts)
     if items_of(parts, "students"):
         yield from _family_rules(parts, teacher or {})
     if items_of(parts, "stages"):
         yield from _teacher_rules(parts)
-
-
-def _shared_rules(parts: Parts) -> Iterator[Problem]:
-    yield from _range_rules(parts)
-    yield from _batch_rules(parts)
-    yield from _source_rules(parts)
 
 
 def _range_rules(parts: Parts) -> Iterator[Problem]:

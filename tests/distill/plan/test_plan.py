@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 
 from distill.errors import PlanError
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import LEAST_SHARE, PlanOptions, make_plan, rebalanced, split_evenly, without
+from distill.plan.plan import LEAST_SHARE, PlanOptions, make_plan, rebalanced, without
+from distill.plan.shares import split_evenly
 from teacher.shapes import KOLEO_GROUP
 
 costs = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=9)
