@@ -148,7 +148,7 @@ def _make(factory: str, args: Mapping[str, Any]) -> nn.Module:
 def _from_module(module_name: str, name: str, args: Mapping[str, Any]) -> nn.Module:
     if module_name.partition(".")[0] in sys.stdlib_module_names:
         raise ValueError(
-            f"{module_name}:{name}: Python's own modules hold no networks; name a function or class "
+            f"{module_name}:{name}: the modules of Python hold no networks; name a function or class "
             "of an installed package, or of a module in the folder you stand in"
         )
     if "" not in sys.path:

@@ -1,9 +1,9 @@
-"""Starts the ranks of a job on this machine as processes, and gives them a way to find each other that nobody else can use.
+"""Starts the ranks of a job on this machine as processes, and gives them a way to find each other that no other user can reach.
 
     launcher -> one process for each rank          (forked from the server, spawned on a GPU)
     rank     -> a file in a fresh folder that only this user can enter -> process group
 
-No rendezvous and no TCP store: both listen on every interface and believe whoever connects. The
+No rendezvous and no TCP store: both listen on every interface and believe every process that connects. The
 folder is made anew for every start and removed at its end, so that nothing of an earlier start is read.
 """
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from distill.job.prepare import read_job
 from distill.job.run import work
 from distill.launch.node import require_node_size
-from distill.launch.process import ProcessMark, end_with, parent_process
+from distill.launch.process import end_with
 from distill.launch.watchdog import Watchdog, end_ranks
 from distill.runfolder.events import Event, note
 from distill.runfolder.failure import (
@@ -34,18 +34,19 @@ from distill.runfolder.failure import (
 )
 from distill.runfolder.heartbeat import Heartbeat, read_records, stacks_on_signal, stacks_path
 from distill.runfolder.lock import run_lock
+from distill.runfolder.process_identity import ProcessIdentity, identity_of
 from distill.runfolder.requests import StopSaveRequests
 
 LEAVE_S = 3.0  # for the process group to be destroyed after an error; NCCL waits for kernels that may never end
 GRACE_S = 5.0  # from the first cause on, for a rank to end by itself
 
 
-def entry(run_folder: str, launcher: ProcessMark | None, store: str | None) -> None:
+def entry(run_folder: str, launcher: ProcessIdentity | None, store: str | None) -> None:
     """Runs one rank of the prepared job; ``launcher`` and ``store`` (of ``join_ranks``) are None under another launcher."""
     folder, rank = Path(run_folder), int(os.environ["RANK"])
     if launcher is not None:
         # not by the heartbeat, which begins later and ends with the job
-        end_with([launcher, parent_process()], LOST_EXIT_CODE)
+        end_with([launcher, identity_of(os.getppid())], LOST_EXIT_CODE)
     requests = StopSaveRequests(folder)
     guard = RankMonitor(folder, rank, has_launcher=launcher is not None)
     heartbeat = Heartbeat(folder, rank, on_beat=lambda: guard.look(requests))
@@ -72,7 +73,7 @@ def _work(
     requests: StopSaveRequests,
     heartbeat: Heartbeat,
     guard: "RankMonitor",
-    launcher: ProcessMark | None,
+    launcher: ProcessIdentity | None,
     store: str | None,
 ) -> None:
     """Runs the job; after an error the cause is on disk before anything is destroyed, unless another rank has to show it."""

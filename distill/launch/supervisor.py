@@ -12,7 +12,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from distill.job.local_ranks import LocalRanks
-from distill.launch.process import this_process
 from distill.launch.rank import GRACE_S, entry
 from distill.launch.watchdog import Watchdog, end_ranks
 from distill.runfolder.events import Event, EventKind, note
@@ -25,6 +24,7 @@ from distill.runfolder.failure import (
     write_failure,
 )
 from distill.runfolder.heartbeat import read_records, record_path
+from distill.runfolder.process_identity import this_process
 from distill.runfolder.requests import STOP, is_requested
 
 LOOK_S = 0.25

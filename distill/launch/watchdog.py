@@ -28,7 +28,6 @@ from distill.runfolder.heartbeat import (
     FIRST_ALLOWED_S,
     PAUSE_S,
     HeartbeatRecord,
-    process_state,
     read_records,
 )
 
@@ -60,7 +59,7 @@ class Watchdog:
         limit_s: float,
         *,
         clock: Callable[[], float] = time.monotonic,
-        state_of: Callable[[HeartbeatRecord], str] = process_state,
+        state_of: Callable[[HeartbeatRecord], str] = lambda record: record.process.state(),
     ) -> None:
         """``limit_s``: a rank that does not move this long is named before it is over."""
         self._run_folder, self._num_ranks, self._limit_s = run_folder, num_ranks, limit_s
@@ -158,7 +157,7 @@ def end_ranks(records: Sequence[HeartbeatRecord]) -> None:
 
 def _signal(records: Sequence[HeartbeatRecord], *signals: signal.Signals) -> None:
     for record in records:
-        if record.process.is_same():
+        if record.process.is_here():
             with suppress(ProcessLookupError):
                 for each in signals:
                     os.kill(record.pid, each)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from distill.errors import StudentError, UserError
-from distill.runfolder.heartbeat import HeartbeatRecord, process_state, read_records
+from distill.runfolder.heartbeat import HeartbeatRecord, read_records
+from distill.runfolder.process_identity import ENDED
 
 FILE = "failure.json"
 LOST_EXIT_CODE = 4  # a rank died or hung: nothing is wrong with the job, start it again
@@ -123,7 +124,7 @@ def find_dead(
     while True:
         records = read_records(run_folder, num_ranks)
         open_ = [record for record in records if not record.end and record.world_rank != local_rank]
-        gone = [record for record in open_ if process_state(record) in {"", "Z"}]
+        gone = [record for record in open_ if record.process.state() in ENDED]
         if gone or not open_:
             return gone
         if time.monotonic() > deadline:

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 
-from distill.runfolder.process_identity import ProcessIdentity, this_process_identity
+from distill.runfolder.process_identity import ProcessIdentity, this_process
 
 BEAT_S = 0.5
 FIRST_TIMES = 2  # an activity's first occurrences compile, connect, warm caches
@@ -131,7 +131,7 @@ class Heartbeat:
         """``on_beat`` is called on the thread after every beat."""
         self._path = record_path(run_folder, world_rank)
         self._world_rank, self._on_beat, self._clock = world_rank, on_beat, clock
-        self._process, self._main = this_process_identity(), threading.main_thread().ident
+        self._process, self._main = this_process(), threading.main_thread().ident
         self._limit_s = FIRST_ALLOWED_S
         self._beat_at, self._paused_s = math.inf, 0.0
         self._now = _Activity("starting", "", "", 0, 0, self._running_s())
@@ -267,25 +267,6 @@ def read_records(run_folder: Path, num_ranks: int) -> list[HeartbeatRecord]:
     """The last records of the ranks, where there are any."""
     records = (read_record(run_folder, rank) for rank in range(num_ranks))
     return [record for record in records if record is not None]
-
-
-def process_state(record: HeartbeatRecord) -> str:
-    """The kernel's letter for a rank's process ("T" stopped, "Z" ended); "" where it is gone, "?" on another host or in another container."""
-    if not record.process.is_visible():
-        return "?"
-    state = state_of(record.pid)
-    return state if state in {"", "?"} or record.process.is_same() else ""
-
-
-def state_of(pid: int) -> str:
-    """The kernel's letter for a process of this host; "" where it is gone, "?" where there is no /proc."""
-    if not Path("/proc/self/stat").exists():
-        return "?"
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return ""
-    return text.rpartition(")")[2].split()[0]
 
 
 @contextmanager

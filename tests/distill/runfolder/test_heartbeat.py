@@ -21,11 +21,9 @@ from distill.runfolder.heartbeat import (
     ROOT,
     SLOWER,
     Heartbeat,
-    process_state,
     read_record,
     read_records,
     stacks_on_signal,
-    state_of,
 )
 from distill.train.faults import AppliedFlag
 from teacher.batch import onto
@@ -68,12 +66,6 @@ def test_read_sign__half_a_record_is_none(tmp_path: Path) -> None:
     (tmp_path / "heartbeat").mkdir()
     (tmp_path / "heartbeat/rank-00000.json").write_text('{"world_rank": 0, "ho')
     assert read_record(tmp_path, 0) is None
-
-
-def test_process_state__knows_this_host_only(tmp_path: Path) -> None:
-    record = Heartbeat(tmp_path, 0).record()
-    assert process_state(record) == state_of(os.getpid()) == "R"
-    assert state_of(2**22 + 1) == ""  # above the largest process id
 
 
 def test_stacks_on_signal__are_written_and_an_empty_file_is_not_left(tmp_path: Path) -> None:

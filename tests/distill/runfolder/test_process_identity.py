@@ -13,11 +13,10 @@ from distill.runfolder.heartbeat import (
     ROOT,
     Heartbeat,
     HeartbeatRecord,
-    process_state,
     read_record,
     record_path,
 )
-from distill.runfolder.process_identity import this_process_identity
+from distill.runfolder.process_identity import this_process
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 NAMESPACE = [
@@ -68,9 +67,9 @@ def test_end_ranks__another_process_of_that_number_gets_no_signal(
     tmp_path: Path, victim: "subprocess.Popen[bytes]", other: dict[str, object]
 ) -> None:
     record = record_of(tmp_path, victim.pid)
-    assert process_state(record) in {"S", "R", "D"}
+    assert record.process.state() in {"S", "R", "D"}
     foreign = replace(record, **other)  # type: ignore[arg-type]
-    assert process_state(foreign) == ("" if other == {"start_ticks": 1} else "?")
+    assert foreign.process.state() == ("" if other == {"start_ticks": 1} else "?")
     end_ranks([foreign])
     assert victim.poll() is None
     end_ranks([replace(record, end="done")])
@@ -91,12 +90,14 @@ def test_read_record__one_without_an_identity_is_read(tmp_path: Path) -> None:
     record_path(tmp_path, 0).parent.mkdir()
     record_path(tmp_path, 0).write_text(json.dumps(values))
     record = read_record(tmp_path, 0)
-    assert record is not None and not record.process.is_same()
+    assert record is not None and not record.process.is_here()
 
 
-def test_this_process_identity__is_the_calling_process() -> None:
-    identity = this_process_identity()
-    assert identity.pid == os.getpid() and identity.is_same()
+def test_this_process__is_the_calling_process() -> None:
+    identity = this_process()
+    assert identity.pid == os.getpid() and identity.is_here()
+    assert identity.is_running() and identity.state() == "R"
+    assert replace(identity, pid=2**22 + 1).state() == ""  # above the largest process id
 
 
 def test_end_ranks__a_number_of_another_pid_namespace_gets_no_signal(
@@ -115,8 +116,8 @@ def test_end_ranks__a_number_of_another_pid_namespace_gets_no_signal(
             time.sleep(0.1)
         assert record is not None
         assert record.pid != inside.pid and record.pid_namespace
-        assert process_state(record) == "?"
-        assert not record.process.is_visible() and not record.process.is_same()
+        assert record.process.state() == "?"
+        assert not record.process.is_here() and record.process.is_running()
         ours = replace(record, pid=inside.pid)  # a process that there is here
         end_ranks([ours])
         assert inside.poll() is None
