@@ -8,6 +8,7 @@ COVERED_BY = {
     "distill.checkpoint.saver": "tests/chaos/test_disk.py",
     "distill.cli.before": "tests/distill/cli/test_app.py",
     "distill.cli.key_text": "tests/distill/recipe/test_schema.py",
+    "distill.cli.keys": "tests/distill/recipe/test_schema.py",
     "distill.cli.recipes": "tests/distill/cli/test_app.py",
     "distill.cli.results": "tests/distill/cli/test_app.py",
     "distill.cli.schema": "tests/distill/recipe/test_schema.py",

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 
+from distill.cli.keys import Reads, declaring
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-from distill.recipe.schema import Reads, declaring
 from distill.recipe.types import Section, section_in
 
 Kinds = frozenset[type[Section]]

@@ -1,8 +1,8 @@
 import pytest
 
+from distill.cli.keys import declaring
 from distill.cli.usage import _sections_below, find_reads, reads_of_distill
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-from distill.recipe.schema import declaring
 from distill.recipe.types import Section, machine
 
 

@@ -8,10 +8,11 @@ import pytest
 from ruamel.yaml import YAML
 
 from distill.cli.key_text import markdown
+from distill.cli.keys import keys
 from distill.cli.usage import _sections_below
 from distill.recipe.document import builtin_recipes
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-from distill.recipe.schema import keys, schema
+from distill.recipe.schema import schema
 from distill.recipe.writer import EDITOR_LINE
 from tests.support.command import Run
 
