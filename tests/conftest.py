@@ -31,6 +31,7 @@ def distill(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("distill.job.forkserver.choose_start_method", lambda _: "spawn")
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DISTILL_ALLOW_CODE", "")  # what a command allows ends with the test
 
     def run(*words: object) -> Result:
         code = exit_code_of(*map(str, words))

@@ -317,7 +317,11 @@ def test_explain__a_key_of_an_installed_package(installed: Path, distill: Run) -
 
 
 def test_check__a_recipe_that_names_toys(installed: Path, distill: Run) -> None:
-    ended = distill("check", installed)
+    listed = distill("check", installed)
+    named = ("engine.launcher = toy_start", "students.0.arch = toy_family.networks:")
+    assert listed.code == 0 and all(f"not loaded: {name}" in listed.out for name in named)
+    assert "images.box" not in listed.out.splitlines()[-1]  # its lister would have to run
+    ended = distill("check", installed, "--allow-code")
     assert ended.code == 0 and "images.box: 30 images" in ended.out, ended.err
 
 
@@ -333,7 +337,16 @@ def test_train__a_step_with_a_toy_of_every_kind_leaves_the_tree_as_it_was(
     before, out = tree(), installed.parent / "runs"
     path = os.pathsep.join([str(installed.parent / "site"), ENVIRONMENT.get("PYTHONPATH", "")])
     ended = subprocess.run(
-        [sys.executable, "-m", "distill", "train", str(installed), "--out", str(out)],
+        [
+            sys.executable,
+            "-m",
+            "distill",
+            "train",
+            str(installed),
+            "--allow-code",
+            "--out",
+            str(out),
+        ],
         capture_output=True,
         text=True,
         timeout=240,

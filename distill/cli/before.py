@@ -1,7 +1,6 @@
 """``distill doctor``, ``check`` and ``plan``: what can be checked before anything is trained."""
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -21,6 +20,10 @@ from distill.cli.options import (
     with_data,
 )
 from distill.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from distill.plan.job import JobPlan
+    from distill.recipe.keys import Recipe, TeacherRecipe
 
 
 def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:  # noqa: ARG001  # read by main
@@ -48,45 +51,68 @@ def check(
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
-    """Validate a recipe, its data and its plan; name the line that is wrong and the likely fix."""
-    from distill.recipe.keys import FamilyRecipe
+    """Validate a recipe, its data and its plan; name the line that is wrong and the likely fix.
 
-    if allow:
-        allow_code(Path(recipe).parent)
+    Code that the recipe names is listed and not loaded, unless --allow-code is given.
+    """
+    from distill.cli.named_code import code_named_by
+    from distill.recipe.keys import FamilyRecipe
     from distill.recipe.reader import load_job
 
+    allow_code(allow, recipe)
     try:
         texts = with_data(recipe, overrides, data)
-        loaded, teacher = load_job(recipe, texts, check_folders=True)
+        loaded, teacher = load_job(recipe, texts, check_folders=True, loads_sections=allow)
+        recipes = (loaded,) if teacher is None else (loaded, teacher)
+        code = [] if allow else [named for each in recipes for named in code_named_by(each)]
 
         from distill.job.prepare import check_data
-        from distill.plan.flops import find_device  # these import torch
-        from distill.plan.from_recipe import on_nodes_of
-        from distill.plan.job import check_job, require_fit
-        from distill.plan.teacher_source import heads_story
-        from distill.train.device import has_gpu
 
         num_ranks = count_ranks(loaded.engine.processes, gpus)
-        plans = check_job(on_nodes_of(loaded, num_ranks), teacher, num_ranks)
-        if has_gpu(loaded.engine.device):
-            for job in plans:
-                require_fit(job, loaded, teacher, find_device("measured"))
-        facts = check_data(loaded, teacher)
+        plans = (
+            () if any(named.is_network for named in code) else _plans(loaded, teacher, num_ranks)
+        )
+        facts = check_data(loaded, teacher, runs_code=allow)
     except DataError as error:  # to a check, data that is not there is a wrong recipe
         raise RecipeError(error.message, fix=error.fix) from error
+
+    from distill.plan.teacher_source import heads_story
+
     names = (
         [s.label for s in loaded.students] if isinstance(loaded, FamilyRecipe) else ["a teacher"]
     )
     story = heads_story(loaded) if isinstance(loaded, FamilyRecipe) else None
     if as_json:
         found = {"recipe": loaded.name, "networks": names, "ranks": num_ranks, "sources": facts}
-        found["heads"] = story
-        print_json({**found, "plan": plans[-1].to_json()})
+        found |= {"heads": story, "code": [named.to_json() for named in code]}
+        print_json({**found, "plan": plans[-1].to_json() if plans else None})
         return
+    for named in code:
+        say(named.describe())
     what = f"{loaded.name}: {', '.join(names)}" + (f" from {teacher.name}" if teacher else "")
     images = ", ".join(f"{source}: {count} images" for source, count in facts.items())
-    parts = [what, images, *([story] if story else []), f"valid for {num_ranks} ranks (dry run)"]
-    say("; ".join(parts) + ".")
+    end = f"valid for {num_ranks} ranks (dry run)"
+    if code:
+        end = (
+            "valid as far as it shows without that code; --allow-code loads it and checks the rest"
+        )
+    say("; ".join([part for part in (what, images, story, end) if part]) + ".")
+
+
+def _plans(
+    recipe: "Recipe", teacher: "TeacherRecipe | None", num_ranks: int
+) -> "tuple[JobPlan, ...]":
+    """The plans of all parts, which fit this machine's GPU if it has one."""
+    from distill.plan.flops import find_device  # these import torch
+    from distill.plan.from_recipe import on_nodes_of
+    from distill.plan.job import check_job, require_fit
+    from distill.train.device import has_gpu
+
+    plans = check_job(on_nodes_of(recipe, num_ranks), teacher, num_ranks)
+    if has_gpu(recipe.engine.device):
+        for job in plans:
+            require_fit(job, recipe, teacher, find_device("measured"))
+    return plans
 
 
 def plan(
@@ -107,8 +133,7 @@ def plan(
 
     A recipe that names its teacher's arch is planned before the weights are there.
     """
-    if allow:
-        allow_code(Path(recipe).parent)
+    allow_code(allow, recipe)
     from distill.recipe.reader import load_job
 
     loaded, teacher = load_job(recipe, list(overrides or []))

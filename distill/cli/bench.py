@@ -69,8 +69,7 @@ def bench_loader(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Measure the image loader of a recipe against Pillow: images per CPU-second."""
-    if allow:
-        allow_code(Path(recipe).parent)
+    allow_code(allow, recipe)
     texts, json_file = _json_file(list(overrides or []), is_wanted=as_json)
     report = loader_report(recipe, texts, uses_recipe=_is_recipe(data), images=images)
     _show(report, [loader_table(report)], json_file, as_json=as_json)
@@ -116,8 +115,7 @@ def bench(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Measure a family's throughput against the published procedure and separate jobs."""
-    if allow:
-        allow_code(Path(recipe).parent)
+    allow_code(allow, recipe)
     texts, json_file = _json_file(list(overrides or []), is_wanted=as_json)
     family, modes = _family_of(recipe, texts), _modes(against, sleep)
     slow_rank, slow_factor = _slow(slow, sleep)

@@ -140,8 +140,7 @@ def show(
     """Draw what the networks are shown: images, crops and masks of a step, as training would cut them."""
     from distill.recipe.reader import load_job
 
-    if allow:
-        allow_code(Path(recipe).parent)
+    allow_code(allow, recipe)
     loaded, teacher = load_job(recipe, list(overrides or []), check_folders=True)
 
     from distill.job.step_sheet import render_step

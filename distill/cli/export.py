@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill.cli.options import DebugOption, JsonOption
+from distill.cli.options import AllowCodeOption, DebugOption, JsonOption, allow_code_of
 from distill.errors import UserError
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ def export(
             "--out", metavar="DIR", help="Folder for the results; by default RUN/export/FORMAT."
         ),
     ] = None,
+    allow: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -78,6 +79,7 @@ def export(
     exporter: Exporter = find(ExtensionKind.EXPORTER, to, "--to")
     folders = _chosen(run, student or [])
     exporter.require()
+    allow_code_of(run, allow)
 
     target = out or run / "export" / to
     recipe = _read_recipe(run)

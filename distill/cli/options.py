@@ -49,7 +49,7 @@ AllowCodeOption = Annotated[
     bool,
     typer.Option(
         "--allow-code",
-        help="Also import students' modules from the folder of the recipe or of the run; they run as your code.",
+        help="Run code that the recipe names outside the folder you stand in: of installed packages, beside the recipe, in the run.",
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -80,9 +80,24 @@ def with_data(recipe: str, overrides: Sequence[str] | None, data: Path | None) -
     return [*texts, source, *([f"teacher:{source}"] if is_for_two else [])]
 
 
-def allow_code(*folders: Path) -> None:
-    """Lets recipes name modules in these folders: appends them to the search path, which every rank gets."""
-    sys.path.extend(str(folder.absolute()) for folder in folders)
+def allow_code(is_given: bool, recipe: str, *folders: Path) -> None:
+    """Applies ``--allow-code``: whatever code a recipe names may run, and is looked for beside it and in ``folders`` too.
+
+    The search path and the environment reach every rank.
+    """
+    if not is_given:
+        return
+    from distill.recipe.outside_code import allow
+
+    allow()
+    sys.path.extend(str(folder.absolute()) for folder in (Path(recipe).parent, *folders))
+
+
+def allow_code_of(run: Path, is_given: bool) -> None:
+    """Applies ``--allow-code`` to a run folder: code is looked for in it, and beside its recipe."""
+    if is_given:
+        recipe: str = json.loads((run / "job.json").read_text())["request"]["recipe"]
+        allow_code(is_given, recipe, run)
 
 
 def count_ranks(processes: int | str, requested: int | None) -> int:

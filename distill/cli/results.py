@@ -1,6 +1,5 @@
 """``distill eval``: scores and pictures of a run."""
 
-import json
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -15,7 +14,7 @@ from distill.cli.options import (
     DebugOption,
     JsonOption,
     RunArgument,
-    allow_code,
+    allow_code_of,
     print_json,
     require_run,
     say,
@@ -44,9 +43,7 @@ def evaluate(
     from distill.screen.tables import scores_table
 
     require_run(run)
-    if allow:
-        recipe = json.loads((run / "job.json").read_text())["request"]["recipe"]
-        allow_code(Path(recipe).parent, run)
+    allow_code_of(run, allow)
     if over_steps:
         return _score_steps([run, *(beside or [])], as_json=as_json)
     with redirect_stdout(sys.stderr if as_json else sys.stdout):

@@ -72,8 +72,7 @@ def training_verb(accept: Callable[[str, list[str]], None]) -> Callable[..., Non
     ) -> None:
         from distill.launch.local import Options
 
-        if allow:
-            allow_code(Path(recipe).parent)
+        allow_code(allow, recipe)
         texts = with_data(recipe, overrides, data)
         accept(recipe, texts)
         options = Options(

@@ -100,8 +100,7 @@ def fit_heads(
     from distill.recipe.keys import HEADS_PHASE, FamilyRecipe
     from distill.recipe.reader import load_job
 
-    if allow:
-        allow_code(Path(recipe).parent)
+    allow_code(allow, recipe)
     texts = with_data(recipe, overrides, data)
     loaded = load_job(recipe, texts)[0]
     if not isinstance(loaded, FamilyRecipe) or loaded.teacher.heads_mode != "fit":

@@ -33,7 +33,7 @@ from distill.plan.from_recipe import on_nodes_of
 from distill.plan.job import check_job
 from distill.plan.teacher_source import TRAINED_HEADS, heads_file
 from distill.recipe.document import find_recipe
-from distill.recipe.extensions import ExtensionKind, find
+from distill.recipe.extensions import BUILTIN, ExtensionKind, find
 from distill.recipe.identity import recipe_hash
 from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
@@ -132,16 +132,26 @@ def read_job(run_folder: Path) -> Job:
 
 
 def check_data(
-    recipe: FamilyRecipe | TeacherRecipe, teacher_recipe: TeacherRecipe | None
+    recipe: FamilyRecipe | TeacherRecipe,
+    teacher_recipe: TeacherRecipe | None,
+    *,
+    runs_code: bool = True,
 ) -> dict[str, int]:
     """Number of images of every source that the job reads, by path.
+
+    Without ``runs_code`` sources that a lister of an installed package lists are left out.
 
     Raises:
         DataError: a source is missing or holds no image.
     """
     recipes = [recipe] if teacher_recipe is None else [recipe, teacher_recipe]
     sources = {source.path: source for each in recipes for source in each.data.sources}
-    return {path: _count_images(source) for path, source in sources.items()}
+    builtin = (None, *BUILTIN[ExtensionKind.SOURCE])
+    return {
+        path: _count_images(source)
+        for path, source in sources.items()
+        if runs_code or source.lister in builtin
+    }
 
 
 def _count_images(source: SourceSpec) -> int:

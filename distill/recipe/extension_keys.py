@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, create_model
 
 from distill.errors import RecipeError
-from distill.recipe.extensions import ExtensionKind, find
+from distill.recipe.extensions import ExtensionKind, find, require
 from distill.recipe.types import Section, science, section_in
 
 Of = TypeVar("Of", bound=Section)
@@ -30,6 +30,22 @@ def extensions_key() -> Any:
         since=2,
         description="Keys of installed packages, a section for each name. Null means none.",
     )
+
+
+class Unread(Section):
+    """The section of a package that was not imported: any key."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+def unread_section(name: str) -> type[Section]:
+    """Returns a section that takes any key, for the name of an installed package; imports nothing.
+
+    Raises:
+        RecipeError: the name is not known.
+    """
+    require(ExtensionKind.KEYS, name, "extensions")
+    return Unread
 
 
 def find_section(name: str) -> type[Section]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator
 
 from distill.errors import RecipeError
+from distill.recipe.outside_code import require_allowed
 from distill.recipe.types import (
     Arch,
     CatalogueName,
@@ -132,6 +133,8 @@ class ArchSpec(Section):
         """
         if is_custom(self.arch):
             from students.custom import probe
+
+            require_allowed(self.arch)
 
             try:
                 return probe(self.arch, json.dumps(self.args or {}, sort_keys=True))

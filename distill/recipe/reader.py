@@ -5,7 +5,7 @@ valid by itself, so that a recipe is repaired in one round instead of two.
 """
 
 import difflib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from distill.errors import RecipeError
 from distill.recipe.document import OVERRIDE, Document, find_recipe, read_document, with_overrides
-from distill.recipe.extension_keys import find_section, with_sections
+from distill.recipe.extension_keys import find_section, unread_section, with_sections
 from distill.recipe.formats import format_of, with_defaults_of
 from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe
 from distill.recipe.messages import explain, place_of, refuse, render
@@ -37,12 +37,17 @@ class Reading:
 
 
 def load_job(
-    recipe: str, overrides: Sequence[str] = (), *, check_folders: bool = False
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    check_folders: bool = False,
+    loads_sections: bool = True,
 ) -> tuple[Recipe, TeacherRecipe | None]:
     """A recipe and, if it is a family that trains its teacher first, the teacher's recipe.
 
     Overrides are ``KEY=VALUE`` for the recipe and ``teacher:KEY=VALUE`` for the teacher's.
-    ``check_folders`` looks whether the folders that the recipes name are there, too.
+    ``check_folders`` looks whether the folders that the recipes name are there, too. Without
+    ``loads_sections`` no package is imported, and its keys under ``extensions`` are taken as they are.
 
     Raises:
         RecipeError: every problem of both files.
@@ -50,7 +55,7 @@ def load_job(
     family_overrides = [text for text in overrides if not text.startswith(TEACHER_PREFIX)]
     theirs = [text for text in overrides if text.startswith(TEACHER_PREFIX)]
     path = find_recipe(recipe)
-    first = _read_fields(path, family_overrides)
+    first = _read_fields(path, family_overrides, loads_sections=loads_sections)
     problems = list(first.problems)
     second: Reading | None = None
     train = first.parts.get(("teacher", "train"))
@@ -66,7 +71,9 @@ def load_job(
         )
     else:
         second = _read_fields(
-            path.parent / train, [text.removeprefix(TEACHER_PREFIX) for text in theirs]
+            path.parent / train,
+            [text.removeprefix(TEACHER_PREFIX) for text in theirs],
+            loads_sections=loads_sections,
         )
         if not issubclass(second.kind, TeacherRecipe):
             problems.append(
@@ -104,14 +111,19 @@ def names_teacher_recipe(recipe: str, overrides: Sequence[str] = ()) -> bool:
     """Whether the recipe, right or wrong in other places, trains its teacher by another recipe."""
     family_overrides = [text for text in overrides if not text.startswith(TEACHER_PREFIX)]
     return (
-        _read_fields(find_recipe(recipe), family_overrides).parts.get(("teacher", "train"))
+        _read_fields(find_recipe(recipe), family_overrides, loads_sections=False).parts.get(
+            ("teacher", "train")
+        )
         is not None
     )
 
 
-def _read_fields(path: Path, overrides: Sequence[str]) -> Reading:
+def _read_fields(path: Path, overrides: Sequence[str], *, loads_sections: bool = True) -> Reading:
     document, problems = with_overrides(read_document(path), overrides)
-    kind, wrong = _with_extensions(_kind(document), document.values.get("extensions"))
+    named = document.values.get("extensions")
+    kind, wrong = _with_extensions(
+        _kind(document), named, find_section if loads_sections else unread_section
+    )
     problems += [(("extensions", name), text) for name, text in wrong.items()]
     values = with_defaults_of(format_of(document.values), kind, document.values)
     if wrong:
@@ -145,7 +157,9 @@ def _kind(document: Document) -> Kind:
     return kinds[found[0]]
 
 
-def _with_extensions(kind: Kind, named: Any) -> tuple[Kind, dict[str, str]]:
+def _with_extensions(
+    kind: Kind, named: Any, find_section: Callable[[str], type[Section]]
+) -> tuple[Kind, dict[str, str]]:
     """The kind with the sections of the installed packages that a recipe names, and what is wrong with names."""
     sections, wrong = dict[str, type[Section]](), dict[str, str]()
     for name in named if isinstance(named, dict) else ():

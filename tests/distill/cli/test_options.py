@@ -81,7 +81,6 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ("verb", "options"),
     [
         ("train", ()),
-        ("check", ()),
         ("plan", ("--device", "cpu")),
         ("bench", ("--against", "none")),
         ("bench job", ("--against", "none")),
