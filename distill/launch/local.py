@@ -227,11 +227,7 @@ def _finalize(run_folder: Path, failure: "Failure | None", *, was_interrupted: b
     status = status_file.read()
     was_ended = failure is not None and failure.kind == "died" and is_requested(run_folder, STOP)
     if failure is not None and not was_ended:
-        if status is not None:
-            now = time.time()
-            status_file.write(
-                replace(status, state="failed", message=failure.message, updated_unix=now)
-            )
+        status_file.mark_failed(failure.message)
         raise failure.to_error()
     if status is None or status.state != "exporting":
         return STOPPED_EXIT_CODE if was_interrupted else 0

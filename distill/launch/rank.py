@@ -36,6 +36,7 @@ from distill.runfolder.heartbeat import Heartbeat, read_records, stacks_on_signa
 from distill.runfolder.lock import run_lock
 from distill.runfolder.process_identity import ProcessIdentity, identity_of
 from distill.runfolder.requests import StopSaveRequests
+from distill.runfolder.status import StatusFile
 
 LEAVE_S = 3.0  # for the process group to be destroyed after an error; NCCL waits for kernels that may never end
 GRACE_S = 5.0  # from the first cause on, for a rank to end by itself
@@ -91,6 +92,8 @@ def _work(
         has_left = _leave_group()
         if failure is None and launcher is None:
             failure = guard.cause()
+        if failure is not None and launcher is None:  # one that there is does so itself
+            StatusFile(folder).mark_failed(failure.message)
         if not has_left:
             code = LOST_EXIT_CODE if failure is None else failure.exit_code
             raise _StuckError(f"{type(error).__name__}: {error}", code) from error
@@ -147,6 +150,7 @@ class RankMonitor:
         if stragglers is None or read_failure(self._run_folder) is not None:
             return
         write_failure(self._run_folder, stragglers.to_failure(self._run_folder))
+        StatusFile(self._run_folder).mark_failed(stragglers.message)
         note(self._run_folder, Event("hung", stragglers.message))
         records = read_records(self._run_folder, self._num_ranks)
         end_ranks([record for record in records if record.world_rank in stragglers.world_ranks])

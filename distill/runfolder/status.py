@@ -15,7 +15,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,6 +179,13 @@ class StatusFile:
             return False
         self._written, self._written_at = status, now
         return True
+
+    def mark_failed(self, message: str) -> None:
+        """Replaces the newest status, if there is one, by that of a run that failed."""
+        status = self.read()
+        if status is not None:
+            now = time.time()
+            self.write(replace(status, state="failed", message=message, updated_unix=now))
 
     def read(self) -> Status | None:
         """The newest status, or None while the run has not written one.
