@@ -34,7 +34,6 @@ COVERED_BY = {
     "distill.evaluate.summary": "tests/distill/cli/test_app.py",
     "distill.job.build": "tests/distill/job/test_pretraining.py",
     "distill.job.loopback": "tests/distill/job/test_local_ranks.py",
-    "distill.job.prepare": "tests/distill/cli/test_app.py",
     "distill.job.run": "tests/distill/train/test_devices.py",
     "distill.job.step_sheet": "tests/distill/cli/test_data.py",
     "distill.job.to_data": "tests/distill/job/test_pretraining.py",

@@ -39,6 +39,7 @@ def evaluate(
 ) -> None:
     """Score students and teacher on held-out images by k-NN, and draw their features."""
     from distill.evaluate.summary import finish
+    from distill.runfolder.lock import run_lock
     from distill.runfolder.status import StatusFile
     from distill.screen.tables import scores_table
 
@@ -46,7 +47,8 @@ def evaluate(
     allow_code_of(run, allow)
     if over_steps:
         return _score_steps([run, *(beside or [])], as_json=as_json)
-    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+    with redirect_stdout(sys.stderr if as_json else sys.stdout), run_lock(run) as lock:
+        lock.alone(wait_s=0.0)  # a job at work writes the same files
         summary = finish(run)
     status = StatusFile(run).read()
     if status is not None and status.message:

@@ -7,7 +7,6 @@ with one clear line each.
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -39,7 +38,7 @@ from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.reader import TEACHER_PREFIX, load_job
 from distill.recipe.writer import resolved_yaml
-from distill.runfolder.files import replace_text
+from distill.runfolder.files import make_folder, remove, replace_text
 from distill.runfolder.status import write_json
 
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
@@ -188,8 +187,8 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
         teacher_train, _ = _indices(teacher_recipe.data, tiles, say)
     fingerprint = f"{train.fingerprint}-{teacher_train.fingerprint}"
     job = Job(request, recipe, teacher_recipe, fingerprint)
-    if fresh:
-        shutil.rmtree(run_folder, ignore_errors=True)
+    if fresh and run_folder.exists():
+        _empty(run_folder)
     resumed = find_latest(run_folder / CHECKPOINTS, job.hash, lambda _: None)  # the run reports
     joining_steps(job.recipe, job.networks, resumed)
     checksums = read_checksums(run_folder)
@@ -197,7 +196,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     refuse_another_teacher(job.teacher, resumed)
     for line in describe_changes(job.networks, resumed):
         say(line)
-    (run_folder / "data").mkdir(parents=True, exist_ok=True)
+    make_folder(run_folder.resolve() / "data")  # a link may lead to a folder that is not there yet
     for name, index in (("train", train), ("teacher", teacher_train), ("held_out", held_out)):
         if index is not None:
             index.save(run_folder / "data" / name)
@@ -253,6 +252,23 @@ def _refuse_foreign_folder(run_folder: Path) -> None:
             f"{run_folder}: holds files but is not a run folder of distill",
             fix="Choose another --name or --out.",
         )
+
+
+def _empty(run_folder: Path) -> None:
+    """Removes what a run folder holds: checkpoints first, ``job.json``, which marks it as ours, last. The folder stays, which may be a link.
+
+    Raises:
+        CheckpointError: something cannot be removed; what comes after it is still there.
+    """
+    last, first = "job.json", CHECKPOINTS
+    for entry in sorted(run_folder.iterdir(), key=lambda e: (e.name == last, e.name != first)):
+        try:
+            remove(entry)
+        except OSError as error:
+            raise CheckpointError(
+                f"{entry}: --fresh could not remove it ({error}); nothing was started",
+                fix=f"Remove {run_folder} by hand, or give another --name.",
+            ) from error
 
 
 def _indices(

@@ -1,12 +1,13 @@
 """One job at a time in a run folder, also while the ranks of a killed launcher are still ending.
 
 The launcher takes the lock alone to prepare the folder, then shares it with its ranks. The system lets
-go of it when a process ends, however it ends. The file lies beside the folder, which ``--fresh``
-removes.
+go of it when a process ends, however it ends. The file lies beside the real folder, which ``--fresh``
+empties: a link to it, or another way to write its name, leads to the same file.
 """
 
 import errno
 import fcntl
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,7 +66,20 @@ class RunLock:
 
 @contextmanager
 def run_lock(run_folder: Path) -> Iterator[RunLock]:
-    """A hold on a run folder, let go of at the end; nothing is held before ``alone`` or ``share``."""
-    run_folder.parent.mkdir(parents=True, exist_ok=True)
-    with (run_folder.parent / f".{run_folder.name}.lock").open("w") as file:
+    """A hold on a run folder, let go of at the end; nothing is held before ``alone`` or ``share``.
+
+    Raises:
+        UserError: the file of the lock cannot be made.
+    """
+    real = Path(os.path.realpath(run_folder))
+    path = real.with_name(f".{real.name}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("w")
+    except OSError as error:
+        raise UserError(
+            f"{path}: the lock of {run_folder} cannot be written ({error.strerror})",
+            fix="Use a run folder inside a folder that you may write to.",
+        ) from error
+    with file:
         yield RunLock(run_folder, file)

@@ -115,6 +115,27 @@ def test_run_lock__one_job_per_folder(tmp_path: Path) -> None:
         later.alone(wait_s=0.2)
 
 
+def test_run_lock__is_of_the_real_folder_whatever_its_name(tmp_path: Path) -> None:
+    (tmp_path / "disk/run").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "disk/run")
+    (tmp_path / "disks").symlink_to(tmp_path / "disk")
+    names = ("disk/run", "link", "disks/run", "disk/../link")
+    with run_lock(tmp_path / "link") as mine:
+        mine.alone()
+        for name in names:
+            with run_lock(tmp_path / name) as theirs, pytest.raises(UserError, match="at work"):
+                theirs.alone(wait_s=0.0)
+
+
+def test_run_lock__where_it_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"\.run\.lock: the lock of .* cannot be written"),
+        run_lock(tmp_path / "file/run"),
+    ):
+        pass
+
+
 def test_events__are_read_back_in_order_and_from_a_time_on(tmp_path: Path) -> None:
     assert read_events(tmp_path) == []
     note(tmp_path, Event("skipped", "small: step 3 skipped", "small", 3))
