@@ -12,6 +12,7 @@ from distill.cli.doctor import Finding
 from distill.errors import DataError, PlanError, RecipeError, SetupError, UserError
 from distill.launch.local import STOPPED_EXIT_CODE
 from distill.runfolder.failure import LOST_EXIT_CODE
+from distill.runfolder.parked import PARKED_EXIT_CODE
 from distill.runfolder.status import CheckpointStatus, NetworkStatus, PhaseStatus, Status
 from tests.support.command import exit_code_of
 
@@ -61,6 +62,7 @@ def test_exit_codes__are_those_on_the_pages() -> None:
         "wrong recipe or usage": RecipeError.exit_code,
         "the machine lacks something": SetupError.exit_code,
         "a rank died or hung": LOST_EXIT_CODE,
+        "finished with a parked student": PARKED_EXIT_CODE,
         "saved and stopped by Ctrl-C": STOPPED_EXIT_CODE,
     }
     assert codes == STORED["exit codes"]

@@ -256,6 +256,10 @@ class SleepingStudent:
         """It has no number that could be anything else."""
         return True
 
+    def steps_applied(self) -> int:
+        """None."""
+        return 0
+
     def is_finite_here(self) -> Tensor:
         """The same on the device."""
         return torch.ones((), dtype=torch.bool)

@@ -1,7 +1,7 @@
 """The verbs: parse, call, print, set the exit code. Imports nothing heavy until a verb needs it.
 
 Exit codes: 0 done, or saved and stopped by SIGTERM; 1 failed; 2 wrong recipe or usage; 3 the machine
-lacks something; 4 a rank died or hung; 130 saved and stopped by Ctrl-C. With ``--json`` standard output holds one JSON object and nothing else.
+lacks something; 4 a rank died or hung; 5 finished with a parked student; 130 saved and stopped by Ctrl-C. With ``--json`` standard output holds one JSON object and nothing else.
 """
 
 import sys

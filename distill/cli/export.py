@@ -16,6 +16,7 @@ import typer
 
 from distill.cli.options import AllowCodeOption, DebugOption, JsonOption, allow_code_of
 from distill.errors import UserError
+from distill.runfolder.parked import read_parked
 
 if TYPE_CHECKING:
     from distill.recipe.keys import FamilyRecipe, TeacherRecipe
@@ -93,8 +94,10 @@ def export(
             finished.append(done)
             if not as_json:
                 size = done.num_bytes / 1e6
+                facts = background.provenance
+                parked = f"; parked {facts['parked']}" if "parked" in facts else ""
                 sys.stdout.write(
-                    f"{name}: {done.folder}, {size:.1f} MB; {done.parity.describe()}\n"
+                    f"{name}: {done.folder}, {size:.1f} MB; {done.parity.describe()}{parked}\n"
                 )
     if as_json:
         summary: dict[str, Any] = {"run": str(run), "to": to, "dtype": dtype.value}
@@ -119,6 +122,12 @@ def _chosen(run: Path, requested: Sequence[str]) -> dict[str, Path]:
         return students
     chosen = {}
     for name in requested:
+        parked = None if name in students else read_parked(run, name)
+        if parked is not None:
+            raise UserError(
+                f"--student {name}: was never trained, it is parked {parked.describe()}",
+                fix="Name another one.",
+            )
         if name == "teacher":
             chosen[name] = _existing_teacher(run)
         elif name in students:

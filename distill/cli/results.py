@@ -40,8 +40,9 @@ def evaluate(
     """Score students and teacher on held-out images by k-NN, and draw their features."""
     from distill.evaluate.summary import finish
     from distill.runfolder.lock import run_lock
+    from distill.runfolder.parked import PARKED_EXIT_CODE
     from distill.runfolder.status import StatusFile
-    from distill.screen.tables import scores_table
+    from distill.screen.tables import scores_table, unfinished_students
 
     require_run(run)
     allow_code_of(run, allow)
@@ -57,6 +58,8 @@ def evaluate(
         print_json(summary)
     else:
         Console().print(scores_table(summary))
+    if unfinished_students(summary):
+        raise typer.Exit(PARKED_EXIT_CODE)
     return None
 
 

@@ -31,6 +31,7 @@ from distill.cli.options import (
     with_data,
 )
 from distill.errors import RecipeError
+from distill.runfolder.parked import PARKED_EXIT_CODE
 
 if TYPE_CHECKING:
     from distill.launch.local import Options
@@ -48,7 +49,8 @@ def _start(recipe: str, overrides: list[str], options: "Options", *, as_json: bo
         code = run(recipe, overrides, options)
     if os.environ.get("RANK", "0") == "0":
         summary = folder / "summary.json"
-        scores = json.loads(summary.read_text()) if code == 0 and summary.is_file() else None
+        is_finished = code in {0, PARKED_EXIT_CODE} and summary.is_file()
+        scores = json.loads(summary.read_text()) if is_finished else None
         print_json({"run": str(folder), "exit_code": code, "summary": scores})
     raise typer.Exit(code)
 

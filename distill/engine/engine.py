@@ -276,6 +276,10 @@ class Engine:
         for state in self._states:
             state["step"].copy_(tensors["step"][0])
 
+    def steps_applied(self) -> int:
+        """Returns how many steps made its state, those of before a resume too; skipped ones do not count. Waits for the device."""
+        return int(self._states[0]["step"])
+
     def is_finite_here(self) -> Tensor:
         """Weights, moments and EMA of this rank's shards are finite, and so is the network it computes with."""
         tensors = [shard for each in self._local_shards() for shard in each.values()]

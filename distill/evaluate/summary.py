@@ -3,7 +3,7 @@
 import io
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,40 @@ from PIL import Image, ImageOps
 from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
+from distill.errors import UserError
 from distill.evaluate.knn import evaluate_run
 from distill.evaluate.pictures import plot_features
 from distill.job.prepare import BUILTIN_PHOTOGRAPHS, read_job
 from distill.recipe.keys import FamilyRecipe
 from distill.runfolder.files import is_full
 from distill.runfolder.metrics import read_rows
-from distill.runfolder.status import StatusFile, write_json
+from distill.runfolder.parked import read_parked
+from distill.runfolder.status import RunState, Status, StatusFile, write_json
+from distill.screen.tables import unfinished_students
 from distill.train.device import has_gpu
+from distill.weights.containers import read_object
 from distill.weights.load import load_backbone
 
 NUM_PHOTOGRAPHS = 4  # rows of the picture
+EXPORTED: frozenset[RunState] = frozenset({"exporting", "evaluating", "finished"})
 
 
 def finish(run_folder: Path) -> dict[str, Any]:
     """Scores teacher and students, draws ``features.png``, writes ``summary.json`` and the final status.
 
-    A disk without room for the picture costs the picture, not the run.
+    A disk without room for the picture costs the picture, not the run. A student that was never
+    trained has no folder and no scores: its entry in the summary has 0 steps.
+
+    Raises:
+        UserError: the run has not finished.
     """
     job = read_job(run_folder)
     status_file = StatusFile(run_folder)
     status = status_file.read()
     assert status is not None, "a run that ended has a status"
+
+    students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
+    entries = {s.label: _entry(run_folder, s.label, status) for s in students}
 
     def show(text: str) -> None:
         now = replace(status, state="evaluating", message=text, updated_unix=time.time())
@@ -43,12 +55,11 @@ def finish(run_folder: Path) -> dict[str, Any]:
 
     show("")
     timing = json.loads((run_folder / "timing.json").read_text())
-    students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
-    specs = {student.label: student.backbone_spec() for student in students}
+    specs = {s.label: s.backbone_spec() for s in students if entries[s.label]["steps"] != 0}
     last = [phase.name for phase in status.phases][-1]
     summary: dict[str, Any] = {
         "teacher": {},
-        "students": {name: {"loss": _last_loss(run_folder, name)} for name in specs},
+        "students": entries,
         "images_per_s": timing[last]["images"] / timing[last]["s"],
         "phases_s": {name: entry["s"] for name, entry in timing.items()},
     }
@@ -62,16 +73,41 @@ def finish(run_folder: Path) -> dict[str, Any]:
         networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0].to(device)
     data = job.recipe.data
     photographs = _photographs(run_folder, data.sources[0].path)
-    message, picture = "", run_folder / "features.png"
+    messages, picture = unfinished_students(summary), run_folder / "features.png"
     try:
         plot_features(networks, photographs, picture, mean=data.mean, std=data.std)
     except OSError as error:
         if not is_full(error):
             raise
-        message = f"{picture.name} was not written ({error.strerror}): make room and run `distill eval {run_folder}`"
-    ended = replace(status, state="finished", message=message, updated_unix=time.time())
-    status_file.write(replace(ended, work_done=1.0, eta_s=0.0))
+        messages.append(
+            f"{picture.name} was not written ({error.strerror}): make room and run `distill eval {run_folder}`"
+        )
+    fates = {
+        name: replace(network, state="parked") if entries.get(name, {}).get("parked") else network
+        for name, network in status.networks.items()
+    }
+    ended = replace(status, state="finished", message="; ".join(messages), networks=fates)
+    status_file.write(replace(ended, updated_unix=time.time(), work_done=1.0, eta_s=0.0))
     return summary
+
+
+def _entry(run_folder: Path, name: str, status: Status) -> dict[str, Any]:
+    """What the summary holds of a student besides its scores: last loss, steps that made it, and why it is parked, if it is.
+
+    Raises:
+        UserError: the student is still to be trained.
+    """
+    parked = read_parked(run_folder, name)
+    record = run_folder / "students" / name / "distill.json"
+    entry = {"loss": _last_loss(run_folder, name), "parked": parked and asdict(parked)}
+    if record.is_file():
+        return {**entry, "steps": read_object(record).get("steps")}
+    if parked is None and status.state not in EXPORTED:
+        raise UserError(
+            f"{run_folder}: {name} is not exported yet, the run has not finished ({status.state})",
+            fix=f"Let the run finish: {status.resume_command}",
+        )
+    return {**entry, "steps": 0, "knn": None}
 
 
 def _last_loss(run_folder: Path, name: str) -> float | None:

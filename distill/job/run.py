@@ -48,9 +48,10 @@ from distill.recipe.keys import (
     FamilyRecipe,
     TeacherRecipe,
 )
-from distill.runfolder.files import replace_text
+from distill.runfolder.files import remove, replace_text
 from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.metrics import MetricSinks, SinkFactory
+from distill.runfolder.parked import read_parked
 from distill.runfolder.requests import StopSaveRequests
 from distill.runfolder.status import PhaseStatus, write_json
 from distill.train.device import take_device
@@ -190,7 +191,8 @@ class _Run:
                 return False
         weights = pretraining.engine.full("ema", collect=self.rank == 0)
         if self.rank == 0:
-            self._write_teacher(weights, pretraining.shape.spec)
+            steps = pretraining.engine.steps_applied()
+            self._write_teacher(weights, pretraining.shape.spec, steps)
         dist.barrier()
         return True
 
@@ -287,10 +289,11 @@ class _Run:
         gc.collect()
         return finished
 
-    def _write_teacher(self, weights: dict[str, torch.Tensor], spec: BackboneSpec) -> None:
+    def _write_teacher(
+        self, weights: dict[str, torch.Tensor], spec: BackboneSpec, steps: int
+    ) -> None:
         recipe = self.teacher_recipe
         assert recipe is not None, "a teacher folder without a teacher recipe"
-        steps = sum(stage.steps for stage in recipe.stages)
         facts = ExportFacts(
             recipe.crops.input_size,
             recipe.data.mean,
@@ -302,19 +305,25 @@ class _Run:
         write_backbone(folder, _backbone_only(weights), spec, facts)
 
     def _write_students(self, phase: Phase, recipe: FamilyRecipe, teacher_fingerprint: str) -> None:
-        """Every student's EMA as a folder, by the first rank of its group."""
+        """Every student's EMA as a folder, by the first rank of its group; none of a student that was never trained."""
         specs = {student.label: student.backbone_spec() for student in recipe.students}
-        provenance = self._provenance(recipe, phase.num_steps)
-        provenance["teacher_fingerprint"] = teacher_fingerprint
-        sizes = {student.label: recipe.input_size_of(student.label) for student in recipe.students}
         mean, std = recipe.data.mean, recipe.data.std
         for trainer in phase.trainers:
-            is_first = trainer.placement.first_rank == self.rank
+            name, is_first = trainer.name, trainer.placement.first_rank == self.rank
             weights = trainer.ema(collect=is_first)
-            if is_first:
-                folder = self.job.run_folder / "students" / trainer.name
-                facts = ExportFacts(sizes[trainer.name], mean, std, provenance)
-                write_backbone(folder, _backbone_only(weights), specs[trainer.name], facts)
+            if not is_first:
+                continue
+            folder, steps = self.job.run_folder / "students" / name, trainer.steps_applied()
+            if not steps:
+                remove(folder)  # of an earlier student of this name
+                continue
+            provenance = self._provenance(recipe, steps)
+            provenance["teacher_fingerprint"] = teacher_fingerprint
+            parked = read_parked(self.job.run_folder, name)
+            if parked is not None:
+                provenance["parked"] = parked.describe()
+            facts = ExportFacts(recipe.input_size_of(name), mean, std, provenance)
+            write_backbone(folder, _backbone_only(weights), specs[name], facts)
         dist.barrier()
 
     def _provenance(self, recipe: FamilyRecipe | TeacherRecipe, steps: int) -> dict[str, object]:

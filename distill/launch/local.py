@@ -24,6 +24,7 @@ from rich.console import Console
 from distill.errors import SetupError, UserError
 from distill.launch.node import ranks_on_node
 from distill.runfolder.lock import run_lock
+from distill.runfolder.parked import PARKED_EXIT_CODE
 from distill.runfolder.requests import SAVE, STOP, forget, is_requested, leave_request
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Launcher(Protocol):
 
 
 def run(recipe: str, overrides: list[str], options: Options) -> int:
-    """Prepares and runs a job; the exit code is how it ended: 0 finished or stopped by SIGTERM, 130 stopped by Ctrl-C.
+    """Prepares and runs a job; the exit code is how it ended: 0 finished or stopped by SIGTERM, 5 finished with a parked student, 130 stopped by Ctrl-C.
 
     Raises:
         UserError: with the exit code of the failure: 1, or 4 where a rank died or hung.
@@ -201,7 +202,10 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
         try:
             with _screen(folder, console, live=False):
                 entry(request.run_folder, None, None)
-                return _finalize(folder, None, was_interrupted=False)
+                code = _finalize(folder, None, was_interrupted=False)
+                # torchrun would start all ranks again, only to end with the same students parked
+                is_hidden = code == PARKED_EXIT_CODE and "TORCHELASTIC_RUN_ID" in os.environ
+                return 0 if is_hidden else code
         finally:
             ready.unlink(missing_ok=True)
 
@@ -222,6 +226,7 @@ def _finalize(run_folder: Path, failure: "Failure | None", *, was_interrupted: b
     """Scores and pictures of a finished run, or the reason why it is not finished."""
     from distill.evaluate.summary import finish
     from distill.runfolder.status import StatusFile
+    from distill.screen.tables import unfinished_students
 
     status_file = StatusFile(run_folder)
     status = status_file.read()
@@ -231,8 +236,7 @@ def _finalize(run_folder: Path, failure: "Failure | None", *, was_interrupted: b
         raise failure.to_error()
     if status is None or status.state != "exporting":
         return STOPPED_EXIT_CODE if was_interrupted else 0
-    finish(run_folder)
-    return 0
+    return PARKED_EXIT_CODE if unfinished_students(finish(run_folder)) else 0
 
 
 def _ended_at_once(run_folder: Path) -> UserError:

@@ -9,7 +9,7 @@ from distill.runfolder.status import FINAL_STATES, Status
 if TYPE_CHECKING:
     pass
 from distill.screen.snapshot import RunSnapshot, silence_s
-from distill.screen.tables import BASELINES, score_rows, score_text
+from distill.screen.tables import BASELINES, score_rows, score_text, unfinished_students
 from distill.screen.words import clock_time, duration, number_text, rate_text, time_of_day
 
 PROGRESS_FRACTION = 0.1  # a plain progress line at least this often ...
@@ -131,4 +131,4 @@ def _score_lines(summary: Mapping[str, Any]) -> list[str]:
     ]
     if summary.get("knn_reason"):
         lines.append(f"no k-NN scores: {summary['knn_reason']}")
-    return lines
+    return lines + unfinished_students(summary, has_reason=True)

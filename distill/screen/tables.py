@@ -41,9 +41,23 @@ def scores_table(summary: Mapping[str, Any]) -> Table:
     for key, label in BASELINES.items():
         if key in baselines:
             table.add_row(label, score_text(baselines[key]), "", "", "", style="dim")
-    if summary.get("knn_reason"):
-        table.caption = str(summary["knn_reason"])
+    notes = [str(summary["knn_reason"])] if summary.get("knn_reason") else []
+    table.caption = "\n".join(notes + unfinished_students(summary, has_reason=True)) or None
     return table
+
+
+def unfinished_students(summary: Mapping[str, Any], *, has_reason: bool = False) -> list[str]:
+    """A line for every student of ``summary.json`` that is parked or was never trained, with the cause where it is wanted."""
+    lines = []
+    for name, entry in summary.get("students", {}).items():
+        parked, steps = entry.get("parked"), entry.get("steps")
+        if not parked and steps != 0:
+            continue
+        since = f"is parked since step {parked['step']}, " if parked else "was "
+        trained = "never trained, not exported" if steps == 0 else f"trained for {steps} steps"
+        reason = f": {parked['reason']}" if parked and has_reason else ""
+        lines.append(f"{name} {since}{trained}{reason}")
+    return lines
 
 
 Score = float | None

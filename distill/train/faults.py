@@ -20,7 +20,6 @@ what is saved can be gone on from. Parked networks are named in ``parked/<name>.
 folder; a person may delete that file to have one tried again.
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from torch import Tensor
 from distill.errors import StudentError
 from distill.runfolder.events import Event, EventKind, note
 from distill.runfolder.failure import is_lost_connection
-from distill.runfolder.status import write_json
+from distill.runfolder.parked import Parked, is_parked, write_parked
 from distill.train.phase import Phase, Trainer
 from distill.train.student import Attempt, Snapshot
 from teacher.batch import StudentBatch, TeacherTargets
@@ -101,7 +100,7 @@ class FaultHandler:
     def start(self, phase_step: int, control: dist.ProcessGroup) -> None:
         """Keeps the states to go back to, and learns who was parked before. One all-reduce over the world."""
         names = [placement.name for placement in self._phase.plan.placements]
-        flags = torch.tensor([float(_parked_file(self._run_folder, n).exists()) for n in names])
+        flags = torch.tensor([float(is_parked(self._run_folder, n)) for n in names])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=control)
         for trainer in self._phase.trainers:
             record = self._records[trainer.name]
@@ -206,9 +205,7 @@ class FaultHandler:
         self._report(trainer, "parked", text, phase_step)
 
     def _write_parked(self, trainer: Trainer, phase_step: int, reason: str) -> None:
-        path = _parked_file(self._run_folder, trainer.name)
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, {"step": phase_step, "reason": reason})
+        write_parked(self._run_folder, trainer.name, Parked(phase_step, reason))
 
     def _diagnose(self, trainer: Trainer, last: PendingStep) -> str:
         """What was not finite, found by any rank of the group. One all-reduce over it."""
@@ -254,13 +251,3 @@ def _sender(last: PendingStep, borders: "np.ndarray[tuple[int], np.dtype[np.int6
     if not positions:
         return -1
     return int(np.searchsorted(borders, last.start + positions[0], side="right")) - 1
-
-
-def _parked_file(run_folder: Path, name: str) -> Path:
-    return run_folder / "parked" / f"{name}.json"
-
-
-def parked_reason(run_folder: Path, name: str) -> str | None:
-    """Why a network is parked; None where it is not."""
-    path = _parked_file(run_folder, name)
-    return str(json.loads(path.read_text())["reason"]) if path.is_file() else None

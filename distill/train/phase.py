@@ -129,6 +129,10 @@ class Trainer(Protocol):
         """The same of what this rank holds, on the device. No communication."""
         ...
 
+    def steps_applied(self) -> int:
+        """How many steps made its state. Waits for the device."""
+        ...
+
     def ema(self, *, collect: bool = True) -> dict[str, Tensor]:
         """The average of its weights by name, nothing without ``collect``. Collective over its group."""
         ...

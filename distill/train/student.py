@@ -224,6 +224,10 @@ class StudentTrainer:
         self._sums, self._num_steps = {}, 0
         return values
 
+    def steps_applied(self) -> int:
+        """Returns how many steps made its state; skipped ones do not count. Waits for the device."""
+        return self.engine.steps_applied()
+
     def ema(self, *, collect: bool = True) -> dict[str, Tensor]:
         """The average of the weights by name, fp32 in host memory; nothing without ``collect``. Communication: gathers over its group."""
         return self.engine.full("ema", collect=collect)

@@ -72,9 +72,11 @@ def model_card(
 ) -> str:
     """The text of README.md."""
     size = sum(file.num_bytes for file in files) / 1e6
+    provenance = background.provenance
     facts = [
-        f"recipe: {_known(background.provenance, 'recipe')} (hash {_known(background.provenance, 'recipe_hash')}, "
-        f"{_known(background.provenance, 'steps')} steps)",
+        f"recipe: {_known(provenance, 'recipe')} (hash {_known(provenance, 'recipe_hash')}, "
+        f"{_known(provenance, 'steps')} steps)",
+        *([f"parked {provenance['parked']}"] if "parked" in provenance else []),
         f"teacher: {background.teacher}",
         f"data: {background.data}",
         f"licence of the teacher: {licence_text(background.licence)}",

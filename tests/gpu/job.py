@@ -130,7 +130,7 @@ def stopped_killed_resumed(device: torch.device, sizes: Sizes) -> Figures:
 
 def out_of_memory(device: torch.device, sizes: Sizes) -> Figures:
     """One student finds no memory: it is parked, and its sibling ends as without it."""
-    from distill.train.faults import parked_reason
+    from distill.runfolder.parked import read_parked
 
     calls = list[int]()
 
@@ -151,15 +151,16 @@ def out_of_memory(device: torch.device, sizes: Sizes) -> Figures:
         _, calm = train(Path(scratch) / "calm", device, sizes)
         _, found = train(folder, device, sizes, change=spoil)
         first, second = calm
-        reason = parked_reason(folder, first)
+        parked = read_parked(folder, first)
     apart = _apart(found[second], calm[second])
     wrong = {
-        "the student was not parked": reason is None,
+        "the student was not parked": parked is None,
         f"it was called {len(calls)} times": len(calls) != 3,
         f"its sibling differs by {apart:.2g}": not apart <= LIMIT,
     }
     problems = [what for what, is_wrong in wrong.items() if is_wrong]
-    return {"parked": str(reason), "sibling_differs": apart, "problems": problems}
+    reason = "" if parked is None else parked.describe()
+    return {"parked": reason, "sibling_differs": apart, "problems": problems}
 
 
 def _wait(is_done: Callable[[], Any], limit_s: float) -> None:

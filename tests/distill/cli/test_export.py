@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from distill.cli import app as cli
+from distill.runfolder.parked import Parked, write_parked
 from distill.weights import to_hf
 from tests.support.exports import CONVNEXT, GATED, VIT, names, write_network
 
@@ -86,6 +87,22 @@ def test_export__licence_of_the_teacher_goes_along(run: Any, finished: Path) -> 
     assert run(finished, "--to", "hf", "--student", "small")[0] == 0
     written = (finished / "export" / "hf" / "small" / "README.md").read_text()
     assert 'license: "other"\nlicense_name: "dinov3-license"' in written
+
+
+def test_export__a_parked_student_says_so(run: Any, finished: Path) -> None:
+    record = finished / "students" / "small" / "distill.json"
+    facts = {**json.loads(record.read_text()), "steps": 3, "parked": "since step 4: no memory"}
+    record.write_text(json.dumps(facts))
+    code, out, _ = run(finished, "--to", "hf", "--student", "small")
+    assert code == 0 and out.endswith("; parked since step 4: no memory\n")
+    folder = finished / "export" / "hf" / "small"
+    card = (folder / "README.md").read_text()
+    assert ", 3 steps)" in card and "- parked since step 4: no memory\n" in card
+    assert json.loads((folder / "distill.json").read_text())["parked"] == facts["parked"]
+    write_parked(finished, "never", Parked(0, "no memory"))
+    code, _, err = run(finished, "--to", "hf", "--student", "never")
+    assert code == 1
+    assert "--student never: was never trained, it is parked since step 0: no memory" in err
 
 
 def test_export__a_teacher_that_is_gone_does_not_keep_students_back(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distill.runfolder.events import read_events
-from distill.train.faults import parked_reason
+from distill.runfolder.parked import PARKED_EXIT_CODE, read_parked
 from tests.support import jobs
 
 SHAKY = """\
@@ -50,13 +50,17 @@ def test_run__goes_on_without_a_student_that_failed_on_one_of_its_ranks(
 ) -> None:
     recipe = write_shaky(tmp_path)
     monkeypatch.chdir(tmp_path)
-    for name in ("calm", "shaken"):
+    for name, code in (("calm", 0), ("shaken", PARKED_EXIT_CODE)):
         process = jobs.start(recipe, tmp_path / name)
         said, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, said
+        assert process.returncode == code, said
         (tmp_path / "mark").touch()
     calm, shaken = tmp_path / "calm" / jobs.RUN, tmp_path / "shaken" / jobs.RUN
-    assert parked_reason(shaken, "shaky") == "ValueError: no more of this"
+    parked = read_parked(shaken, "shaky")
+    assert parked is not None and parked.reason == "ValueError: no more of this"
+    assert said.splitlines()[-1].endswith(
+        f"shaky is parked since step {parked.step}, trained for 10 steps"
+    )
     kinds = [event.kind for event in read_events(shaken)]
     assert kinds == ["failed", "restarted"]
     different = jobs.differing(calm, shaken)

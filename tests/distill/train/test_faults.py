@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.train.faults import IN_A_ROW, ROLL_BACKS, parked_reason
+from distill.runfolder.parked import Parked, read_parked
+from distill.train.faults import IN_A_ROW, ROLL_BACKS
 from tests.chaos.nan import NUM_STEPS, Fault, Outcome, train_all
 from tests.support.spawn import on_ranks
 
@@ -42,8 +43,11 @@ def test_learn__a_lasting_fault_is_skipped_rolled_back_and_parked(
     each = ["step"] * IN_A_ROW + ["rolled"]
     assert kinds == each * ROLL_BACKS + ["parked"]
     assert lasting.told[3] == "b: rolled back to step 0: 3 skipped steps in a row"
-    assert parked_reason(folder / "2", "b") == "rolled back 3 times to the same state"
-    assert parked_reason(folder / "2", "a") is None
+    reason = "rolled back 3 times to the same state"
+    step = 1 + IN_A_ROW * ROLL_BACKS - 1
+    assert read_parked(folder / "2", "b") == Parked(step, reason)
+    assert read_parked(folder / "2", "a") is None
+    assert int(lasting.states["b"]["step"]) == 0 and int(lasting.states["a"]["step"]) == NUM_STEPS
     assert_others_equal(lasting, calm)
 
 
@@ -54,6 +58,7 @@ def test_learn__out_of_memory_parks_that_student_alone(
     assert memory.parked["b"] and memory.skipped["b"] == 0
     (told,) = memory.told
     assert told.startswith("b: parked with its state of step 4: OutOfMemoryError: out of memory")
+    assert int(memory.states["b"]["step"]) == 4
     assert all(tensor.isfinite().all() for tensor in memory.states["b"].values())
     assert_others_equal(memory, calm)
 
@@ -63,4 +68,5 @@ def test_learn__in_a_larger_group_the_attempt_ends_and_the_student_is_parked(
 ) -> None:
     with pytest.raises(AssertionError, match="StudentError: a is parked from now on"):
         on_ranks(3, train_all, [Fault("memory", "a", 0, 2, NAN)], str(tmp_path))
-    assert "out of memory" in str(parked_reason(tmp_path / "2", "a"))
+    parked = read_parked(tmp_path / "2", "a")
+    assert parked is not None and parked.step == 2 and "out of memory" in parked.reason
