@@ -57,6 +57,7 @@ from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
 from distill.recipe.reader import load_job
 from distill.runfolder.heartbeat import Heartbeat
+from distill.screen.console import printable
 from distill.train.balance import Balancer
 from distill.train.device import take_device
 from distill.train.exchange import AllGather, Slices
@@ -275,7 +276,7 @@ class Bench:
 
     def _report(self, event: str) -> None:
         if self.rank == 0:
-            sys.stderr.write(event + "\n")
+            sys.stderr.write(printable(event) + "\n")
 
     def _sleeping_phase(self, context: PhaseContext, recipe: FamilyRecipe, groups: Groups) -> Phase:
         assert self.scale is not None, "sleeps have a scale"

@@ -23,6 +23,7 @@ from distill.cli.training import accept_any, accept_teacher, training_verb, watc
 from distill.cli.weights import weights_app
 from distill.errors import UserError
 from distill.runfolder.files import is_full
+from distill.screen.console import escaped_output, printable
 
 if TYPE_CHECKING:
     pass
@@ -43,12 +44,13 @@ app.add_typer(weights_app, name="weights", rich_help_panel="Data and weights")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and ends the process with its exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    try:
-        app(words, prog_name="distill", standalone_mode=True)
-    except Exception as error:
-        problem = error if isinstance(error, UserError) else _unforeseen(error)
-        report(problem, is_debug="--debug" in words)
-        sys.exit(problem.exit_code)
+    with escaped_output():
+        try:
+            app(words, prog_name="distill", standalone_mode=True)
+        except Exception as error:
+            problem = error if isinstance(error, UserError) else _unforeseen(error)
+            report(problem, is_debug="--debug" in words)
+            sys.exit(problem.exit_code)
 
 
 def _unforeseen(error: Exception) -> UserError:
@@ -68,10 +70,10 @@ def _unforeseen(error: Exception) -> UserError:
 def report(error: UserError, *, is_debug: bool) -> None:
     """Writes the message and the next move to standard error; call while handling an error."""
     if is_debug:
-        traceback.print_exc()
-    sys.stderr.write(error.message + "\n")
+        sys.stderr.write(printable(traceback.format_exc()))
+    sys.stderr.write(printable(error.message) + "\n")
     if error.fix:
-        sys.stderr.write(f"Fix: {error.fix}\n")
+        sys.stderr.write(printable(f"Fix: {error.fix}\n"))
 
 
 def _version(is_wanted: bool | None) -> bool | None:

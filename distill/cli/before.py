@@ -3,7 +3,6 @@
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from distill.cli.options import (
     AllowCodeOption,
@@ -20,6 +19,7 @@ from distill.cli.options import (
     with_data,
 )
 from distill.errors import DataError, RecipeError
+from distill.screen.console import make_console
 
 if TYPE_CHECKING:
     from distill.plan.job import JobPlan
@@ -152,6 +152,6 @@ def plan(
     else:
         for each in plans:
             for table in plan_tables(each, assumed):
-                Console().print(table)
+                make_console().print(table)
     for job in plans:
         require_fit(job, loaded, teacher, assumed)

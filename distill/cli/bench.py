@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
@@ -27,6 +26,7 @@ from distill.cli.options import (
 )
 from distill.errors import DataError, RecipeError
 from distill.runfolder.files import replace_text
+from distill.screen.console import make_console
 
 if TYPE_CHECKING:
     from distill.recipe.keys import FamilyRecipe
@@ -185,7 +185,7 @@ def _show(
         print_json(report)
         return
     for table in tables:
-        Console().print(table)
+        make_console().print(table)
 
 
 def _slow(text: str | None, sleep: float | None) -> tuple[int | None, float]:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from distill.cli.options import AllowCodeOption, DebugOption, JsonOption, allow_code
+from distill.cli.options import AllowCodeOption, DebugOption, JsonOption, allow_code, say
+from distill.screen.console import make_console
 
 if TYPE_CHECKING:
     from distill.data.dataset_report import DatasetReport
@@ -32,7 +32,7 @@ class _Bar:
 
     def __init__(self, what: str) -> None:
         columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+        self._progress = Progress(*columns, console=make_console(to_stderr=True), transient=True)
         self._task = self._progress.add_task(what, total=None)
 
     def __enter__(self) -> "_Bar":
@@ -62,7 +62,7 @@ def check(
         sys.stdout.write(json.dumps([each.to_json() for each in found], indent=2) + "\n")
     else:
         for each in found:
-            Console().print(_dataset_table(each))
+            make_console().print(_dataset_table(each))
     if any(each.broken for each in found):
         raise typer.Exit(1)
 
@@ -118,7 +118,7 @@ def pack(
         return
     left = f"; {counts['left_out']:,} left out, see *.left_out.jsonl" if counts["left_out"] else ""
     text = f"{counts['images']:,} images in {counts['shards']:,} shards in {out}{left}"
-    Console().print(text, highlight=False, soft_wrap=True)
+    say(text)
 
 
 @data_app.command("show")
@@ -146,4 +146,4 @@ def show(
     from distill.job.step_sheet import render_step
 
     rendered = render_step(loaded, teacher, step=step, num_images=images, stage=stage, out=out)
-    Console().print(f"wrote {rendered}", highlight=False, soft_wrap=True)
+    say(f"wrote {rendered}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill.cli.options import AllowCodeOption, DebugOption, JsonOption, allow_code_of
+from distill.cli.options import AllowCodeOption, DebugOption, JsonOption, allow_code_of, say
 from distill.errors import UserError
 from distill.runfolder.parked import read_parked
 
@@ -96,9 +96,7 @@ def export(
                 size = done.num_bytes / 1e6
                 facts = background.provenance
                 parked = f"; parked {facts['parked']}" if "parked" in facts else ""
-                sys.stdout.write(
-                    f"{name}: {done.folder}, {size:.1f} MB; {done.parity.describe()}{parked}\n"
-                )
+                say(f"{name}: {done.folder}, {size:.1f} MB; {done.parity.describe()}{parked}")
     if as_json:
         summary: dict[str, Any] = {"run": str(run), "to": to, "dtype": dtype.value}
         summary["exported"] = [each.to_json() for each in finished]

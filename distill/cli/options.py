@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from distill.errors import DataError, UserError
+from distill.screen.console import make_console
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")
@@ -63,7 +63,7 @@ def print_json(value: Any) -> None:
 
 def say(text: str) -> None:
     """A line for people, as it is."""
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+    make_console().print(text, soft_wrap=True)
 
 
 def with_data(recipe: str, overrides: Sequence[str] | None, data: Path | None) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from distill.cli.options import JsonOption, RecipeArgument, print_json, say
+from distill.screen.console import printable
 
 recipes_app = typer.Typer(help="List, show and copy the built-in recipes.", no_args_is_help=True)
 
@@ -32,7 +33,7 @@ def show_recipe(recipe: RecipeArgument) -> None:
     """Print a recipe."""
     from distill.recipe.document import find_recipe
 
-    sys.stdout.write(find_recipe(recipe).read_text())
+    sys.stdout.write(printable(find_recipe(recipe).read_text()))
 
 
 @recipes_app.command("copy")

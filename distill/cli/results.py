@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from distill.cli.options import (
     AllowCodeOption,
@@ -19,6 +18,7 @@ from distill.cli.options import (
     require_run,
     say,
 )
+from distill.screen.console import make_console, printable
 
 
 def evaluate(
@@ -53,11 +53,11 @@ def evaluate(
         summary = finish(run)
     status = StatusFile(run).read()
     if status is not None and status.message:
-        sys.stderr.write(status.message + "\n")
+        sys.stderr.write(printable(status.message) + "\n")
     if as_json:
         print_json(summary)
     else:
-        Console().print(scores_table(summary))
+        make_console().print(scores_table(summary))
     if unfinished_students(summary):
         raise typer.Exit(PARKED_EXIT_CODE)
     return None

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 
 from distill.cli.options import (
     AllowCodeOption,
@@ -32,6 +31,7 @@ from distill.cli.options import (
 )
 from distill.errors import RecipeError
 from distill.runfolder.parked import PARKED_EXIT_CODE
+from distill.screen.console import make_console
 
 if TYPE_CHECKING:
     from distill.launch.local import Options
@@ -126,7 +126,7 @@ def watch(
         status = run / "status.json"
         print_json(json.loads(status.read_text()) if status.is_file() else None)
         return
-    console = Console()
+    console = make_console()
     is_live = console.is_terminal and not plain
     try:
         follow(run, live=is_live, console=console, stop=threading.Event())

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from distill.cli.export import Precision, WeightLayout
 from distill.cli.options import (
@@ -25,6 +24,7 @@ from distill.cli.options import (
     with_data,
 )
 from distill.errors import RecipeError
+from distill.screen.console import make_console
 
 weights_app = typer.Typer(
     help="Inspect and convert weights; fit the heads a released teacher lacks.",
@@ -51,7 +51,7 @@ def inspect_weights(
     if as_json:
         print_json(found.to_json())
     else:
-        Console().print(inspection_table(found))
+        make_console().print(inspection_table(found))
 
 
 @weights_app.command("convert")
@@ -74,7 +74,7 @@ def convert_weights(
     if as_json:
         print_json(found.to_json())
     else:
-        Console().print(inspection_table(found))
+        make_console().print(inspection_table(found))
 
 
 @weights_app.command("fit-heads")

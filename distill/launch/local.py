@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -26,6 +27,7 @@ from distill.launch.node import ranks_on_node
 from distill.runfolder.lock import run_lock
 from distill.runfolder.parked import PARKED_EXIT_CODE
 from distill.runfolder.requests import SAVE, STOP, forget, is_requested, leave_request
+from distill.screen.console import make_console
 
 if TYPE_CHECKING:
     from distill.job.prepare import JobRequest
@@ -120,7 +122,7 @@ def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -
     from distill.job.prepare import prepare
     from distill.launch.supervisor import Supervisor
 
-    console = Console()
+    console = make_console()
     live = console.is_terminal and not options.plain
     folder = Path(request.run_folder)
     num_ranks = count_processes(options.processes or engine.processes)
@@ -128,7 +130,12 @@ def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -
     start_method = choose_start_method(engine.device)  # it imports while the job is prepared
     with run_lock(folder) as lock:
         lock.alone()
-        job = prepare(request, num_ranks=num_ranks, fresh=options.fresh, say=console.print)
+        job = prepare(
+            request,
+            num_ranks=num_ranks,
+            fresh=options.fresh,
+            say=partial(console.print, soft_wrap=True),
+        )
         forget(folder)
         lock.share()
         supervisor = Supervisor(
@@ -192,10 +199,15 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
         _wait_for(ready)
         entry(request.run_folder, None, None)
         return 0
-    console = Console()
+    console = make_console()
     with run_lock(folder) as lock:
         lock.alone()
-        prepare(request, num_ranks=num_ranks, fresh=options.fresh, say=console.print)
+        prepare(
+            request,
+            num_ranks=num_ranks,
+            fresh=options.fresh,
+            say=partial(console.print, soft_wrap=True),
+        )
         forget(folder)
         lock.share()
         ready.touch()

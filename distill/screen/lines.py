@@ -70,7 +70,8 @@ class Narrator:
 
 
 def _stamped(events: Sequence[str], now_unix: float) -> list[str]:
-    return [f"{time_of_day(now_unix)}  {event}" for event in events]
+    # what a message holds after its first line is not to be taken for a line of the run
+    return [f"{time_of_day(now_unix)}  {event}".replace("\n", f"\n{'':10}") for event in events]
 
 
 def _phase_line(status: Status) -> str:

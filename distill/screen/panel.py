@@ -39,7 +39,7 @@ def render_panel(snapshot: RunSnapshot, width: int, hint: str = "") -> Panel:
     status = snapshot.status
     if status is None:
         body: RenderableType = Text("waiting for the first news of this run", style="dim")
-        return Panel(body, title=f"[bold]{snapshot.name}", title_align="left", width=width)
+        return Panel(body, title=Text(snapshot.name, style="bold"), title_align="left", width=width)
     num_ranks = len({rank for network in status.networks.values() for rank in network.ranks})
     title = Text(f" {snapshot.name} ", style="bold")
     if num_ranks:
@@ -169,7 +169,7 @@ def _network_table(snapshot: RunSnapshot, *, is_narrow: bool) -> Table:
 def _network_cells(
     name: str, network: NetworkStatus, rows: Sequence[MetricsRow]
 ) -> list[RenderableType]:
-    state = Text(network.state, style=STATE_STYLES[network.state])
+    state = Text(network.state, style=STATE_STYLES.get(network.state, ""))
     if not rows:
         return [name, rank_ranges(network.ranks), NOTHING, "", NOTHING, NOTHING, NOTHING, state]
     last = rows[-1]
