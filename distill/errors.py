@@ -48,5 +48,11 @@ class SetupError(UserError):
     exit_code = 3
 
 
+class RankError(UserError):
+    """A rank computes wrong numbers: the job ends, and goes on from the last checkpoint when it is started again."""
+
+    exit_code = 4
+
+
 class StudentError(Exception):
     """A student failed on one rank of its group and is parked; this attempt of the job ends, the next goes on without it."""

@@ -156,6 +156,10 @@ class FrozenTeacher(nn.Module):
         for name, parameter in self._anchor.named_parameters():
             _local(parameter).copy_(_local(now[name]))
 
+    def is_finite_here(self) -> Tensor:
+        """Every weight that this rank holds is finite, on the device. No communication."""
+        return torch.stack([_local(p).isfinite().all() for p in self.parameters()]).all()
+
     def anchor_state(self) -> dict[str, Tensor]:
         """The anchor's full weights by name, nothing without an anchor. Collective where it is sharded."""
         if self._anchor is None:

@@ -216,6 +216,10 @@ class SleepingTeacher:
             torch.zeros(num_images, NUM_GLOBAL, 1), torch.zeros(sum(masks.counts), 1)
         )
 
+    def is_finite_here(self) -> Tensor:
+        """It has no weights."""
+        return torch.ones((), dtype=torch.bool)
+
     def anchor_state(self) -> dict[str, Tensor]:
         """It has no anchor."""
         return {}
@@ -239,6 +243,9 @@ class SleepingStudent:
             time.sleep(self._seconds)
         dist.all_reduce(torch.zeros(1), group=self.group)
         return Attempt(is_applied=torch.ones((), dtype=torch.bool), terms={})
+
+    def forget_step(self) -> None:
+        """It counts nothing."""
 
     def read_metrics(self, wait: float) -> dict[str, float]:
         """Only what it is given."""

@@ -195,6 +195,7 @@ class PhaseSpec:
     lookahead: int = 0
     exchange: type[Slices] | type[AllGather] = Slices
     later: Sequence[tuple[int, Plan]] = ()
+    has_frozen_teacher: bool = False
 
 
 def build_phase(
@@ -239,6 +240,7 @@ def build_phase(
         exchange=spec.exchange(plan_schedule, rank, context.groups.exchange, rank_context.device),
         trainers=trainers,
         after_step=spec.after_step,
+        has_frozen_teacher=spec.has_frozen_teacher,
     )
 
 
@@ -302,6 +304,7 @@ def family_phase(
         lookahead=recipe.engine.lookahead,
         exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
         later=later_plans(recipe, context.plan),
+        has_frozen_teacher=True,
     )
     phase = build_phase(context, spec, teacher, tuple(trainers))
     if not recipe.engine.balance or not context.plan.is_dithered:

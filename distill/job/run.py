@@ -266,7 +266,8 @@ class _Run:
         started = time.monotonic()
         self.heartbeat.enter_phase(phase.name, start_step)
         self.recorder.start(phase, start_step)
-        fault_handler = FaultHandler(phase, self.job.run_folder)
+        source = str(self.job.teacher_paths[0])
+        fault_handler = FaultHandler(phase, self.job.run_folder, source)
         fault_handler.start(start_step, self.control)
         finished = run_phase(
             phase, self.recorder, self.saver, fault_handler, self.heartbeat, start_step

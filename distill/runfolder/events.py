@@ -1,4 +1,4 @@
-"""What happened to a run, one line each: skipped steps, roll-backs, parked students, dead ranks, restarts.
+"""What happened to a run, one line each: skipped steps, recomputed features, roll-backs, parked students, dead ranks, restarts.
 
     events.jsonl  appended to by any rank and by the launcher, each line in one write
 
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Literal
 
 FILE = "events.jsonl"
-EventKind = Literal["skipped", "rolled back", "parked", "died", "hung", "failed", "restarted"]
+EventKind = Literal[
+    "skipped", "recomputed", "rolled back", "parked", "died", "hung", "failed", "restarted"
+]
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from distill.errors import StudentError, UserError
+from distill.errors import RankError, StudentError, UserError
 from distill.runfolder.heartbeat import HeartbeatRecord, read_records
 from distill.runfolder.process_identity import ENDED
 
 FILE = "failure.json"
-LOST_EXIT_CODE = 4  # a rank died or hung: nothing is wrong with the job, start it again
+LOST_EXIT_CODE = (
+    4  # a rank died or hung: nothing is wrong with the job, start it again; as of ``RankError``
+)
 # Of a lost connection: the other end is gone, did not answer in time, or ended the collective
 CONNECTION_WORDS = (
     "onnection closed",
@@ -77,7 +79,8 @@ def read_failure(run_folder: Path) -> Failure | None:
 def failure_of(error: BaseException, record: HeartbeatRecord, run_folder: Path) -> Failure:
     """The cause that an exception of this rank is; call while handling it."""
     if isinstance(error, UserError):
-        return Failure("user", error.message, error.fix, error.exit_code, traceback.format_exc())
+        kind: FailureKind = "error" if isinstance(error, RankError) else "user"
+        return Failure(kind, error.message, error.fix, error.exit_code, traceback.format_exc())
     text = " ".join(str(error).split())[:MESSAGE_LETTERS] or "no message"
     return Failure(
         "student" if isinstance(error, StudentError) else "error",

@@ -1,9 +1,15 @@
 """A fault of one network does not reach the others: skip the step, roll back, park.
 
-    not finite: loss, gradient, weight, target    the group skips the step; nothing changes
-    IN_A_ROW skipped steps                        back to the last good state, which is kept in host memory
-    ROLL_BACKS times back to the same state       parked: it keeps that state, its ranks go on teaching
-    an exception, or out of memory                parked at once
+    not finite: loss, gradient, weight         the group skips the step; nothing changes
+    IN_A_ROW skipped steps                     back to the last good state, which is kept in host memory
+    ROLL_BACKS times back to the same state    parked: it keeps that state, its ranks go on teaching
+    an exception, or out of memory             parked at once
+    teacher features are not finite            the rank that made them is to blame, no student
+
+Features are computed once more on the ranks that received them, and the step, which has changed nothing,
+is trained again before the next one: the students end with the bits of a run without the fault. The
+job ends where that does not help, and when the same rank does it again. An EMA that teaches has moved on by
+then: its step stays skipped, and the second time ends the job. What all ranks see there is no rank's fault.
 
 The agreement to skip costs nothing: a rank that sees something that is not finite spoils its
 gradients, and the norm that the group reduces anyway is not finite (``distill.engine.engine``). The host
@@ -23,18 +29,18 @@ folder; a person may delete that file to have one tried again.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distill.errors import StudentError
-from distill.runfolder.events import Event, EventKind, note
+from distill.runfolder.events import Event, EventKind, note, read_events
 from distill.runfolder.failure import is_lost_connection
 from distill.runfolder.parked import Parked, is_parked, write_parked
 from distill.train.phase import Phase, Trainer
+from distill.train.producers import Cause, PendingStep, Producers
 from distill.train.student import Attempt, Snapshot
-from teacher.batch import StudentBatch, TeacherTargets
+from teacher.batch import StudentBatch
 
 IN_A_ROW = 3
 ROLL_BACKS = 3
@@ -63,17 +69,6 @@ class AppliedFlag:
         return bool(self._value)
 
 
-@dataclass(frozen=True)
-class PendingStep:
-    """A step whose flag is on its way, and what to look for a cause in: not its crops, whose memory the loader waits for."""
-
-    attempt: Attempt
-    targets: TeacherTargets
-    mask_counts: tuple[int, ...]
-    start: int
-    phase_step: int
-
-
 @dataclass
 class _Record:
     """How one network fares on this rank; the same on every rank of its group."""
@@ -88,13 +83,18 @@ class _Record:
     num_roll_backs: int = 0
     has_moved: bool = False
     is_parked: bool = False
+    blamed: set[int] = field(default_factory=set)  # ranks whose features were not finite once
 
 
 class FaultHandler:
     """The networks that this rank trains in one phase."""
 
-    def __init__(self, phase: Phase, run_folder: Path) -> None:
+    def __init__(
+        self, phase: Phase, run_folder: Path, teacher_source: str = "the teacher's weights"
+    ) -> None:
+        """``teacher_source``: what to name where every rank's features are not finite."""
         self._phase, self._run_folder = phase, run_folder
+        self._producers = Producers(phase, run_folder, teacher_source)
         self._records = {trainer.name: _Record() for trainer in phase.trainers}
 
     def start(self, phase_step: int, control: dist.ProcessGroup) -> None:
@@ -109,11 +109,9 @@ class FaultHandler:
 
     def is_training(self, trainer: Trainer, phase_step: int) -> bool:
         """The network is neither finished nor parked; called before each step, after which the last one is resolved. Collective over its group."""
-        is_finished = trainer.stop_step is not None and phase_step >= trainer.stop_step
-        if is_finished or self._records[trainer.name].is_parked:
-            return False
         self.resolve_pending(trainer)
-        return not self._records[trainer.name].is_parked
+        is_finished = trainer.stop_step is not None and phase_step >= trainer.stop_step
+        return not is_finished and not self._records[trainer.name].is_parked
 
     def isolate(self, trainer: Trainer, error: Exception, phase_step: int) -> None:
         """Parks a network whose step raised; other errors are raised again."""
@@ -136,12 +134,15 @@ class FaultHandler:
         """Sends for the flag of a step, which ``is_training`` reads before the next one. No waiting."""
         record = self._records[trainer.name]
         record.applied.send(attempt.is_applied)
-        record.pending = PendingStep(
-            attempt, batch.targets, batch.masks.counts, batch.start, phase_step
-        )
+        record.pending = PendingStep(attempt, batch, phase_step)
 
     def resolve_pending(self, trainer: Trainer) -> None:
-        """Takes in how the network's last step went, if that is not known yet. Waits for that step; collective over the group where it was skipped."""
+        """Takes in how the network's last step went, if that is not known yet. Waits for that step; collective over the group where it was skipped.
+
+        Raises:
+            RankError: a rank makes features that are not finite, again and again.
+            UserError: the teacher makes them on every rank.
+        """
         record = self._records[trainer.name]
         last, record.pending = record.pending, None
         if last is None:
@@ -149,12 +150,13 @@ class FaultHandler:
         if record.applied.read():
             record.in_a_row, record.has_moved = 0, True
             return
+        cause, step = self._producers.find_cause(trainer, last), last.phase_step
+        if self._producers.is_to_repeat(record.blamed, cause, step):
+            self._train_again(trainer, last, cause)
+            return
         record.num_skipped += 1
         record.in_a_row += 1
-        step = last.phase_step
-        self._report(
-            trainer, "skipped", f"step {step} skipped, {self._diagnose(trainer, last)}", step
-        )
+        self._report(trainer, "skipped", f"step {step} skipped, {cause.describe()}", step)
         if record.in_a_row == IN_A_ROW:
             self._roll_back(trainer, step, f"{IN_A_ROW} skipped steps in a row")
 
@@ -173,7 +175,12 @@ class FaultHandler:
                 self._take_snapshot(trainer, phase_step)
 
     def counts(self) -> list[float]:
-        """Of every network of the phase: steps skipped, times rolled back, parked (1). Zero for those of other ranks."""
+        """Of every network of the phase: steps skipped, times rolled back, parked (1). Zero for those of other ranks.
+
+        Waits for the last step; collective over each network's group.
+        """
+        for trainer in self._phase.trainers:
+            self.resolve_pending(trainer)
         empty = _Record()
         records = [self._records.get(p.name, empty) for p in self._phase.plan.placements]
         each = ((r.num_skipped, r.num_rolled_back, r.is_parked) for r in records)
@@ -207,47 +214,24 @@ class FaultHandler:
     def _write_parked(self, trainer: Trainer, phase_step: int, reason: str) -> None:
         write_parked(self._run_folder, trainer.name, Parked(phase_step, reason))
 
-    def _diagnose(self, trainer: Trainer, last: PendingStep) -> str:
-        """What was not finite, found by any rank of the group. One all-reduce over it."""
-        run_step = self._phase.first_step + last.phase_step
-        borders = self._phase.plan_schedule.at(run_step).share_borders(run_step)
-        terms = last.attempt.terms
-        names = sorted(terms)
-        bad_terms = [not bool(terms[name].isfinite().all()) for name in names]
-        found = torch.tensor(
-            [
-                _sender(last, borders) + 1,
-                int(not trainer.is_finite_here()),
-                1 + bad_terms.index(True) if any(bad_terms) else 0,
-            ],
-            device=last.attempt.is_applied.device,
-        )
-        if dist.get_world_size(trainer.group) > 1:
-            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=trainer.group)
-        sender, has_bad_weights, term = found.tolist()
-        if sender:
-            return f"the targets of rank {sender - 1} are not finite"
-        if has_bad_weights:
-            return "its weights are not finite"
-        return f"its {names[term - 1]} loss is not finite" if term else "a gradient is not finite"
+    def _train_again(self, trainer: Trainer, last: PendingStep, cause: Cause) -> None:
+        """Repeats a skipped step on features that the ranks of the group compute themselves. Collective over it."""
+        step, phase = last.phase_step, self._phase
+        batch = self._producers.recompute(trainer, last, cause)
+        if trainer.placement.first_rank == phase.world_rank:
+            known = {event.text for event in read_events(self._run_folder)}  # by another network
+            for text in self._producers.describe(cause, step):
+                if text not in known:
+                    note(self._run_folder, Event("recomputed", text, step=step))
+        trainer.forget_step()
+        try:
+            attempt = trainer.train_step(batch, phase.schedule.at(phase.first_step + step))
+        except Exception as error:
+            self.isolate(trainer, error, step)
+        else:
+            self.watch(trainer, batch, attempt, step)
+            self.resolve_pending(trainer)
 
     def _report(self, trainer: Trainer, kind: EventKind, text: str, phase_step: int) -> None:
         if trainer.placement.first_rank == self._phase.world_rank:
             note(self._run_folder, Event(kind, f"{trainer.name}: {text}", trainer.name, phase_step))
-
-
-def _sender(last: PendingStep, borders: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> int:
-    """The rank that computed the first image whose targets are not finite; -1 where all are."""
-    targets = last.targets
-    bad = ~targets.class_features.flatten(1).isfinite().all(dim=1)
-    if targets.anchor_patches is not None:
-        bad |= ~targets.anchor_patches.flatten(1).isfinite().all(dim=1)
-    images = torch.repeat_interleave(
-        torch.arange(len(bad), device=bad.device),
-        torch.tensor(last.mask_counts, device=bad.device),
-    )
-    bad[images[~targets.patch_features.isfinite().all(dim=1)]] = True
-    positions = torch.nonzero(bad).flatten().tolist()
-    if not positions:
-        return -1
-    return int(np.searchsorted(borders, last.start + positions[0], side="right")) - 1

@@ -66,6 +66,10 @@ class Teacher(Protocol):
         """Targets of some images: class rows, and rows of the patches in ``masks``."""
         ...
 
+    def is_finite_here(self) -> Tensor:
+        """Every weight that this rank holds is finite, on the device. No communication."""
+        ...
+
     def anchor_state(self) -> dict[str, Tensor]:
         """The Gram anchor's weights by name, nothing without one. Collective where it is sharded."""
         ...
@@ -107,6 +111,10 @@ class Trainer(Protocol):
 
     def train_step(self, batch: StudentBatch, numbers: StepNumbers) -> Attempt:
         """One step on its slice. Collective over its group."""
+        ...
+
+    def forget_step(self) -> None:
+        """Counts the last step, which was skipped, no more: it is trained again."""
         ...
 
     def read_metrics(self, wait: float) -> dict[str, float] | None:
@@ -154,7 +162,8 @@ class Phase:
     of samples, where the phase begins at ``first_step``. ``after_step``, if any, is called with the number of
     finished steps of the phase: in pretraining it updates what follows the trained weights (the EMA
     network that teaches, the Gram anchor), which is why such a phase looks no step ahead; in a
-    family it re-plans the shares.
+    family it re-plans the shares. ``has_frozen_teacher``: what it teaches is the same at any time, so a
+    step's targets can be computed once more later on.
     """
 
     name: str
@@ -172,6 +181,7 @@ class Phase:
     exchange: Exchange
     trainers: tuple[Trainer, ...]
     after_step: Callable[[int], None] | None
+    has_frozen_teacher: bool = False
 
 
 @dataclass(frozen=True)

@@ -144,10 +144,11 @@ class Recorder:
             answers.append(self._delayed_reduce.result())
         saves_now, since = False, self._interval_step
         if step % self._policy.log_every == 0 or is_last:
+            counts = faults()  # first: a step that is trained again belongs to this interval
             loader_wait = self._write(phase, step)
             if self._delayed_reduce.due_step is None:
                 self._delayed_reduce.start(
-                    step, self._votes(loader_wait, faults()), dist.ReduceOp.MAX
+                    step, self._votes(loader_wait, counts), dist.ReduceOp.MAX
                 )
             if is_last or self._delayed_reduce.is_due(step):
                 answers.append(self._delayed_reduce.result())

@@ -203,6 +203,10 @@ class StudentTrainer:
         """The same of what this rank holds, on the device. No communication."""
         return self.engine.is_finite_here()
 
+    def forget_step(self) -> None:
+        """Counts the last step, which was skipped, no more: it is trained again. No communication."""
+        self._num_steps -= 1
+
     def read_metrics(self, wait: float) -> dict[str, float] | None:
         """Means over the group and the steps that were applied since the last call: loss, its terms, ``wait``; and gradient norm, steps skipped. One sync, one all-reduce.
 

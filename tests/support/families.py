@@ -203,4 +203,5 @@ def family_phase(
         exchange=exchange,
         trainers=trainers,
         after_step=None,
+        has_frozen_teacher=True,
     )

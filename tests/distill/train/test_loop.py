@@ -72,6 +72,9 @@ class Parts:
         scalars = StepScalars(Objective(1.0, 1.0, 0.0, 1.0), 1.0, 1.0)
         return StepNumbers(run_step, (2, 2), 0.07, scalars, {})
 
+    def is_finite_here(self) -> torch.Tensor:
+        return torch.ones((), dtype=torch.bool)
+
     def anchor_state(self) -> dict[str, torch.Tensor]:
         return {}
 
