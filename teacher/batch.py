@@ -37,6 +37,12 @@ def onto(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def use_device(device: torch.device) -> None:
+    """Makes a GPU the calling thread's; nothing on a CPU. Called first by every thread that touches one: a new thread has GPU 0, whatever its process computes on."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 @dataclass(frozen=True)
 class CropBatch:
     """Crops of a contiguous range of positions in the global batch, as decoded.

@@ -19,7 +19,7 @@ from torch.utils.dlpack import from_dlpack
 
 from distill.data.crops import NUM_GLOBAL, CropSchedule, CropSpec, source_outputs
 from distill.data.feed import PREPARED, Feed, Prepared
-from teacher.batch import CropBatch, onto
+from teacher.batch import CropBatch, onto, use_device
 
 PREFETCH = 2  # batches in the decoder, beside the one that waits for the caller
 STEPS_AHEAD = PREPARED + PREFETCH + 1  # of the caller: other positions for these cost a rebuild
@@ -53,7 +53,7 @@ class Loader:
         self._device_id = device.index if device.type == "cuda" else None
         self._pipeline: Any = None
         self._in_pipeline: list[Prepared] = []  # as the pipeline, the thread's while it runs
-        self._running = ThreadPoolExecutor(1, "decode")
+        self._running = ThreadPoolExecutor(1, "decode", use_device, (device,))
         on_cpu = self._device_id is None and num_threads > 1
         self._resizing = ThreadPoolExecutor(num_threads, "resize") if on_cpu else None
         self._ahead: Future[Batch] | None = None

@@ -13,6 +13,7 @@ import threading
 import time
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from distill.job.prepare import read_job
@@ -37,6 +38,7 @@ from distill.runfolder.lock import run_lock
 from distill.runfolder.process_identity import ProcessIdentity, identity_of
 from distill.runfolder.requests import StopSaveRequests
 from distill.runfolder.status import StatusFile
+from teacher.batch import use_device
 
 LEAVE_S = 3.0  # for the process group to be destroyed after an error; NCCL waits for kernels that may never end
 GRACE_S = 5.0  # from the first cause on, for a rank to end by itself
@@ -106,10 +108,18 @@ def _leave_group() -> bool:
     """Destroys the process group, if there is one; False where that does not end in time."""
     if not dist.is_initialized():
         return True
-    leaving = threading.Thread(target=dist.destroy_process_group, name="leave", daemon=True)
+    device = torch.device("cpu")
+    if torch.cuda.is_initialized():
+        device = torch.device("cuda", torch.cuda.current_device())
+    leaving = threading.Thread(target=_destroy_group, args=(device,), name="leave", daemon=True)
     leaving.start()
     leaving.join(LEAVE_S)
     return not leaving.is_alive()
+
+
+def _destroy_group(device: torch.device) -> None:
+    use_device(device)
+    dist.destroy_process_group()
 
 
 class RankMonitor:
