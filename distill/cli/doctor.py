@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 MIN_FREE_GIB = 2.0
+PICTURE_WH = (8, 6)
 OLDEST_TORCH = (2, 11)
 OLDEST_PYTHON = (3, 11)
 IMPORT_TIMEOUT_S = 120  # DeepSpeed's import takes 2 s; on a cold network disk, a minute
@@ -51,6 +52,7 @@ def examine() -> list[Finding]:
         _device(),
         _cores(),
         _decoder(),
+        *_gpu_decoder(),
         _gloo(),
         _disk(Path.cwd()),
     ]
@@ -135,18 +137,9 @@ def _cores() -> Finding:
 
 def _decoder() -> Finding:
     def look() -> str:
-        import io
-
-        import numpy as np
-        from PIL import Image
-
         dali: Any = import_module("nvidia.dali")
 
-        height, width = 6, 8
-        buffer = io.BytesIO()
-        Image.new("RGB", (width, height), (200, 40, 40)).save(buffer, "PNG")
-        encoded = np.frombuffer(buffer.getvalue(), np.uint8)
-
+        encoded, (width, height) = _picture("PNG"), PICTURE_WH
         pipeline = dali.Pipeline(batch_size=1, num_threads=1, device_id=None)
         with pipeline:
             files = dali.fn.external_source(source=lambda: [encoded])
@@ -160,6 +153,35 @@ def _decoder() -> Finding:
     return _guarded(
         "image decoder", look, "pip install --constraint constraints.txt nvidia-dali-cuda120"
     )
+
+
+def _gpu_decoder() -> list[Finding]:
+    """Whether ``data.decode: gpu`` works, where there is a GPU; no recipe needs it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    from distill.data.pipeline import decode_alone
+
+    try:
+        decode_alone(_picture("JPEG"), torch.cuda.current_device())
+    except Exception as error:  # as in ``_guarded``
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        text = f"none, `data.decode: gpu` would be refused ({reason})"
+        return [Finding("GPU decoder", text, is_ok=True)]
+    return [Finding("GPU decoder", "DALI decodes on the GPU (`data.decode: gpu`)", is_ok=True)]
+
+
+def _picture(kind: str) -> Any:
+    """A red image, encoded, as an array of bytes."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", PICTURE_WH, (200, 40, 40)).save(buffer, kind)
+    return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
 def _gloo() -> Finding:

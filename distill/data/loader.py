@@ -5,13 +5,16 @@ caller waits neither for the decoder nor for handing it its inputs. What a step 
 of (seed, step, positions); going to any step is a rebuild, not a replay. Positions may change from
 step to step: the pipeline is built for the most there are.
 
+Images are decoded by the CPU, whatever computes: a GPU needs some 30 images/s, which one core decodes.
+Their crops then lie in page-locked memory, from which a GPU copies while the caller goes on.
+
 An image that passed the feed's checks and still cannot be decoded makes the pipeline unusable. Then each
 image in it is decoded alone, the culprit is marked, and the same step is prepared again without it.
 """
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +22,7 @@ from torch.utils.dlpack import from_dlpack
 
 from distill.data.crops import NUM_GLOBAL, CropSchedule, CropSpec, source_outputs
 from distill.data.feed import PREPARED, Feed, Prepared
+from distill.errors import SetupError
 from teacher.batch import CropBatch, onto, use_device
 
 PREFETCH = 2  # batches in the decoder, beside the one that waits for the caller
@@ -35,6 +39,7 @@ class Loader:
         max_images: the most positions of any step; none are ever wanted where it is 0.
         num_threads: of the decoder.
         device: where the crops go.
+        decode: what decodes: "gpu" is ``device``, whose pixels differ by a level or two.
     """
 
     def __init__(
@@ -45,12 +50,14 @@ class Loader:
         max_images: int,
         num_threads: int,
         device: torch.device,
+        decode: Literal["cpu", "gpu"] = "cpu",
     ) -> None:
         self._feed, self._crops, self._max_images = feed, crops, max_images
         self._has_locals = crops.graph.num_local > 0
         self._has_anchors = crops.graph.anchor_size is not None
         self._num_threads, self._device = num_threads, device
-        self._device_id = device.index if device.type == "cuda" else None
+        self._device_id = device.index if decode == "gpu" else None  # None: the CPU decodes
+        self._is_pinned = device.type == "cuda" and decode == "cpu"
         self._pipeline: Any = None
         self._in_pipeline: list[Prepared] = []  # as the pipeline, the thread's while it runs
         self._running = ThreadPoolExecutor(1, "decode", use_device, (device,))
@@ -65,17 +72,21 @@ class Loader:
 
         Raises:
             DataError: too many images cannot be used, or a source is gone.
+            SetupError: the GPU's decoder cannot be built.
         """
         positions = self._feed.positions(step)
         if not len(positions):
             return self._nothing(self._crops.at(step))
         started = time.perf_counter()
         prepared, outputs = self._take(step, positions)
-        if self._device.type == "cuda":
+        self.wait_s += time.perf_counter() - started
+        if self._device_id is not None:
             outputs = self._copied(outputs)
+        # torch reuses page-locked memory only after the copies out of it; on a CPU nothing is copied
+        outputs = [output.to(self._device, non_blocking=True) for output in outputs]
         anchors = outputs.pop() if self._has_anchors else None
         pixel_stats = prepared.pixel_stats
-        batch = CropBatch(
+        return CropBatch(
             global_crops=outputs[0],
             local_crops=outputs[1]
             if self._has_locals
@@ -85,11 +96,9 @@ class Loader:
             if pixel_stats is None
             else onto(torch.from_numpy(pixel_stats), self._device),
         )
-        self.wait_s += time.perf_counter() - started
-        return batch
 
     def _copied(self, outputs: list[Tensor]) -> list[Tensor]:
-        """Memory of torch, which it reuses in the order of the GPU's work.
+        """Memory of torch, which it reuses in the order of the GPU's work, in the place of the GPU decoder's.
 
         The decoder writes anew into what is let go of, whatever the GPU still has to do with it. So its
         outputs are held until they are copied: until the next step, when that was long ago.
@@ -139,22 +148,29 @@ class Loader:
 
     def _run(self) -> Batch:
         """The decoder's next batch. The thread's work."""
-        outputs = self._pipeline.run()
-        return self._in_pipeline.pop(0), [from_dlpack(output.as_tensor()) for output in outputs]
+        outputs = [from_dlpack(output.as_tensor()) for output in self._pipeline.run()]
+        if self._is_pinned:
+            outputs = [output.pin_memory() for output in outputs]
+        return self._in_pipeline.pop(0), outputs
 
     def _rebuild(self, step: int) -> None:
         from distill.data.pipeline import build_pipeline  # what only plans needs no decoder
 
         self._feed.start(step)
-        self._pipeline = build_pipeline(
-            self._crops.graph,
-            self._next,
-            self._max_images,
-            self._num_threads,
-            self._device_id,
-            PREFETCH,
-            self._resizing,
-        )
+        try:
+            self._pipeline = build_pipeline(
+                self._crops.graph,
+                self._next,
+                self._max_images,
+                self._num_threads,
+                self._device_id,
+                PREFETCH,
+                self._resizing,
+            )
+        except RuntimeError as error:
+            if self._device_id is None:
+                raise
+            raise refused_gpu(str(error)) from error
 
     def _next(self) -> tuple[Any, ...]:
         """The next step's images and parameters; called by DALI, on the thread."""
@@ -191,3 +207,12 @@ class Loader:
     def _empty(self, num_images: int, num_crops: int, size: int) -> Tensor:
         shape = (num_images, num_crops, 3, size, size)
         return torch.empty(shape, dtype=torch.uint8, device=self._device)
+
+
+def refused_gpu(reason: str) -> SetupError:
+    """The error for a GPU that does not decode; it is no reason to decode elsewhere, which gives other pixels under the same hash."""
+    line = (reason.splitlines() or ["no reason given"])[0]
+    return SetupError(
+        f"data.decode = gpu: the GPU's decoder cannot be used here ({line})",
+        fix="Write data.decode=cpu, the default: one core decodes more than a GPU trains on.",
+    )

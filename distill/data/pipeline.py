@@ -138,20 +138,29 @@ def find_refused(encoded: Sequence[NDArray[np.uint8]]) -> list[int]:
     """Indices of the images that the decoder cannot decode; each is tried alone, on the CPU: a GPU's decoder takes seconds to build for each."""
     refused = []
     for index, image in enumerate(encoded):
-
-        @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-        @no_type_check  # as above
-        def alone(image: NDArray[np.uint8] = image) -> Any:
-            one = fn.external_source(source=lambda: [image], batch=True)
-            return _decode(one, None)
-
-        pipeline = alone()
-        pipeline.build()
         try:
-            pipeline.run()
+            decode_alone(image, None)
         except RuntimeError:
             refused.append(index)
     return refused
+
+
+def decode_alone(image: NDArray[np.uint8], device_id: int | None) -> None:
+    """Decodes one encoded image as training does, on a GPU where ``device_id`` is its number, and drops it.
+
+    Raises:
+        RuntimeError: the decoder cannot be built, or cannot decode the image.
+    """
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+    @no_type_check  # as above
+    def alone() -> Any:
+        one = fn.external_source(source=lambda: [image], batch=True)
+        return _decode(one, device_id)
+
+    pipeline = alone()
+    pipeline.build()
+    pipeline.run()
 
 
 @no_type_check

@@ -9,7 +9,7 @@ from distill.data.bad_samples import BadSamples
 from distill.data.crops import CropSchedule
 from distill.data.feed import Feed
 from distill.data.index import ImageIndex
-from distill.data.loader import Loader
+from distill.data.loader import Loader, refused_gpu
 from distill.data.sampler import BatchSizes, Pool, Sampler
 from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
@@ -67,6 +67,14 @@ def build_feed(
 def build_loader(
     recipe: Recipe, feed: Feed, crops: CropSchedule, max_images: int, device: torch.device
 ) -> Loader:
-    """Decodes what a feed prepares."""
-    threads = recipe.data.num_threads
-    return Loader(feed, crops, max_images=max_images, num_threads=threads, device=device)
+    """Decodes what a feed prepares.
+
+    Raises:
+        SetupError: a GPU is to decode where none computes.
+    """
+    threads, decode = recipe.data.num_threads, recipe.data.decode
+    if decode == "gpu" and device.type != "cuda":
+        raise refused_gpu("nothing computes on a GPU")
+    return Loader(
+        feed, crops, max_images=max_images, num_threads=threads, device=device, decode=decode
+    )

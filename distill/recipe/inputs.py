@@ -224,6 +224,14 @@ class DataSpec(Section):
             "is ImageNet's."
         ),
     )
+    decode: Literal["cpu", "gpu"] = science(
+        "cpu",
+        since=2,
+        description=(
+            "What decodes images. The default feeds a GPU with a core or two; `gpu` gives pixels "
+            "that differ by a level or two."
+        ),
+    )
     num_threads: int = machine(
         1,
         ge=1,

@@ -1,7 +1,7 @@
 """The list: every check in its order, with its share of the nine minutes."""
 
 from students.shapes import CATALOG
-from tests.gpu import bench, engine, job, machine, operators, speed
+from tests.gpu import bench, copies, engine, job, machine, operators, speed
 from tests.gpu.runner import Check
 
 CHECKS = (
@@ -9,6 +9,7 @@ CHECKS = (
     Check("doctor", 20, machine.doctor, uses_device=False),
     Check("tests marked gpu", 110, machine.gpu_tests, uses_device=False),
     Check("operators against the CPU", 20, operators.compare),
+    Check("batches copied", 3, copies.of_batches),
     Check("engine fp32", 25, engine.stages("fp32")),
     Check("engine bf16", 15, engine.stages("bf16")),
     Check("job stopped, killed, resumed", 60, job.stopped_killed_resumed),

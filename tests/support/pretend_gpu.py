@@ -28,9 +28,6 @@ from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distill.data.loader import Batch, Loader
-from distill.job import to_data as build_loader
-
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ASKING = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"}
 PACKAGES = ("distill", "students", "teacher", "deepspeed")
@@ -84,8 +81,6 @@ class PretendedGpu(TorchFunctionMode):
             return self._move(name, args[0], args[1:], named)
         if name == "backward":
             return self._backward(args[0], named.get("gradient"))
-        if name == "pin_memory":
-            return args[0].clone()
         named.pop("pin_memory", None)
         where = named.get("device")
         if where is None:
@@ -218,18 +213,6 @@ class _Stream:
         return event or _Event()
 
 
-class _GpuLoader(Loader):
-    """The loader of a GPU over the decoder of a CPU."""
-
-    def __init__(self, *args: Any, **named: Any) -> None:
-        super().__init__(*args, **named)
-        self._device_id = None
-
-    def _take(self, step: int, positions: range) -> Batch:
-        prepared, outputs = super()._take(step, positions)
-        return prepared, [output.to(self._device) for output in outputs]
-
-
 @contextmanager
 def pretending() -> Iterator[PretendedGpu]:
     """Inside, "cuda" is a device of this process, for DeepSpeed too; call after ``prepare_deepspeed``."""
@@ -252,7 +235,8 @@ def pretending() -> Iterator[PretendedGpu]:
         mock.patch.object(dist, "new_group", noted),
         mock.patch.object(torch.cuda, "Event", _Event),
         mock.patch.object(torch.cuda, "current_stream", lambda *_: _Stream()),
-        mock.patch.object(build_loader, "Loader", _GpuLoader),
+        mock.patch.object(torch.cuda, "set_device", lambda _: None),
+        mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor.clone()),  # in all threads
         mock.patch.object(
             torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30)
         ),
