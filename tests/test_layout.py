@@ -45,6 +45,7 @@ SETS_FROM_OUTSIDE = {
     "distill/engine/engine.py": "DeepSpeed and torch's fused optimizer",
     "distill/screen/panel.py": "a table of rich",
     "distill/screen/tables.py": "tables of rich",
+    "distill/train/device.py": "switches of torch",
     "distill/train/faults.py": "a plain record of the same module",
     "distill/weights/onnx.py": "a graph of onnx",
     "teacher/heads.py": "the context of an autograd function",

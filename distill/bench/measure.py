@@ -188,7 +188,8 @@ def measure_rank(fields: dict[str, Any], store: str) -> tuple[Turns, Traces]:
     """What one rank measured, by mode (``saving`` beside the others where it is requested), and one step of each."""
     request = Request(**fields)
     family, shape = family_of(request)
-    device = take_device("cpu" if request.sleep_s is not None else family.engine.device)
+    wanted = "cpu" if request.sleep_s is not None else family.engine.device
+    device = take_device(wanted, is_deterministic=family.engine.deterministic)
     if device.type == "cpu":
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // request.num_ranks))

@@ -73,7 +73,8 @@ def work(job: Job, requests: StopSaveRequests, heartbeat: Heartbeat, store: str 
 
     After an error the process group still stands: the caller writes down the cause, then leaves it.
     """
-    device = take_device(job.recipe.engine.device)
+    engine = job.recipe.engine
+    device = take_device(engine.device, is_deterministic=engine.deterministic)
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))

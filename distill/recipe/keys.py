@@ -95,6 +95,14 @@ class EngineSpec(Section):
         ge=0,
         description="Steps between two measurements of every rank's speed, after which shares follow it; 0 for never. The default keeps measuring cheap.",
     )
+    deterministic: bool = machine(
+        False,
+        since=2,
+        description=(
+            "Whether a GPU takes only operators that give the same bits every time. Off by default, "
+            "since they are slower; a CPU always does."
+        ),
+    )
     log_every: int = machine(
         10,
         ge=1,

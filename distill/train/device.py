@@ -13,6 +13,9 @@ TASK_NUMBERS = ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 DEVICES_FOLDER = Path("/dev")  # has nvidia0, nvidia1, ... where GPUs are handed to this process
+CUBLAS_WORKSPACE = (
+    ":4096:8"  # eight buffers of 4 MiB, one of the two settings with one order of adding up
+)
 NO_GPU = ("", "-1")  # values of CUDA_VISIBLE_DEVICES that hide all GPUs
 
 
@@ -47,8 +50,8 @@ def _cuda_of_torch() -> str:
     return "built without CUDA" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
 
 
-def take_device(wanted: str) -> torch.device:
-    """This rank's device, the current one from now on.
+def take_device(wanted: str, *, is_deterministic: bool = False) -> torch.device:
+    """This rank's device, the current one from now on; a GPU with the same bits every time if ``is_deterministic``.
 
     It is the GPU with the number ``LOCAL_RANK``, 0 where no launcher set that; or the only visible one of a
     rank that srun or mpirun started with one GPU per task.
@@ -72,9 +75,23 @@ def take_device(wanted: str) -> torch.device:
             f"engine.processes: rank {local_rank} of this machine has no GPU to itself, there are {num_gpus}",
             fix="Write `processes: auto` (one for each GPU; a rank can hold several students), or `device: cpu`.",
         )
+    if is_deterministic:
+        _switch_to_deterministic()
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _switch_to_deterministic() -> None:
+    """Operators of a GPU give the same bits every time or raise; before CUDA starts, since cuBLAS reads its variable once.
+
+    The one switch of torch reaches attention (one split of the keys in the backward pass, never cuDNN's), indices that
+    add up, and resizing with a gradient (by indices).
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+    torch.use_deterministic_algorithms(True)  # no mere warning: attention would keep its fast way
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
 
 
 def _local_rank() -> int:

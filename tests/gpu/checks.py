@@ -1,15 +1,16 @@
 """The list: every check in its order, with its share of the nine minutes."""
 
 from students.shapes import CATALOG
-from tests.gpu import bench, copies, engine, job, machine, operators, speed
+from tests.gpu import bench, copies, engine, exact, job, machine, operators, speed
 from tests.gpu.runner import Check
 
 CHECKS = (
     Check("versions", 2, machine.versions),
     Check("doctor", 20, machine.doctor, uses_device=False),
-    Check("tests marked gpu", 110, machine.gpu_tests, uses_device=False),
+    Check("tests marked gpu", 90, machine.gpu_tests, uses_device=False),
     Check("operators against the CPU", 20, operators.compare),
-    Check("batches copied", 3, copies.of_batches),
+    Check("batches copied", 2, copies.of_batches),
+    Check("same bits twice", 15, exact.same_bits_twice),
     Check("engine fp32", 25, engine.stages("fp32")),
     Check("engine bf16", 15, engine.stages("bf16")),
     Check("job stopped, killed, resumed", 60, job.stopped_killed_resumed),

@@ -84,7 +84,7 @@ FULL = Sizes(
     memory_overrides=("teacher.arch=vits16", "engine.lookahead=0", "engine.precision=bf16"),
     bench_is_tiny=False,
     gpu_tests=GPU_TESTS,
-    gpu_tests_s=110.0,
+    gpu_tests_s=90.0,
 )
 
 

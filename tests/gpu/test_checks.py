@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.gpu import networks, speed
+from tests.gpu import exact, networks, speed
 from tests.gpu.checks import CHECKS
 from tests.gpu.clock import NO_MEMORY, Figures, NotHereError
 from tests.gpu.report import problems_of, table
@@ -149,6 +149,10 @@ def test_teacher__a_size_that_raises_is_a_figure(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(speed, "measure_s", lambda *_: raises(CPU, TINY))
     figures = speed._by_images(CPU, TINY, None, (1, 2))
     assert figures["1 images"] == "RuntimeError: first line" and len(figures["problems"]) == 2
+
+
+def test_exact__on_a_cpu_every_step_has_the_bits_of_the_first() -> None:
+    assert exact.count_different("cpu", TINY.name, "deterministic") == {"vit": 0, "convnext": 0}
 
 
 def test_checks__fit_in_the_budget_and_their_modules_are_short() -> None:

@@ -1,6 +1,7 @@
 """Every tensor is where its operators are: whole jobs, the benchmark, a fault and pretraining on a GPU that is only pretended."""
 
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from distill.errors import SetupError
 from distill.evaluate.summary import finish
 from distill.job.prepare import JobRequest, prepare, read_job
 from distill.job.run import _Run
+from distill.recipe.identity import recipe_hash
+from distill.recipe.reader import load_recipe
 from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.requests import StopSaveRequests
 from distill.train.device import take_device
@@ -28,6 +31,11 @@ from tests.support.pretraining import GENTLE, pretrain, write_pretraining
 from tests.support.spawn import on_ranks
 
 STEPS = 4
+SWITCHES: tuple[tuple[Any, str], ...] = (
+    (torch.utils.deterministic, "fill_uninitialized_memory"),  # type: ignore[attr-defined]
+    (torch.backends.cudnn, "deterministic"),
+    (torch.backends.cudnn, "benchmark"),
+)
 TIMEOUT_S = 400  # every operator passes through Python
 
 
@@ -219,3 +227,46 @@ def test_take_device__a_task_with_one_visible_gpu_has_it(monkeypatch: pytest.Mon
     monkeypatch.setenv("LOCAL_RANK", "1")  # started inside the task, beside others
     with pytest.raises(SetupError, match="rank 1 of this machine"):
         take_device("auto")
+
+
+@pytest.fixture
+def _switches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch's switches as they were, afterwards."""
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for owner, name in SWITCHES:
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def switches() -> list[Any]:
+    """What the process has, cuBLAS's variable first."""
+    states = [os.environ.get("CUBLAS_WORKSPACE_CONFIG")]
+    states += [torch.are_deterministic_algorithms_enabled()]
+    states += [torch.is_deterministic_algorithms_warn_only_enabled()]
+    return [*states, *(getattr(owner, name) for owner, name in SWITCHES)]
+
+
+@pytest.mark.usefixtures("_switches")
+def test_take_device__deterministic_gpus_are_so_before_cuda_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual, at_start = switches(), list[Any]()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: at_start.append(switches()))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    take_device("cpu", is_deterministic=True)
+    take_device("auto")
+    assert at_start == [usual] == [switches()]
+    take_device("auto", is_deterministic=True)
+    assert at_start[1] == [":4096:8", True, False, False, True, False]
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    take_device("auto", is_deterministic=True)
+    assert at_start[2][0] == ":16:8"  # the other setting with one order
+
+
+def test_deterministic__is_no_part_of_the_hash() -> None:
+    path = Path(__file__).parents[3] / "recipes" / "quickstart.yaml"
+    with_it, without = (load_recipe(path, words) for words in (["engine.deterministic=true"], []))
+    assert recipe_hash(with_it) == recipe_hash(without)
