@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from teacher.batch import NUM_GLOBAL, Features, StudentBatch
 from teacher.init import init_matrix_
 from teacher.losses import Losses, extra_parts, weigh
+from teacher.peers import waiting_for_peers
 from teacher.task import StepScalars, TaskOptions, see_crops
 
 MEMORY_STEPS = 100  # updates that the running statistics look back over, once there are as many
@@ -58,7 +59,8 @@ class ChannelStatistics:
         count = flat.new_full((1,), flat.shape[0])
         sums = torch.cat([flat.sum(0), flat.square().sum(0), count])
         if group is not None:
-            dist.all_reduce(sums, group=group)
+            with waiting_for_peers(sums.device):
+                dist.all_reduce(sums, group=group)
         has_rows = (
             sums[-1] > 0
         )  # stays on the device: a step without masked patches changes nothing

@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from teacher.init import init_matrix_
+from teacher.peers import waiting_for_peers
 from teacher.shapes import PROTOTYPES_AT_ONCE, HeadShape
 
 ITERATIONS = 3
@@ -111,9 +112,11 @@ def _log_total_over_group(
     if group is None or dist.get_world_size(group) == 1:
         return peak + total.log()
     highest = peak.clone()
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    with waiting_for_peers(peak.device):
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
     total = total * (peak - highest).exp()
-    dist.all_reduce(total, group=group)
+    with waiting_for_peers(peak.device):
+        dist.all_reduce(total, group=group)
     return highest + total.log()
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from teacher.batch import NUM_GLOBAL, Features, StudentBatch
+from teacher.peers import waiting_for_peers
 from teacher.shapes import KOLEO_GROUP
 
 KOLEO_EPS = 1e-8  # fp32; keeps the logarithm finite for duplicate images
@@ -125,13 +126,15 @@ class _GatherRows(torch.autograd.Function):
         ctx.start, ctx.num_rows, ctx.group = start, rows.shape[0], group
         everyone = rows.new_zeros(images_global, rows.shape[1])
         everyone[start : start + rows.shape[0]] = rows
-        dist.all_reduce(everyone, group=group)  # slices are disjoint: a sum with zeros is exact
+        with waiting_for_peers(rows.device):
+            dist.all_reduce(everyone, group=group)  # slices are disjoint: a sum with zeros is exact
         return everyone
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad = grads[0].clone()
-        dist.all_reduce(grad, group=ctx.group)
+        with waiting_for_peers(grad.device):
+            dist.all_reduce(grad, group=ctx.group)
         return grad[ctx.start : ctx.start + ctx.num_rows], None, None, None
 
 

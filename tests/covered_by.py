@@ -85,5 +85,6 @@ COVERED_BY = {
     "teacher.batch": "tests/teacher/test_task.py",
     "teacher.frozen": "tests/teacher/test_task.py",
     "teacher.init": "tests/teacher/test_heads.py",
+    "teacher.peers": "tests/distill/train/test_stopwatch.py",
     "teacher.shapes": "tests/teacher/test_heads.py",
 }

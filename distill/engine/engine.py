@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from distill.engine.deepspeed_private import count_from, require_private_names
 from distill.engine.group_as_world import GroupAsWorld, GroupLayout
 from distill.engine.layouts import shards_of
+from teacher.peers import waiting_for_peers
 
 StateSnapshot = list[
     dict[str, Tensor]
@@ -118,7 +119,8 @@ class Engine:
 
         self.group, self._num_parts = group, settings.num_parts
         self._mpu = GroupLayout(group, self_group)
-        self._world = GroupAsWorld(comm.cdb, group)
+        device = next(module.parameters()).device
+        self._world = GroupAsWorld(comm.cdb, group, device)
         self._adamw: Any = torch.optim.AdamW(
             _parameter_groups(module, settings.lr_factor),
             lr=0.0,
@@ -143,7 +145,6 @@ class Engine:
             state["exp_avg"] = torch.zeros_like(shard)
             state["exp_avg_sq"] = torch.zeros_like(shard)
             state["ema"] = shard.detach().clone()
-        device = self._shards.weights[0].device
         self.grad_norm = torch.full((), torch.nan, device=device)
         self.is_applied = torch.zeros((), dtype=torch.bool, device=device)
 
@@ -206,7 +207,8 @@ class Engine:
         norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
         square = torch.stack(norms).square().sum()
         if dist.get_world_size(self.group) > 1:
-            dist.all_reduce(square, group=self.group)
+            with waiting_for_peers(square.device):
+                dist.all_reduce(square, group=self.group)
         self.grad_norm = square.sqrt().float()
         self.is_applied = self.grad_norm.isfinite()
         self._adamw.grad_scale = ((self.grad_norm + CLIP_EPS) / self._clip).clamp(min=1.0)

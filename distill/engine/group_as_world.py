@@ -3,7 +3,10 @@
 import functools
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+from teacher.peers import waiting_for_peers
 
 
 class GroupLayout:
@@ -66,8 +69,9 @@ class GroupAsWorld:
     small world is translated. Each attribute is looked up, and wrapped, once.
     """
 
-    def __init__(self, backend: Any, group: dist.ProcessGroup) -> None:
-        self._backend, self._group = backend, group
+    def __init__(self, backend: Any, group: dist.ProcessGroup, device: torch.device) -> None:
+        """``device``: whose stream stands while a collective waits for other ranks."""
+        self._backend, self._group, self._device = backend, group, device
         # called some 180 times in a step, and constant
         self.get_rank = functools.cache(self._rank)
         self.get_world_size = functools.cache(self._world_size)
@@ -102,5 +106,9 @@ class GroupAsWorld:
                 kwargs[root] = dist.get_global_rank(self._group, kwargs[root])
             return function(*args, **kwargs)
 
-        self.__dict__[name] = call
-        return call
+        def marked(*args: Any, **kwargs: Any) -> Any:
+            with waiting_for_peers(self._device):
+                return call(*args, **kwargs)
+
+        self.__dict__[name] = chosen = marked if self._device.type == "cuda" else call
+        return chosen

@@ -49,7 +49,6 @@ COPIES = frozenset(
         "Loader._copied",
         "AppliedFlag.send",
         "AppliedFlag.read",
-        "Stopwatch.read_s",
         "Engine.snapshot",
         "StudentTrainer.read_metrics",
     }

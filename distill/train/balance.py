@@ -1,7 +1,7 @@
 """Teacher shares that follow the measured speed of every rank.
 
 Every ``every`` steps all ranks exchange how long they took to teach an image and to train a
-step (a delayed_reduce: two numbers each, without a barrier). Each computes the same new shares from the same
+step (on a GPU without waiting for their groups; a delayed_reduce: two numbers each, without a barrier). Each computes the same new shares from the same
 numbers, and they come into force at a later step that no rank has begun to prepare. A slow rank teaches less; the
 others teach more. Targets do not depend on the rank that computes them, so results stay the same bit for
 bit.
@@ -83,7 +83,8 @@ class Balancer:
     def _read(self) -> tuple[float, float, float]:
         """Teacher images, seconds of teaching, seconds of training, all so far."""
         training_s = sum(clock.read_s() for clock in self._training)
-        return float(self._teaching.units), self._teaching.read_s(), training_s
+        teaching_s = self._teaching.read_s()  # first: on a GPU units follow seconds
+        return float(self._teaching.units), teaching_s, training_s
 
     def _replan(self, step: int, everyone: Sequence[tuple[float, float]]) -> None:
         """New shares from every rank's seconds per teacher image, and of its students per step."""

@@ -14,7 +14,6 @@ collectives and returns; ``wait`` on what it returned gives the delivery. Launch
 order on every rank, on a separate communicator. Several steps may be in flight.
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -27,6 +26,7 @@ from torch import Tensor
 from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Plan
 from distill.plan.traffic import Counts
+from distill.train.student import Stopwatch
 from teacher.batch import CropBatch, Delivery, PatchMasks, TeacherTargets, onto
 
 
@@ -57,14 +57,18 @@ class Pending:
 
 @runtime_checkable
 class Exchange(Protocol):
-    """One of the two ways. ``wait_s`` and ``received_bytes`` accumulate.
+    """One of the two ways. ``wait_s`` and ``received_bytes`` accumulate; on a GPU ``wait_s`` is what its stream waited.
 
     ``wants_all_patches``: the teacher's rows are to hold all patches instead of the masked ones.
     """
 
     wants_all_patches: bool
-    wait_s: float
     received_bytes: int
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds blocked in ``wait`` so far."""
+        ...
 
     def start(self, outgoing: Outgoing) -> Pending:
         """Launches a step's collectives over the world."""
@@ -89,7 +93,7 @@ class Slices:
     ) -> None:
         self._plan_schedule, self._rank = plan_schedule, world_rank
         self._group, self._device = group, device
-        self.wait_s = 0.0
+        self._waits = Stopwatch(device)
         self.received_bytes = 0
 
     def start(self, outgoing: Outgoing) -> Pending:
@@ -131,12 +135,17 @@ class Slices:
 
     def wait(self, pending: Pending) -> Delivery:
         """Blocks until the step's all-to-alls are done."""
-        started = time.perf_counter()
-        for work in pending.works:
-            work.wait()
-        delivery = pending.finish()
-        self.wait_s += time.perf_counter() - started
-        return delivery
+        if not pending.works:
+            return pending.finish()
+        with self._waits.running():
+            for work in pending.works:
+                work.wait()
+            return pending.finish()
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds blocked in ``wait`` so far."""
+        return self._waits.read_s()
 
     def _launch(self, rows: Tensor, route: "_Route") -> tuple[dist.Work, Tensor, Tensor]:
         sent = rows[route.rows_out].contiguous()
@@ -207,7 +216,7 @@ class AllGather:
     ) -> None:
         self._plan_schedule, self._rank = plan_schedule, world_rank
         self._group, self._device = group, device
-        self.wait_s = 0.0
+        self._waits = Stopwatch(device)
         self.received_bytes = 0
         self._num_ranks = plan_schedule.at(0).num_ranks
         self._padded = max(plan_schedule.at(0).largest_shares)  # even shares stay as they are
@@ -247,7 +256,7 @@ class AllGather:
         launched = [*gathered, *([] if pixel_stats is None else [pixel_stats])]
         return Pending(tuple(g[0] for g in launched), finish, tuple(g[1] for g in launched))
 
-    wait = Slices.wait
+    wait, wait_s = Slices.wait, Slices.wait_s
 
     def _launch(self, rows: Tensor) -> tuple[dist.Work, Tensor, Tensor]:
         padding = self._padded - rows.shape[0]

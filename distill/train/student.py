@@ -1,6 +1,7 @@
 """One network in training on this rank: its targets, its step, its seconds, its numbers."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from distill.train.schedule import StepNumbers
 from teacher.batch import StudentBatch
 from teacher.heads import Head, sinkhorn
 from teacher.losses import Losses
+from teacher.peers import StreamMark, StreamMarks, mark, timing_peers
 from teacher.task import SoftAssignments
 
 TARGETS_PREFIX = "targets/"  # of a target maker's tensors in a network's state
@@ -91,41 +93,61 @@ class Snapshot:
     targets: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class _Span:
+    """One stretch of work in a GPU's stream, and the waits for other ranks inside."""
+
+    start: StreamMark
+    stop: StreamMark
+    waits: list[StreamMarks]
+    units: int
+
+    def seconds(self) -> float:
+        """Without the waits; only of a span whose end was passed."""
+        spans = ((self.start, self.stop, 1.0), *((*marks, -1.0) for marks in self.waits))
+        return sum(sign * start.elapsed_time(stop) for start, stop, sign in spans) / 1e3
+
+
 class Stopwatch:
     """Adds up seconds of one kind of work on a device, and how many units were done in them, without waiting.
 
-    On a GPU the clock runs on the device: spans are marked by events and added up when somebody reads,
-    which is at the logging interval, where the device is waited for anyway.
+    On a GPU the clock runs on the device: a span lies between two marks in its stream and counts, with its
+    units, from when the stream has passed the second; what lies ``waiting_for_peers`` does not count. On
+    a CPU all that passes inside counts.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._is_cuda = device.type == "cuda"
         self._total_s = 0.0
         self.units = 0
-        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._spans: deque[_Span] = deque()
 
     @contextmanager
     def running(self, units: int = 1) -> Iterator[None]:
         """Counts what is started inside, as so many units."""
-        self.units += units
         if self._is_cuda:
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            yield
-            stop.record()
-            self._spans.append((start, stop))
+            self._take_finished()  # so that few are kept where nothing reads them
+            start = mark()
+            with timing_peers() as waits:
+                yield
+            self._spans.append(_Span(start, mark(), waits, units))
         else:
+            self.units += units
             started = time.perf_counter()
             yield
             self._total_s += time.perf_counter() - started
 
     def read_s(self) -> float:
-        """Seconds so far. On a GPU, waits for the last span."""
-        for start, stop in self._spans:
-            stop.synchronize()
-            self._total_s += start.elapsed_time(stop) / 1e3
-        self._spans = []
+        """Seconds so far. On a GPU, of spans that are finished; nothing is waited for."""
+        if self._is_cuda:
+            self._take_finished()
         return self._total_s
+
+    def _take_finished(self) -> None:
+        while self._spans and self._spans[0].stop.query():
+            span = self._spans.popleft()
+            self._total_s += span.seconds()
+            self.units += span.units
 
 
 class StudentTrainer:

@@ -1,7 +1,7 @@
 """The list: every check in its order, with its share of the nine minutes."""
 
 from students.shapes import CATALOG
-from tests.gpu import bench, copies, engine, exact, job, machine, operators, speed
+from tests.gpu import bench, copies, engine, exact, job, machine, operators, speed, waits
 from tests.gpu.runner import Check
 
 CHECKS = (
@@ -10,6 +10,7 @@ CHECKS = (
     Check("tests marked gpu", 90, machine.gpu_tests, uses_device=False),
     Check("operators against the CPU", 20, operators.compare),
     Check("batches copied", 2, copies.of_batches),
+    Check("stopwatch", 2, waits.stopwatch),
     Check("same bits twice", 15, exact.same_bits_twice),
     Check("engine fp32", 25, engine.stages("fp32")),
     Check("engine bf16", 15, engine.stages("bf16")),
