@@ -32,9 +32,12 @@ from tests.support.jobs import (
     run_and_interrupt,
     run_distill,
     servers_of,
+    start,
     students_of,
+    wait_for_step,
     without_heads,
     write_images,
+    write_recipes,
 )
 
 
@@ -328,6 +331,39 @@ def test_torchrun__three_ranks(recipe: Path, finished: Path) -> None:
     assert json.loads((out / "tiny" / "plan.json").read_text())["num_ranks"] == 3
     assert set(students_of(out / "tiny")) == set(students_of(finished))
     assert (out / "tiny" / "summary.json").is_file()
+
+
+@pytest.mark.slow
+def test_eval__needs_the_run_folder_only(
+    distill: Run, recipe: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = json.loads((finished / "summary.json").read_text())
+    texts = {path: path.read_text() for path in (recipe, recipe.with_name("teacher.yaml"))}
+    monkeypatch.chdir(tmp_path)
+    try:
+        for path in texts:
+            path.unlink()
+        ended = distill("eval", str(finished))
+    finally:
+        for path, text in texts.items():
+            path.write_text(text)
+    assert ended.code == 0, ended.err
+    assert json.loads((finished / "summary.json").read_text()) == before
+
+
+@pytest.mark.slow
+def test_train__a_restart_reads_the_run_folder_only(finished: Path, tmp_path: Path) -> None:
+    mine = write_recipes(tmp_path, stage_steps=20, steps=20, save_every=5)
+    process = start(mine, tmp_path / "runs", "--max-restarts", "1", "checkpoint.every=5")
+    run = tmp_path / "runs" / "tiny"
+    wait_for_step(process, run, "base", 10)
+    mine.write_text(mine.read_text().replace("peak: 1.0e-3", "peak: 9.0e-3"))
+    mine.with_name("teacher.yaml").unlink()
+    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert "restart 1 of 1" in output
+    assert_equal_students(run, finished)
 
 
 def test_train__another_recipe_does_not_mix_with_a_run(

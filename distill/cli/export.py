@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from distill.weights.card import Background
     from distill.weights.export import Exported, Inputs
 
-RESOLVED_RECIPE = "recipe.resolved.yaml"
-
 
 class WeightLayout(StrEnum):
     """Published layouts of the same weights."""
@@ -154,9 +152,10 @@ def _no_students(run: Path) -> UserError:
 
 def _read_recipe(run: Path) -> "FamilyRecipe | TeacherRecipe":
     """The recipe as the run resolved it; it lies in the run folder, wherever that was copied to."""
-    from distill.recipe.reader import load_job
+    from distill.recipe.document import RESOLVED
+    from distill.recipe.reader import load_recipe
 
-    return load_job(str(run / RESOLVED_RECIPE))[0]
+    return load_recipe(run / RESOLVED)
 
 
 def _is_family(run: Path) -> bool:

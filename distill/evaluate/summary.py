@@ -17,8 +17,9 @@ from distill.data.photographs import photograph_paths
 from distill.errors import UserError
 from distill.evaluate.knn import evaluate_run
 from distill.evaluate.pictures import plot_features
-from distill.job.prepare import BUILTIN_PHOTOGRAPHS, read_job
+from distill.job.prepare import read_job
 from distill.recipe.keys import FamilyRecipe
+from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.runfolder.files import is_full
 from distill.runfolder.metrics import read_rows
 from distill.runfolder.parked import read_parked

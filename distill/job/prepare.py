@@ -21,6 +21,7 @@ from distill.data.photographs import photograph_paths, write_tiles
 from distill.data.sources import Lister, list_source
 from distill.errors import CheckpointError, DataError
 from distill.job.resume import describe_changes, joining_steps
+from distill.job.stored_recipes import load_from_here, read_recipes, write_recipes
 from distill.job.teacher_files import (
     CHECKSUMS,
     Checksums,
@@ -31,25 +32,21 @@ from distill.job.teacher_files import (
 from distill.plan.from_recipe import on_nodes_of
 from distill.plan.job import check_job
 from distill.plan.teacher_source import TRAINED_HEADS, heads_file
-from distill.recipe.document import find_recipe
 from distill.recipe.extensions import BUILTIN, ExtensionKind, find
 from distill.recipe.identity import recipe_hash
 from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-from distill.recipe.reader import TEACHER_PREFIX, load_job
-from distill.recipe.writer import resolved_yaml
-from distill.runfolder.files import make_folder, remove, replace_text
+from distill.recipe.types import BUILTIN_PHOTOGRAPHS
+from distill.runfolder.files import make_folder, remove
 from distill.runfolder.status import write_json
 
-BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 CHECKPOINTS = "checkpoints"  # in a run folder
-RESOLVED = "recipe.resolved.yaml"
 FITTED_HEADS = "heads/teacher.safetensors"  # in a run folder
 
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What the user requested, enough to read the recipes again in another process."""
+    """What the user requested. ``prepare`` reads the recipe by it; from then on the run folder's is read."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -118,12 +115,11 @@ class Job:
 
 
 def read_job(run_folder: Path) -> Job:
-    """The job that ``prepare`` wrote; every rank reads it."""
+    """The job that ``prepare`` wrote, from its run folder alone; every rank, restart and score reads it."""
     stored = json.loads((run_folder / "job.json").read_text())
-    request = JobRequest(
-        **{**stored["request"], "overrides": tuple(stored["request"]["overrides"])}
-    )
-    recipe, teacher_recipe = load_job(request.recipe, request.overrides)
+    here = {"overrides": tuple(stored["request"]["overrides"]), "run_folder": str(run_folder)}
+    request = JobRequest(**{**stored["request"], **here})
+    recipe, teacher_recipe = read_recipes(run_folder)
     recipe = on_nodes_of(recipe, request.ranks_per_node)
     teacher = stored.get("teacher")  # absent in runs of 0.1.0
     facts = None if teacher is None else TeacherFacts(**teacher)
@@ -176,7 +172,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
         RecipeError, PlanError, DataError, CheckpointError: with one clear line; an existing run is
         not touched.
     """
-    recipe, teacher_recipe = load_job(request.recipe, request.overrides)
+    recipe, teacher_recipe = load_from_here(request.recipe, request.overrides)
     plans = check_job(on_nodes_of(recipe, request.ranks_per_node), teacher_recipe, num_ranks)
     run_folder = Path(request.run_folder)
     _refuse_foreign_folder(run_folder)
@@ -204,7 +200,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     if resumed is None:  # what an earlier start left before its first checkpoint
         for name in ("status.json", "timing.json"):
             (run_folder / name).unlink(missing_ok=True)
-    _write_recipes(job)
+    write_recipes(run_folder, request.recipe, request.overrides, (recipe, teacher_recipe))
     write_json(run_folder / "plan.json", plans[-1].to_json())
     write_json(run_folder / "env.json", _environment())
     write_json(run_folder / CHECKSUMS, checksums)
@@ -223,25 +219,6 @@ def _teacher_facts(job: Job, checksums: Checksums) -> TeacherFacts | None:
     return teacher_facts(
         weights, heads if job.recipe.teacher.heads_mode == "file" else None, checksums
     )
-
-
-def _write_recipes(job: Job) -> None:
-    """The recipe as given, and as resolved with the teacher's recipe beside it: together they run."""
-    source = find_recipe(job.request.recipe)
-    folder = job.run_folder
-    family_overrides = [
-        text for text in job.request.overrides if not text.startswith(TEACHER_PREFIX)
-    ]
-    replace_text(folder / "recipe.yaml", source.read_text())
-    replace_text(folder / RESOLVED, resolved_yaml(str(source), family_overrides, job.recipe))
-    if job.teacher_recipe is not None and isinstance(job.recipe, FamilyRecipe):
-        theirs = [
-            text.removeprefix(TEACHER_PREFIX)
-            for text in job.request.overrides
-            if text not in family_overrides
-        ]
-        path = source.parent / str(job.recipe.teacher.train)
-        replace_text(folder / path.name, resolved_yaml(str(path), theirs, job.teacher_recipe))
 
 
 def _refuse_foreign_folder(run_folder: Path) -> None:

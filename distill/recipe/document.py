@@ -23,9 +23,12 @@ from distill.recipe.types import Loc, Problem
 
 MAX_RECIPE_BYTES = 50_000  # a recipe is a page; the slowest text of this size is read in a second
 MAX_OPEN = 50  # brackets at once: the reader's time grows with the square of the depth
+RESOLVED_FACTOR = 20  # a resolved recipe has defaults and origins written out: as often that size
 MAX_VALUES = 10_000  # a few nested YAML aliases stand for billions of values
 KEY = "<key>"  # ends a place that means the key itself, not its value
 OVERRIDE = "override"
+RESOLVED = "recipe.resolved.yaml"  # in a run folder, which is read from then on
+RESOLVED_TEACHER = "teacher.resolved.yaml"  # beside it, where the recipe names one
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ def read_document(path: Path) -> Document:
     Raises:
         RecipeError: it is too large, not text, or not YAML with a mapping at the top.
     """
-    if path.stat().st_size > MAX_RECIPE_BYTES:
+    factor = RESOLVED_FACTOR if path.name in {RESOLVED, RESOLVED_TEACHER} else 1
+    if path.stat().st_size > MAX_RECIPE_BYTES * factor:
         raise RecipeError(
             f"{path}: larger than {MAX_RECIPE_BYTES // 1000} kB, so not a recipe",
             fix="Give a recipe file; name many files by a pattern.",
@@ -106,7 +110,7 @@ def read_document(path: Path) -> Document:
             fix="Start from `distill recipes copy quickstart my.yaml`.",
         )
     marks: dict[Loc, tuple[int, int]] = {}
-    values = _plain(tree, (), marks)
+    values = _plain(tree, (), marks, MAX_VALUES * factor)
     _write_out(values, marks)
     return Document(path.name, tuple(text.split("\n")), values, marks)
 
@@ -127,11 +131,11 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _plain(node: Any, loc: Loc, marks: dict[Loc, tuple[int, int]]) -> Any:
+def _plain(node: Any, loc: Loc, marks: dict[Loc, tuple[int, int]], most: int = MAX_VALUES) -> Any:
     """The tree as dicts, lists and scalars, noting the place of every value in ``marks``."""
-    if len(marks) > MAX_VALUES:
+    if len(marks) > most:
         raise RecipeError(
-            f"more than {MAX_VALUES} values, so not a recipe", fix="Use fewer or no YAML aliases."
+            f"more than {most} values, so not a recipe", fix="Use fewer or no YAML aliases."
         )
     if isinstance(node, CommentedMap):
         for key, value in node.items():
@@ -146,11 +150,11 @@ def _plain(node: Any, loc: Loc, marks: dict[Loc, tuple[int, int]]) -> Any:
             here = node.lc.value(key) if is_scalar else node.lc.key(key)
             marks[*loc, key] = here or marks.get(loc, (0, 0))  # tagged values may have no place
             marks[*loc, key, KEY] = node.lc.key(key) or marks[*loc, key]
-        return {key: _plain(value, (*loc, key), marks) for key, value in node.items()}
+        return {key: _plain(value, (*loc, key), marks, most) for key, value in node.items()}
     if isinstance(node, CommentedSeq):
         for index in range(len(node)):
             marks[*loc, index] = node.lc.item(index) or marks.get(loc, (0, 0))
-        return [_plain(value, (*loc, index), marks) for index, value in enumerate(node)]
+        return [_plain(value, (*loc, index), marks, most) for index, value in enumerate(node)]
     for kind in (bool, int, float, str):  # ruamel's scalars remember how they were written
         if isinstance(node, kind):
             return kind(node)

@@ -13,7 +13,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from distill.errors import RecipeError
-from distill.recipe.document import OVERRIDE, Document, find_recipe, read_document, with_overrides
+from distill.recipe.document import (
+    OVERRIDE,
+    RESOLVED,
+    RESOLVED_TEACHER,
+    Document,
+    find_recipe,
+    read_document,
+    with_overrides,
+)
 from distill.recipe.extension_keys import find_section, unread_section, with_sections
 from distill.recipe.formats import format_of, with_defaults_of
 from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe
@@ -61,17 +69,12 @@ def load_job(
     train = first.parts.get(("teacher", "train"))
     if train is None:
         problems += [((OVERRIDE, text), "this recipe trains no teacher") for text in theirs]
-    elif not (path.parent / train).is_file():
-        key_path: Loc = ("teacher", "train")
-        problems.append(
-            (
-                key_path,
-                f"{path.parent / train} does not exist; give its path relative to this recipe",
-            )
-        )
+    elif not (named := teacher_recipe_of(path, train)).is_file():
+        text = f"{named} does not exist; give its path relative to this recipe"
+        problems.append((("teacher", "train"), text))
     else:
         second = _read_fields(
-            path.parent / train,
+            named,
             [text.removeprefix(TEACHER_PREFIX) for text in theirs],
             loads_sections=loads_sections,
         )
@@ -93,6 +96,14 @@ def load_job(
         return first.recipe, None
     assert isinstance(second.recipe, TeacherRecipe), "no problem was found"
     return first.recipe, second.recipe
+
+
+def teacher_recipe_of(path: Path, train: str) -> Path:
+    """The file of the teacher's recipe that the recipe at ``path`` names; in a run folder it lies beside it."""
+    if path.name != RESOLVED:
+        return path.parent / train
+    stored = (path.with_name(RESOLVED_TEACHER), path.with_name(Path(train).name))  # 0.1.0: the last
+    return next((each for each in stored if each.is_file()), path.parent / train)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -11,7 +11,7 @@ from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from distill.errors import RecipeError
 from distill.recipe.document import OVERRIDE, Document, find_recipe, read_document, with_overrides
 from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe
-from distill.recipe.reader import load_recipe
+from distill.recipe.reader import load_recipe, teacher_recipe_of
 from distill.recipe.schema import MARK, schema_name, schema_text
 from distill.recipe.types import Loc, Section, facts_of
 from distill.runfolder.files import make_folder, replace_text
@@ -93,7 +93,8 @@ def copy_recipe(recipe: str, target: Path) -> list[Path]:
     loaded = load_recipe(source)
     copies = {target: source}
     if isinstance(loaded, FamilyRecipe) and loaded.teacher.train is not None:
-        copies[target.parent / loaded.teacher.train] = source.parent / loaded.teacher.train
+        train = loaded.teacher.train
+        copies[target.parent / train] = teacher_recipe_of(source, train)
     kinds = {path: type(loaded) if path == target else TeacherRecipe for path in copies}
     texts = {path: _for_editors(original, kinds[path]) for path, original in copies.items()}
     for kind in dict.fromkeys(kinds.values()):

@@ -1,0 +1,77 @@
+"""The recipes that a run folder holds: resolved, so that a prepared job never reads the user's files again.
+
+recipe.yaml             as given, for people
+recipe.resolved.yaml    with overrides and defaults, paths absolute: what ranks, restarts and scoring read
+teacher.resolved.yaml   the same of the recipe that ``teacher.train`` names
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.recipe.document import RESOLVED, RESOLVED_TEACHER, find_recipe
+from distill.recipe.inputs import DataSpec
+from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+from distill.recipe.reader import TEACHER_PREFIX, load_job, teacher_recipe_of
+from distill.recipe.types import BUILTIN_PHOTOGRAPHS
+from distill.recipe.writer import resolved_yaml
+from distill.runfolder.files import replace_text
+
+Recipes = tuple[FamilyRecipe | TeacherRecipe, TeacherRecipe | None]
+
+
+def load_from_here(recipe: str, overrides: Sequence[str]) -> Recipes:
+    """Reads the user's recipes; relative paths become absolute from the folder that the command runs in.
+
+    Raises:
+        RecipeError: every problem of both files.
+    """
+    loaded, teacher = load_job(recipe, overrides)
+    if teacher is not None:
+        teacher = teacher.model_copy(update={"data": _absolute_data(teacher.data)})
+    update: dict[str, Any] = {"data": _absolute_data(loaded.data)}
+    if isinstance(loaded, FamilyRecipe):
+        source = loaded.teacher
+        paths = {"weights": _absolute(source.weights)}
+        if source.heads_mode == "file":
+            paths["heads"] = _absolute(source.heads)
+        update["teacher"] = source.model_copy(update=paths)
+    return loaded.model_copy(update=update), teacher
+
+
+def read_recipes(run_folder: Path) -> Recipes:
+    """Reads what ``write_recipes`` wrote, wherever the folder was moved to.
+
+    Raises:
+        RecipeError: a file is missing or is no recipe.
+    """
+    return load_job(str(run_folder / RESOLVED))
+
+
+def write_recipes(
+    run_folder: Path, recipe: str, overrides: Sequence[str], recipes: Recipes
+) -> None:
+    """Writes the recipe as given, and both as resolved; overrides only show where a value came from."""
+    loaded, teacher = recipes
+    source = find_recipe(recipe)
+    of_family = [text for text in overrides if not text.startswith(TEACHER_PREFIX)]
+    replace_text(run_folder / "recipe.yaml", source.read_text())
+    if teacher is not None and isinstance(loaded, FamilyRecipe):
+        path = teacher_recipe_of(source, str(loaded.teacher.train))
+        theirs = [text.removeprefix(TEACHER_PREFIX) for text in overrides if text not in of_family]
+        replace_text(run_folder / RESOLVED_TEACHER, resolved_yaml(str(path), theirs, teacher))
+    replace_text(run_folder / RESOLVED, resolved_yaml(str(source), of_family, loaded))
+
+
+def _absolute_data(data: DataSpec) -> DataSpec:
+    sources = tuple(
+        source
+        if source.path == BUILTIN_PHOTOGRAPHS
+        else source.model_copy(update={"path": _absolute(source.path)})
+        for source in data.sources
+    )
+    return data.model_copy(update={"sources": sources, "index": _absolute(data.index)})
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
