@@ -21,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import FileStore, Store  # type: ignore[attr-defined]  # public, not listed
 
 from distill.job.loopback import stay_on_loopback
 
 STORE = "store"  # in the folder of a start
+MeetingPlace = str | Store  # the path that ``LocalRanks`` gave, or a store of this launch alone
 ENDS_WITHIN_S = 10.0  # a killed process; one that the kernel holds is left to it
 
 
@@ -145,21 +147,19 @@ def _redirect(logs: Path) -> None:
             os.dup2(file.fileno(), 1 if name == "stdout.log" else 2)
 
 
-def join_ranks(device_type: str, timeout: timedelta, store: str | None) -> None:
+def join_ranks(device_type: str, timeout: timedelta, store: MeetingPlace) -> None:
     """Makes the process group of all ranks, which then is torch's default.
 
     Args:
         device_type: where the ranks compute.
         timeout: of every collective.
-        store: the path that ``LocalRanks`` gave; None under another launcher, whose variables say it.
+        store: where the ranks find each other.
     """
     backend = "nccl" if device_type == "cuda" else "gloo"
-    if store is None:
-        dist.init_process_group(backend, timeout=timeout)
-        return
     world_rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    file_store = dist.FileStore(store, num_ranks)  # type: ignore[attr-defined]  # public, not listed
-    file_store.set_timeout(timeout)
+    if isinstance(store, str):
+        store = FileStore(store, num_ranks)
+    store.set_timeout(timeout)
     dist.init_process_group(
-        backend, timeout=timeout, store=file_store, rank=world_rank, world_size=num_ranks
+        backend, timeout=timeout, store=store, rank=world_rank, world_size=num_ranks
     )

@@ -54,6 +54,7 @@ class JobRequest:
     resume_command: str
     until: str | None = None  # the phase to end after; None for the full job
     ranks_per_node: int | None = None  # as the launcher started them; None where the recipe has it
+    launch: str = ""  # the nonce of a launch whose ranks were started by others
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,14 @@ def read_job(run_folder: Path) -> Job:
     teacher = stored.get("teacher")  # absent in runs of 0.1.0
     facts = None if teacher is None else TeacherFacts(**teacher)
     return Job(request, recipe, teacher_recipe, stored["data_fingerprint"], facts)
+
+
+def launch_of(run_folder: Path) -> str:
+    """The nonce of the launch that prepared a run folder; empty where there is none to be read."""
+    try:
+        return str(json.loads((run_folder / "job.json").read_text())["request"].get("launch", ""))
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def check_data(

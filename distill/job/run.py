@@ -31,7 +31,7 @@ from distill.job.build import (
     load_teacher,
     shard_teacher,
 )
-from distill.job.local_ranks import join_ranks
+from distill.job.local_ranks import MeetingPlace, join_ranks
 from distill.job.prepare import CHECKPOINTS, FITTED_HEADS, Job
 from distill.job.pretraining import HeadFitting, Pretraining
 from distill.job.resume import agreed_checkpoint, joining_steps
@@ -69,7 +69,7 @@ COLLECTIVE_TIMEOUT = timedelta(
 )  # longer than any save or first step here; a dead peer fails at once
 
 
-def work(job: Job, requests: StopSaveRequests, heartbeat: Heartbeat, store: str | None) -> None:
+def work(job: Job, requests: StopSaveRequests, heartbeat: Heartbeat, store: MeetingPlace) -> None:
     """Runs one rank of a prepared job; the launcher has set the usual rank variables, ``store`` is as in ``join_ranks``.
 
     After an error the process group still stands: the caller writes down the cause, then leaves it.

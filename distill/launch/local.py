@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
-from distill.errors import SetupError, UserError
+from distill.errors import UserError
 from distill.launch.node import ranks_on_node
 from distill.runfolder.lock import run_lock
 from distill.runfolder.parked import PARKED_EXIT_CODE
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 STOPPED_EXIT_CODE = 130  # the shell's convention for a program ended by Ctrl-C
 SAVE_HINT = "Ctrl-C saves and stops"
 RANK_VARIABLES = ("RANK", "WORLD_SIZE")  # set by whatever else starts ranks
-PREPARED_WAIT_S = 1800.0  # indexing a large folder may take minutes
 
 
 @dataclass(frozen=True)
@@ -178,60 +177,40 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
     """Is one rank of an outer launch, of which rank 0 prepares and concludes: the launcher ``external``.
 
     Raises:
-        SetupError: the outer launch has not set which rank this is.
+        SetupError: the outer launch has not set which rank this is, or its ranks do not come together.
     """
     from distill.job.prepare import prepare
     from distill.launch.rank import entry
+    from distill.launch.rendezvous import Rendezvous, launched_rank, open_store
 
-    if not all(name in os.environ for name in RANK_VARIABLES):
-        raise SetupError(
-            f"engine.launcher = external: {' and '.join(RANK_VARIABLES)} are not set",
-            fix="Start it under another launcher such as torchrun, or leave engine.launcher out.",
-        )
-    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    here = launched_rank(os.environ)
     ranks_per_node = None if engine.ranks_per_node else ranks_on_node(os.environ)
-    request = replace(request, ranks_per_node=ranks_per_node)
     folder = Path(request.run_folder)
-    names = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")
-    launch = "-".join(os.environ.get(name, "0") for name in names)
-    ready = folder / f".ready-{launch}"
-    if rank != 0:
-        _wait_for(ready)
-        entry(request.run_folder, None, None)
+    rendezvous = Rendezvous(here, open_store(here))
+    request = replace(request, ranks_per_node=ranks_per_node, launch=rendezvous.nonce)
+    if here.rank != 0:
+        rendezvous.join(folder, request.overrides)
+        entry(request.run_folder, None, rendezvous.store_of_ranks())
         return 0
     console = make_console()
     with run_lock(folder) as lock:
-        lock.alone()
-        prepare(
-            request,
-            num_ranks=num_ranks,
-            fresh=options.fresh,
-            say=partial(console.print, soft_wrap=True),
-        )
-        forget(folder)
-        lock.share()
-        ready.touch()
-        try:
-            with _screen(folder, console, live=False):
-                entry(request.run_folder, None, None)
-                code = _finalize(folder, None, was_interrupted=False)
-                # torchrun would start all ranks again, only to end with the same students parked
-                is_hidden = code == PARKED_EXIT_CODE and "TORCHELASTIC_RUN_ID" in os.environ
-                return 0 if is_hidden else code
-        finally:
-            ready.unlink(missing_ok=True)
-
-
-def _wait_for(ready: Path) -> None:
-    """Waits until rank 0 has prepared the run folder; it ends the launch if it cannot."""
-    deadline = time.monotonic() + PREPARED_WAIT_S
-    while not ready.exists():
-        if time.monotonic() > deadline:
-            raise SetupError(
-                f"rank 0 did not prepare {ready.parent} within {PREPARED_WAIT_S:.0f} s",
-                fix="Put --out on storage that all nodes share, and look at rank 0's output.",
+        with rendezvous.failing_together():
+            lock.alone()
+            prepare(
+                request,
+                num_ranks=here.num_ranks,
+                fresh=options.fresh,
+                say=partial(console.print, soft_wrap=True),
             )
-        time.sleep(0.1)
+            forget(folder)
+            lock.share()
+            rendezvous.admit(folder, request.overrides)
+        with _screen(folder, console, live=False):
+            entry(request.run_folder, None, rendezvous.store_of_ranks())
+            code = _finalize(folder, None, was_interrupted=False)
+        # torchrun would start all ranks again, only to end with the same students parked
+        is_hidden = code == PARKED_EXIT_CODE and "TORCHELASTIC_RUN_ID" in os.environ
+        return 0 if is_hidden else code
 
 
 def _finalize(run_folder: Path, failure: "Failure | None", *, was_interrupted: bool) -> int:

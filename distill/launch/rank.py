@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from distill.job.local_ranks import MeetingPlace
 from distill.job.prepare import read_job
 from distill.job.run import work
 from distill.launch.node import require_node_size
@@ -44,8 +45,8 @@ LEAVE_S = 3.0  # for the process group to be destroyed after an error; NCCL wait
 GRACE_S = 5.0  # from the first cause on, for a rank to end by itself
 
 
-def entry(run_folder: str, launcher: ProcessIdentity | None, store: str | None) -> None:
-    """Runs one rank of the prepared job; ``launcher`` and ``store`` (of ``join_ranks``) are None under another launcher."""
+def entry(run_folder: str, launcher: ProcessIdentity | None, store: MeetingPlace) -> None:
+    """Runs one rank of the prepared job; ``launcher`` is None under another launcher, ``store`` as in ``join_ranks``."""
     folder, rank = Path(run_folder), int(os.environ["RANK"])
     if launcher is not None:
         # not by the heartbeat, which begins later and ends with the job
@@ -77,7 +78,7 @@ def _work(
     heartbeat: Heartbeat,
     guard: "RankMonitor",
     launcher: ProcessIdentity | None,
-    store: str | None,
+    store: MeetingPlace,
 ) -> None:
     """Runs the job; after an error the cause is on disk before anything is destroyed, unless another rank has to show it."""
     try:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not listed
 
 from distill.errors import PlanError, SetupError
 from distill.job.prepare import JobRequest
@@ -72,6 +73,10 @@ def test_run__puts_what_the_launcher_says_into_the_request_for_all_ranks(
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr("distill.launch.rendezvous.open_store", lambda _: HashStore())
+    monkeypatch.setattr("distill.launch.rendezvous.LEAVE_S", 0.0)
     requests: list[JobRequest] = []
 
     def note(request: JobRequest, **_: Any) -> None:

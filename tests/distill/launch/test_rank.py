@@ -33,7 +33,7 @@ engine = SimpleNamespace(hang_limit_s=30.0)
 request = SimpleNamespace(ranks_per_node=None)
 job = SimpleNamespace(request=request, recipe=SimpleNamespace(engine=engine))
 rank.read_job, rank.work, rank.dist.destroy_process_group = lambda _: job, work, destroy
-rank.entry(str(folder), None, None)
+rank.entry(str(folder), None, "")
 """
 
 

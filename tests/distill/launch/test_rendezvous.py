@@ -1,0 +1,209 @@
+"""Ranks of another launcher: nothing that a killed launch left is believed, and one that cannot start ends all with one line."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not listed
+
+from distill.errors import DataError, SetupError, UserError
+from distill.job.prepare import launch_of
+from distill.launch import rendezvous
+from distill.launch.rendezvous import LaunchedRank, Rendezvous, launched_rank, open_store
+from tests.support.jobs import ENVIRONMENT, write_recipes
+
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+def test_launched_rank__what_torchrun_sets() -> None:
+    assert launched_rank(TORCHRUN) == LaunchedRank(1, 2, "10.0.0.1", 29500)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"MASTER_ADDR": ""}, "MASTER_ADDR not set"),
+        ({"MASTER_PORT": None, "RANK": None}, "RANK, MASTER_PORT not set"),
+        ({"RANK": "2"}, "RANK = 2, WORLD_SIZE = 2: ranks go from 0 to WORLD_SIZE - 1"),
+        ({"RANK": "-1"}, "RANK = -1: not an integer"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT = http: not an integer"),
+    ],
+)
+def test_launched_rank__half_set_variables(change: dict[str, str | None], told: str) -> None:
+    environment = {k: v for k, v in {**TORCHRUN, **change}.items() if v is not None}
+    with pytest.raises(SetupError, match=re.escape(told)) as error:
+        launched_rank(environment)
+    assert "torchrun" in str(error.value.fix)
+
+
+def write_job(folder: Path, nonce: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "job.json").write_text(json.dumps({"request": {"launch": nonce}}))
+
+
+def lead(
+    store: Any, folder: Path, prepare: Callable[[str], None], num_ranks: int = 2, words: Any = ()
+) -> str:
+    leader = Rendezvous(LaunchedRank(0, num_ranks, "here", 1), store)
+    with leader.failing_together():
+        prepare(leader.nonce)
+        leader.admit(folder, words)
+    return leader.nonce
+
+
+def follow(store: Any, folder: Path, rank: int = 1, words: Any = ()) -> str:
+    follower = Rendezvous(LaunchedRank(rank, 3, "here", 1), store)
+    follower.join(folder, words)
+    return follower.nonce
+
+
+def test_join__believes_nothing_of_an_earlier_launch(tmp_path: Path) -> None:
+    """The store outlives a launch too, as one of torch elastic may: then its keys are those of before."""
+    store, run = HashStore(), tmp_path / "run"
+    (tmp_path / ".ready-0-0-1").touch()
+
+    def prepare(nonce: str) -> None:
+        time.sleep(0.5)  # the other rank has long asked
+        assert launch_of(run) != nonce
+        write_job(run, nonce)
+
+    for _ in range(2):
+        before = launch_of(run)
+        with ThreadPoolExecutor(2) as ranks:
+            follower = ranks.submit(follow, store, run)
+            nonce = lead(store, run, prepare)
+            assert follower.result(10) == nonce == launch_of(run) != before
+
+
+def test_join__ends_with_the_line_of_rank_0(tmp_path: Path) -> None:
+    def fail(_: str) -> None:
+        raise DataError("/data: holds no images", fix="Give another.", exit_code=7)
+
+    def break_(_: str) -> None:
+        raise OSError("disk gone")
+
+    for prepare, told, code in ((fail, "/data: holds no images", 7), (break_, "disk gone", 1)):
+        store, began = HashStore(), time.monotonic()
+        with ThreadPoolExecutor(2) as ranks:
+            others = [ranks.submit(follow, store, tmp_path, rank) for rank in (1,)]
+            with pytest.raises((DataError, OSError), match=told):
+                lead(store, tmp_path, prepare)
+            for other in others:
+                with pytest.raises(UserError, match=told) as error:
+                    other.result(10)
+                assert error.value.exit_code == code and error.value.fix
+        assert time.monotonic() - began < rendezvous.LEAVE_S
+
+
+@pytest.mark.parametrize("case", ["overrides", "storage"])
+def test_admit__one_rank_that_cannot_take_part_ends_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setattr(rendezvous, "STORAGE_S", 0.3)
+    store, mine, theirs = HashStore(), tmp_path / "mine", tmp_path / "theirs"
+    write_job(theirs, "of an earlier launch")
+    other = (theirs, 2, ("seed=1",)) if case == "storage" else (mine, 2, ("seed=2",))
+    told = {
+        "storage": f"rank 2 on {HOST} does not find in {theirs} what rank 0 on {HOST} prepared in {mine}",
+        "overrides": f"rank 2 on {HOST} was started with the overrides seed=2, rank 0 on {HOST} with seed=1",
+    }[case]
+    with ThreadPoolExecutor(3) as ranks:
+        others = [
+            ranks.submit(follow, store, mine, 1, ("seed=1",)),
+            ranks.submit(follow, store, *other),
+        ]
+        with pytest.raises(SetupError, match=re.escape(told)):
+            lead(store, mine, lambda nonce: write_job(mine, nonce), 3, ("seed=1",))
+        for each in others:
+            with pytest.raises(UserError, match=re.escape(told)) as error:
+                each.result(10)
+            assert error.value.exit_code == SetupError.exit_code
+
+
+def test_waits__have_an_end_and_say_for_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seconds in (("CONNECT_S", 0.5), ("PREPARED_S", 0.5), ("SAY_EVERY_S", 0.2)):
+        monkeypatch.setattr(rendezvous, name, seconds)
+    monkeypatch.setattr(rendezvous, "LEAVE_S", 0.1)
+    with pytest.raises(SetupError, match=r"rank 1 on \S+ waited for rank 0 at here to prepare"):
+        follow(HashStore(), tmp_path)
+    with pytest.raises(SetupError, match=r"rank 0 on \S+ waited for ranks 1, 2 of 3, \d s"):
+        lead(HashStore(), tmp_path, lambda _: None, 3)
+    with pytest.raises(SetupError, match=r"waited for rank 0 at 127.0.0.1:\d+ \(.*refused"):
+        open_store(LaunchedRank(1, 2, "127.0.0.1", free_port()))
+    said = capsys.readouterr().err.splitlines()
+    for who in ("rank 0 at here to prepare", "ranks 1, 2 of 3", "rank 0 at 127.0.0.1"):
+        assert sum(f"waits for {who}" in line for line in said) >= 1
+
+
+HOST = socket.gethostname()
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+def start_rank(rank: int, port: int, recipe: Path, *words: str) -> subprocess.Popen[str]:
+    """A rank as torchrun starts it."""
+    command = [sys.executable, "-m", "distill", "train", str(recipe), *words]
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    place |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return subprocess.Popen(
+        command,
+        env={**ENVIRONMENT, **place},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=recipe.parent,
+    )
+
+
+@pytest.mark.slow
+def test_train__two_ranks_of_a_launch_and_what_a_killed_one_left(tmp_path: Path) -> None:
+    recipe = write_recipes(tmp_path, stage_steps=11, steps=4, save_every=1000)
+    port, run = free_port(), tmp_path / "runs" / "tiny"
+    killed = [start_rank(rank, port, recipe, "seed=5") for rank in (0, 1)]
+    deadline = time.monotonic() + 120
+    while not (run / "heartbeat").is_dir() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for rank in killed:
+        rank.kill()
+        rank.communicate()
+    left = launch_of(run)
+    assert left
+    (run / f".ready-0-0-{port}").touch()  # as 0.1.0 left it
+    late = start_rank(1, port, recipe)
+    time.sleep(3.0)
+    ranks = [start_rank(0, port, recipe), late]
+    outputs = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)
+    assert launch_of(run) not in {"", left}
+    facts = json.loads((run / "students/plain/distill.json").read_text())
+    assert facts["steps"] == 4 and (run / "summary.json").is_file()
+    assert "seed: 0" in (run / "recipe.resolved.yaml").read_text()
+
+
+@pytest.mark.slow
+def test_train__rank_0_cannot_prepare_and_both_end_with_its_line(tmp_path: Path) -> None:
+    recipe = write_recipes(tmp_path, stage_steps=11, steps=4, save_every=1000)
+    for image in (tmp_path / "images").rglob("*.png"):
+        os.truncate(image, 10)
+    port = free_port()
+    ranks = [start_rank(rank, port, recipe) for rank in (1, 0)]
+    outputs = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    for output in outputs:
+        assert "cannot be used" in output and "30 of 30 images are broken" in output
+        assert "Traceback" not in output
