@@ -24,6 +24,7 @@ from distill.checkpoint.manifest import NetworkFacts
 from distill.checkpoint.saver import CheckpointPolicy, Saver, restore, saved_anchor
 from distill.data.index import ImageIndex
 from distill.engine.engine import prepare_deepspeed
+from distill.job.agreement import require_agreement
 from distill.job.build import (
     PhaseContext,
     RankContext,
@@ -97,6 +98,7 @@ class _Run:
         self.teacher_recipe = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
         self.family = recipe if isinstance(recipe, FamilyRecipe) else None
         self.control, notes = make_control(COLLECTIVE_TIMEOUT), list[str]()
+        require_agreement(job, self.control)
         folder = job.run_folder / CHECKPOINTS
         self.saved = agreed_checkpoint(folder, job.hash, self.control, notes.append)
         self.first_steps = joining_steps(recipe, job.networks, self.saved)

@@ -36,17 +36,20 @@ def teacher_facts(weights: Path, heads: Path | None, checksums: Checksums) -> Te
     Raises:
         OSError: a file cannot be read.
     """
-    files = [weights]
-    if weights.is_dir():
-        files = [
-            path for path in sorted(weights.glob("*.safetensors")) if path.name != TRAINED_HEADS
-        ]
+    files = files_of_weights(weights)
     return TeacherFacts(
         weights=str(weights),
         weights_sha256=_checksum_of(files, checksums),
         heads="" if heads is None else str(heads),
         heads_sha256="" if heads is None else _checksum_of([heads], checksums),
     )
+
+
+def files_of_weights(weights: Path) -> list[Path]:
+    """Returns the file that is named, or those of a folder without the heads."""
+    if not weights.is_dir():
+        return [weights]
+    return [path for path in sorted(weights.glob("*.safetensors")) if path.name != TRAINED_HEADS]
 
 
 def refuse_another_teacher(now: TeacherFacts | None, found: tuple[Path, Manifest] | None) -> None:

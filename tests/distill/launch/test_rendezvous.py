@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -147,6 +148,7 @@ def test_waits__have_an_end_and_say_for_whom(
 
 
 HOST = socket.gethostname()
+ROOT = Path(__file__).parents[3]
 
 
 def free_port() -> int:
@@ -155,14 +157,16 @@ def free_port() -> int:
         return int(bound.getsockname()[1])
 
 
-def start_rank(rank: int, port: int, recipe: Path, *words: str) -> subprocess.Popen[str]:
-    """A rank as torchrun starts it."""
+def start_rank(
+    rank: int, port: int, recipe: Path, *words: str, code: Path = ROOT
+) -> subprocess.Popen[str]:
+    """A rank as torchrun starts it, with the code that lies in a folder."""
     command = [sys.executable, "-m", "distill", "train", str(recipe), *words]
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     place |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return subprocess.Popen(
         command,
-        env={**ENVIRONMENT, **place},
+        env={**ENVIRONMENT, **place, "PYTHONPATH": str(code)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -207,3 +211,21 @@ def test_train__rank_0_cannot_prepare_and_both_end_with_its_line(tmp_path: Path)
     for output in outputs:
         assert "cannot be used" in output and "30 of 30 images are broken" in output
         assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_train__a_node_with_other_code_is_named(tmp_path: Path) -> None:
+    recipe = write_recipes(tmp_path, stage_steps=11, steps=4, save_every=1000)
+    other, port = tmp_path / "other", free_port()
+    for package in ("distill", "students", "teacher", "recipes"):
+        shutil.copytree(ROOT / package, other / package)
+    changed = other / "distill" / "train" / "loop.py"
+    changed.write_text(changed.read_text() + "\n")
+    ranks = [start_rank(0, port, recipe), start_rank(1, port, recipe, code=other)]
+    outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [3, 3], "\n".join(outputs)
+    for output in outputs:
+        assert "distill is not the same on all ranks: rank 0 on" in output
+        assert re.search(r"rank 1 on \S+ with \S+, files [0-9a-f]{12}", output), output
+        assert "Fix: Install the same distill on every node." in output
+    assert not (tmp_path / "runs" / "tiny" / "teacher").exists()
