@@ -55,4 +55,4 @@ class RankError(UserError):
 
 
 class StudentError(Exception):
-    """A student failed on one rank of its group and is parked; this attempt of the job ends, the next goes on without it."""
+    """A student failed on one rank and is parked, or trains in smaller micro-batches; this attempt of the job ends, the next goes on like that."""

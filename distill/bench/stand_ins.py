@@ -236,6 +236,11 @@ class SleepingStudent:
         self.images, self.stop_step = placement.slice_of(world_rank), None
         self._seconds = len(self.images) * image_s
 
+    @property
+    def largest_part(self) -> int:
+        """All of its slice at once."""
+        return len(self.images)
+
     def train_step(self, batch: StudentBatch, numbers: StepNumbers) -> Attempt:
         """Sleeps, then one all-reduce over the group."""
         del batch, numbers  # its time is that of the plan

@@ -5,7 +5,7 @@ a network, or its heads, teach themselves.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -49,11 +49,12 @@ IDS_PER_NETWORK = 1_000_000  # more than any has parameters and modules
 
 @dataclass(frozen=True)
 class RankContext:
-    """Where a rank works: its device, its run folder, its images."""
+    """Where a rank works: its device, its run folder, its images; and the limits of networks that ran out of memory."""
 
     device: torch.device
     run_folder: Path
     index: ImageIndex
+    micro_batches: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class PhaseContext:
 
     def parts_of(self, name: str) -> tuple[slice, ...]:
         """The micro-batches of a network's slice on this rank."""
-        micro_batch = self.recipe.engine.micro_batch
+        limits = self.recipe.engine.micro_batch, self.rank_context.micro_batches.get(name)
+        micro_batch = min((limit for limit in limits if limit is not None), default=None)
         return self.placement(name).parts_of(self.groups.world_rank, micro_batch)
 
 

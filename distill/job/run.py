@@ -60,6 +60,7 @@ from distill.train.device import take_device
 from distill.train.faults import FaultHandler
 from distill.train.groups import make_control, make_groups
 from distill.train.loop import run_phase
+from distill.train.micro_batches import agreed_micro_batches
 from distill.train.phase import Phase
 from distill.train.recorder import Recorder, RecordPolicy
 from distill.weights.save import ExportFacts, fingerprint, write_backbone, write_heads
@@ -101,6 +102,8 @@ class _Run:
         require_agreement(job, self.control)
         folder = job.run_folder / CHECKPOINTS
         self.saved = agreed_checkpoint(folder, job.hash, self.control, notes.append)
+        names = (ONLINE, HEADS_PHASE, *job.networks)
+        self.micro_batches = agreed_micro_batches(job.run_folder, names, self.control)
         self.first_steps = joining_steps(recipe, job.networks, self.saved)
         every = recipe.checkpoint
         policy = RecordPolicy(
@@ -257,7 +260,8 @@ class _Run:
 
     def _rank_context(self, images: str) -> RankContext:
         folder = self.job.run_folder
-        return RankContext(self.device, folder, ImageIndex.load(folder / "data" / images))
+        index = ImageIndex.load(folder / "data" / images)
+        return RankContext(self.device, folder, index, self.micro_batches)
 
     def _restore(self, phase: Phase) -> int:
         """Loads the phase's networks if the checkpoint is of this phase; the step to go on from."""

@@ -80,7 +80,8 @@ class Supervisor:
     def run(self) -> Failure | None:
         """Returns when the job has ended: None for a good end, or why the last attempt failed.
 
-        A start without a student that was parked is not counted: there are at most as many as students.
+        A start without a student that was parked is not counted, nor one with smaller micro-batches of a student:
+        there are at most as many as students, and as often as their micro-batches can be halved.
         """
         num_restarts = 0
         while (failure := self._attempt()) is not None:

@@ -15,7 +15,15 @@ from typing import Literal
 
 FILE = "events.jsonl"
 EventKind = Literal[
-    "skipped", "recomputed", "rolled back", "parked", "died", "hung", "failed", "restarted"
+    "skipped",
+    "recomputed",
+    "rolled back",
+    "out of memory",
+    "parked",
+    "died",
+    "hung",
+    "failed",
+    "restarted",
 ]
 
 

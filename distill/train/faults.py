@@ -3,7 +3,8 @@
     not finite: loss, gradient, weight         the group skips the step; nothing changes
     IN_A_ROW skipped steps                     back to the last good state, which is kept in host memory
     ROLL_BACKS times back to the same state    parked: it keeps that state, its ranks go on teaching
-    an exception, or out of memory             parked at once
+    out of memory                              a new start with micro-batches of half the images
+    an exception, no smaller micro-batch       parked at once
     teacher features are not finite            the rank that made them is to blame, no student
 
 Features are computed once more on the ranks that received them, and the step, which has changed nothing,
@@ -19,7 +20,8 @@ group. What was wrong is looked for only then: a few device syncs and one small 
 
 An exception on one rank of a larger group leaves the others inside a collective that gloo cannot
 leave. That student is parked by a file and the attempt ends; the next one, which the launcher starts
-at once, goes on without it from the last checkpoint. Alone on its rank it is parked in place.
+at once, goes on without it from the last checkpoint. Alone on its rank it is parked in place. Out of memory, the
+attempt ends in both cases, because only a new process lets go of everything (``distill.train.micro_batches``).
 
 The last good state is refreshed at every save, before which each network shows that it is finite:
 what is saved can be gone on from. Parked networks are named in ``parked/<name>.json`` of the run
@@ -37,6 +39,7 @@ from distill.errors import StudentError
 from distill.runfolder.events import Event, EventKind, note, read_events
 from distill.runfolder.failure import is_lost_connection
 from distill.runfolder.parked import Parked, is_parked, write_parked
+from distill.train.micro_batches import smaller_part, write_micro_batch
 from distill.train.phase import Phase, Trainer
 from distill.train.producers import Cause, PendingStep, Producers
 from distill.train.student import Attempt, Snapshot
@@ -114,7 +117,7 @@ class FaultHandler:
         return not is_finished and not self._records[trainer.name].is_parked
 
     def isolate(self, trainer: Trainer, error: Exception, phase_step: int) -> None:
-        """Parks a network whose step raised; other errors are raised again."""
+        """Parks a network whose step raised, or has it start again in smaller micro-batches; other errors are raised again."""
         record = self._records[trainer.name]
         if is_lost_connection(error) or isinstance(error, torch.AcceleratorError):
             raise error
@@ -122,6 +125,12 @@ class FaultHandler:
             raise error
         lines = str(error).strip().splitlines() or ["no message"]
         reason = f"{type(error).__name__}: {lines[0]}"
+        images = smaller_part(trainer.largest_part)
+        if isinstance(error, torch.OutOfMemoryError) and images is not None:
+            text = f"{trainer.name}: out of memory in micro-batches of {trainer.largest_part} images, {images} from the next start on"
+            write_micro_batch(self._run_folder, trainer.name, images)
+            note(self._run_folder, Event("out of memory", text, trainer.name, phase_step))
+            raise StudentError(text) from error
         if dist.get_world_size(trainer.group) > 1:
             self._write_parked(trainer, phase_step, reason)
             raise StudentError(f"{trainer.name} is parked from now on: {reason}") from error

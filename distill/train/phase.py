@@ -105,6 +105,11 @@ class Trainer(Protocol):
         ...
 
     @property
+    def largest_part(self) -> int:
+        """Images of the largest micro-batch here."""
+        ...
+
+    @property
     def stop_step(self) -> int | None:
         """The step of the phase from which on it is finished; None where the phase ends it."""
         ...

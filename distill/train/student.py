@@ -203,6 +203,11 @@ class StudentTrainer:
         return Attempt(is_applied, terms)
 
     @property
+    def largest_part(self) -> int:
+        """Images of the largest micro-batch on this rank."""
+        return max(len(self.images[part]) for part in self._parts)
+
+    @property
     def group(self) -> dist.ProcessGroup:
         """The ranks that train this network."""
         return self.engine.group
