@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from teacher.init import init_matrix_
+from teacher.init import fill_random_, init_matrix_
 from teacher.peers import waiting_for_peers
 from teacher.shapes import PROTOTYPES_AT_ONCE, HeadShape
 
@@ -276,4 +276,4 @@ def init_head_(head: Head, generator: torch.Generator) -> None:
     for module in head.mlp:
         if isinstance(module, nn.Linear):
             init_matrix_(module, generator)
-    nn.init.normal_(head.prototypes.weight, std=head.shape.bottleneck**-0.5, generator=generator)
+    fill_random_(head.prototypes.weight, nn.init.normal_, head.shape.bottleneck**-0.5, generator)

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from teacher.batch import Features
 from teacher.drop_path import BRANCHES, ActiveRows
-from teacher.init import init_matrix_
+from teacher.init import fill_random_, init_matrix_
 from teacher.shapes import ViTSpec
 
 NORM_EPS = 1e-5
@@ -309,6 +309,6 @@ def init_vit_(vit: ViT, generator: torch.Generator) -> None:
             nn.init.zeros_(module.bias)
         elif isinstance(module, LayerScale):
             nn.init.constant_(module.lambda1, vit.spec.layerscale_init)
-    nn.init.normal_(vit.embeddings.cls_token, std=0.02, generator=generator)
-    nn.init.normal_(vit.embeddings.register_tokens, std=0.02, generator=generator)
+    for token in (vit.embeddings.cls_token, vit.embeddings.register_tokens):
+        fill_random_(token, nn.init.normal_, 0.02, generator)
     nn.init.zeros_(vit.embeddings.mask_token)

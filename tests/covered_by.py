@@ -81,7 +81,6 @@ COVERED_BY = {
     "distill.weights.to_onnx": "tests/distill/weights/test_export.py",
     "distill.weights.to_timm": "tests/distill/weights/test_export.py",
     "distill.weights.verify": "tests/distill/weights/test_export.py",
-    "students.student": "tests/distill/job/test_pretraining.py",
     "teacher.batch": "tests/teacher/test_task.py",
     "teacher.frozen": "tests/teacher/test_task.py",
     "teacher.init": "tests/teacher/test_heads.py",

@@ -46,6 +46,7 @@ from distill.job.build import (
     PhaseSpec,
     RankContext,
     build_phase,
+    compute_dtype,
     family_phase,
     freeze,
 )
@@ -65,7 +66,7 @@ from distill.train.faults import FaultHandler
 from distill.train.groups import Groups, make_groups
 from distill.train.loop import run_phase
 from distill.train.phase import Phase
-from students.student import build_heads, seeded
+from students.student import build_backbone, build_heads, seeded
 from teacher.frozen import FrozenTeacher
 from teacher.losses import Objective
 
@@ -239,10 +240,10 @@ class Bench:
         }
 
     def _teacher(self, family: FamilyRecipe) -> FrozenTeacher:
-        generator = seeded(family.seed, "teacher")
-        backbone = self.shape.spec.build()
-        self.shape.spec.init_(backbone, generator)
-        heads = None if self.shape.heads is None else build_heads(*self.shape.heads, generator)
+        generator, dtype = seeded(family.seed, "teacher"), compute_dtype(family)
+        backbone = build_backbone(self.shape.spec, generator, self.device, dtype)
+        shapes = self.shape.heads
+        heads = None if shapes is None else build_heads(shapes, generator, self.device, dtype)
         return freeze(family, self.device, backbone, heads)
 
     def _phase(self, recipe: FamilyRecipe) -> Phase:

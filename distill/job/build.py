@@ -36,7 +36,7 @@ from distill.weights.heads import load_heads
 from distill.weights.load import load_backbone
 from students.objective import FeatureNormalizer, FeatureTask, build_projectors
 from students.shapes import BackboneSpec, grid_of
-from students.student import build_heads, seeded
+from students.student import build_backbone, build_heads, seeded
 from teacher.frozen import FrozenTeacher
 from teacher.heads import Head
 from teacher.losses import ExtraTerm, LossTerm, Objective
@@ -340,8 +340,7 @@ def _student(
             f"students.{student.label}: its {grid_hw} patch grid is finer than the teacher's {teacher_hw}",
             fix="Choose a student whose stride is at least the teacher's patch size.",
         )
-    backbone = spec.build()
-    spec.init_(backbone, generator)
+    backbone = build_backbone(spec, generator, device)
     extra, scale = extra_terms(recipe), student.crop_scale
     options = task_options(recipe, masks_input=False, crop_scale=scale, extra=extra)
     if shape.heads is None:
@@ -351,7 +350,7 @@ def _student(
         task = FeatureTask(backbone, *projectors, options, num_ranks)
         return task, FeatureNormalizer(teacher_dim, device)
     assert teacher.dino_head is not None and teacher.ibot_head is not None, "shapes without heads"
-    heads = build_heads(*heads_of_student(student, spec, shape.heads), generator)
+    heads = build_heads(heads_of_student(student, spec, shape.heads), generator, device)
     network = build_task(context, student.label, (backbone, *heads), options)
     return network, SinkhornTargets(teacher.dino_head, teacher.ibot_head)
 

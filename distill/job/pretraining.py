@@ -22,6 +22,7 @@ from distill.job.build import (
     build_engine,
     build_phase,
     build_task,
+    compute_dtype,
     freeze,
     objective_of,
     task_options,
@@ -37,7 +38,7 @@ from distill.train.phase import Phase
 from distill.train.schedule import RateSchedule
 from distill.train.student import SinkhornTargets, StudentTrainer
 from students.shapes import BackboneSpec
-from students.student import build_heads, build_network, seeded
+from students.student import build_empty, build_heads, build_network, seeded
 from teacher.batch import StudentBatch
 from teacher.frozen import FrozenTeacher, shard_blocks
 from teacher.vit import ViT
@@ -66,20 +67,21 @@ class Pretraining:
         self.recipe, self.shape = recipe, shape_of_recipe(recipe)
         assert self.shape.heads is not None, "a pretrained teacher has heads"
         self._groups, self._rank_context = groups, rank_context
-        spec, heads = self.shape.spec, self.shape.heads
-        online = build_network(spec, *heads, seeded(recipe.seed, ONLINE))
-        backbone, *copies = build_network(spec, *heads, seeded(recipe.seed, ONLINE))
+        spec, heads, device = self.shape.spec, self.shape.heads, rank_context.device
+        online = build_network(spec, heads, seeded(recipe.seed, ONLINE), device)
         context = self._context(recipe.stages[0])
         self._survival = 1.0 - recipe.schedule.drop_path
         options = task_options(recipe, masks_input=True, survival=self._survival)
         self._task = build_task(context, ONLINE, online, options)
         self.engine = build_engine(context, ONLINE, self._task, lr_factors(recipe, spec))
         self._is_sharded = recipe.engine.zero == 3 and groups.num_ranks > 1
-        target_device = torch.device("cpu") if self._is_sharded else rank_context.device
-        self.ema = freeze(recipe, target_device, backbone, (copies[0], copies[1]))
+        # after the engine, which has left this rank its part of the online network
+        backbone, *copies = build_network(
+            spec, heads, seeded(recipe.seed, ONLINE), device, compute_dtype(recipe)
+        )
+        self.ema = freeze(recipe, device, backbone, (copies[0], copies[1]))
         if self._is_sharded:
-            self.ema.shard(groups.teacher, rank_context.device)
-            self.ema.to(rank_context.device)
+            self.ema.shard(groups.teacher, device)
 
     def _context(self, stage: StageSpec) -> PhaseContext:
         recipe = self.recipe.at_stage(stage)
@@ -186,12 +188,13 @@ class Pretraining:
         return self._rank_context.run_folder / "anchors" / f"{reference}.safetensors"
 
     def _anchor(self, weights: dict[str, Tensor]) -> nn.Module:
-        backbone = self.shape.spec.build()
+        device = self._rank_context.device
+        backbone = build_empty(self.shape.spec.build, device, self.ema.dtype)
         backbone.load_state_dict(weights)
-        backbone.requires_grad_(False).eval().to(self.ema.dtype)
+        backbone.requires_grad_(False).eval()
         if self._is_sharded:
-            shard_blocks(backbone, self._groups.teacher, self._rank_context.device)
-        return backbone.to(self._rank_context.device)
+            shard_blocks(backbone, self._groups.teacher, device)
+        return backbone
 
 
 def lr_factors(recipe: TeacherRecipe, spec: BackboneSpec) -> Callable[[str], float]:
@@ -236,7 +239,8 @@ class HeadFitting:
         self.context = PhaseContext(recipe, plan, groups, rank_context, shape.spec, _say_nothing)
         backbone.requires_grad_(False).eval()
         heads, copies = (
-            build_heads(*shape.heads, seeded(recipe.seed, HEADS_PHASE)) for _ in range(2)
+            build_heads(shape.heads, seeded(recipe.seed, HEADS_PHASE), rank_context.device, dtype)
+            for dtype in (torch.float32, compute_dtype(recipe))
         )
         task = build_task(
             self.context,

@@ -19,6 +19,7 @@ from distill.weights.hf_config import spec_from_hf_config
 from distill.weights.identity import Identity, identify
 from distill.weights.layouts import Origin, origins
 from students.shapes import BackboneSpec
+from students.student import build_empty
 
 CONFIG = "config.json"
 CPU = torch.device("cpu")
@@ -77,12 +78,7 @@ def load_backbone(
     """
     container = open_weights(path)
     identity = identify_layout(container, spec)
-    with torch.device("meta"):
-        backbone = identity.spec.build().to(dtype)
-    if any(tensor.is_meta for tensor in backbone.state_dict().values()):
-        backbone.to_empty(device=device)
-    else:  # code from outside, which is built where it can run
-        backbone.to(device)
+    backbone = build_empty(identity.spec.build, device, dtype)
     table = origins(identity.spec, identity.layout, "hf")
     with torch.no_grad():
         for name, target in backbone.state_dict().items():

@@ -167,8 +167,8 @@ def plain(recipe: TeacherRecipe, images: Path) -> tuple[list[float], dict[str, T
     """Losses of all steps and the last EMA, in one process."""
     shape = shape_of_recipe(recipe)
     assert shape.heads is not None
-    online = nn.ModuleList(build_network(shape.spec, *shape.heads, seeded(recipe.seed, "teacher")))
-    ema = nn.ModuleList(build_network(shape.spec, *shape.heads, seeded(recipe.seed, "teacher")))
+    online = nn.ModuleList(build_network(shape.spec, shape.heads, seeded(recipe.seed, "teacher")))
+    ema = nn.ModuleList(build_network(shape.spec, shape.heads, seeded(recipe.seed, "teacher")))
     names = ["backbone", "dino_head", "ibot_head"]
     named = {
         f"{names[int(key.split('.')[0])]}.{key.partition('.')[2]}": p
@@ -184,7 +184,7 @@ def plain(recipe: TeacherRecipe, images: Path) -> tuple[list[float], dict[str, T
         own = recipe.at_stage(stage)
         first = recipe.first_step(stage)
         if stage.gram is not None:
-            anchor = cast(ViT, build_network(shape.spec, *shape.heads, seeded(0, "x"))[0])
+            anchor = cast(ViT, build_network(shape.spec, shape.heads, seeded(0, "x"))[0])
             anchor.load_state_dict(snapshots[stage.gram.teacher])
         for step, crops in batches(recipe, stage, images):
             loss = plain_loss(own, stage, step, crops, online, ema, anchor if stage.gram else None)
