@@ -23,6 +23,9 @@ from teacher.batch import normalise
 BATCH = 64  # images per forward; keeps a ViT-L at 256 px below 4 GiB
 MAX_IMAGES = 10_000  # of each split; the pixel baseline holds them in memory
 REPORT_EVERY_S = 20.0
+BF16_FROM = (
+    500_000_000  # parameters; from ViT-H+ on a GPU computes in bf16: a 7B takes 45 minutes in fp32
+)
 log = logging.getLogger(__name__)
 
 
@@ -50,22 +53,31 @@ def extract(
     preparation: Preparation,
     *,
     device: torch.device,
+    dtype: torch.dtype = torch.float32,
     batch: int = BATCH,
     on_batch: Callable[[int], None] = lambda _: None,
 ) -> Float[Tensor, "images width"]:
     """Class token of each image, in fp32 on the CPU, in the order of ``locations``.
 
-    The backbone satisfies ``Backbone``, is in evaluation mode and already on ``device``. ``on_batch`` is
-    called with the number of images of every batch.
+    The backbone satisfies ``Backbone``, is in evaluation mode, fp32 and already on ``device``. ``dtype``: of
+    its matrix products; sums over blocks stay in fp32. ``on_batch`` is called with the number of images of every batch.
     """
     features = []
     for images in decode_images(locations, preparation.size, batch):
         pixels = normalise(
             images.to(device), preparation.mean, preparation.std, dtype=torch.float32
         )
-        features.append(backbone(pixels).class_token.float().cpu())
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            class_token = backbone(pixels).class_token
+        features.append(class_token.float().cpu())
         on_batch(len(images))
     return torch.cat(features)
+
+
+def scoring_dtype(parameters: int, device: torch.device) -> torch.dtype:
+    """Returns what a network's matrix products are computed in: bf16 for a large one on a GPU, else fp32."""
+    is_large = device.type == "cuda" and parameters >= BF16_FROM
+    return torch.bfloat16 if is_large else torch.float32
 
 
 def decode(reader: Reader, location: Location, size: int) -> UInt8[Tensor, "3 size size"]:
@@ -94,15 +106,18 @@ def read_preparation(folder: Path) -> Preparation:
 
 
 def count_images(say: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:
-    """Adds up counts and reports progress now and then."""
-    done, last_s = 0, time.monotonic()
+    """Adds up counts and reports progress, and the minutes that are left, now and then."""
+    done, began_s = 0, time.monotonic()
+    last_s = began_s
 
     def on_batch(count: int) -> None:
         nonlocal done, last_s
         done += count
-        if time.monotonic() - last_s > REPORT_EVERY_S:
-            last_s = time.monotonic()
-            say(f"{what}: {done:,} of {total:,} images")
+        now_s = time.monotonic()
+        if now_s - last_s > REPORT_EVERY_S:
+            last_s = now_s
+            left_s = (now_s - began_s) / done * (total - done)
+            say(f"{what}: {done:,} of {total:,} images, {left_s / 60:.0f} min left")
 
     return on_batch
 

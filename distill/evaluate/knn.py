@@ -12,7 +12,8 @@ resized to its size without a crop, scaled and normalised. Only the teacher's, t
 index files of the run folder are read, so ``distill eval`` repeats the scores on any machine.
 
 Similarities are computed in fp64: with LayerScale at its initial 1e-5 the class tokens of an
-untrained ViT differ in the fourth digit only, and fp32 cosines of them are all 1.
+untrained ViT differ in the fourth digit only, and fp32 cosines of them are all 1. A large network on a GPU
+multiplies in bf16 and adds its blocks up in fp32, which keeps that digit; the summary then has ``knn_in``.
 """
 
 import json
@@ -33,10 +34,12 @@ from distill.evaluate.images import (
     read_pixels,
     read_preparation,
     read_splits,
+    scoring_dtype,
 )
 from distill.runfolder.status import KNN_K, TEACHER, write_json
 from distill.weights.load import load_backbone
 from students.shapes import BackboneSpec
+from students.student import build_backbone
 
 BASELINE_PX = (
     64  # pixels are compared at this size: 12,288 numbers an image, whatever the images are
@@ -155,9 +158,12 @@ def evaluate_run(
             say(what)
             on_batch = count_images(say, what, 2 * (len(train.locations) + len(test.locations)))
             target_device = device or torch.device("cpu")
-            entry["knn"], untrained[name] = _network_scores(
+            entry.pop("knn_in", None)
+            entry["knn"], untrained[name], dtype = _network_scores(
                 folder, (specs or {}).get(name), train, test, k, target_device, on_batch
             )
+            if dtype != torch.float32:
+                entry["knn_in"] = str(dtype).removeprefix("torch.")
     if not reason:
         say("k-NN of raw pixels and of colours")
     summary["baselines"] = {
@@ -199,22 +205,22 @@ def _network_scores(
     k: int,
     device: torch.device,
     on_batch: Callable[[int], None],
-) -> tuple[float, float]:
-    """Scores of the exported network and of an untrained copy with a fixed seed, one after the other in memory."""
-    backbone, spec = load_backbone(folder, spec=spec)
-    preparation = read_preparation(folder)
+) -> tuple[float, float, torch.dtype]:
+    """Scores of the exported network and of an untrained copy with a fixed seed, one after the other in memory; what they were computed in."""
+    backbone, spec = load_backbone(folder, spec=spec, device=device)
+    preparation, dtype = read_preparation(folder), scoring_dtype(spec.parameters, device)
     scores = []
     for is_trained in (True, False):
         if not is_trained:
-            backbone = spec.build()
-            spec.init_(backbone, torch.Generator().manual_seed(UNTRAINED_SEED))
-        backbone.to(device).eval()
+            del backbone  # before the memory of the next is taken
+            generator = torch.Generator().manual_seed(UNTRAINED_SEED)
+            backbone = build_backbone(spec, generator, device).eval()
+        how: dict[str, Any] = {"device": device, "dtype": dtype, "on_batch": on_batch}
         known, query = (
-            extract(backbone, split.locations, preparation, device=device, on_batch=on_batch)
-            for split in (train, test)
+            extract(backbone, split.locations, preparation, **how) for split in (train, test)
         )
         scores.append(knn(known, train.labels, query, test.labels, k))
-    return scores[0], scores[1]
+    return scores[0], scores[1], dtype
 
 
 def _read_summary(run_folder: Path) -> dict[str, Any]:

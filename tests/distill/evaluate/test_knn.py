@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from distill.data.index import ImageIndex, build_index
 from distill.data.locations import Location, Reader
 from distill.errors import UserError
-from distill.evaluate.images import Preparation, Scored, decode, extract
+from distill.evaluate.images import (
+    BF16_FROM,
+    Preparation,
+    Scored,
+    count_images,
+    decode,
+    extract,
+    scoring_dtype,
+)
 from distill.evaluate.knn import (
     balanced_accuracy,
     evaluate_run,
@@ -27,8 +35,10 @@ from distill.evaluate.knn import (
 )
 from distill.weights.save import ExportFacts, write_backbone
 from students.shapes import BackboneSpec, ConvNeXtSpec
+from students.student import build_backbone
 from teacher.batch import Features
 from teacher.shapes import ViTSpec
+from tests.support.gpu import CPU_AND_GPU
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CPU = torch.device("cpu")
@@ -249,6 +259,48 @@ def test_evaluate_run__scores_everything_and_keeps_the_rest(run_folder: Path) ->
     assert summary["teacher"]["knn"] == summary["students"]["vit"]["knn"]
     assert len(told) == 4 and "teacher" in told[0]
     assert evaluate_run(run_folder) == summary
+
+
+def test_evaluate_run__a_large_network_on_a_gpu_is_scored_in_bf16(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_fp32 = evaluate_run(run_folder)
+    assert scoring_dtype(BF16_FROM, torch.device("cuda")) == torch.bfloat16
+    assert scoring_dtype(BF16_FROM - 1, torch.device("cuda")) == torch.float32
+    assert scoring_dtype(BF16_FROM, CPU) == torch.float32
+    monkeypatch.setattr("distill.evaluate.knn.scoring_dtype", lambda *_: torch.bfloat16)
+    in_bf16 = evaluate_run(run_folder)
+    assert in_bf16["teacher"]["knn_in"] == "bfloat16"
+    assert in_bf16["teacher"]["knn"] == pytest.approx(in_fp32["teacher"]["knn"], abs=0.2)
+    monkeypatch.undo()
+    assert evaluate_run(run_folder) == in_fp32  # what was computed in is not left behind
+
+
+@CPU_AND_GPU
+def test_extract__in_bf16_keeps_the_fourth_digit(device: str) -> None:
+    """That is all in which class tokens of an untrained network differ."""
+    spec = ViTSpec(32, 3, 2, 64)
+    backbone = build_backbone(spec, torch.Generator().manual_seed(0), torch.device(device)).eval()
+    pixels = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(1)).to(device)
+    with torch.no_grad():
+        full = backbone(pixels).class_token
+        with torch.autocast(device, torch.bfloat16):
+            half = backbone(pixels).class_token.float()
+    spread = (full - full.mean(0)).norm()
+    assert (half - full - (half - full).mean(0)).norm() < 0.1 * spread
+
+
+def test_count_images__names_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, lines = [0.0], list[str]()
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    on_batch = count_images(lines.append, "k-NN", 1000)
+    for _ in range(2):
+        now[0] += 30.0
+        on_batch(100)
+    assert lines == [
+        "k-NN: 100 of 1,000 images, 4 min left",
+        "k-NN: 200 of 1,000 images, 4 min left",
+    ]
 
 
 def test_evaluate_run__images_without_classes(run_folder: Path, tmp_path: Path) -> None:
