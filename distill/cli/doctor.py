@@ -13,6 +13,7 @@ from typing import Any
 
 MIN_FREE_GIB = 2.0
 PICTURE_WH = (8, 6)
+DALI = {12: "nvidia-dali-cuda120", 13: "nvidia-dali-cuda130"}  # packages by CUDA's major version
 OLDEST_TORCH = (2, 11)
 OLDEST_PYTHON = (3, 11)
 IMPORT_TIMEOUT_S = 120  # DeepSpeed's import takes 2 s; on a cold network disk, a minute
@@ -53,6 +54,7 @@ def examine() -> list[Finding]:
         _cores(),
         _decoder(),
         *_gpu_decoder(),
+        *_cuda_versions(),
         _gloo(),
         _disk(Path.cwd()),
     ]
@@ -148,11 +150,9 @@ def _decoder() -> Finding:
         (image,) = pipeline.run()
         if image.at(0).shape != (height, width, 3):
             raise RuntimeError(f"an image of {height} x {width} came out as {image.at(0).shape}")
-        return f"DALI {version('nvidia-dali-cuda120')} decodes on the CPU"
+        return f"DALI {dali.__version__} decodes on the CPU"
 
-    return _guarded(
-        "image decoder", look, "pip install --constraint constraints.txt nvidia-dali-cuda120"
-    )
+    return _guarded("image decoder", look, f"pip install --constraint constraints.txt {DALI[12]}")
 
 
 def _gpu_decoder() -> list[Finding]:
@@ -170,6 +170,28 @@ def _gpu_decoder() -> list[Finding]:
         text = f"none, `data.decode: gpu` would be refused ({reason})"
         return [Finding("GPU decoder", text, is_ok=True)]
     return [Finding("GPU decoder", "DALI decodes on the GPU (`data.decode: gpu`)", is_ok=True)]
+
+
+def _cuda_versions() -> list[Finding]:
+    """The CUDA that DALI and torch were built for, where there is a GPU and they differ: decoding on the CPU, the default, does not mind."""
+    import torch
+
+    found = [major for major, name in DALI.items() if _is_installed(name)]
+    wanted = int((torch.version.cuda or "0").split(".")[0])
+    if not torch.cuda.is_available() or not found or wanted in found:
+        return []
+    text = f"DALI is for CUDA {found[0]}, torch for CUDA {wanted}: images are decoded on the CPU all the same"
+    if wanted in DALI:
+        text += f"; for `data.decode: gpu`: pip uninstall {DALI[found[0]]} && pip install {DALI[wanted]}"
+    return [Finding("CUDA versions", text, is_ok=True)]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def _picture(kind: str) -> Any:

@@ -66,6 +66,34 @@ def test_examine__leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("installed", "of_torch", "parts"),
+    [
+        (12, "13.0", ["DALI is for CUDA 12, torch for CUDA 13", "install nvidia-dali-cuda130"]),
+        (13, "12.8", ["DALI is for CUDA 13, torch for CUDA 12", "install nvidia-dali-cuda120"]),
+        (12, "14.1", ["DALI is for CUDA 12, torch for CUDA 14"]),
+        (12, "12.8", None),
+        (13, "13.0", None),
+        (None, "13.0", None),  # another finding names that
+    ],
+)
+def test_cuda_versions__that_differ_are_named(
+    installed: int | None,
+    of_torch: str,
+    parts: list[str] | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", of_torch)
+    names = [] if installed is None else [doctor.DALI[installed]]
+    monkeypatch.setattr(doctor, "_is_installed", names.__contains__)
+    assert doctor._cuda_versions() == []  # there is no GPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = doctor._cuda_versions()
+    assert len(found) == (parts is not None)
+    for part in parts or []:
+        assert found[0].is_ok and part in found[0].found
+
+
 def test_finding__as_plain_data() -> None:
     found = Finding("free disk", "1 GiB", is_ok=False, fix="Free some space.")
     assert found.to_json() == {
