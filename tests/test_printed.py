@@ -164,7 +164,7 @@ def test_commands__show_hostile_names_escaped(
         if words[:2] == ("data", "check"):
             assert "[red]b.jpg" in out
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise DataError(HOSTILE, fix=HOSTILE)
 
     monkeypatch.setattr("distill.job.prepare.check_data", fail)

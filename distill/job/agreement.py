@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -24,12 +23,22 @@ from distill.errors import DataError, SetupError
 from distill.job.prepare import Job
 from distill.job.teacher_files import files_of_weights
 from distill.recipe.keys import FamilyRecipe
+from distill.recipe.outside_code import path_of
 from distill.recipe.types import is_custom
 
 PACKAGES = ("distill", "teacher", "students")
 DISTRIBUTION = "distill-family"
-COMPUTING = ("torch", "deepspeed", "numpy", "nvidia-dali-cuda120", "timm", "transformers")
+COMPUTING = (
+    "torch",
+    "deepspeed",
+    "numpy",
+    "nvidia-dali-cuda130",
+    "nvidia-dali-cuda120",
+    "timm",
+    "transformers",
+)
 ROW_BYTES = 2048  # of what a rank sends
+LONGEST = 200  # letters of one value, of 8
 BLOCKS, BLOCK_BYTES = 32, 2**16  # of a large file, evenly spread: a teacher of 28 GB costs 2 MB
 ENTRIES, PICTURES = 64, 4  # of an index, evenly spread: compared, and read
 NAMED = 4  # ranks, or groups of them, in a line
@@ -89,7 +98,8 @@ def require_agreement(job: Job, control: dist.ProcessGroup) -> None:
     num_ranks = dist.get_world_size(control)
     if num_ranks == 1:
         return
-    text = json.dumps([socket.gethostname(), facts_of(job)]).encode()
+    facts = {name: _shortened(value) for name, value in facts_of(job).items()}
+    text = json.dumps([socket.gethostname(), facts]).encode()
     assert len(text) <= ROW_BYTES, f"{len(text)} bytes of facts"
     row = torch.frombuffer(bytearray(text.ljust(ROW_BYTES)), dtype=torch.uint8)
     rows = [torch.empty_like(row) for _ in range(num_ranks)]
@@ -137,6 +147,12 @@ def _hash(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()[:12]
 
 
+def _shortened(value: str) -> str:
+    """A value that fits into a row with all the others: of a long one (paths) the end, and a hash of all."""
+    text = value.encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= LONGEST else f"{_hash([text.encode()])} ...{text[-LONGEST // 2 :]}"
+
+
 def _version(distribution: str) -> str:
     try:
         return version(distribution)
@@ -156,13 +172,14 @@ def _code_of_students(job: Job) -> Iterator[bytes]:
     """The files of the modules that students from outside are made by, without what those import."""
     if not isinstance(job.recipe, FamilyRecipe):
         return
-    archs = {student.arch for student in job.recipe.students if is_custom(student.arch)}
-    for module in sorted({arch.partition(":")[0] for arch in archs}):
-        yield module.encode()
-        with suppress(ImportError, OSError, ValueError):
-            found = find_spec(module)
-            if found is not None and found.origin is not None:
-                yield Path(found.origin).read_bytes()
+    for arch in sorted(
+        {student.arch for student in job.recipe.students if is_custom(student.arch)}
+    ):
+        yield arch.encode()
+        path = path_of(arch)
+        with suppress(OSError):  # a folder without a file of its own
+            if path is not None:
+                yield path.read_bytes()
 
 
 def _entries(index: ImageIndex) -> Iterator[bytes]:

@@ -1,5 +1,6 @@
 """Ranks that would train something else end the job before its first step, and the one that differs is named."""
 
+import json
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from distill.data.index import ImageIndex
 from distill.errors import SetupError
 from distill.job import agreement
-from distill.job.agreement import FIXES, compare, facts_of, require_agreement
+from distill.job.agreement import FIXES, ROW_BYTES, _shortened, compare, facts_of, require_agreement
 from distill.job.prepare import JobRequest, prepare, read_job
 from distill.train.groups import make_control
 from tests.distill.job.test_teacher_files import write_teacher
@@ -99,6 +100,15 @@ def test_facts_of__change_with_what_a_node_reads(
     monkeypatch.undo()
     monkeypatch.setattr(agreement, "PACKAGES", ("distill", "teacher"))
     assert differing(run, before) == {"distill"}
+
+
+def test_shortened__any_path_fits_into_a_row_and_differs_from_others() -> None:
+    paths = ["/" + letter * 5000 + "/weights" for letter in "aé\\"]
+    short = [_shortened(path) for path in paths]
+    assert len({*short}) == len(paths) and all(text.endswith("/weights") for text in short)
+    facts = dict.fromkeys(FIXES, max(short, key=lambda text: len(json.dumps(text))))
+    assert len(json.dumps(["host" * 15, facts])) <= ROW_BYTES
+    assert _shortened("/data/teacher, 1234") == "/data/teacher, 1234"
 
 
 def test_compare__names_ranks_hosts_both_values_and_the_next_move() -> None:

@@ -14,7 +14,8 @@ from distill.plan.placement import NetworkCost
 from distill.plan.plan import make_plan
 from distill.runfolder.events import read_events
 from distill.runfolder.heartbeat import Heartbeat
-from distill.train.faults import FaultHandler, parked_reason
+from distill.runfolder.parked import read_parked
+from distill.train.faults import FaultHandler
 from distill.train.groups import make_groups
 from distill.train.loop import run_phase
 from distill.train.micro_batches import agreed_micro_batches, smaller_part
@@ -75,7 +76,7 @@ def test_student__out_of_memory_goes_on_with_half_the_images_and_the_same_gradie
     assert event.kind == "out of memory" and event.network == "a" and event.step == 0
     assert event.text.endswith("of 32 images, 16 from the next start on")
     (halved,) = on_ranks(1, train, str(tmp_path), KOLEO_GROUP)
-    assert halved["limits"] == {"a": KOLEO_GROUP} and parked_reason(tmp_path, "a") is None
+    assert halved["limits"] == {"a": KOLEO_GROUP} and read_parked(tmp_path, "a") is None
     assert halved["losses"]["a"] == pytest.approx(whole["losses"]["a"], rel=2e-6)
     states: list[dict[str, Tensor]] = [halved["state"], whole["state"]]
     for key, tensor in states[1].items():
@@ -87,7 +88,8 @@ def test_student__of_one_koleo_group_is_parked_where_memory_does_not_suffice(
 ) -> None:
     with pytest.raises(AssertionError, match="StudentError: a is parked from now on"):
         on_ranks(2, train, str(tmp_path), KOLEO_GROUP - 1)  # 16 images on each rank
-    assert "OutOfMemoryError" in str(parked_reason(tmp_path, "a"))
+    parked = read_parked(tmp_path, "a")
+    assert parked is not None and "OutOfMemoryError" in parked.reason
     assert not (tmp_path / "micro_batches").exists()
 
 
