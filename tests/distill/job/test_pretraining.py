@@ -107,6 +107,7 @@ def test_pretraining__zero_stages_clip_alike(
     assert unclipped["losses"] != pytest.approx(two["losses"], rel=1e-3)  # clipping is at work
 
 
+@pytest.mark.slow  # a job of three ranks
 def test_pretraining__layouts_give_nearly_the_same_losses(
     images: Path, two: dict[str, Any], tmp_path: Path
 ) -> None:

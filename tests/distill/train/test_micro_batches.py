@@ -65,6 +65,7 @@ def train(folder: str, most_images: int) -> dict[str, Any]:
     return {"losses": recorder.losses, "limits": limits, "state": trainer.ema()}
 
 
+@pytest.mark.slow
 def test_student__out_of_memory_goes_on_with_half_the_images_and_the_same_gradient(
     tmp_path: Path,
 ) -> None:
