@@ -43,7 +43,7 @@ def timing_peers() -> Iterator[list[StreamMarks]]:
 
 @contextmanager
 def waiting_for_peers(device: torch.device) -> Iterator[None]:
-    """StreamMarks a collective, with the transfer, where ``device`` is a GPU and something is timed."""
+    """Marks a collective, with the transfer, where ``device`` is a GPU and something is timed."""
     if device.type != "cuda" or not _open:
         yield
         return

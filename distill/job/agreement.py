@@ -177,7 +177,7 @@ def _code_of_students(job: Job) -> Iterator[bytes]:
     ):
         yield arch.encode()
         path = path_of(arch)
-        with suppress(OSError):  # a folder without a file of its own
+        with suppress(OSError):  # a package without __init__.py is a folder
             if path is not None:
                 yield path.read_bytes()
 
