@@ -123,7 +123,7 @@ def compare(ranks: Sequence[tuple[str, Mapping[str, str]]]) -> None:
         if not others:
             continue
         parts = [
-            f"{_numbers(found)} on {where} with {theirs}"
+            f"{name_ranks(found)} on {where} with {theirs}"
             for (where, theirs), found in others.items()
         ]
         more = f" and {len(parts) - NAMED} more groups" if len(parts) > NAMED else ""
@@ -133,9 +133,10 @@ def compare(ranks: Sequence[tuple[str, Mapping[str, str]]]) -> None:
         )
 
 
-def _numbers(ranks: Sequence[int]) -> str:
-    text = ", ".join(map(str, ranks[:NAMED]))
-    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+def name_ranks(ranks: Sequence[int], most: int = NAMED) -> str:
+    """Names the first ``most`` of some ranks, and how many more there are."""
+    text = ", ".join(map(str, ranks[:most]))
+    more = f" and {len(ranks) - most} more" if len(ranks) > most else ""
     return f"rank{'s' if len(ranks) > 1 else ''} {text}{more}"
 
 

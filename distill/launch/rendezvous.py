@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, not listed
 
 from distill.errors import SetupError, UserError
+from distill.job.agreement import name_ranks
 from distill.job.prepare import launch_of
 from distill.runfolder.failure import LOST_EXIT_CODE
 
@@ -37,11 +38,8 @@ LOOK_S = 0.1
 LONGEST_PAUSE_S = 2.0
 NAMED = 8  # ranks in a line
 REQUESTS = "requests"  # in the store: how many there were
-READ, GO, LEFT = (
-    "read",
-    "go",
-    "left",
-)  # under the nonce: ranks that reported, the end, ranks that heard it
+# Under the nonce: ranks that reported, the end, ranks that heard it
+READ, GO, LEFT = "read", "go", "left"
 
 
 @dataclass(frozen=True)
@@ -175,7 +173,7 @@ class Rendezvous:
         while self._answer(answer, READ) < len(others):
             if wait.is_due():
                 missing = [rank for rank in others if not self._store.check([self._report(rank)])]
-                wait.look(f"for {_ranks(missing)} of {self._here.num_ranks}")
+                wait.look(f"for {name_ranks(missing, NAMED)} of {self._here.num_ranks}")
             time.sleep(LOOK_S)
         for rank in others:
             refusal = json.loads(self._store.get(self._report(rank)))
@@ -290,10 +288,3 @@ class _Wait:
             )
         if os.environ.get("LOCAL_RANK", "0") == "0":
             sys.stderr.write(f"{self._here} waits {what}, {waited:.0f} s\n")
-
-
-def _ranks(numbers: Sequence[int]) -> str:
-    """The first of some ranks, and how many more there are."""
-    text = ", ".join(map(str, numbers[:NAMED]))
-    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
-    return f"rank{'s' if len(numbers) > 1 else ''} {text}{more}"

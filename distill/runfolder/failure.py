@@ -23,9 +23,8 @@ from distill.runfolder.heartbeat import HeartbeatRecord, read_records
 from distill.runfolder.process_identity import ENDED
 
 FILE = "failure.json"
-LOST_EXIT_CODE = (
-    4  # a rank died or hung: nothing is wrong with the job, start it again; as of ``RankError``
-)
+# A rank died or hung: nothing is wrong with the job, start it again
+LOST_EXIT_CODE = RankError.exit_code
 # Of a lost connection: the other end is gone, did not answer in time, or ended the collective
 CONNECTION_WORDS = (
     "onnection closed",

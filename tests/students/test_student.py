@@ -1,14 +1,8 @@
 """Networks are made where they work: the same numbers on every device, and one tensor at a time in the host's memory."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from students.student import build_backbone, build_heads, build_network, seeded
@@ -16,6 +10,7 @@ from teacher.heads import Head, init_head_
 from teacher.shapes import HeadShape, ViTSpec
 from tests.support.gpu import CPU_AND_GPU
 from tests.support.memory import uninitialized_memory_is_nan
+from tests.support.saved_bytes import PeakBytes
 
 VIT = ViTSpec(64, 3, 2, 128, ffn="swiglu", qv_bias=False)
 CONVNEXT = ConvNeXtSpec((1, 1, 2, 1), (8, 16, 32, 64))
@@ -58,37 +53,12 @@ def test_build_heads__go_on_with_the_generator() -> None:
             assert torch.equal(head.state_dict()[name], tensor), name
 
 
-class _HostBytes(TorchDispatchMode):
-    """The most bytes of the host that tensors held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = 0
-        self._held: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.device.type == "cpu":
-                storage = leaf.untyped_storage()
-                self._held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self._held = {key: held for key, held in self._held.items() if not held[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self._held.values()))
-        return result
-
-
 def test_build_network__holds_one_tensor_in_the_host() -> None:
     """The meta device stands for one elsewhere: what is copied there takes no memory here."""
     largest = max(p.numel() for p in [*VIT.build().parameters(), *Head(SHAPES[0]).parameters()])
-    with _HostBytes() as before:
+    with PeakBytes("cpu") as before:
         drawn_in_place(VIT)
-    with _HostBytes() as counted:
+    with PeakBytes("cpu") as counted:
         network, *heads = build_network(
             VIT, SHAPES, seeded(3, "network"), torch.device("meta"), torch.bfloat16
         )

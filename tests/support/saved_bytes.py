@@ -73,10 +73,11 @@ def counting_saved(left_out: Sequence[Tensor]) -> Iterator[SavedBytes]:
 
 
 class PeakBytes(TorchDispatchMode):
-    """Inside, the most bytes that tensors made inside hold at once, after any operator."""
+    """Inside, the most bytes that tensors made inside hold at once, after any operator; those of one device where it is named."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str | None = None) -> None:
         super().__init__()
+        self._device_type = device_type
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
 
@@ -94,8 +95,13 @@ class PeakBytes(TorchDispatchMode):
         }
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
-                storage = leaf.untyped_storage()
+            if not isinstance(leaf, Tensor):
+                continue
+            storage, is_counted = (
+                leaf.untyped_storage(),
+                self._device_type in (None, leaf.device.type),
+            )
+            if is_counted and storage._cdata not in given:
                 self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self._alive = {key: each for key, each in self._alive.items() if not each[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
