@@ -152,7 +152,7 @@ def _decoder() -> Finding:
             raise RuntimeError(f"an image of {height} x {width} came out as {image.at(0).shape}")
         return f"DALI {dali.__version__} decodes on the CPU"
 
-    return _guarded("image decoder", look, f"pip install --constraint constraints.txt {DALI[12]}")
+    return _guarded("image decoder", look, f"pip install --constraint constraints.txt {DALI[13]}")
 
 
 def _gpu_decoder() -> list[Finding]:
