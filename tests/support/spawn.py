@@ -11,7 +11,9 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import chdir
 from datetime import timedelta
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 120
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
@@ -61,12 +64,14 @@ def on_ranks(
 
 
 def context_for(device_type: str) -> Any:
-    """How a rank starts; the server itself starts with the first rank, from this process's environment."""
+    """How a rank starts. The server starts here, once, in the folder that it finds ``tests`` in, wherever a test stands."""
     if device_type != "cpu":
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.support.preload"])
     os.environ.update(ONE_THREAD)
+    with chdir(ROOT):
+        forkserver.ensure_running()
     return context
 
 
