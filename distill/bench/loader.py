@@ -23,7 +23,7 @@ from distill.bench.pillow_reference import Blur, cut
 from distill.data.crops import CropSchedule
 from distill.data.index import ImageIndex, build_index
 from distill.job.to_data import build_feed, build_loader
-from distill.recipe.crop_sizes import crop_schedule
+from distill.plan.crop_sizes import crop_schedule
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 
 NUM_SYNTHETIC = 64

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distill.recipe.schema import KINDS, Kinds, schema
+from distill.cli.json_schema import KINDS, Kinds, schema
 from distill.recipe.types import Loc, Section, facts_of, fields_of, section_in
 
 Reads = dict[tuple[type[Section], str], set[str]]  # modules that read a field of a section

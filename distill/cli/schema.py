@@ -20,8 +20,8 @@ def schema(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Print the JSON Schema of a recipe, which editors complete and check keys with."""
+    from distill.cli.json_schema import KINDS, schema_text
     from distill.cli.key_text import markdown
-    from distill.recipe.schema import KINDS, schema_text
 
     if kind not in KINDS:
         raise RecipeError(f"{kind}: no kind of recipe", fix=f"Give one of: {', '.join(KINDS)}.")

@@ -13,9 +13,9 @@ from distill.data.masks import draw_masks
 from distill.errors import RecipeError
 from distill.job.prepare import training_index
 from distill.job.to_data import build_feed, build_loader
+from distill.plan.crop_sizes import crop_schedule
 from distill.plan.from_recipe import shape_of_recipe
 from distill.plan.teacher_source import teacher_shape
-from distill.recipe.crop_sizes import crop_schedule
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.schedules import StageSpec
 from students.shapes import grid_of

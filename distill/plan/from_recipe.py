@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from distill.data.mask_counts import mean_masked
 from distill.errors import PlanError
+from distill.plan.crop_sizes import crop_schedule
 from distill.plan.flops import (
     DEFAULT_DEVICE,
     CropShapes,
@@ -34,7 +35,6 @@ from distill.plan.memory import (
 )
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import RANKS_PER_NODE, Plan, PlanOptions, make_plan, without
-from distill.recipe.crop_sizes import crop_schedule
 from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import HeadsSpec, StudentSpec
 from distill.recipe.schedules import StageSpec

@@ -14,13 +14,13 @@ from PIL import Image
 from distill.cli import doctor
 from distill.cli.app import main
 from distill.cli.doctor import Finding
+from distill.cli.recipe_copy import copy_recipe
 from distill.errors import DataError, SetupError
 from distill.evaluate import summary as finish
 from distill.job import prepare
 from distill.launch import local as launch
 from distill.launch.local import Options
 from distill.recipe.reader import load_job
-from distill.recipe.writer import copy_recipe
 from tests.support.command import Result, Run
 
 

@@ -18,8 +18,8 @@ from distill.data.mask_counts import mask_counts
 from distill.data.masks import draw_masks
 from distill.job.pretraining import lr_factors
 from distill.job.to_data import build_feed, build_loader
+from distill.plan.crop_sizes import crop_schedule
 from distill.plan.from_recipe import shape_of_recipe
-from distill.recipe.crop_sizes import crop_schedule
 from distill.recipe.keys import TeacherRecipe
 from distill.recipe.schedules import StageSpec
 from distill.train import schedule

@@ -8,6 +8,7 @@ import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
+from distill.cli.recipe_copy import copy_recipe
 from distill.data.index import make_index
 from distill.data.locations import Location
 from distill.data.sampler import Pool
@@ -21,7 +22,7 @@ from distill.recipe.keys import CheckpointSpec, FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import ArchSpec
 from distill.recipe.reader import load_job, load_recipe, names_teacher_recipe
 from distill.recipe.types import Section
-from distill.recipe.writer import copy_recipe, resolved_yaml
+from distill.recipe.writer import resolved_yaml
 from students.shapes import CATALOG, ConvNeXtSpec
 from teacher.shapes import ViTSpec
 
