@@ -51,7 +51,7 @@ def status_of(run: Path) -> dict[str, Any]:
 
 
 def wait_for_step(
-    process: subprocess.Popen[str], run: Path, phase: str, step: int, wait_s: float = 120.0
+    process: subprocess.Popen[str], run: Path, phase: str, step: int, wait_s: float = 300.0
 ) -> None:
     """Returns when the running job has finished ``step`` steps of a phase."""
     deadline = time.monotonic() + wait_s

@@ -42,8 +42,10 @@ def test_bench__networks_in_every_mode(device: str, recipe: Path, tmp_path: Path
         step = found["step_s"]
         assert 0 < step["min"] <= step["median"] <= step["max"]
         assert 0 < found["utilisation"] <= 1 and len(found["teach_s"]) == report["ranks"]
-        for row in found["timeline"]:  # of each rank: no time is told twice, or not at all
-            assert row[0][0] == 0.0 and {span[2] for span in row} >= {"teaching", "learning"}
+        rows = found["timeline"]  # a rank far ahead or behind may learn nothing in rank 0's step
+        assert {span[2] for row in rows for span in row} >= {"teaching", "learning"}
+        for row in rows:  # of each rank: no time is counted twice, or not at all
+            assert row[0][0] == 0.0
             assert all(stop == start for (_, stop, *_), (start, *_) in pairwise(row))
     sent = {name: found["exchange_bytes_max"] for name, found in report["modes"].items()}
     assert sent["separate one"] == 0
