@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,14 +24,14 @@ from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.runfolder.files import is_full
 from distill.runfolder.metrics import read_rows
 from distill.runfolder.parked import read_parked
-from distill.runfolder.status import RunState, Status, StatusFile, write_json
+from distill.runfolder.status import TRAINED, Status, StatusFile, networks_in, write_json
 from distill.screen.tables import unfinished_students
 from distill.train.device import has_gpu
 from distill.weights.containers import read_object
 from distill.weights.load import load_backbone
 
 NUM_PHOTOGRAPHS = 4  # rows of the picture
-EXPORTED: frozenset[RunState] = frozenset({"exporting", "evaluating", "finished"})
+ALIVE_S = 10.0  # between two signs of life while a network is scored
 
 
 def finish(run_folder: Path) -> dict[str, Any]:
@@ -50,11 +51,6 @@ def finish(run_folder: Path) -> dict[str, Any]:
     students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
     entries = {s.label: _entry(run_folder, s.label, status) for s in students}
 
-    def show(text: str) -> None:
-        now = replace(status, state="evaluating", message=text, updated_unix=time.time())
-        status_file.write(now)
-
-    show("")
     timing = json.loads((run_folder / "timing.json").read_text())
     specs = {s.label: s.backbone_spec() for s in students if entries[s.label]["steps"] != 0}
     last = [phase.name for phase in status.phases][-1]
@@ -67,29 +63,60 @@ def finish(run_folder: Path) -> dict[str, Any]:
     write_json(run_folder / "summary.json", summary)
     device = torch.device("cuda" if has_gpu(job.recipe.engine.device) else "cpu")
     teacher = job.teacher_paths[0]
-    summary = evaluate_run(run_folder, show, teacher_folder=teacher, specs=specs, device=device)
-    show("drawing features.png")
-    networks = {"teacher": load_backbone(teacher)[0].to(device)}
-    for name, spec in specs.items():
-        networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0].to(device)
-    data = job.recipe.data
-    photographs = _photographs(run_folder, data.sources[0].path)
-    messages, picture = unfinished_students(summary), run_folder / "features.png"
-    try:
-        plot_features(networks, photographs, picture, mean=data.mean, std=data.std)
-    except OSError as error:
-        if not is_full(error):
-            raise
-        messages.append(
-            f"{picture.name} was not written ({error.strerror}): make room and run `distill eval {run_folder}`"
+    with _LiveStatus(status_file, status) as live:
+        summary = evaluate_run(
+            run_folder, live.show, teacher_folder=teacher, specs=specs, device=device
         )
+        live.show("drawing features.png")
+        networks = {"teacher": load_backbone(teacher)[0].to(device)}
+        for name, spec in specs.items():
+            networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0].to(device)
+        data = job.recipe.data
+        photographs = _photographs(run_folder, data.sources[0].path)
+        messages, picture = unfinished_students(summary), run_folder / "features.png"
+        try:
+            plot_features(networks, photographs, picture, mean=data.mean, std=data.std)
+        except OSError as error:
+            if not is_full(error):
+                raise
+            messages.append(
+                f"{picture.name} was not written ({error.strerror}): make room and run `distill eval {run_folder}`"
+            )
     fates = {
         name: replace(network, state="parked") if entries.get(name, {}).get("parked") else network
-        for name, network in status.networks.items()
+        for name, network in networks_in("finished", status.networks).items()
     }
     ended = replace(status, state="finished", message="; ".join(messages), networks=fates)
     status_file.write(replace(ended, updated_unix=time.time(), work_done=1.0, eta_s=0.0))
     return summary
+
+
+class _LiveStatus:
+    """The status while networks are scored, renewed now and then: a large network may take minutes without a word."""
+
+    def __init__(self, file: StatusFile, status: Status) -> None:
+        self._file, self._status = file, replace(status, state="evaluating", message="")
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="live status", daemon=True)
+
+    def show(self, text: str) -> None:
+        """Replaces the message; what it was before is written no more."""
+        with self._lock:
+            self._status = replace(self._status, message=text, updated_unix=time.time())
+            self._file.write(self._status)
+
+    def __enter__(self) -> "_LiveStatus":
+        self.show("")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._over.wait(ALIVE_S):
+            self.show(self._status.message)
 
 
 def _entry(run_folder: Path, name: str, status: Status) -> dict[str, Any]:
@@ -103,7 +130,7 @@ def _entry(run_folder: Path, name: str, status: Status) -> dict[str, Any]:
     entry = {"loss": _last_loss(run_folder, name), "parked": parked and asdict(parked)}
     if record.is_file():
         return {**entry, "steps": read_object(record).get("steps")}
-    if parked is None and status.state not in EXPORTED:
+    if parked is None and status.state not in TRAINED:
         raise UserError(
             f"{run_folder}: {name} is not exported yet, the run has not finished ({status.state})",
             fix=f"Let the run finish: {status.resume_command}",

@@ -120,6 +120,7 @@ def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -
     from distill.job.forkserver import choose_start_method
     from distill.job.prepare import prepare
     from distill.launch.supervisor import Supervisor
+    from distill.train.device import require_device
 
     console = make_console()
     live = console.is_terminal and not options.plain
@@ -127,6 +128,7 @@ def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -
     num_ranks = count_processes(options.processes or engine.processes)
     request = replace(request, ranks_per_node=None if engine.ranks_per_node else num_ranks)
     start_method = choose_start_method(engine.device)  # it imports while the job is prepared
+    require_device(engine.device, num_ranks)
     with run_lock(folder) as lock:
         lock.alone()
         job = prepare(
@@ -182,6 +184,7 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
     from distill.job.prepare import prepare
     from distill.launch.rank import entry
     from distill.launch.rendezvous import Rendezvous, launched_rank, open_store
+    from distill.train.device import require_device
 
     here = launched_rank(os.environ)
     ranks_per_node = None if engine.ranks_per_node else ranks_on_node(os.environ)
@@ -195,6 +198,7 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
     console = make_console()
     with run_lock(folder) as lock:
         with rendezvous.failing_together():
+            require_device(engine.device)
             lock.alone()
             prepare(
                 request,

@@ -268,6 +268,20 @@ def read_records(run_folder: Path, num_ranks: int) -> list[HeartbeatRecord]:
     return [record for record in records if record is not None]
 
 
+def last_beat_unix(run_folder: Path, recent_unix: float) -> float:
+    """Returns when a rank last wrote its record, 0 where none has; the first one after ``recent_unix`` will do.
+
+    Each file is opened, since a network file system may answer for a closed one from its memory.
+    """
+    last = 0.0
+    for path in record_path(run_folder, 0).parent.glob("rank-*.json"):
+        with suppress(OSError), path.open("rb") as file:
+            last = max(last, os.fstat(file.fileno()).st_mtime)
+        if last > recent_unix:
+            break
+    return last
+
+
 @contextmanager
 def stacks_on_signal(run_folder: Path, world_rank: int) -> Iterator[Path]:
     """Inside, SIGUSR2 appends the stacks of all threads to the rank's file; a file without any is removed at the end."""

@@ -2,7 +2,8 @@
 
 The launcher takes the lock alone to prepare the folder, then shares it with its ranks. The system lets
 go of it when a process ends, however it ends. The file lies beside the real folder, which ``--fresh``
-empties: a link to it, or another way to write its name, leads to the same file.
+empties: a link to it, or another way to write its name, leads to the same file. Without a run folder it
+does not stay either.
 """
 
 import errno
@@ -10,7 +11,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -23,8 +24,17 @@ NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP})  # file systems without; the
 class RunLock:
     """A process's hold on a run folder."""
 
-    def __init__(self, run_folder: Path, file: IO[str]) -> None:
-        self._run_folder, self._file = run_folder, file
+    def __init__(self, run_folder: Path) -> None:
+        real = Path(os.path.realpath(run_folder))
+        self._run_folder, self._path = run_folder, real.with_name(f".{real.name}.lock")
+        self._made_parent = not self._path.parent.exists()
+        try:
+            self._file = self._open()
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: the lock of {run_folder} cannot be written ({error.strerror})",
+                fix="Use a run folder inside a folder that you may write to.",
+            ) from error
 
     def alone(self, wait_s: float = WAIT_S) -> None:
         """Waits until no other process works in the folder.
@@ -33,13 +43,17 @@ class RunLock:
             UserError: another one still does.
         """
         deadline = time.monotonic() + wait_s
-        while not self._try(fcntl.LOCK_EX):
-            if time.monotonic() > deadline:
+        while True:
+            if self._try(fcntl.LOCK_EX):
+                if not self._was_removed():
+                    return
+            elif time.monotonic() > deadline:
                 raise UserError(
                     f"{self._run_folder}: another job is at work in it",
                     fix="Wait for it or stop it, or give this one another --name.",
                 )
-            time.sleep(0.1)
+            else:
+                time.sleep(0.1)
 
     def share(self) -> None:
         """Lets others of the same job in; for a launcher that has prepared the folder, and for its ranks.
@@ -52,6 +66,28 @@ class RunLock:
                 f"{self._run_folder}: another job took it over",
                 fix="Start one job per run folder, or give this one another --name.",
             )
+
+    def close(self) -> None:
+        """Lets go. Where the run folder was not made the file goes too: a start that was refused leaves nothing."""
+        if not os.path.lexists(self._run_folder) and self._try(fcntl.LOCK_EX):
+            self._path.unlink(missing_ok=True)
+            if self._made_parent:
+                with suppress(OSError):  # other runs are in it
+                    self._path.parent.rmdir()
+        self._file.close()
+
+    def _open(self) -> IO[str]:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        return self._path.open("w")
+
+    def _was_removed(self) -> bool:
+        """Another process removed the file after this one had opened it; then it is opened anew."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(self._path.stat(), os.fstat(self._file.fileno())):
+                return False
+        self._file.close()
+        self._file = self._open()
+        return True
 
     def _try(self, kind: int) -> bool:
         try:
@@ -71,15 +107,8 @@ def run_lock(run_folder: Path) -> Iterator[RunLock]:
     Raises:
         UserError: the file of the lock cannot be made.
     """
-    real = Path(os.path.realpath(run_folder))
-    path = real.with_name(f".{real.name}.lock")
+    lock = RunLock(run_folder)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
-    except OSError as error:
-        raise UserError(
-            f"{path}: the lock of {run_folder} cannot be written ({error.strerror})",
-            fix="Use a run folder inside a folder that you may write to.",
-        ) from error
-    with file:
-        yield RunLock(run_folder, file)
+        yield lock
+    finally:
+        lock.close()

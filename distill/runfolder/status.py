@@ -32,7 +32,8 @@ RunState = Literal[
     "stopped",
     "failed",
 ]
-NetworkState = Literal["training", "waiting", "done", "parked"]
+NetworkState = Literal["training", "waiting", "done", "stopped", "parked"]
+TRAINED: frozenset[RunState] = frozenset({"exporting", "evaluating", "finished"})  # after all steps
 FINAL_STATES: frozenset[RunState] = frozenset({"finished", "stopped", "failed"})
 KNN_K = 5  # of the scores in ``summary.json``
 TEACHER = "teacher"  # its name beside those of students
@@ -123,6 +124,19 @@ class Status:
         return cls(**fields)
 
 
+def networks_in(state: RunState, networks: Mapping[str, NetworkStatus]) -> dict[str, NetworkStatus]:
+    """Networks as they are once the run is in ``state``: done after all steps, stopped with the run, parked for good."""
+    now: NetworkState | None = "done" if state in TRAINED else None
+    if state in {"stopped", "failed"}:
+        now = "stopped"
+    return {
+        name: network
+        if now is None or network.state in {"parked", "done"}
+        else replace(network, state=now)
+        for name, network in networks.items()
+    }
+
+
 def work_done(phases: Sequence[PhaseStatus], phase: str, step: int) -> float:
     """Fraction of the run's work finished after ``step`` steps of ``phase``.
 
@@ -184,8 +198,8 @@ class StatusFile:
         """Replaces the newest status, if there is one, by that of a run that failed."""
         status = self.read()
         if status is not None:
-            now = time.time()
-            self.write(replace(status, state="failed", message=message, updated_unix=now))
+            ended = replace(status, networks=networks_in("failed", status.networks))
+            self.write(replace(ended, state="failed", message=message, updated_unix=time.time()))
 
     def read(self) -> Status | None:
         """The newest status, or None while the run has not written one.

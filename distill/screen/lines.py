@@ -19,8 +19,9 @@ PROGRESS_S = 15.0  # ... or after this time, stretched to 2 % of the elapsed tim
 class Narrator:
     """Turns snapshots into lines, each event once."""
 
-    def __init__(self) -> None:
-        """Nothing has been printed."""
+    def __init__(self, since_unix: float = 0.0) -> None:
+        """Nothing has been printed; what happened before ``since_unix`` never is."""
+        self._since_unix = since_unix
         self._status: Status | None = None
         self._printed_work = 0.0
         self._printed_unix = -math.inf
@@ -28,50 +29,65 @@ class Narrator:
         self._num_events = 0
 
     def lines(self, snapshot: RunSnapshot) -> list[str]:
-        """The lines for what happened since the last snapshot, oldest first."""
+        """The lines for what happened since the last snapshot, oldest first, each with the time when it happened."""
         before, now = self._status, snapshot.status
         fresh = snapshot.events[self._num_events :]
         self._num_events += len(fresh)
-        events = [event.text for event in fresh]
-        if now is None:
-            return _stamped(events, snapshot.now_unix)
+        happened = [(event.time_unix, event.text) for event in fresh]
+        if now is not None:
+            happened += self._changes(before, snapshot, now)
+        quiet_s = silence_s(snapshot)
+        if quiet_s and not self._has_printed_silence:
+            text = f"no news for {duration(quiet_s)}: is the job still running?"
+            happened.append((snapshot.now_unix, text))
+        self._has_printed_silence = bool(quiet_s)
+        self._status = now or before
+        happened = [entry for entry in happened if entry[0] >= self._since_unix]
+        return _stamped(sorted(happened, key=lambda entry: entry[0]), snapshot.now_unix)
+
+    def _changes(
+        self, before: Status | None, snapshot: RunSnapshot, now: Status
+    ) -> list[tuple[float, str]]:
+        """What the status has that the one before had not."""
+        happened = []
         if now.last_checkpoint and (
             before is None or before.last_checkpoint != now.last_checkpoint
         ):
             saved = now.last_checkpoint
-            events.append(f"saved {saved.path} ({saved.phase} step {saved.step})")
+            text = f"saved {saved.path} ({saved.phase} step {saved.step})"
+            happened.append((saved.saved_unix, text))
         if now.phase and (before is None or before.phase != now.phase):
-            events.append(_phase_line(now))
-            self._printed_work, self._printed_unix = now.work_done, snapshot.now_unix
+            happened.append((now.phase_started_unix or now.updated_unix, _phase_line(now)))
+            self._note_progress(now)
         if now.bad_samples and (before is None or before.bad_samples < now.bad_samples):
-            events.append(f"{now.bad_samples:,} bad samples so far, named in bad_samples.jsonl")
-        if self._is_progress_due(snapshot):
-            events.append(_progress_line(snapshot))
-            self._printed_work, self._printed_unix = now.work_done, snapshot.now_unix
+            text = f"{now.bad_samples:,} bad samples so far, named in bad_samples.jsonl"
+            happened.append((now.updated_unix, text))
+        if self._is_progress_due(now):
+            happened.append((now.updated_unix, _progress_line(snapshot)))
+            self._note_progress(now)
         if before is None or (before.state, before.message) != (now.state, now.message):
-            events.extend(_state_lines(before, snapshot))
-        quiet_s = silence_s(snapshot)
-        if quiet_s and not self._has_printed_silence:
-            events.append(f"no news for {duration(quiet_s)}: is the job still running?")
-        self._has_printed_silence = bool(quiet_s)
-        self._status = now
-        return _stamped(events, snapshot.now_unix)
+            happened += [(now.updated_unix, line) for line in _state_lines(before, snapshot)]
+        return happened
 
-    def _is_progress_due(self, snapshot: RunSnapshot) -> bool:
-        now = snapshot.status
-        assert now is not None, "progress of a run without a status"
+    def _note_progress(self, status: Status) -> None:
+        self._printed_work, self._printed_unix = status.work_done, status.updated_unix
+
+    def _is_progress_due(self, now: Status) -> bool:
         if now.state != "training" or now.work_done <= self._printed_work:
             return False
-        gap_s = max(PROGRESS_S, 0.02 * (snapshot.now_unix - now.started_unix))
+        gap_s = max(PROGRESS_S, 0.02 * (now.updated_unix - now.started_unix))
         return (
             now.work_done - self._printed_work >= PROGRESS_FRACTION
-            or snapshot.now_unix - self._printed_unix >= gap_s
+            or now.updated_unix - self._printed_unix >= gap_s
         )
 
 
-def _stamped(events: Sequence[str], now_unix: float) -> list[str]:
-    # what a message holds after its first line is not to be taken for a line of the run
-    return [f"{time_of_day(now_unix)}  {event}".replace("\n", f"\n{'':10}") for event in events]
+def _stamped(happened: Sequence[tuple[float, str]], now_unix: float) -> list[str]:
+    stamps = [f"{time_of_day(unix, now_unix)}  " for unix, _ in happened]
+    return [  # what a message holds after its first line is not to be taken for a line of the run
+        stamp + text.replace("\n", "\n" + " " * len(stamp))
+        for stamp, (_, text) in zip(stamps, happened, strict=True)
+    ]
 
 
 def _phase_line(status: Status) -> str:

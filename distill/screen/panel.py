@@ -30,7 +30,13 @@ from distill.screen.words import (
 
 SHOWN_EVENTS = 3  # the latest, on the panel
 TREND_CELLS = 16
-STATE_STYLES = {"training": "green", "waiting": "yellow", "done": "cyan", "parked": "dim"}
+STATE_STYLES = {
+    "training": "green",
+    "waiting": "yellow",
+    "done": "cyan",
+    "stopped": "yellow",
+    "parked": "dim",
+}
 NARROW = 84  # columns below which trend and ranks are left out
 
 
@@ -133,7 +139,7 @@ def _notices(snapshot: RunSnapshot) -> list[Text]:
     if status.state in {"stopped", "failed"} and status.resume_command:
         notices.append(Text(f"Resume: {status.resume_command}", style="bold"))
     notices += [
-        Text(f"{time_of_day(event.time_unix)}  {event.text}", style="yellow")
+        Text(f"{time_of_day(event.time_unix, snapshot.now_unix)}  {event.text}", style="yellow")
         for event in snapshot.events[-SHOWN_EVENTS:]
     ]
     quiet_s = silence_s(snapshot)
@@ -162,7 +168,7 @@ def _network_table(snapshot: RunSnapshot, *, is_narrow: bool) -> Table:
         cells = _network_cells(name, network, rows)
         if is_narrow:
             del cells[3], cells[1]
-        table.add_row(*cells, style="dim" if network.state in {"parked", "done"} else "")
+        table.add_row(*cells, style="dim" if network.state in {"parked", "done", "stopped"} else "")
     return table
 
 

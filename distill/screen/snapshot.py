@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.runfolder.events import Event, read_events
+from distill.runfolder.heartbeat import last_beat_unix
 from distill.runfolder.metrics import MetricsReader, MetricsRow
 from distill.runfolder.status import FINAL_STATES, Status, StatusFile
 
@@ -15,7 +16,10 @@ if TYPE_CHECKING:
     pass
 
 
-SILENCE_S = 60.0  # without a new status (and ten steps' time) the job may be gone
+SILENCE_S = (
+    60.0  # without a new status (and ten steps' time) or a beat of any rank the job may be gone
+)
+LOOK_EVERY_S = 10.0  # heartbeats
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class RunSnapshot:
     rows: Mapping[str, Sequence[MetricsRow]]
     summary: Mapping[str, Any] | None
     now_unix: float
+    alive_unix: float = 0.0  # when a rank's heartbeat last moved, looked up where the status is old
     events: Sequence[Event] = ()
 
 
@@ -38,16 +43,23 @@ class RunFiles:
     ) -> None:
         """Name the folder; no file need exist yet. A status from before ``since_unix`` is none."""
         self._folder = run_folder
-        self._since_unix = since_unix
+        self.since_unix = since_unix
         self._clock = clock
         self._status_file = StatusFile(run_folder)
+        self._alive_unix = self._looked_unix = 0.0
         self._readers: dict[str, MetricsReader] = {}
 
     def take_snapshot(self) -> RunSnapshot:
         """The run as its files describe it now."""
         status = self._status_file.read()
-        if status is not None and status.updated_unix < self._since_unix:
+        if status is not None and status.updated_unix < self.since_unix:
             status = None
+        now_unix = self._clock()
+        if status is not None and self._is_silent(status, now_unix):
+            self._looked_unix = now_unix
+            self._alive_unix = max(
+                self._alive_unix, last_beat_unix(self._folder, now_unix - LOOK_EVERY_S)
+            )
         for name in status.networks if status else ():
             reader = self._readers.setdefault(name, MetricsReader(self._folder, name))
             reader.poll()
@@ -56,9 +68,16 @@ class RunFiles:
             status=status,
             rows={name: reader.rows for name, reader in self._readers.items()},
             summary=self._read_summary() if status and status.state == "finished" else None,
-            now_unix=self._clock(),
-            events=read_events(self._folder, since_unix=self._since_unix),
+            now_unix=now_unix,
+            alive_unix=self._alive_unix,
+            events=read_events(self._folder, since_unix=self.since_unix),
         )
+
+    def _is_silent(self, status: Status, now_unix: float) -> bool:
+        """Whether heartbeats, of which there may be thousands, are to be looked up."""
+        if now_unix - self._looked_unix < LOOK_EVERY_S:
+            return False
+        return silence_s(RunSnapshot("", status, {}, None, now_unix, self._alive_unix)) > 0
 
     def _read_summary(self) -> Mapping[str, Any] | None:
         path = self._folder / "summary.json"
@@ -73,5 +92,5 @@ def silence_s(snapshot: RunSnapshot) -> float:
     status = snapshot.status
     if status is None or status.state in FINAL_STATES:
         return 0.0
-    silence_s = snapshot.now_unix - status.updated_unix
+    silence_s = snapshot.now_unix - max(status.updated_unix, snapshot.alive_unix)
     return silence_s if silence_s > max(SILENCE_S, 10 * (status.step_s or 0.0)) else 0.0

@@ -68,7 +68,7 @@ def _watch_live(
 
 
 def _watch_plain(files: RunFiles, console: Console, stop: threading.Event) -> Status | None:
-    narrator = Narrator()
+    narrator = Narrator(files.since_unix)
     while True:
         is_last = stop.is_set()
         snapshot = files.take_snapshot()

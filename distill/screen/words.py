@@ -14,9 +14,11 @@ BARS = "▁▂▃▄▅▆▇█"
 NOTHING = "-"
 
 
-def time_of_day(unix: float) -> str:
-    """The local time of day to the second."""
-    return datetime.fromtimestamp(unix).strftime("%H:%M:%S")
+def time_of_day(unix: float, now_unix: float) -> str:
+    """The local time of day to the second, with the date when that is not today's."""
+    local_time = datetime.fromtimestamp(unix)
+    is_today = local_time.date() == datetime.fromtimestamp(now_unix).date()
+    return local_time.strftime("%H:%M:%S" if is_today else "%a %d %b %H:%M:%S")
 
 
 def sparkline(values: Sequence[float], num_cells: int) -> str:

@@ -50,11 +50,8 @@ def _cuda_of_torch() -> str:
     return "built without CUDA" if torch.version.cuda is None else f"CUDA {torch.version.cuda}"
 
 
-def take_device(wanted: str, *, is_deterministic: bool = False) -> torch.device:
-    """This rank's device, the current one from now on; a GPU with the same bits every time if ``is_deterministic``.
-
-    It is the GPU with the number ``LOCAL_RANK``, 0 where no launcher set that; or the only visible one of a
-    rank that srun or mpirun started with one GPU per task.
+def require_device(wanted: str, num_ranks: int = 1) -> bool:
+    """Whether ``num_ranks`` ranks of this machine compute on a GPU each; all on the CPU otherwise.
 
     Raises:
         SetupError: a GPU is wanted where there is none, or torch cannot use it, or there are more ranks than there are GPUs.
@@ -65,16 +62,28 @@ def take_device(wanted: str, *, is_deterministic: bool = False) -> torch.device:
             "engine.device = cuda: no CUDA device on this machine",
             fix="Write `device: auto` or `device: cpu`.",
         )
-    if not is_on_gpu:
-        return torch.device("cpu")
-    local_rank, num_gpus = _local_rank(), torch.cuda.device_count()
-    if num_gpus == 1 and _is_task_with_gpu(local_rank):
-        local_rank = 0
-    if local_rank >= num_gpus:
+    if is_on_gpu and num_ranks > torch.cuda.device_count():
         raise SetupError(
-            f"engine.processes: rank {local_rank} of this machine has no GPU to itself, there are {num_gpus}",
+            f"engine.processes: rank {num_ranks - 1} of this machine has no GPU to itself, there are {torch.cuda.device_count()}",
             fix="Write `processes: auto` (one for each GPU; a rank can hold several students), or `device: cpu`.",
         )
+    return is_on_gpu
+
+
+def take_device(wanted: str, *, is_deterministic: bool = False) -> torch.device:
+    """This rank's device, the current one from now on; a GPU with the same bits every time if ``is_deterministic``.
+
+    It is the GPU with the number ``LOCAL_RANK``, 0 where no launcher set that; or the only visible one of a
+    rank that srun or mpirun started with one GPU per task.
+
+    Raises:
+        SetupError: a GPU is wanted where there is none, or torch cannot use it, or there are more ranks than there are GPUs.
+    """
+    local_rank = _local_rank()
+    if has_gpu(wanted) and torch.cuda.device_count() == 1 and _is_task_with_gpu(local_rank):
+        local_rank = 0
+    if not require_device(wanted, local_rank + 1):
+        return torch.device("cpu")
     if is_deterministic:
         _switch_to_deterministic()
     device = torch.device("cuda", local_rank)

@@ -28,6 +28,7 @@ from distill.runfolder.status import (
     RunState,
     Status,
     StatusFile,
+    networks_in,
     work_done,
 )
 from distill.train.delayed_reduce import DelayedAllReduce
@@ -108,6 +109,8 @@ class Recorder:
     def show(self, state: RunState, **changes: object) -> None:
         """Changes the status; written by world rank 0."""
         self.status = replace(self.status, state=state, updated_unix=time.time(), **changes)  # type: ignore[arg-type]
+        if state != "training":
+            self.status = replace(self.status, networks=networks_in(state, self.status.networks))
         if self._world_rank == 0:
             self._file.write(self.status)
 

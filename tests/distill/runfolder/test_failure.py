@@ -17,7 +17,7 @@ from distill.runfolder.failure import (
     write_failure,
 )
 from distill.runfolder.heartbeat import Heartbeat
-from distill.runfolder.lock import run_lock
+from distill.runfolder.lock import RunLock, run_lock
 from tests.support.status import SIGN
 
 
@@ -116,6 +116,23 @@ def test_run_lock__one_job_per_folder(tmp_path: Path) -> None:
         theirs.share()
     with run_lock(folder) as later:
         later.alone(wait_s=0.2)
+
+
+def test_run_lock__leaves_nothing_where_no_run_was_made(tmp_path: Path) -> None:
+    mine = RunLock(tmp_path / "runs/run")
+    with run_lock(tmp_path / "runs/run") as theirs:
+        mine.alone()
+        with pytest.raises(UserError, match="another job is at work"):
+            theirs.alone(wait_s=0.0)
+        mine.close()
+        theirs.alone(wait_s=0.0)  # the file that it had opened is gone: it holds the new one
+        with run_lock(tmp_path / "runs/run") as third, pytest.raises(UserError, match="at work"):
+            third.alone(wait_s=0.0)
+    assert not list(tmp_path.glob("*/.run.lock"))
+    (tmp_path / "empty").mkdir()
+    with run_lock(tmp_path / "empty/run"), run_lock(tmp_path / "new/run"):
+        pass
+    assert (tmp_path / "empty").is_dir() and not (tmp_path / "new").exists()
 
 
 def test_run_lock__is_of_the_real_folder_whatever_its_name(tmp_path: Path) -> None:

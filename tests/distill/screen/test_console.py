@@ -1,21 +1,24 @@
 import io
+import os
 import threading
 import time
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from distill.runfolder.events import Event, note
+from distill.runfolder.heartbeat import record_path
 from distill.runfolder.metrics import MetricsWriter
-from distill.runfolder.status import StatusFile, write_json
+from distill.runfolder.status import NetworkStatus, StatusFile, networks_in, write_json
 from distill.screen.lines import Narrator
 from distill.screen.panel import render_panel
-from distill.screen.snapshot import RunFiles, RunSnapshot
+from distill.screen.snapshot import RunFiles, RunSnapshot, silence_s
 from distill.screen.tables import scores_table
 from distill.screen.watch import watch
-from distill.screen.words import clock_time, duration, rank_ranges, sparkline
+from distill.screen.words import clock_time, duration, rank_ranges, sparkline, time_of_day
 from tests.support.status import PHASES, ROW, STATUS
 
 NOW = STATUS.updated_unix
@@ -106,11 +109,61 @@ def test_narrator__each_event_once(run_folder: Path) -> None:
     assert narrator.lines(snapshot_of(run_folder, phase="base", last_checkpoint=None)) != []
     lines = [line[10:] for line in narrator.lines(snapshot_of(run_folder, work_done=0.7))]
     assert lines == [
-        "saved checkpoints/family-10 (family step 10)",
         "phase family (3 of 3): 200 steps of small, tiny",
+        "saved checkpoints/family-10 (family step 10)",
     ]
     exporting = snapshot_of(run_folder, state="exporting", message="student small", work_done=0.7)
     assert [line[10:] for line in narrator.lines(exporting)] == ["exporting: student small"]
+
+
+def test_narrator__each_line_has_the_time_when_it_happened(run_folder: Path) -> None:
+    at = time_of_day
+    later = NOW + 3600.0
+    note(run_folder, Event("skipped", "small: step 7 skipped", "small", 7))
+    taken = replace(snapshot_of(run_folder, state="stopped"), now_unix=later)
+    event = replace(taken.events[0], time_unix=1007.0)
+    lines = Narrator().lines(replace(taken, events=[event]))
+    assert lines == [
+        f"{at(1005.0, later)}  phase family (3 of 3): 200 steps of small, tiny",
+        f"{at(1007.0, later)}  small: step 7 skipped",
+        f"{at(1008.0, later)}  saved checkpoints/family-10 (family step 10)",
+        f"{at(NOW, later)}  stopped at family step 20",
+    ]
+    days = Narrator().lines(replace(taken, now_unix=NOW + 3 * 86400.0, events=[]))
+    assert days[-1].startswith(f"{datetime.fromtimestamp(NOW):%a %d %b} ")
+    assert Narrator(1007.5).lines(replace(taken, events=[event])) == lines[2:]
+
+
+def test_silence__not_while_a_rank_lives(run_folder: Path) -> None:
+    now = time.time()
+    record = record_path(run_folder, 1)
+    record.parent.mkdir()
+    record.write_text("{}")
+    StatusFile(run_folder).write(replace(STATUS, updated_unix=now - 500.0))
+    clock = [now]
+    files = RunFiles(run_folder, clock=lambda: clock[0])
+    assert silence_s(files.take_snapshot()) == 0.0
+    clock[0] = now + 50.0
+    assert silence_s(files.take_snapshot()) == 0.0
+    clock[0] = now + 70.0  # neither status nor heartbeat moved
+    assert 69.0 < silence_s(files.take_snapshot()) < 75.0
+    os.utime(record, (now + 75.0, now + 75.0))
+    clock[0] = now + 76.0  # looked for soon, not at every redraw
+    assert silence_s(files.take_snapshot()) > 0.0
+    clock[0] = now + 81.0
+    assert silence_s(files.take_snapshot()) == 0.0
+
+
+def test_networks__stop_and_finish_with_their_run(run_folder: Path) -> None:
+    both = {"small": NetworkStatus((0,), "training"), "tiny": NetworkStatus((1,), "parked")}
+    for state, shown in (("finished", "done"), ("stopped", "stopped"), ("exporting", "done")):
+        networks = networks_in(state, both)  # type: ignore[arg-type]
+        assert [network.state for network in networks.values()] == [shown, "parked"]
+        assert f" {shown}" in panel_text(snapshot_of(run_folder, state=state, networks=networks))
+    assert networks_in("training", both) == both
+    StatusFile(run_folder).mark_failed("a rank died")
+    status = StatusFile(run_folder).read()
+    assert status is not None and {n.state for n in status.networks.values()} == {"stopped"}
 
 
 def test_narrator__progress_by_share_or_by_time(run_folder: Path) -> None:
@@ -133,7 +186,8 @@ def test_narrator__progress_by_share_or_by_time(run_folder: Path) -> None:
 def test_narrator__long_runs_speak_less_often(run_folder: Path) -> None:
     narrator = Narrator()
     day_s = 86_400.0
-    narrator.lines(replace(snapshot_of(run_folder, work_done=0.1), now_unix=NOW + day_s))
+    first = snapshot_of(run_folder, work_done=0.1, updated_unix=NOW + day_s)
+    narrator.lines(replace(first, now_unix=NOW + day_s))
     soon = snapshot_of(run_folder, work_done=0.11, updated_unix=NOW + day_s + 600)
     assert narrator.lines(replace(soon, now_unix=NOW + day_s + 600)) == []
     late = snapshot_of(run_folder, work_done=0.12, updated_unix=NOW + day_s + 1800)
@@ -147,7 +201,7 @@ def test_watch__plain_has_one_line_per_event_and_no_escape_codes(run_folder: Pat
     console = Console(file=file, force_terminal=False, width=40)
     last = watch(run_folder, live=True, console=console, stop=threading.Event())
     assert last is not None and last.state == "finished"
-    lines = [line[10:] for line in file.getvalue().splitlines()]
+    lines = [line.split("  ", 1)[1] for line in file.getvalue().splitlines()]
     assert "\x1b" not in file.getvalue()
     assert lines[-6:] == [
         "k-NN teacher: 0.910 (untrained 0.600)",
