@@ -10,9 +10,11 @@ import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from distill.errors import UserError
 
 CHUNK_BYTES = 2**24  # handed over at once; large enough that calls cost nothing
 
@@ -140,3 +142,27 @@ def make_folder(folder: Path) -> None:
     make_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     sync_folder(folder.parent)
+
+
+@contextmanager
+def folder_while(folder: Path) -> Iterator[None]:
+    """Makes a folder, and those above it, for what is written inside; after an error those it made go again where nothing is in them.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        make_folder(folder)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be made ({error.strerror})",
+            fix="Name a folder inside one that you may write to.",
+        ) from error
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # something else is in it
+            for each in missing:
+                each.rmdir()
+        raise

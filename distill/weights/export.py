@@ -21,7 +21,7 @@ from typing import Any, Literal
 import torch
 
 from distill.errors import CheckpointError, UserError
-from distill.runfolder.files import make_folder, remove, rename, replaced
+from distill.runfolder.files import folder_while, remove, rename, replaced
 from distill.weights.card import Background, WrittenFile, licence_text, model_card
 from distill.weights.containers import read_object
 from distill.weights.exporter import Exporter
@@ -90,8 +90,7 @@ def export_network(
     _refuse_foreign(folder, source)
     rejected = folder.with_name(f"{folder.name}.rejected")
     remove(rejected)
-    make_folder(folder.parent)
-    with replaced(folder) as aside:
+    with folder_while(folder.parent), replaced(folder) as aside:
         exporter.write(name, source, aside, DTYPES[dtype])
         _write_preparation(source, aside, inputs)
         parity = verify(exporter, aside, source, DTYPES[dtype])

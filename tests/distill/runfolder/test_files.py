@@ -13,8 +13,9 @@ from PIL import Image
 from distill.data import contact_sheet
 from distill.data.index import build_index
 from distill.data.pack import pack
+from distill.errors import UserError
 from distill.runfolder import files
-from distill.runfolder.files import make_folder, replace_text, replaced, sync
+from distill.runfolder.files import folder_while, make_folder, replace_text, replaced, sync
 from distill.runfolder.metrics import drop_after, metrics_path
 from distill.runfolder.status import write_json
 from distill.weights.save import write_heads, write_tensors
@@ -196,3 +197,20 @@ def test_sync__reaches_every_file_and_folder(tmp_path: Path, calls: list[Call]) 
     sync(tmp_path / "a")
     inside = [tmp_path / "a" / "b" / "file", tmp_path / "a" / "b", tmp_path / "a"]
     assert calls == [("sync", each) for each in inside]
+
+
+def test_folder_while__what_it_made_goes_after_an_error(tmp_path: Path) -> None:
+    with folder_while(tmp_path / "a/b"):
+        (tmp_path / "a/b/kept").touch()
+    with pytest.raises(ValueError, match="refused"), folder_while(tmp_path / "a/b/c/d"):
+        raise ValueError("refused")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "b", "kept"]
+    with pytest.raises(ValueError, match="refused"), folder_while(tmp_path / "x/y"):
+        (tmp_path / "x/other").touch()
+        raise ValueError("refused")
+    assert (tmp_path / "x/other").is_file() and not (tmp_path / "x/y").exists()
+    with (
+        pytest.raises(UserError, match=r"kept/new: cannot be made \(File exists\)"),
+        folder_while(tmp_path / "a/b/kept/new"),
+    ):
+        pass
