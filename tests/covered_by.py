@@ -37,7 +37,6 @@ COVERED_BY = {
     "distill.job.run": "tests/distill/train/test_devices.py",
     "distill.job.step_sheet": "tests/distill/cli/test_data.py",
     "distill.job.to_data": "tests/distill/job/test_pretraining.py",
-    "distill.launch.local": "tests/distill/cli/test_app.py",
     "distill.cli.recipe_copy": "tests/distill/cli/test_app.py",
     "distill.plan.from_recipe": "tests/distill/plan/test_memory.py",
     "distill.plan.job": "tests/distill/plan/test_memory.py",

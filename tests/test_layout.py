@@ -56,7 +56,6 @@ WRITES_PLAINLY = {
     "distill/bench/loader.py": "images of a temporary folder",
     "distill/data/index.py": "inside a folder that gets its name when it is synced",
     "distill/data/photographs.py": "inside a folder that gets its name when it is synced",
-    "distill/runfolder/metrics.py": "what then replaces the history",
     "distill/weights/convert.py": "inside a folder that gets its name when it is synced",
     "distill/weights/export.py": "inside a folder that gets its name when it is synced",
 }

@@ -89,7 +89,7 @@ def test_sigterm__to_the_whole_group_saves_and_the_same_command_goes_on(
     assert [row["step"] for row in rows] == list(range(1, saved + 1))  # engine.log_every
     process = start("engine.log_every=1")
     assert wait_until_both_train(process, run) >= saved
-    os.killpg(process.pid, signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGHUP)  # as a terminal does that is closed
     assert process.wait(timeout=60) == 0
     assert jobs.status_of(run)["step"] > saved
 

@@ -15,6 +15,7 @@ can load them. No pickle.
 """
 
 import hashlib
+import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from distill.runfolder.files import Written, read_back, rename, replace_text, sy
 
 FORMAT_VERSION = 2
 MANIFEST, LATEST = "manifest.json", "latest"
+NAME = r"[^.].*-\d{7}.*"  # of a checkpoint; lost+found, @eaDir and the like are none
 MAX_MANIFEST_BYTES = 2**24  # a page for each of thousands of networks
 DONE, FAILED = ".done", ".failed"
 POLL_S = 0.02  # between two looks for a record
@@ -265,7 +267,8 @@ def checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
 def _folders(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    return [path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."]
+    named = (path for path in folder.iterdir() if re.fullmatch(NAME, path.name))
+    return [path for path in named if path.is_dir()]
 
 
 def read_manifest(path: Path) -> Manifest | None:

@@ -1,7 +1,6 @@
 """After the last step: scores, the picture, ``summary.json``. Run again on a finished run, it writes the same."""
 
 import io
-import json
 import threading
 import time
 from dataclasses import asdict, replace
@@ -24,7 +23,13 @@ from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.runfolder.files import is_full
 from distill.runfolder.metrics import read_rows
 from distill.runfolder.parked import read_parked
-from distill.runfolder.status import TRAINED, Status, StatusFile, networks_in, write_json
+from distill.runfolder.status import (
+    TRAINED,
+    Status,
+    StatusFile,
+    read_times,
+    write_json,
+)
 from distill.screen.tables import unfinished_students
 from distill.train.device import has_gpu
 from distill.weights.containers import read_object
@@ -46,18 +51,22 @@ def finish(run_folder: Path) -> dict[str, Any]:
     job = read_job(run_folder)
     status_file = StatusFile(run_folder)
     status = status_file.read()
-    assert status is not None, "a run that ended has a status"
+    if status is None:
+        raise UserError(
+            f"{run_folder}: has no status, so it has not trained yet",
+            fix=f"Let the run finish: {job.resume_command}",
+        )
 
     students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
     entries = {s.label: _entry(run_folder, s.label, status) for s in students}
 
-    timing = json.loads((run_folder / "timing.json").read_text())
+    timing = read_times(run_folder)
+    trained = timing.get([phase.name for phase in status.phases][-1])
     specs = {s.label: s.backbone_spec() for s in students if entries[s.label]["steps"] != 0}
-    last = [phase.name for phase in status.phases][-1]
     summary: dict[str, Any] = {
         "teacher": {},
         "students": entries,
-        "images_per_s": timing[last]["images"] / timing[last]["s"],
+        "images_per_s": trained and trained["images"] / trained["s"],
         "phases_s": {name: entry["s"] for name, entry in timing.items()},
     }
     write_json(run_folder / "summary.json", summary)
@@ -84,10 +93,10 @@ def finish(run_folder: Path) -> dict[str, Any]:
             )
     fates = {
         name: replace(network, state="parked") if entries.get(name, {}).get("parked") else network
-        for name, network in networks_in("finished", status.networks).items()
+        for name, network in status.networks.items()
     }
-    ended = replace(status, state="finished", message="; ".join(messages), networks=fates)
-    status_file.write(replace(ended, updated_unix=time.time(), work_done=1.0, eta_s=0.0))
+    ended = replace(status, networks=fates).ended("finished", "; ".join(messages))
+    status_file.write(replace(ended, work_done=1.0, eta_s=0.0))
     return summary
 
 

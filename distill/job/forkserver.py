@@ -66,17 +66,16 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _ignoring_signals() -> Iterator[None]:
-    """Ignores SIGINT and SIGTERM while inside, which a process started here inherits; only the main thread may change that.
+    """Ignores SIGINT, SIGTERM and SIGHUP while inside, which a process started here inherits; only the main thread may change that.
 
-    Both reach every process of a group at once. The launcher and the ranks answer them; without the server
+    They reach every process of a group at once. The launcher and the ranks answer them; without the server
     they would lose each other before anything is saved.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {
-        signum: signal.signal(signum, signal.SIG_IGN) for signum in (signal.SIGINT, signal.SIGTERM)
-    }
+    ignored = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {signum: signal.signal(signum, signal.SIG_IGN) for signum in ignored}
     try:
         yield
     finally:

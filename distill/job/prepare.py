@@ -201,7 +201,15 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     refuse_another_teacher(job.teacher, resumed)
     for line in describe_changes(job.networks, resumed):
         say(line)
-    make_folder(run_folder.resolve() / "data")  # a link may lead to a folder that is not there yet
+    stored: dict[str, Any] = {"request": asdict(request), "data_fingerprint": fingerprint}
+    make_folder(run_folder.resolve())  # a link may lead to a folder that is not there yet
+    if not (
+        run_folder / "job.json"
+    ).exists():  # first: a start that is killed here leaves a folder of ours
+        write_json(
+            run_folder / "job.json", {**stored, "request": asdict(replace(request, launch=""))}
+        )
+    make_folder(run_folder.resolve() / "data")
     for name, index in (("train", train), ("teacher", teacher_train), ("held_out", held_out)):
         if index is not None:
             index.save(run_folder / "data" / name)
@@ -213,7 +221,6 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     write_json(run_folder / "plan.json", plans[-1].to_json())
     write_json(run_folder / "env.json", _environment())
     write_json(run_folder / CHECKSUMS, checksums)
-    stored: dict[str, Any] = {"request": asdict(request), "data_fingerprint": fingerprint}
     if job.teacher is not None:
         stored["teacher"] = job.teacher.model_dump()
     write_json(run_folder / "job.json", stored)
@@ -232,7 +239,8 @@ def _teacher_facts(job: Job, checksums: Checksums) -> TeacherFacts | None:
 
 def _refuse_foreign_folder(run_folder: Path) -> None:
     """A folder that holds something else is neither written to nor removed."""
-    is_empty = not run_folder.exists() or not any(run_folder.iterdir())
+    entries = run_folder.iterdir() if run_folder.exists() else ()
+    is_empty = all(entry.match(".job.json.*.part") for entry in entries)  # a kill may leave that
     if not is_empty and not (run_folder / "job.json").is_file():
         raise CheckpointError(
             f"{run_folder}: holds files but is not a run folder of distill",

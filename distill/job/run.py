@@ -9,13 +9,11 @@ A checkpoint names the phase and the step to resume at; phases before it are not
 """
 
 import gc
-import json
 import os
 import time
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -50,12 +48,12 @@ from distill.recipe.keys import (
     FamilyRecipe,
     TeacherRecipe,
 )
-from distill.runfolder.files import remove, replace_text
+from distill.runfolder.files import remove
 from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.metrics import MetricSinks, SinkFactory
 from distill.runfolder.parked import read_parked
 from distill.runfolder.requests import StopSaveRequests
-from distill.runfolder.status import PhaseStatus, write_json
+from distill.runfolder.status import PhaseStatus, note_time, write_json
 from distill.train.device import take_device
 from distill.train.faults import FaultHandler
 from distill.train.groups import make_control, make_groups
@@ -356,12 +354,3 @@ def _backbone_only(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for name, tensor in weights.items()
         if name.startswith("backbone.")
     }
-
-
-def note_time(run_folder: Path, phase: str, seconds: float, num_images: int) -> None:
-    """Adds to the time and images of a phase in ``timing.json``; a run that was resumed adds up."""
-    path = run_folder / "timing.json"
-    timing = json.loads(path.read_text()) if path.is_file() else {}
-    before = timing.get(phase, {"s": 0.0, "images": 0})
-    timing[phase] = {"s": before["s"] + seconds, "images": before["images"] + num_images}
-    replace_text(path, json.dumps(timing, indent=2) + "\n")

@@ -26,7 +26,7 @@ from distill.errors import UserError
 from distill.launch.node import ranks_on_node
 from distill.runfolder.lock import run_lock
 from distill.runfolder.parked import PARKED_EXIT_CODE
-from distill.runfolder.requests import SAVE, STOP, forget, is_requested, leave_request
+from distill.runfolder.requests import SAVE, STOP, forget, handling, is_requested, leave_request
 from distill.screen.console import make_console
 
 if TYPE_CHECKING:
@@ -231,7 +231,22 @@ def _finalize(run_folder: Path, failure: "Failure | None", *, was_interrupted: b
         raise failure.to_error()
     if status is None or status.state != "exporting":
         return STOPPED_EXIT_CODE if was_interrupted else 0
-    return PARKED_EXIT_CODE if unfinished_students(finish(run_folder)) else 0
+    with handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), _end_scoring)):
+        try:
+            summary = finish(run_folder)
+        except KeyboardInterrupt:
+            missing = f"scores are missing: distill eval {run_folder}"
+            status_file.write(status.ended("stopped", missing))
+            raise UserError(
+                f"{run_folder}: ended while it was scored; every student is trained and exported",
+                fix=f"`distill eval {run_folder}` scores them.",
+                exit_code=STOPPED_EXIT_CODE,
+            ) from None
+    return PARKED_EXIT_CODE if unfinished_students(summary) else 0
+
+
+def _end_scoring(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _ended_at_once(run_folder: Path) -> UserError:
@@ -250,22 +265,31 @@ class _Signals:
         self.num_interrupts = 0
 
     def __enter__(self) -> "_Signals":
-        handlers = {
-            signal.SIGINT: self._on_interrupt,
-            signal.SIGTERM: self._on_stop,
-            signal.SIGUSR1: self._on_save,
-        }
-        self._before = {
-            signum: signal.signal(signum, handler) for signum, handler in handlers.items()
-        }
+        self._handling = handling(
+            {
+                signal.SIGINT: self._on_interrupt,
+                signal.SIGTERM: self._on_stop,
+                signal.SIGHUP: self._on_hangup,
+                signal.SIGUSR1: self._on_save,
+            }
+        )
+        self._handling.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+        self._handling.__exit__(None, None, None)
 
     def _on_stop(self, *_: object) -> None:
         leave_request(self._run_folder, STOP)
+
+    def _on_hangup(self, *_: object) -> None:
+        """The terminal is gone: what is written to it from now on would be errors."""
+        leave_request(self._run_folder, STOP)
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            if os.isatty(descriptor):
+                os.dup2(nothing, descriptor)
+        os.close(nothing)
 
     def _on_save(self, *_: object) -> None:
         leave_request(self._run_folder, SAVE)

@@ -3,18 +3,20 @@
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 from distill.errors import UserError
 from distill.runfolder.events import Event, note
 from distill.runfolder.files import replaced
 from distill.runfolder.status import without_nonfinite
+
+KEPT_ROWS = 1000  # a curve has fewer pixels
+BLOCK_BYTES = 2**22
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ class MetricsWriter:
         self.path = metrics_path(run_folder, network)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self.path.open("ab", buffering=0)
-        self._end = self.path.read_bytes().rfind(b"\n") + 1
+        self._end = _end_of_lines(self.path)
         self._file.truncate(self._end)
         self._waiting = b""  # rows that a full disk did not take yet
 
@@ -156,17 +158,31 @@ class MetricsWriter:
 
 
 class MetricsReader:
-    """One network's history, read a little further at each ``poll``; ``rows`` holds all of it."""
+    """One network's history, read a little further at each ``poll``.
+
+    ``rows`` holds every row, of a long history ``KEPT_ROWS`` to twice as many that are evenly spaced, and always the last.
+    """
 
     def __init__(self, run_folder: Path, network: str) -> None:
         """Name the file; it need not exist yet."""
         self.path = metrics_path(run_folder, network)
-        self.rows: list[MetricsRow] = []
-        self._offset = 0
         self._inode = -1
+        self._start_over()
 
-    def poll(self) -> list[MetricsRow]:
-        """Rows that were completed since the last poll; starts over when a resume rewrote the file.
+    def _start_over(self) -> None:
+        self._offset = self._num_lines = 0
+        self._spaced: list[MetricsRow] = []
+        self._every = 1  # one of so many rows is kept
+        self._last: MetricsRow | None = None
+
+    @property
+    def rows(self) -> list[MetricsRow]:
+        """What is known of the history, oldest first."""
+        is_kept = not self._spaced or self._spaced[-1] is self._last
+        return self._spaced if is_kept or self._last is None else [*self._spaced, self._last]
+
+    def poll(self) -> None:
+        """Reads rows that were completed since the last poll; starts over when a resume rewrote the file.
 
         A last line without its newline is left for the next poll.
 
@@ -177,26 +193,36 @@ class MetricsReader:
             with self.path.open("rb") as file:
                 facts = os.fstat(file.fileno())
                 if facts.st_ino != self._inode or facts.st_size < self._offset:
-                    self.rows, self._offset, self._inode = [], 0, facts.st_ino
+                    self._start_over()
+                    self._inode = facts.st_ino
                 file.seek(self._offset)
-                data = file.read()
+                while self._take(file.read(BLOCK_BYTES)):
+                    file.seek(self._offset)
         except FileNotFoundError:
-            return []
-        complete = data[: data.rfind(b"\n") + 1]
-        num_known = len(self.rows)
-        fresh = [
-            _parse_row(line, self.path, num_known + line_number)
-            for line_number, line in enumerate(complete.splitlines(), start=1)
-        ]
-        self.rows.extend(fresh)
-        self._offset += len(complete)
-        return fresh
+            return
+
+    def _take(self, data: bytes) -> bool:
+        """Reads the complete lines of a block, and parses those that are kept; False where there are none."""
+        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+        for index, line in enumerate(lines, start=1):
+            self._num_lines += 1
+            is_kept = self._num_lines % self._every == 0
+            if is_kept or index == len(lines):
+                self._last = _parse_row(line, self.path, self._num_lines)
+            if is_kept:
+                assert self._last is not None, "a row that was just parsed"
+                self._spaced.append(self._last)
+            if len(self._spaced) > 2 * KEPT_ROWS:
+                self._spaced, self._every = self._spaced[1::2], 2 * self._every
+            self._offset += len(line)
+        return bool(lines)
 
 
 def read_rows(run_folder: Path, network: str) -> list[MetricsRow]:
-    """The history of one network so far; empty when it has none."""
+    """The history of one network so far, evenly spaced rows of a long one; empty when it has none."""
     reader = MetricsReader(run_folder, network)
-    return reader.poll()
+    reader.poll()
+    return reader.rows
 
 
 def drop_after(
@@ -213,18 +239,76 @@ def drop_after(
     order = {name: index for index, name in enumerate(phases)}
     if phase not in order:
         raise ValueError(f"phase {phase!r} is not one of this run's phases: {', '.join(phases)}")
-    path = metrics_path(run_folder, network)
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    good = []
-    for line_number, line in enumerate(lines, start=1):
-        with suppress(UserError):
-            row = _parse_row(line, path, line_number)
-            if (order[row.phase], row.step) <= (order[phase], step):
-                good.append(line)
-    if len(good) < len(lines):
-        with replaced(path) as aside:
-            aside.write_bytes(b"".join(good))
-    return len(lines) - len(good)
+    path, last = metrics_path(run_folder, network), (order[phase], step)
+    if not path.exists():
+        return 0
+    num_dropped, end, is_tail = 0, 0, True  # bytes before the first line that goes; all after it go
+    with path.open("rb") as file:
+        for block in _blocks(file):
+            good = _until(block, order, last)
+            if num_dropped:
+                is_tail = is_tail and not good
+            else:
+                end += len(good)
+                is_tail = block.startswith(good)
+            num_dropped += block.count(b"\n") - good.count(b"\n") + (block[-1:] != b"\n")
+        if num_dropped and is_tail:
+            os.truncate(path, end)
+        elif num_dropped:
+            file.seek(0)
+            with replaced(path) as aside, aside.open("wb") as target:
+                target.writelines(_until(block, order, last) for block in _blocks(file))
+    return num_dropped
+
+
+def _blocks(file: BinaryIO) -> Iterator[bytes]:
+    """Some complete lines at a time; what a crash left half written comes last."""
+    rest = b""
+    while data := file.read(BLOCK_BYTES):
+        lines, newline, data = data.rpartition(b"\n")
+        if newline:
+            yield rest + lines + newline
+            rest = b""
+        rest += data
+    if rest:
+        yield rest
+
+
+def _until(block: bytes, order: Mapping[str, int], last: tuple[int, int]) -> bytes:
+    """The rows up to ``last``. Where all look as we write them none is parsed but the last: there may be millions."""
+    if _looks_sound(block) and _is_until(block[block[:-1].rfind(b"\n") + 1 :], order, last):
+        return block
+    lines = block.splitlines(keepends=True)
+    return b"".join(line for line in lines if _is_until(line, order, last))
+
+
+def _looks_sound(block: bytes) -> bool:
+    num_lines = block.count(b"\n")
+    counts = {block.count(mark) for mark in (b'{"phase": "', b"{", b"}\n")}
+    return counts == {num_lines} and b"\0" not in block and block.isascii()
+
+
+def _is_until(line: bytes, order: Mapping[str, int], last: tuple[int, int]) -> bool:
+    """Whether a line is a row of a step up to ``last``."""
+    try:
+        row = MetricsRow.from_json(json.loads(line))
+    except (ValueError, KeyError, TypeError):
+        return False
+    return row.phase in order and (order[row.phase], row.step) <= last
+
+
+def _end_of_lines(path: Path) -> int:
+    """Bytes up to the end of the last complete line."""
+    with path.open("rb") as file:
+        stop = file.seek(0, os.SEEK_END)
+        while stop > 0:
+            start = max(0, stop - BLOCK_BYTES)
+            file.seek(start)
+            found = file.read(stop - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            stop = start
+    return 0
 
 
 def metrics_path(run_folder: Path, network: str) -> Path:

@@ -1,18 +1,20 @@
 """What people and schedulers ask of a running job: save and stop, or save and go on.
 
-    SIGINT, SIGTERM, or the file control/stop    every rank saves, then the job ends
-    SIGUSR1, or the file control/save            every rank saves and goes on
+    SIGINT, SIGTERM, SIGHUP, or the file control/stop    every rank saves, then the job ends
+    SIGUSR1, or the file control/save                    every rank saves and goes on
 
 A signal to one rank is enough: the ranks agree. The launcher passes its signals on as files, so
 that a rank that is still starting, or is started again, finds them too.
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 STOP, SAVE = "stop", "save"
+Handler = Callable[[int, FrameType | None], object]
 
 
 def leave_request(run_folder: Path, request: str) -> None:
@@ -33,6 +35,20 @@ def is_requested(run_folder: Path, request: str) -> bool:
     return (run_folder / "control" / request).exists()
 
 
+@contextmanager
+def handling(handlers: Mapping[signal.Signals, Handler]) -> Iterator[None]:
+    """Handles signals so while inside; SIGHUP stays ignored where ``nohup`` or a shell has that so."""
+    before = {}
+    for signum, handler in handlers.items():
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            before[signum] = signal.signal(signum, handler)
+    try:
+        yield
+    finally:
+        for signum, former in before.items():
+            signal.signal(signum, former)
+
+
 class StopSaveRequests:
     """What this rank was requested to do; set by signals and files, read by the loop at its logging interval."""
 
@@ -46,14 +62,11 @@ class StopSaveRequests:
         handlers = {
             signal.SIGINT: self._stop,
             signal.SIGTERM: self._stop,
+            signal.SIGHUP: self._stop,
             signal.SIGUSR1: self._save,
         }
-        before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
-        try:
+        with handling(handlers):
             yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
     def look(self) -> None:
         """Takes up what was left in files."""

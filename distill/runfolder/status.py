@@ -4,6 +4,7 @@ A screen, a test or a script on another machine reads these files and nothing el
 depends on a reader.
 
     status.json           the state of the run right now; replaced in one rename, never read half written
+    timing.json           seconds and images of each phase
     metrics/<name>.jsonl  the history of one network; grows, so its last line may still be partial
 
 Resuming goes back to a saved step. ``drop_after`` first removes the lines past it, so that a
@@ -15,6 +16,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -103,6 +105,11 @@ class Status:
         """The fields as plain JSON values."""
         return asdict(self)
 
+    def ended(self, state: RunState, message: str) -> "Status":
+        """The status of the run once it has ended so."""
+        networks, now = networks_in(state, self.networks), time.time()
+        return replace(self, state=state, message=message, networks=networks, updated_unix=now)
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Status":
         """The status that ``to_json`` described.
@@ -155,6 +162,21 @@ def work_done(phases: Sequence[PhaseStatus], phase: str, step: int) -> float:
     return (before + inside) / sum(entry.weight for entry in phases)
 
 
+def note_time(run_folder: Path, phase: str, seconds: float, num_images: int) -> None:
+    """Adds to the time and images of a phase in ``timing.json``; a run that was resumed adds up."""
+    timing = read_times(run_folder)
+    before = timing.get(phase, {"s": 0.0, "images": 0})
+    timing[phase] = {"s": before["s"] + seconds, "images": before["images"] + num_images}
+    write_json(run_folder / "timing.json", timing)
+
+
+def read_times(run_folder: Path) -> dict[str, dict[str, float]]:
+    """Returns seconds (``s``) and images of each phase; none where the file is missing or damaged."""
+    with suppress(OSError, ValueError):
+        return dict(json.loads((run_folder / "timing.json").read_text(encoding="utf-8")))
+    return {}
+
+
 def write_json(path: Path, value: object) -> None:
     """Replaces ``path`` by ``value`` as JSON; a reader never sees half a file."""
     replace_text(path, json.dumps(without_nonfinite(value), indent=2, allow_nan=False) + "\n")
@@ -198,21 +220,20 @@ class StatusFile:
         """Replaces the newest status, if there is one, by that of a run that failed."""
         status = self.read()
         if status is not None:
-            ended = replace(status, networks=networks_in("failed", status.networks))
-            self.write(replace(ended, state="failed", message=message, updated_unix=time.time()))
+            self.write(status.ended("failed", message))
 
     def read(self) -> Status | None:
-        """The newest status, or None while the run has not written one.
+        """The newest status, or None while the run has not written one, or the file is damaged.
 
         Raises:
             UserError: the file is there but does not describe a run of this version.
         """
         try:
-            text = self.path.read_text(encoding="utf-8")
-        except FileNotFoundError:
+            values = json.loads(self.path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):  # empty after a power cut: written anew
             return None
         try:
-            return Status.from_json(json.loads(text))
+            return Status.from_json(values)
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.path}: does not describe a run of this version ({error})",

@@ -87,6 +87,15 @@ def test_commit__a_file_that_reads_back_differently_is_refused_and_old_ones_stay
     assert found is not None and found[1].step == 10
 
 
+def test_find_latest__what_file_systems_put_beside_checkpoints_is_none(tmp_path: Path) -> None:
+    for name in ("lost+found", "@eaDir", ".snapshot", "notes-12"):
+        (tmp_path / name).mkdir()
+    assert find_latest(tmp_path, "hash", ignore) is None
+    save(tmp_path, 10)
+    found = find_latest(tmp_path, "hash", ignore)
+    assert found is not None and found[1].step == 10
+
+
 @pytest.mark.parametrize(
     ("damage", "told"),
     [

@@ -1,6 +1,7 @@
 """The run folder before anything starts: ``--fresh``, and folders that are links."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,24 @@ def test_prepare__fresh_says_what_it_could_not_remove_and_starts_nothing(
         start(request_of_link, fresh=True)
     assert "Permission denied" in found.value.message and "by hand" in found.value.fix
     assert {path.name for path in run.iterdir()} == before, "checkpoints come first"
+
+
+def test_prepare__the_same_command_goes_on_where_a_start_was_killed_or_the_disk_was_full(
+    request_of_link: JobRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each file that is written, from the first one on."""
+
+    def give_out(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    for writer in ("write_json", "write_recipes", "_environment"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, writer, give_out)
+            with pytest.raises(OSError, match="No space left"):
+                start(request_of_link, fresh=False)
+        (Path(request_of_link.run_folder) / ".job.json.123.part").touch()
+        start(request_of_link, fresh=writer == "write_recipes")
+        shutil.rmtree(Path(request_of_link.run_folder).resolve())
 
 
 def test_eval__of_a_folder_where_a_job_is_at_work_is_refused_under_every_name(

@@ -1,7 +1,9 @@
 """A file or folder has its name only when everything in it is on the disk."""
 
+import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from distill.runfolder.files import folder_while, make_folder, replace_text, rep
 from distill.runfolder.metrics import drop_after, metrics_path
 from distill.runfolder.status import write_json
 from distill.weights.save import write_heads, write_tensors
+from tests.support.status import ROW
 
 Call = tuple[str, Path]
 
@@ -101,7 +104,7 @@ def heads(folder: Path) -> Path:
 def history(folder: Path) -> Path:
     path = metrics_path(folder, "small")
     path.parent.mkdir()
-    path.write_text("damaged\n")
+    path.write_text("damaged\n" + json.dumps(replace(ROW, phase="family", step=1).to_json()) + "\n")
     assert drop_after(folder, "small", phases=["family"], phase="family", step=1) == 1
     return path
 

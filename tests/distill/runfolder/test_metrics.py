@@ -3,6 +3,7 @@ import math
 import resource
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from distill.errors import UserError
 from distill.runfolder.events import read_events
 from distill.runfolder.metrics import (
+    KEPT_ROWS,
     MetricSink,
     MetricSinks,
     MetricsReader,
@@ -23,6 +25,8 @@ from distill.runfolder.metrics import (
 )
 from distill.runfolder.status import (
     StatusFile,
+    note_time,
+    read_times,
     work_done,
     write_json,
 )
@@ -83,11 +87,21 @@ def test_status_file__progress_waits_but_events_do_not(tmp_path: Path) -> None:
     assert read is not None and read.step == 22
 
 
-@pytest.mark.parametrize("text", ["{", '{"state": "training"}', '{"state": "x", "new_field": 1}'])
+@pytest.mark.parametrize("text", ["[1]", '{"state": "training"}', '{"state": "x", "new_field": 1}'])
 def test_status_file__foreign_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "status.json").write_text(text)
     with pytest.raises(UserError, match=r"status\.json: does not describe a run of this version"):
         StatusFile(tmp_path).read()
+
+
+@pytest.mark.parametrize("text", ["", "{", "\0\0\0"])
+def test_status_file__damaged_by_a_power_cut_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "status.json").write_text(text)
+    (tmp_path / "timing.json").write_text(text)
+    assert StatusFile(tmp_path).read() is None and read_times(tmp_path) == {}
+    note_time(tmp_path, "base", 2.0, 30)
+    note_time(tmp_path, "base", 1.0, 10)
+    assert read_times(tmp_path) == {"base": {"s": 3.0, "images": 40}}
 
 
 def test_metrics_row__is_flat_in_the_file(tmp_path: Path) -> None:
@@ -119,17 +133,42 @@ def test_metrics_writer__cuts_what_a_crash_left(tmp_path: Path) -> None:
 
 def test_metrics_reader__a_partial_line_waits_for_its_end(tmp_path: Path) -> None:
     reader = MetricsReader(tmp_path, "small")
-    assert reader.poll() == []
+
+    def steps() -> list[int]:
+        reader.poll()
+        return [row.step for row in reader.rows]
+
+    assert steps() == []
     write_rows(tmp_path, [ROW])
-    assert [row.step for row in reader.poll()] == [10]
+    assert steps() == [10]
     line = json.dumps(replace(ROW, step=20).to_json())
     with metrics_path(tmp_path, "small").open("a") as file:
         file.write(line[:30])
         file.flush()
-        assert reader.poll() == []
+        assert steps() == [10]
         file.write(line[30:] + "\n")
-    assert [row.step for row in reader.poll()] == [20]
-    assert [row.step for row in reader.rows] == [10, 20]
+    assert steps() == [10, 20]
+
+
+def test_metrics_reader__keeps_evenly_spaced_rows_of_a_long_history(tmp_path: Path) -> None:
+    line = json.dumps(replace(ROW, step=-7).to_json())
+    path = metrics_path(tmp_path, "small")
+    path.parent.mkdir()
+    reader, num_lines = MetricsReader(tmp_path, "small"), 0
+    for count in (30_000, 1, 5, 20_001):
+        with path.open("a") as file:
+            file.writelines(
+                line.replace("-7", str(step)) + "\n" for step in range(num_lines, num_lines + count)
+            )
+        num_lines += count
+        reader.poll()
+        steps = [row.step for row in reader.rows]
+        assert steps[-1] == num_lines - 1 and KEPT_ROWS <= len(steps) <= 2 * KEPT_ROWS + 1
+        gaps = [after - before for before, after in pairwise(steps)]
+        assert len(set(gaps[:-1])) == 1 and gaps[-1] <= gaps[0]
+    assert drop_after(tmp_path, "small", phases=["base"], phase="base", step=40_000) == 10_006
+    reader.poll()
+    assert reader.rows[-1].step == 40_000
 
 
 def test_metrics_reader__bad_line_is_named(tmp_path: Path) -> None:

@@ -14,13 +14,22 @@ from distill.runfolder.requests import (
 )
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked__a_signal_asks_to_stop(tmp_path: Path, number: signal.Signals) -> None:
     asked = StopSaveRequests(tmp_path)
     with asked.listening():
         assert not asked.to_stop()
         os.kill(os.getpid(), number)
         assert asked.to_stop() and not asked.take_save()
+
+
+def test_asked__sighup_stays_ignored_under_nohup(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSaveRequests(tmp_path).listening():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_asked__sigusr1_asks_for_one_save(tmp_path: Path) -> None:
