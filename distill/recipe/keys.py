@@ -151,10 +151,10 @@ class CheckpointSpec(Section):
     """How often to save ("30min" or a number of steps) and how many to keep."""
 
     every: Every = machine(
-        "30min",
+        "5min",
         description=(
             "Time or steps between two checkpoints, such as `30min` or 500. The default loses "
-            "half an hour at most."
+            "five minutes at most."
         ),
     )
     keep: int = machine(

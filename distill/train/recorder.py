@@ -1,11 +1,12 @@
 """Numbers out of the loop at the logging interval, and the answer to "save? stop?" that all ranks share.
 
-Between intervals nothing is read from the device and nothing is sent. At an interval each network's
-group averages its numbers (one all-reduce), and the world agrees on one small vector: stop
-requested, save due, worst loader wait. It is read when the look-ahead has passed, so that
-no rank waits for the one furthest behind.
+Between intervals nothing is read from the device. At an interval each network's group averages its
+numbers (one all-reduce). Then, and every ``VOTE_S`` whatever the interval is, the world agrees on one
+small vector: stop requested, save due, worst loader wait, seconds of a step. It is read when the
+look-ahead has passed, so that no rank waits for the one furthest behind.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -33,6 +34,8 @@ from distill.runfolder.status import (
 )
 from distill.train.delayed_reduce import DelayedAllReduce
 from distill.train.phase import Decision, Phase
+
+VOTE_S = 0.1  # between two votes: each step where steps take as long; a vote costs some 0.1 ms
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Recorder:
         )
         self._writers: dict[str, MetricSink] = {}
         self._last_save = time.monotonic()
+        self._save_s: float | None = None  # how long the last one took
         self._images_trained, self._loader_wait, self._complaint = 0, 0.0, ""
 
     def start(self, phase: Phase, start_step: int) -> None:
@@ -104,7 +108,10 @@ class Recorder:
         self._phase_start_step = self._interval_step = start_step
         self._phase_started = self._interval_started = time.monotonic()
         self._marks = read_clocks(phase)
-        self._delayed_reduce = DelayedAllReduce(self._control, phase.lookahead)
+        self._delayed_reduce = DelayedAllReduce(self._control, max(1, phase.lookahead))
+        self._voted, self._voted_step, self._vote_every = self._phase_started, start_step, 1
+        self._local_wait = 0.0
+        self._faults: Sequence[float] = [0.0] * (3 * len(phase.plan.placements))
 
     def show(self, state: RunState, **changes: object) -> None:
         """Changes the status; written by world rank 0."""
@@ -122,6 +129,7 @@ class Recorder:
     def saved(self, phase: str, step: int, path: str) -> None:
         """Notes a finished checkpoint."""
         done = CheckpointStatus(phase, step, path, time.time())
+        self._save_s = time.monotonic() - self._last_save
         text = self.status.message
         message = "" if text == self._complaint else text
         self.show(self.status.state, last_checkpoint=done, message=message)
@@ -132,9 +140,10 @@ class Recorder:
         self.show(self.status.state, message=message)
 
     def record(self, phase: Phase, step: int, faults: Callable[[], Sequence[float]]) -> Decision:
-        """Counts a finished step; at the interval, and at the last step, writes numbers and asks the world what to do.
+        """Counts a finished step; at the interval, and at the last step, writes numbers.
 
-        The answer comes ``lookahead`` steps later, at the last step at once. ``faults`` gives of every
+        The ranks agree on what to do then, and about every ``VOTE_S`` of its slowest rank between: each step where
+        steps are long. The answer comes ``lookahead`` steps later, at least one, at the last step at once. ``faults`` gives of every
         network of the plan steps skipped, roll-backs and 1 if parked, as far as this rank knows.
 
         Raises:
@@ -146,23 +155,27 @@ class Recorder:
         if due_step is not None and (is_last or step >= due_step):
             answers.append(self._delayed_reduce.result())
         saves_now, since = False, self._interval_step
-        if step % self._policy.log_every == 0 or is_last:
-            counts = faults()  # first: a step that is trained again belongs to this interval
-            loader_wait = self._write(phase, step)
-            if self._delayed_reduce.due_step is None:
-                self._delayed_reduce.start(
-                    step, self._votes(loader_wait, counts), dist.ReduceOp.MAX
-                )
-            if is_last or self._delayed_reduce.is_due(step):
-                answers.append(self._delayed_reduce.result())
+        is_interval = step % self._policy.log_every == 0 or is_last
+        if is_interval:
+            self._faults = faults()  # first: a step that is trained again belongs to this interval
+            self._local_wait = self._write(phase, step)
             saves_now = any(
                 step // every > since // every for every in self._policy.save_every_steps
             )
+        is_open = self._delayed_reduce.due_step is not None
+        if not is_open and (is_interval or step % self._vote_every == 0):
+            self._delayed_reduce.start(step, self._votes(step), dist.ReduceOp.MAX)
+            if is_last:
+                answers.append(self._delayed_reduce.result())
         stop = save = False
         for answer in answers:
-            stop_votes, save_votes, self._loader_wait, *found = answer.tolist()
+            stop_votes, save_votes, self._loader_wait, step_s, *found = answer.tolist()
             stop, save = stop or bool(stop_votes), save or bool(save_votes)
+            self._vote_every = max(1, min(self._policy.log_every, math.ceil(VOTE_S / step_s)))
             self._take_faults(phase, found)
+        if stop:
+            about = "" if self._save_s is None else f"; the last save took {self._save_s:.1f} s"
+            self.show(self.status.state, message=f"stopping after {phase.name} step {step}{about}")
         return Decision(save=(save or saves_now) and not is_last, stop=stop)
 
     def _write(self, phase: Phase, step: int) -> float:
@@ -244,14 +257,18 @@ class Recorder:
                 f"checkpoint when its file in {self._run_folder / 'parked'} is deleted.",
             )
 
-    def _votes(self, loader_wait: float, faults: Sequence[float]) -> torch.Tensor:
-        """Stop requested on this rank, save requested or due by the clock of rank 0, loader wait, faults."""
+    def _votes(self, step: int) -> torch.Tensor:
+        """Stop requested on this rank, save requested or due by the clock of rank 0, loader wait, seconds per step, faults."""
+        now = time.monotonic()
+        step_s = (now - self._voted) / max(1, step - self._voted_step)
+        self._voted, self._voted_step = now, step
         due = (
             self._policy.save_every_s is not None
             and time.monotonic() - self._last_save >= self._policy.save_every_s
         )
         saves = self._requests.take_save() or (due and self._world_rank == 0)
-        return torch.tensor([self._requests.to_stop(), saves, loader_wait, *faults])
+        votes = self._requests.to_stop(), saves, self._local_wait, max(1e-9, step_s), *self._faults
+        return torch.tensor(votes, dtype=torch.float64)
 
 
 def read_clocks(phase: Phase) -> tuple[float, float]:
