@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,13 +20,11 @@ from distill.cli.recipes import recipes_app
 from distill.cli.results import evaluate
 from distill.cli.schema import explain, schema
 from distill.cli.training import accept_any, accept_teacher, training_verb, watch
+from distill.cli.usage_errors import is_usage, usage_problem
 from distill.cli.weights import weights_app
-from distill.errors import UserError
+from distill.errors import RecipeError, UserError
 from distill.runfolder.files import is_full
 from distill.screen.console import escaped_output, printable
-
-if TYPE_CHECKING:
-    pass
 
 HELP = """Train a family of vision backbones from one frozen teacher, in one job.
 
@@ -46,11 +44,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     with escaped_output():
         try:
-            app(words, prog_name="distill", standalone_mode=True)
+            code = app(words, prog_name="distill", standalone_mode=False)
+        except typer.Abort:
+            sys.exit(1)
         except Exception as error:
-            problem = error if isinstance(error, UserError) else _unforeseen(error)
-            report(problem, is_debug="--debug" in words)
+            problem = _problem_of(error, words)
+            if problem.message:
+                report(problem, is_debug="--debug" in words)
             sys.exit(problem.exit_code)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _problem_of(error: Exception, words: Sequence[str]) -> UserError:
+    """An error as people read it; without a message where its help was printed."""
+    if isinstance(error, UserError):
+        from distill.cli.yaml_causes import with_cause
+
+        return with_cause(error)
+    if not is_usage(error):
+        return _unforeseen(error)
+    if type(error).__name__ == "NoArgsIsHelpError":  # a group without a word: its help
+        sys.stderr.write(f"{error}\n")
+        return RecipeError("")
+    return usage_problem(error, words)
 
 
 def _unforeseen(error: Exception) -> UserError:

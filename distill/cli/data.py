@@ -9,7 +9,14 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from distill.cli.options import AllowCodeOption, DebugOption, JsonOption, allow_code, say
+from distill.cli.options import (
+    AllowCodeOption,
+    DebugOption,
+    JsonOption,
+    allow_code,
+    require_there,
+    say,
+)
 from distill.screen.console import make_console
 
 if TYPE_CHECKING:
@@ -20,7 +27,11 @@ SHOWN_BROKEN = 10  # of a source, on the screen; --json has all
 
 SourcesArgument = Annotated[
     list[Path],
-    typer.Argument(metavar="SRC...", help="Folders, .tar shards, .txt lists or .parquet files."),
+    typer.Argument(
+        metavar="SRC...",
+        callback=require_there,
+        help="Folders, .tar shards, .txt lists or .parquet files.",
+    ),
 ]
 LimitOption = Annotated[
     float, typer.Option("--max-megapixels", help="Larger images are not decoded.")

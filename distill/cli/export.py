@@ -14,8 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from distill.cli.options import AllowCodeOption, DebugOption, JsonOption, allow_code_of, say
-from distill.errors import UserError
+from distill.cli.options import (
+    AllowCodeOption,
+    DebugOption,
+    JsonOption,
+    allow_code_of,
+    require_run,
+    say,
+)
+from distill.errors import RecipeError, UserError
 from distill.runfolder.parked import read_parked
 
 if TYPE_CHECKING:
@@ -105,10 +112,10 @@ def _chosen(run: Path, requested: Sequence[str]) -> dict[str, Path]:
     """Folder of each network to export, in the order requested; all students when none is named.
 
     Raises:
-        UserError: not a run, nothing finished in it, or no such student.
+        RecipeError: not a run, or no such student.
+        UserError: nothing finished in it.
     """
-    if not (run / "job.json").is_file():
-        raise UserError(f"{run}: not a run folder", fix="Give a folder such as runs/quickstart.")
+    require_run(run)
     students = {
         path.parent.name: path.parent for path in sorted((run / "students").glob("*/config.json"))
     }
@@ -133,7 +140,7 @@ def _chosen(run: Path, requested: Sequence[str]) -> dict[str, Path]:
         else:
             close = difflib.get_close_matches(name, [*students, "teacher"], n=1)
             hint = f" - did you mean {close[0]!r}?" if close else ""
-            raise UserError(
+            raise RecipeError(
                 f"--student {name}: not in {run}{hint}",
                 fix=f"Name one of: {', '.join([*students, 'teacher'])}.",
             )

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from distill.errors import DataError, UserError
+from distill.cli.override_words import check_form
+from distill.errors import RecipeError
 from distill.screen.console import make_console
 
 RecipeArgument = Annotated[
@@ -18,6 +19,7 @@ OverridesArgument = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
+        callback=check_form,
         help="Values to replace, such as schedule.batch=32; list items by number, as in "
         "students.0.lr=1e-4. Write teacher:KEY=VALUE for the recipe of the teacher it trains.",
     ),
@@ -74,7 +76,7 @@ def with_data(recipe: str, overrides: Sequence[str] | None, data: Path | None) -
     if data is None:
         return texts
     if not data.is_dir():
-        raise DataError(f"--data {data}: not a folder", fix="Give a folder with images.")
+        raise RecipeError(f"--data {data}: not a folder", fix="Give a folder with images.")
     source = f"data.sources=[{{path: {json.dumps(str(data.absolute()))}}}]"
     is_for_two = names_teacher_recipe(recipe, texts)
     return [*texts, source, *([f"teacher:{source}"] if is_for_two else [])]
@@ -111,8 +113,21 @@ def require_run(run: Path) -> None:
     """Refuses a folder that no job was prepared in.
 
     Raises:
-        UserError: the folder is not a run folder.
+        RecipeError: the folder is not a run folder.
     """
     if not (run / "job.json").is_file():
         fix = "Give a folder such as runs/quickstart."
-        raise UserError(f"{run}: not a run folder", fix=fix)
+        raise RecipeError(f"{run}: not a run folder", fix=fix)
+
+
+def require_there(paths: list[Path]) -> list[Path]:
+    """Returns the paths; refuses one that is not there and is no pattern.
+
+    Raises:
+        RecipeError: names it.
+    """
+    for path in paths:
+        if not path.exists() and not any(mark in str(path) for mark in "*?[{~$"):
+            fix = "Give folders with images, .tar shards, .txt lists or .parquet files."
+            raise RecipeError(f"{path}: no such file or folder", fix=fix)
+    return paths

@@ -38,13 +38,13 @@ def evaluate(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Score students and teacher on held-out images by k-NN, and draw their features."""
+    require_run(run)
     from distill.evaluate.summary import finish
     from distill.runfolder.lock import run_lock
     from distill.runfolder.parked import PARKED_EXIT_CODE
     from distill.runfolder.status import StatusFile
     from distill.screen.tables import scores_table, unfinished_students
 
-    require_run(run)
     allow_code_of(run, allow)
     if over_steps:
         return _score_steps([run, *(beside or [])], as_json=as_json)

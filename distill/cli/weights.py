@@ -31,6 +31,19 @@ weights_app = typer.Typer(
     no_args_is_help=True,
 )
 
+WEIGHT_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz", ".h5", ".msgpack"}
+OTHER_KINDS = {
+    **dict.fromkeys(
+        (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"), "a picture"
+    ),
+    **dict.fromkeys((".yaml", ".yml"), "a recipe"),
+    **dict.fromkeys((".tar", ".parquet"), "a container of images"),
+    **dict.fromkeys((".zip", ".gz", ".tgz", ".7z"), "an archive, to be unpacked first"),
+    **dict.fromkeys((".txt", ".md", ".log", ".json", ".jsonl", ".csv"), "a text"),
+    ".onnx": "an ONNX file, which holds a network to run",
+    ".py": "a program",
+}
+
 
 @weights_app.command("inspect")
 def inspect_weights(
@@ -47,11 +60,45 @@ def inspect_weights(
     from distill.screen.tables import inspection_table
     from distill.weights.inspect import inspect
 
+    refuse_other_kinds(path)
     found = inspect(path, check_values=check_values)
     if as_json:
         print_json(found.to_json())
     else:
         make_console().print(inspection_table(found))
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Names what a path is that holds no weights, and which command is for it.
+
+    Raises:
+        RecipeError: it is not there, or is something else.
+    """
+    if not path.exists():
+        raise RecipeError(f"{path}: no such file or folder", fix="Check the path.")
+    names = [path] if path.is_file() else sorted(path.iterdir())
+    kinds = {each.suffix.lower() for each in names}
+    if kinds & WEIGHT_SUFFIXES or (path.is_file() and not kinds & OTHER_KINDS.keys()):
+        return
+    if (path / "job.json").is_file():
+        inside = sorted(each.parent for each in path.glob("students/*/config.json"))
+        example = inside[0] if inside else path / "students" / "NAME"
+        raise RecipeError(
+            f"{path}: a run folder, not weights", fix=f"Give a network of it, such as {example}."
+        )
+    from distill.data.sources import SUFFIXES
+
+    pictures = [each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES]
+    if path.is_dir() and pictures:
+        text, fix = f"a folder of {len(pictures):,} pictures", f"Use distill data check {path}."
+    elif path.is_dir():
+        below = next((each.parent for each in path.rglob("*.safetensors")), None)
+        text = "a folder without weights" if names else "an empty folder"
+        fix = f"Did you mean {below}?" if below else "Give one with model.safetensors, or a file."
+    else:
+        text = OTHER_KINDS[path.suffix.lower()]
+        fix = "Give a folder, a .safetensors or a .pth file."
+    raise RecipeError(f"{path}: {text}, not weights", fix=fix)
 
 
 @weights_app.command("convert")
@@ -69,6 +116,7 @@ def convert_weights(
     from distill.screen.tables import inspection_table
     from distill.weights.convert import convert
 
+    refuse_other_kinds(source)
     kind = torch.bfloat16 if dtype == Precision.BF16 else torch.float32
     found = convert(source, target, layout=layout.value, dtype=kind)
     if as_json:

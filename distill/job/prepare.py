@@ -20,6 +20,7 @@ from distill.data.index import ImageIndex, build_index, split
 from distill.data.photographs import photograph_paths, write_tiles
 from distill.data.sources import Lister, list_source
 from distill.errors import CheckpointError, DataError
+from distill.job.recipe_hash import recipe_hash
 from distill.job.resume import describe_changes, joining_steps
 from distill.job.stored_recipes import load_from_here, read_recipes, write_recipes
 from distill.job.teacher_files import (
@@ -33,7 +34,6 @@ from distill.plan.from_recipe import on_nodes_of
 from distill.plan.job import check_job
 from distill.plan.teacher_source import TRAINED_HEADS, heads_file
 from distill.recipe.extensions import BUILTIN, ExtensionKind, find
-from distill.recipe.identity import recipe_hash
 from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
@@ -181,7 +181,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
         RecipeError, PlanError, DataError, CheckpointError: with one clear line; an existing run is
         not touched.
     """
-    recipe, teacher_recipe = load_from_here(request.recipe, request.overrides)
+    recipe, teacher_recipe = load_from_here(request.recipe, request.overrides, check_folders=True)
     plans = check_job(on_nodes_of(recipe, request.ranks_per_node), teacher_recipe, num_ranks)
     run_folder = Path(request.run_folder)
     _refuse_foreign_folder(run_folder)

@@ -33,13 +33,13 @@ from distill.job.build import (
 from distill.job.local_ranks import MeetingPlace, join_ranks
 from distill.job.prepare import CHECKPOINTS, FITTED_HEADS, Job
 from distill.job.pretraining import HeadFitting, Pretraining
+from distill.job.recipe_hash import recipe_hash
 from distill.job.resume import agreed_checkpoint, joining_steps
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.from_recipe import ONLINE, plan_family, plan_fitting, plan_stage
 from distill.plan.teacher_source import TRAINED_HEADS, teacher_shape
 from distill.recipe.document import RESOLVED
 from distill.recipe.extensions import BUILTIN, ExtensionKind, find
-from distill.recipe.identity import recipe_hash
 from distill.recipe.keys import (
     FAMILY_PHASE,
     HEADS_PHASE,

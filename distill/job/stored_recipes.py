@@ -9,24 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distill.job.resolved_yaml import resolved_yaml
 from distill.recipe.document import RESOLVED, RESOLVED_TEACHER, find_recipe
 from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.reader import TEACHER_PREFIX, load_job, teacher_recipe_of
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
-from distill.recipe.writer import resolved_yaml
 from distill.runfolder.files import replace_text
 
 Recipes = tuple[FamilyRecipe | TeacherRecipe, TeacherRecipe | None]
 
 
-def load_from_here(recipe: str, overrides: Sequence[str]) -> Recipes:
+def load_from_here(
+    recipe: str, overrides: Sequence[str], *, check_folders: bool = False
+) -> Recipes:
     """Reads the user's recipes; relative paths become absolute from the folder that the command runs in.
 
     Raises:
         RecipeError: every problem of both files.
     """
-    loaded, teacher = load_job(recipe, overrides)
+    loaded, teacher = load_job(recipe, overrides, check_folders=check_folders)
     if teacher is not None:
         teacher = teacher.model_copy(update={"data": _absolute_data(teacher.data)})
     update: dict[str, Any] = {"data": _absolute_data(loaded.data)}

@@ -9,7 +9,7 @@ import copy
 import difflib
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,17 @@ RESOLVED = "recipe.resolved.yaml"  # in a run folder, which is read from then on
 RESOLVED_TEACHER = "teacher.resolved.yaml"  # beside it, where the recipe names one
 
 
+class NotYamlError(RecipeError):
+    """The file at ``path`` is not YAML; its cause is what the reader found."""
+
+    def __init__(
+        self, message: str, path: str = "", lines: Sequence[str] = (), **facts: Any
+    ) -> None:
+        """Keeps the text, in which the command line looks for the mistake."""
+        super().__init__(message, **{"fix": "Correct the YAML at that line.", **facts})
+        self.path, self.lines = path, lines
+
+
 @dataclass(frozen=True)
 class Document:
     """A recipe's raw values, the line and column (from 0) of each, and its text."""
@@ -39,7 +50,7 @@ class Document:
     lines: tuple[str, ...]
     values: dict[str, Any]
     marks: Mapping[Loc, tuple[int, int]]
-    overridden: frozenset[Loc] = frozenset()
+    overridden: Mapping[Loc, str] = field(default_factory=dict)  # what stands after ``=``
 
 
 def builtin_recipes() -> dict[str, Path]:
@@ -60,7 +71,9 @@ def find_recipe(recipe: str) -> Path:
     path = Path(recipe)
     if path.is_file():
         return path
-    close = difflib.get_close_matches(path.stem, builtin, n=1)
+    beside = list(map(str, path.parent.glob("*.y*ml")))
+    matches = difflib.get_close_matches
+    close = matches(path.stem, builtin, n=1) or matches(recipe, beside, n=1, cutoff=0.8)
     hint = f" - did you mean {close[0]!r}?" if close else ""
     raise RecipeError(
         f"{recipe}: no such recipe file or built-in recipe{hint}",
@@ -86,9 +99,10 @@ def read_document(path: Path) -> Document:
         raise RecipeError(
             f"{path}: cannot be read as text ({error})", fix="Give a UTF-8 YAML file."
         ) from error
+    lines = tuple(line.rstrip("\r") for line in text.split("\n"))
     if _depth(text) > MAX_OPEN:
         raise RecipeError(
-            f"{path.name}: more than {MAX_OPEN} brackets are open at once, so not a recipe",
+            f"{path}: more than {MAX_OPEN} brackets are open at once, so not a recipe",
             fix="Close them.",
         )
     try:
@@ -96,23 +110,30 @@ def read_document(path: Path) -> Document:
             warnings.simplefilter("error", ReusedAnchorWarning)  # the last one would win
             tree = YAML().load(text)
     except MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        message = f"{path.name}{where}: {str(error.problem or error.context).splitlines()[0]}"
-        raise RecipeError(message, fix="Correct the YAML at that line.") from error
+        mark, what = error.problem_mark, str(error.problem or error.context).splitlines()[0]
+        line, column = (mark.line, mark.column) if mark else (0, 0)
+        text = f"{path}:{line + 1}:{column + 1}: {what}\n{marked(lines, line, column)}"
+        raise NotYamlError(text, path=str(path), lines=lines) from error
     except Exception as error:  # ruamel raises whatever a strange document leads it to
         raise RecipeError(
-            f"{path.name}: not YAML ({_first_line(error)})", fix="Correct the file."
+            f"{path}: not YAML ({_first_line(error)})", fix="Correct the file."
         ) from error
     if not isinstance(tree, CommentedMap):
         raise RecipeError(
-            f"{path.name}:1:1: a recipe is a mapping of keys to values",
+            f"{path}:1:1: a recipe is a mapping of keys to values, such as `name: mine`",
             fix="Start from `distill recipes copy quickstart my.yaml`.",
         )
     marks: dict[Loc, tuple[int, int]] = {}
     values = _plain(tree, (), marks, MAX_VALUES * factor)
     _write_out(values, marks)
-    return Document(path.name, tuple(text.split("\n")), values, marks)
+    return Document(str(path), lines, values, marks)
+
+
+def marked(lines: Sequence[str], line: int, column: int) -> str:
+    """A line of a file with its number, and a mark under a column; both count from 0."""
+    shown = lines[min(line, len(lines) - 1)]  # YAML knows more line ends
+    space = "".join("\t" if letter == "\t" else " " for letter in shown[:column].ljust(column))
+    return f"{line + 1:6} | {shown}\n       | {space}^"
 
 
 def _depth(text: str) -> int:
@@ -186,7 +207,7 @@ def with_overrides(document: Document, overrides: Sequence[str]) -> tuple[Docume
     """The document with the values of ``KEY=VALUE`` texts; list items go by their number."""
     problems: list[Problem] = []
     values = copy.deepcopy(document.values)
-    touched: set[Loc] = set()
+    touched: dict[Loc, str] = {}
     for text in overrides:
         key, equals, raw = text.partition("=")
         loc: Loc = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
@@ -206,9 +227,9 @@ def with_overrides(document: Document, overrides: Sequence[str]) -> tuple[Docume
             problems.append(((OVERRIDE, text), f"there is no {key!r} in this recipe"))
             continue
         holder[last] = value
-        touched.add(loc)
+        touched[loc] = raw
         _write_out(values, {})
-    return replace(document, values=values, overridden=frozenset(touched)), problems
+    return replace(document, values=values, overridden=touched), problems
 
 
 def _holder(values: dict[str, Any], loc: Loc) -> Any:

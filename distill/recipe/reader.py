@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from distill.errors import RecipeError
 from distill.recipe.document import (
+    KEY,
     OVERRIDE,
     RESOLVED,
     RESOLVED_TEACHER,
@@ -25,7 +26,8 @@ from distill.recipe.document import (
 from distill.recipe.extension_keys import find_section, unread_section, with_sections
 from distill.recipe.formats import format_of, with_defaults_of
 from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe
-from distill.recipe.messages import explain, place_of, refuse, render
+from distill.recipe.messages import explain, place_of, refuse, render, resembled
+from distill.recipe.networks import HEADS_MODES
 from distill.recipe.rules import Parts, find_conflicts, items_of
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS, Loc, Problem, Section, fields_of, section_in
 
@@ -84,11 +86,11 @@ def load_job(
             )
             second = None
     problems += find_conflicts(first.parts, None if second is None else second.parts)
-    problems += _missing_folders(first.parts) if check_folders else []
+    problems += _missing_folders(first.parts, problems) if check_folders else []
     texts = render(first.document, problems)
     if second is not None:
         problems = [*second.problems, *find_conflicts(second.parts)]
-        problems += _missing_folders(second.parts) if check_folders else []
+        problems += _missing_folders(second.parts, problems) if check_folders else []
         texts += render(second.document, problems)
     refuse(texts)
     assert first.recipe is not None, "no problem was found"
@@ -149,9 +151,31 @@ def _read_fields(path: Path, overrides: Sequence[str], *, loads_sections: bool =
     by_place: dict[Loc, list[Any]] = {}
     for entry in errors:
         by_place.setdefault(place_of(kind, entry), []).append(entry)
-    problems += [(loc, explain(kind, loc, entries)) for loc, entries in by_place.items()]
-    parts = dict(_valid_parts(kind, values, (), by_place.keys()))
+    unread = _unread(kind, by_place, values)
+    for loc in [loc for loc in by_place if loc in unread or _is_echo(loc, by_place)]:
+        del by_place[loc]
+    problems += [(loc, explain(kind, loc, entries, document)) for loc, entries in by_place.items()]
+    parts = dict(_valid_parts(kind, values, (), {*by_place, *unread}))
     return Reading(document, kind, None if problems else recipe, parts, tuple(problems))
+
+
+def _unread(kind: Kind, by_place: Mapping[Loc, Any], values: Mapping[Any, Any]) -> set[Loc]:
+    """Keys that are not given and that an unknown one beside them was probably meant to be: nothing is known of them."""
+    found = set[Loc]()
+    for loc in by_place:
+        meant = resembled(kind, loc[:-1]) if loc[-1] == KEY else None
+        holder: Any = values
+        for part in meant[:-1] if meant else ():
+            holder = holder[part]
+        if meant and meant[-1] not in holder:
+            found.add(meant)
+    return found
+
+
+def _is_echo(loc: Loc, by_place: Mapping[Loc, Sequence[Any]]) -> bool:
+    """A list is short only because items of it are wrong, and those are reported."""
+    is_short = all(entry["type"] == "too_short" for entry in by_place[loc])
+    return is_short and any(each != loc and each[: len(loc)] == loc for each in by_place)
 
 
 def _kind(document: Document) -> Kind:
@@ -160,9 +184,10 @@ def _kind(document: Document) -> Kind:
     if not found:  # a misspelt one is known by what it is close to, and reported as unknown
         found = [k for k in kinds if difflib.get_close_matches(k, map(str, document.values), n=1)]
     if len(found) != 1:
+        given = next((key for key in found if (key,) in document.overridden), None)
         raise RecipeError(
-            f"{document.label}:1:1: needs either 'students' (a family) or 'stages' (a teacher), "
-            f"{'not both' if found else 'has neither'}",
+            f"{f'override {given!r}' if given else f'{document.label}:1:1'}: needs either 'students' (a family) "
+            f"or 'stages' (a teacher), {'not both' if found else 'has neither'}",
             fix="Start from `distill recipes copy quickstart my.yaml`.",
         )
     return kinds[found[0]]
@@ -203,7 +228,7 @@ def _valid_parts(
             yield here, value
 
 
-def _missing_folders(parts: Parts) -> Iterator[Problem]:
+def _missing_folders(parts: Parts, found: Sequence[Problem]) -> Iterator[Problem]:
     """Named folders that are not there, and image folders without an image."""
     from distill.data.sources import CONTAINERS, LIST_SUFFIXES, SUFFIXES
 
@@ -232,3 +257,7 @@ def _missing_folders(parts: Parts) -> Iterator[Problem]:
     weights = parts.get(("teacher", "weights"))
     if weights is not None and not Path(weights).exists():
         yield ("teacher", "weights"), f"{weights!r} is not there: a folder or file of weights"
+    heads = parts.get(("teacher", "heads"))
+    is_wrong = any(loc == ("teacher", "heads") for loc, _ in found)
+    if not is_wrong and heads not in (None, *HEADS_MODES) and not Path(str(heads)).is_file():
+        yield ("teacher", "heads"), f"{heads!r} is no file of heads: give one, or 'fit' or 'none'"

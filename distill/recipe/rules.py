@@ -4,6 +4,7 @@ Each rule reads the keys that validated and skips what it cannot know, so that o
 hide what is wrong with its neighbours.
 """
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -230,9 +231,10 @@ def _source_of_teacher_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
         weights is None
     ):
         yield ("teacher",), "give either 'train' (a teacher recipe) or 'weights' (a folder)"
-    if heads not in (None, *HEADS_MODES) and train is not None:
-        allowed = "a trained teacher has heads; 'fit' or 'none' replace them"
-        yield ("teacher", "heads"), f"{heads!r} goes with 'weights': {allowed}"
+    close = difflib.get_close_matches(str(heads).lower(), HEADS_MODES, n=1)
+    if heads not in (None, *HEADS_MODES) and (train is not None or close):
+        why = " goes with 'weights': a trained teacher has heads; 'fit' or 'none' replace them"
+        yield ("teacher", "heads"), f"{heads!r}{f' - did you mean {close[0]!r}?' if close else why}"
     for key in ("mean", "std"):
         value, theirs = parts.get(("data", key)), teacher.get(("data", key))
         if value is not None and theirs is not None and list(value) != list(theirs):

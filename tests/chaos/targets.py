@@ -17,10 +17,10 @@ from PIL import Image
 from distill.checkpoint.manifest import MANIFEST, find_latest
 from distill.data.dataset_report import take_report
 from distill.data.index import build_index
+from distill.job.resolved_yaml import resolved_yaml
 from distill.plan.job import check_job
 from distill.recipe.document import builtin_recipes
 from distill.recipe.reader import load_job
-from distill.recipe.writer import resolved_yaml
 from distill.runfolder.tensor_file import SUFFIX, read_tensors
 from distill.weights.convert import convert
 from distill.weights.heads import load_heads

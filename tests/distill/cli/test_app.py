@@ -84,7 +84,7 @@ def test_check__a_bad_recipe_is_exit_code_2_with_every_problem(
     ("words", "code", "message"),
     [
         (("train", "nothing.yaml"), 2, "no such recipe file or built-in recipe"),
-        (("train", "quickstart", "--data", "/nowhere"), 1, "--data /nowhere: not a folder"),
+        (("train", "quickstart", "--data", "/nowhere"), 2, "--data /nowhere: not a folder"),
         (
             ("check", "quickstart", "data.sources=[{path: /nowhere}]"),
             2,
@@ -97,8 +97,8 @@ def test_check__a_bad_recipe_is_exit_code_2_with_every_problem(
             "students.small.ranks = 5: this job has 2 ranks",
         ),
         (("pretrain", "quickstart"), 2, "a family recipe has no stages"),
-        (("eval", "/nowhere"), 1, "/nowhere: not a run folder"),
-        (("watch", "/nowhere"), 1, "/nowhere: not a run folder"),
+        (("eval", "/nowhere"), 2, "/nowhere: not a run folder"),
+        (("watch", "/nowhere"), 2, "/nowhere: not a run folder"),
         (("recipes", "show", "nothing"), 2, "no such recipe"),
     ],
 )
@@ -248,7 +248,7 @@ def test_check__names_line_and_column(distill: Run, tmp_path: Path) -> None:
     result = distill("check", mine)
     line = len(text.splitlines()) + 1
     assert result.code == 2
-    assert result.err.startswith(f"mine.yaml:{line}:1: unknown key 'emma'")
+    assert result.err.startswith(f"{mine}:{line}:1: unknown key 'emma'")
 
 
 def test_check__broken_data_is_a_wrong_recipe(

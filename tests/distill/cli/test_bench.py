@@ -14,4 +14,4 @@ def test_bench__takes_a_recipe_in_the_first_place_for_a_job(
 
 def test_bench__loader_has_options_of_its_own(distill: Any) -> None:
     ended = distill("bench", "loader", "quickstart", "--sleep", "1")
-    assert ended.code == 2 and "No such option" in ended.err
+    assert ended.code == 2 and "no such option" in ended.err

@@ -42,7 +42,7 @@ def test_check__tells_what_is_there_and_what_is_broken(distill: Run, tmp_path: P
     (dataset,) = json.loads(result.out)
     assert result.code == 1 and [row["reason"] for row in dataset["broken"]] == ["empty file"]
     result = distill("data", "check", str(tmp_path / "none"))
-    assert result.code == 1 and "is not there" in result.err
+    assert result.code == 2 and "no such file or folder" in result.err
 
 
 def test_pack__then_train_on_it(distill: Run, tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_export__one_clear_line(
 
 def test_export__before_there_is_anything_to_export(run: Any, tmp_path: Path) -> None:
     code, _, err = run(tmp_path, "--to", "hf")
-    assert code == 1 and f"{tmp_path}: not a run folder" in err
+    assert code == 2 and f"{tmp_path}: not a run folder" in err
     begun = started(tmp_path / "begun")
     for words in ((), ("--student", "small")):
         code, _, err = run(begun, "--to", "hf", *words)

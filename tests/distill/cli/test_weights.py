@@ -97,5 +97,5 @@ def test_convert__a_free_size_has_no_name_in_timm(run: Any, tmp_path: Path) -> N
 def test_weights__a_file_that_is_not_there(verb: str, run: Any, tmp_path: Path) -> None:
     target = [tmp_path / "out", "--to", "hf"] if verb == "convert" else []
     code, out, err = run(verb, tmp_path / "gone.safetensors", *target)
-    assert (code, out) == (1, "") and "gone.safetensors" in err and "Fix:" in err
+    assert (code, out) == (2, "") and "gone.safetensors" in err and "Fix:" in err
     assert list(tmp_path.iterdir()) == []

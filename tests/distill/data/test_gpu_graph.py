@@ -23,8 +23,8 @@ from distill.data.loader import Loader
 from distill.data.pipeline import build_pipeline, find_refused
 from distill.data.sampler import Pool, Sampler
 from distill.errors import SetupError
+from distill.job.recipe_hash import recipe_hash
 from distill.job.to_data import build_loader
-from distill.recipe.identity import recipe_hash
 from distill.recipe.reader import load_recipe
 from tests.support.gpu import ON_GPU
 from tests.support.pictures import picture

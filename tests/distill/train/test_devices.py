@@ -17,8 +17,8 @@ from distill.engine.engine import prepare_deepspeed
 from distill.errors import SetupError
 from distill.evaluate.summary import finish
 from distill.job.prepare import JobRequest, prepare, read_job
+from distill.job.recipe_hash import recipe_hash
 from distill.job.run import _Run
-from distill.recipe.identity import recipe_hash
 from distill.recipe.reader import load_recipe
 from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.requests import StopSaveRequests
