@@ -39,6 +39,10 @@ Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PlainName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 
 
+class ChangedError(CheckpointError):
+    """Saved state belongs to another recipe or to other images."""
+
+
 class _Facts(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
@@ -227,8 +231,8 @@ def find_latest(
     ``report`` gets a line for each newer one that is damaged.
 
     Raises:
-        CheckpointError: it was written by another recipe, so going on from it would mix two runs;
-            or there are checkpoints, and each is damaged.
+        ChangedError: it was written by another recipe, so going on from it would mix two runs.
+        CheckpointError: there are checkpoints, and each is damaged.
     """
     found = checkpoints(folder)
     unreadable = sorted(set(_folders(folder)) - {path for path, _ in found})
@@ -240,8 +244,8 @@ def find_latest(
             report(f"{path.name} is not used: {damage}")
             continue
         if manifest.recipe_hash != recipe_hash:
-            raise CheckpointError(
-                f"{path}: belongs to another version of this recipe (its results would differ)",
+            raise ChangedError(
+                f"{path}: belongs to another version of this recipe or of its images (its results would differ)",
                 fix="Pass --fresh to start over, or --name NEW to keep both.",
             )
         return path, manifest

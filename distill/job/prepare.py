@@ -15,11 +15,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoint.manifest import TeacherFacts, find_latest
+from distill.checkpoint.manifest import ChangedError, TeacherFacts, find_latest
 from distill.data.index import ImageIndex, build_index, split
 from distill.data.photographs import photograph_paths, write_tiles
 from distill.data.sources import Lister, list_source
 from distill.errors import CheckpointError, DataError
+from distill.job.changes import with_changes
 from distill.job.recipe_hash import recipe_hash
 from distill.job.resume import describe_changes, joining_steps
 from distill.job.stored_recipes import load_from_here, read_recipes, write_recipes
@@ -194,8 +195,13 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     job = Job(request, recipe, teacher_recipe, fingerprint)
     if fresh and run_folder.exists():
         _empty(run_folder)
-    resumed = find_latest(run_folder / CHECKPOINTS, job.hash, lambda _: None)  # the run reports
-    joining_steps(job.recipe, job.networks, resumed)
+    try:
+        resumed = find_latest(run_folder / CHECKPOINTS, job.hash, lambda _: None)  # the run reports
+        joining_steps(job.recipe, job.networks, resumed)
+    except ChangedError as error:
+        indices = {"train": train, "held_out": held_out}
+        indices |= {} if teacher_train is train else {"teacher": teacher_train}
+        raise with_changes(error, run_folder, (recipe, teacher_recipe), indices) from error
     checksums = read_checksums(run_folder)
     job = replace(job, teacher=_teacher_facts(job, checksums))
     refuse_another_teacher(job.teacher, resumed)

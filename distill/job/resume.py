@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from distill.checkpoint import manifest as checkpoint
-from distill.checkpoint.manifest import Manifest
+from distill.checkpoint.manifest import ChangedError, Manifest
 from distill.errors import CheckpointError
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe, TeacherRecipe
 
@@ -58,8 +58,8 @@ def joining_steps(
     ``networks`` gives a hash of each student's recipe entry.
 
     Raises:
-        CheckpointError: a student is not what it was when it was saved, or would join after its
-            end.
+        ChangedError: a student is not what it was when it was saved.
+        CheckpointError: it would join after its end.
     """
     if not isinstance(recipe, FamilyRecipe):
         return {}
@@ -71,7 +71,7 @@ def joining_steps(
         name = student.label
         saved = manifest.networks.get(name)
         if saved is not None and saved.hash != networks[name]:
-            raise CheckpointError(
+            raise ChangedError(
                 f"students.{name}: its lines in the recipe are not those of {path}",
                 fix="Undo the change, or give it another name: it then starts with fresh weights.",
             )
