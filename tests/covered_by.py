@@ -44,6 +44,8 @@ COVERED_BY = {
     "distill.plan.from_recipe": "tests/distill/plan/test_memory.py",
     "distill.plan.job": "tests/distill/plan/test_memory.py",
     "distill.plan.teacher_source": "tests/distill/plan/test_memory.py",
+    "distill.plan.warnings": "tests/distill/plan/test_here.py",
+    "distill.cli.check_report": "tests/distill/plan/test_here.py",
     "distill.plan.traffic": "tests/distill/train/test_ranks.py",
     "distill.plan.crop_sizes": "tests/distill/job/test_pretraining.py",
     "distill.recipe.document": "tests/distill/job/test_resume.py",

@@ -1,5 +1,6 @@
 """``distill doctor``, ``check`` and ``plan``: what can be checked before anything is trained."""
 
+import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -56,7 +57,6 @@ def check(
     Code that the recipe names is listed and not loaded, unless --allow-code is given.
     """
     from distill.cli.named_code import code_named_by
-    from distill.recipe.keys import FamilyRecipe
     from distill.recipe.reader import load_job
 
     allow_code(allow, recipe)
@@ -76,27 +76,14 @@ def check(
     except DataError as error:  # to a check, data that is not there is a wrong recipe
         raise RecipeError(error.message, fix=error.fix) from error
 
-    from distill.plan.teacher_source import heads_story
+    from distill.cli.check_report import CheckReport
 
-    names = (
-        [s.label for s in loaded.students] if isinstance(loaded, FamilyRecipe) else ["a teacher"]
-    )
-    story = heads_story(loaded) if isinstance(loaded, FamilyRecipe) else None
+    report = CheckReport(loaded, teacher, num_ranks, plans, facts, code)
     if as_json:
-        found = {"recipe": loaded.name, "networks": names, "ranks": num_ranks, "sources": facts}
-        found |= {"heads": story, "code": [named.to_json() for named in code]}
-        print_json({**found, "plan": plans[-1].to_json() if plans else None})
+        print_json(report.to_json())
         return
-    for named in code:
-        say(named.describe())
-    what = f"{loaded.name}: {', '.join(names)}" + (f" from {teacher.name}" if teacher else "")
-    images = ", ".join(f"{source}: {count} images" for source, count in facts.items())
-    end = f"valid for {num_ranks} ranks (dry run)"
-    if code:
-        end = (
-            "valid as far as it shows without that code; --allow-code loads it and checks the rest"
-        )
-    say("; ".join([part for part in (what, images, story, end) if part]) + ".")
+    for line in report.lines():
+        say(line)
 
 
 def _plans(
@@ -123,8 +110,12 @@ def plan(
         typer.Option("--ranks", min=1, help="Number of ranks; by default this machine's."),
     ] = None,
     device: Annotated[
-        str, typer.Option("--device", help="h100, h200, a100, cpu, or measured: this machine's.")
-    ] = "h100",
+        str | None,
+        typer.Option(
+            "--device",
+            help="h100, h200, a100, cpu, or measured: this machine's; by default the recipe's here.",
+        ),
+    ] = None,
     allow: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
@@ -140,18 +131,28 @@ def plan(
 
     from distill.plan.flops import find_device
     from distill.plan.from_recipe import on_nodes_of
+    from distill.plan.here import THIS_CPU, device_here, estimate_basis
     from distill.plan.job import check_job, require_fit
     from distill.screen.tables import plan_tables
 
-    assumed = find_device(device)
     num_ranks = count_ranks(loaded.engine.processes, ranks)
+    assumed = find_device(device) if device else device_here(loaded.engine.device, num_ranks)
     placed = loaded if ranks is not None else on_nodes_of(loaded, num_ranks)  # this machine's
     plans = check_job(placed, teacher, num_ranks, assumed, has_files=False)
     if as_json:
-        print_json({**plans[-1].to_json(), "device": assumed.name})
+        basis = estimate_basis(assumed)
+        print_json({**plans[-1].to_json(), "device": assumed.name, "estimate": basis})
     else:
         for each in plans:
             for table in plan_tables(each, assumed):
                 make_console().print(table)
+        other = "; for GPUs: --device h100" if assumed.name == THIS_CPU else ""
+        say(f"for {assumed.name}{other}")
     for job in plans:
-        require_fit(job, loaded, teacher, assumed)
+        if assumed.name != THIS_CPU:
+            require_fit(job, loaded, teacher, assumed)
+        elif (
+            needed := job.footprint.fullest
+        ).total > assumed.memory_gib:  # --device cpu refuses it
+            text = f"{job.name}: rank {job.footprint.fullest_rank} needs {needed.describe()}"
+            sys.stderr.write(f"warning: {text}; {THIS_CPU} has {assumed.memory_gib:.0f} GiB\n")

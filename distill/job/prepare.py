@@ -32,6 +32,7 @@ from distill.job.teacher_files import (
     teacher_facts,
 )
 from distill.plan.from_recipe import on_nodes_of
+from distill.plan.here import device_here, timed_on
 from distill.plan.job import check_job
 from distill.plan.teacher_source import TRAINED_HEADS, heads_file
 from distill.recipe.extensions import BUILTIN, ExtensionKind, find
@@ -224,7 +225,8 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
         for name in ("status.json", "timing.json"):
             (run_folder / name).unlink(missing_ok=True)
     write_recipes(run_folder, request.recipe, request.overrides, (recipe, teacher_recipe))
-    write_json(run_folder / "plan.json", plans[-1].to_json())
+    device = device_here(recipe.engine.device, request.ranks_per_node or num_ranks)
+    write_json(run_folder / "plan.json", timed_on(plans[-1].to_json(), device))
     write_json(run_folder / "env.json", _environment())
     write_json(run_folder / CHECKSUMS, checksums)
     if job.teacher is not None:

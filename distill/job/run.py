@@ -37,6 +37,7 @@ from distill.job.recipe_hash import recipe_hash
 from distill.job.resume import agreed_checkpoint, joining_steps
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.from_recipe import ONLINE, plan_family, plan_fitting, plan_stage
+from distill.plan.here import timed_as
 from distill.plan.teacher_source import TRAINED_HEADS, teacher_shape
 from distill.recipe.document import RESOLVED
 from distill.recipe.extensions import BUILTIN, ExtensionKind, find
@@ -232,7 +233,9 @@ class _Run:
         is_first = any(placement.first_rank == self.rank for placement in plan.placements)
         teacher_fingerprint = fingerprint(teacher.backbone.state_dict()) if is_first else ""
         if self.rank == 0:
-            write_json(self.job.run_folder / "plan.json", plan.to_json())
+            path = self.job.run_folder / "plan.json"
+            before = json.loads(path.read_text()) if path.is_file() else {}
+            write_json(path, timed_as(plan.to_json(), before))
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
         context = PhaseContext(
             recipe, plan, groups, self._rank_context("train"), shape.spec, self._report

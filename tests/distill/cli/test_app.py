@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,7 +47,7 @@ def test_plan__imports_no_torch() -> None:
     """Planning is arithmetic: nine students on 4,096 ranks in a second of one core."""
     code = (
         "import sys, distill.cli.app\n"
-        "words = ['plan', 'family_all', 'schedule.batch=8192', '--ranks', '4096', '--json']\n"
+        "words = ['plan', 'family_all', 'schedule.batch=8192', '--ranks', '4096', '--json', '--device', 'h100']\n"
         "try: distill.cli.app.main(words)\n"
         "except SystemExit as ended: assert not ended.code\n"
         "heavy = {'torch', 'deepspeed', 'nvidia', 'matplotlib', 'PIL'} & set(sys.modules)\n"
@@ -60,7 +61,7 @@ def test_check__a_good_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         code == 0
         and "builtin:photographs: 19 images" in out
-        and "valid for 2 ranks (dry run)" in out
+        and "valid for 2 ranks on this CPU (dry run)" in out
     )
 
 
@@ -146,6 +147,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 # The rest runs in this process; the launcher is replaced, because nothing here is to train.
 
+H100 = ("--device", "h100")
 VERBS = ("train", "pretrain", "watch", "check", "plan", "eval", "doctor", "recipes")
 
 
@@ -205,12 +207,22 @@ def test_usage__mistakes_end_with_2(distill: Run, words: tuple[str, ...]) -> Non
     assert "Traceback" not in result.err
 
 
-def test_check__one_line_when_all_is_well(distill: Run) -> None:
+def test_check__networks_images_lengths_time_and_memory(distill: Run) -> None:
     result = distill("check", "quickstart")
     assert (result.code, result.err) == (0, "")
-    assert result.out.count("\n") == 1
-    assert result.out.startswith("quickstart: small, gated, convnext from quickstart-teacher; ")
-    assert result.out.endswith("is trained with; valid for 2 ranks (dry run).\n")
+    lines = result.out.splitlines()
+    assert lines[:3] == [
+        "quickstart: small, gated, convnext from quickstart-teacher",
+        "  students learn through the heads that the teacher is trained with",
+        "  builtin:photographs: 19 images",
+    ]
+    phase = r"  {}: {} steps of 64 images, about .*[smhd], \d\.\d GiB a rank"
+    names = {"base": 600, "gram": 80, "family": 500}
+    for line, (name, steps) in zip(lines[3:6], names.items(), strict=True):
+        assert re.fullmatch(phase.format(name, steps), line), line
+    assert re.search(r"about .* in all \(an estimate: this CPU at 50% of .*timed now\)", lines[6])
+    assert lines[-1] == "valid for 2 ranks on this CPU (dry run)."
+    assert [line for line in lines if "cores" not in line and line.startswith("warning")] == []
 
 
 def test_check__a_teacher_recipe_as_json(distill: Run) -> None:
@@ -277,14 +289,14 @@ def test_plan__needs_no_gpu_and_trains_nothing(distill: Run) -> None:
 
 def test_plan__the_published_launch(distill: Run) -> None:
     """48/48/80/120 of 296 ranks, batch 1920: METHOD section 5."""
-    plan = json.loads(distill("plan", "family_published", "--ranks", "296", "--json").out)
+    plan = json.loads(distill("plan", "family_published", "--ranks", "296", *H100, "--json").out)
     assert list(plan["ranks"].values()) == [48, 48, 80, 120]
     assert plan["utilisation_even_barrier"] == pytest.approx(0.851, abs=0.004)
     assert plan["utilisation"] == pytest.approx(1.0)
     assert plan["exchange_bytes_max"] < 32e6
     assert plan["exchange_bytes_all_gather"] > 3.4e9
     assert plan["memory_gib_max"] < 80
-    shown = distill("plan", "family_published", "--ranks", "296").out
+    shown = distill("plan", "family_published", "--ranks", "296", *H100).out
     assert "busy 100%" in shown
 
 
@@ -319,7 +331,7 @@ def test_plan__groups_stay_within_nodes(
 
 
 def test_plan__memory_by_part_and_by_rank(distill: Run) -> None:
-    plan = json.loads(distill("plan", "family_vit", "--ranks", "8", "--json").out)
+    plan = json.loads(distill("plan", "family_vit", "--ranks", "8", *H100, "--json").out)
     parts = plan["memory_gib"]
     assert {"teacher", "weights", "optimizer", "ema", "activations", "logits"} < parts.keys()
     assert parts["optimizer"] == pytest.approx(3 * parts["ema"], abs=0.01)
@@ -338,7 +350,7 @@ def test_plan__eight_ranks_are_balanced(distill: Run) -> None:
 
 
 def test_plan__says_what_does_not_fit(distill: Run) -> None:
-    result = distill("plan", "family_vit", "engine.micro_batch=null", "--ranks", "8")
+    result = distill("plan", "family_vit", "engine.micro_batch=null", "--ranks", "8", *H100)
     assert result.code == 2
     assert "GiB (activations" in result.err and "h100 has 80" in result.err
     assert "engine.micro_batch=" in result.err
@@ -348,7 +360,7 @@ def test_plan__says_what_does_not_fit(distill: Run) -> None:
 
 def test_plan__a_missing_teacher_is_only_planned_for(distill: Run) -> None:
     assert distill("check", "family_published", "--gpus", "296").code == 2
-    assert distill("plan", "family_published", "--ranks", "296").code == 0
+    assert distill("plan", "family_published", "--ranks", "296", *H100).code == 0
 
 
 def test_train__passes_options_and_overrides_in_any_order(
