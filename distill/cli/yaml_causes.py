@@ -108,6 +108,8 @@ def _of_lines(
     odd = [q for q in "\"'" if here.count(q) % 2 or before.count(q) % 2]
     if "found '<scalar>'" in problem and odd:
         return found, f"a quote is never closed, here or above: {odd[0]}"
+    if "mapping values" in problem and re.match(r"\s*-[^\s-]", here):
+        return (found[0], _indent(here)), "a space is missing after the dash"
     if "mapping values" in problem and re.search(r":\s", here[: found[1]]):
         return found, "a value with a colon and a space in it needs quotes"
     if "mapping values" in problem or "block" in problem:

@@ -224,12 +224,28 @@ def with_overrides(document: Document, overrides: Sequence[str]) -> tuple[Docume
         holder, last = _holder(values, loc), loc[-1]
         is_item = isinstance(holder, list) and isinstance(last, int) and last < len(holder)
         if not isinstance(holder, dict) and not is_item:
-            problems.append(((OVERRIDE, text), f"there is no {key!r} in this recipe"))
+            hint = _item_hint(values, loc)
+            problems.append(((OVERRIDE, text), f"there is no {key!r} in this recipe{hint}"))
             continue
         holder[last] = value
         touched[loc] = raw
         _write_out(values, {})
     return replace(document, values=values, overridden=touched), problems
+
+
+def _item_hint(values: Any, loc: Loc) -> str:
+    """How to name an item of the first list on the way, which goes by its number."""
+    for depth, part in enumerate(loc):
+        if isinstance(values, list):
+            names = [
+                each.get("name", each.get("arch")) for each in values if isinstance(each, dict)
+            ]
+            if part not in names:
+                return f" - it has items 0 to {len(values) - 1}"
+            right = (*loc[:depth], names.index(part), *loc[depth + 1 :])
+            return f" - did you mean {'.'.join(map(str, right))!r}?"
+        values = values.get(part) if isinstance(values, dict) else None
+    return ""
 
 
 def _holder(values: dict[str, Any], loc: Loc) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 
 from distill.errors import RecipeError
 from distill.recipe.document import KEY, MAX_RECIPE_BYTES, OVERRIDE, Document, marked
+from distill.recipe.keys import TeacherRecipe
 from distill.recipe.types import Loc, Problem, Section, all_keys, fields_of, section_at
 
 LISTS = frozenset({"students", "stages", "sources"})  # keys whose value is a list of groups
@@ -125,6 +126,8 @@ def _similar_key(kind: type[Section], loc: Loc) -> str:
     names = [path_of(each) for each in nearest] or ([str(close[-1])] if close else [])
     if names:
         return f" - did you mean {' or '.join(map(repr, names))}?"
+    if any((*loc[:-1], key) == each for each in all_keys(TeacherRecipe)):
+        return f" - a key of the teacher's recipe: teacher:{dotted(loc)}"
     return f" - known here: {', '.join([] if section is None else fields_of(section))}"
 
 

@@ -72,7 +72,9 @@ def load_job(
     if train is None:
         problems += [((OVERRIDE, text), "this recipe trains no teacher") for text in theirs]
     elif not (named := teacher_recipe_of(path, train)).is_file():
-        text = f"{named} does not exist; give its path relative to this recipe"
+        beside = difflib.get_close_matches(train, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        hint = f" - did you mean {beside[0]!r}?" if beside else ""
+        text = f"{named} does not exist; give its path relative to this recipe{hint}"
         problems.append((("teacher", "train"), text))
     else:
         second = _read_fields(
@@ -250,6 +252,8 @@ def _missing_folders(parts: Parts, found: Sequence[Problem]) -> Iterator[Problem
             continue
         if not Path(path).is_dir():
             kinds = "a folder with images, a .tar or .parquet file, or a .txt list"
+            if not path.isprintable():  # "D:\\new": a line break
+                kinds = "it in single quotes: in double quotes a backslash has a meaning"
             yield key_path, f"{path!r} is not there or no source of images - give {kinds}"
         elif not any(file.suffix.lower() in known for file in Path(path).rglob("*")):
             kinds = ", ".join(sorted(suffix[1:] for suffix in known))

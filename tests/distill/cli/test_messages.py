@@ -89,6 +89,9 @@ OVERRIDES = [
     ("data.sources=[/nowhere]", "data.sources.0.path': '/nowhere' is not there"),
     ("teacher.heads=fti", "teacher.heads': 'fti' - did you mean 'fit'?"),
     ("teacher.heads=None", "teacher.heads': 'None' - did you mean 'none'?"),
+    ("students.small.lr=1e-4", "there is no 'students.small.lr' in this recipe - did you mean 'students.0.lr'?"),
+    ("students.3.lr=1e-4", "there is no 'students.3.lr' in this recipe - it has items 0 to 0"),
+    ("schedule.drop_path=0.1", "- a key of the teacher's recipe: teacher:schedule.drop_path"),
     ("stages=[]", "override 'stages': needs either 'students'"),
 ]  # fmt: skip
 
@@ -115,6 +118,9 @@ IN_FILE = [
     ("  batch: 32", "  batch: '32'", "r.yaml:8:10: schedule.batch: Input should be a valid integer"),
     ("{count: 2,", "{count:2,", "unknown key 'crops.local.count:2' - a space is missing after"),
     ("  steps: 10", "  steps: 10\n  warmup: 3", "unknown key 'schedule.warmup' - did you mean"),
+    ("[pictures]", '["D:\\new"]', "r.yaml:5:18: data.sources.0.path: 'D:\\new' is not there or no source"),
+    ("[pictures]", '["D:\\new"]', "in double quotes a backslash has a meaning"),
+    ("teacher.yaml}", "teachr.yaml}", "relative to this recipe - did you mean 'quickstart_teacher.yaml'?"),
     ("quickstart_teacher.yaml", "no.yaml", "r.yaml:2:18: teacher.train: no.yaml does not exist"),
 ]  # fmt: skip
 
@@ -156,6 +162,7 @@ YAML = [
     ("schedule:\n  batch:3\n  steps: 4\n", "2:8", "a space is missing after the colon"),
     ("schedule:\n  steps: 4\n  batch:3\nseed: 1\n", "3:8", "a space is missing after the colon"),
     ("students:\n  - vits16\n  -vitb16\n", "3:3", "a space is missing after the dash"),
+    ("students:\n  -{arch: vit, width: 4}\n", "2:3", "a space is missing after the dash"),
     ('name: "x\nseed: 1\n', "1:7", 'a quote is never closed: "'),
     ("name: 'x\nseed: 1\n", "1:7", "a quote is never closed: '"),
     ('name: "x\nstages: "y"\n', "2:10", 'a quote is never closed, here or above: "'),
