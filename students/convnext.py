@@ -16,7 +16,6 @@ from students.shapes import STEM, ConvNeXtSpec
 from teacher.batch import Features
 from teacher.init import SMALLEST_FAN_IN, init_matrix_
 
-NORM_EPS = 1e-6
 NARROWEST_PUBLISHED = 96  # channels of the first stage of ConvNeXt-T and -S
 
 
@@ -30,11 +29,11 @@ class ChannelNorm(nn.LayerNorm):
 class ConvNeXtBlock(nn.Module):
     """Depthwise 7 x 7, norm, two pointwise layers with GELU, scale, residual."""
 
-    def __init__(self, width: int, layerscale_init: float) -> None:
+    def __init__(self, width: int, layerscale_init: float, norm_eps: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((width,), layerscale_init))
         self.depthwise_conv = nn.Conv2d(width, width, 7, padding=3, groups=width)
-        self.layer_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.layer_norm = nn.LayerNorm(width, eps=norm_eps)
         self.pointwise_conv1 = nn.Linear(width, 4 * width)
         self.pointwise_conv2 = nn.Linear(4 * width, width)
 
@@ -68,24 +67,26 @@ class ConvNeXt(nn.Module):
     def __init__(self, spec: ConvNeXtSpec) -> None:
         super().__init__()
         self.spec, self.width, self.stride = spec, spec.width, spec.stride
-        first = spec.widths[0]
+        first, eps = spec.widths[0], spec.norm_eps
         downsamples = [
             nn.ModuleList(
-                [nn.Conv2d(spec.in_channels, first, STEM, STEM), ChannelNorm(first, eps=NORM_EPS)]
+                [nn.Conv2d(spec.in_channels, first, STEM, STEM), ChannelNorm(first, eps=eps)]
             ),
             *(
-                nn.ModuleList([ChannelNorm(before, eps=NORM_EPS), nn.Conv2d(before, after, 2, 2)])
+                nn.ModuleList([ChannelNorm(before, eps=eps), nn.Conv2d(before, after, 2, 2)])
                 for before, after in pairwise(spec.widths)
             ),
         ]
         self.stages = nn.ModuleList(
             Stage(
                 downsample,
-                nn.ModuleList(ConvNeXtBlock(width, spec.layerscale_init) for _ in range(depth)),
+                nn.ModuleList(
+                    ConvNeXtBlock(width, spec.layerscale_init, eps) for _ in range(depth)
+                ),
             )
             for downsample, width, depth in zip(downsamples, spec.widths, spec.depths, strict=True)
         )
-        self.layer_norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
+        self.layer_norm = nn.LayerNorm(spec.width, eps=eps)
 
     def forward(
         self,

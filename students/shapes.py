@@ -15,6 +15,7 @@ from teacher.shapes import NORM_BYTES, VALUE_BYTES, HeadShape, ViTSpec
 if TYPE_CHECKING:
     import torch
 
+CONVNEXT_NORM_EPS = 1e-6
 STEM = 4  # pixels per side of a ConvNeXt's first convolution; each later stage halves the map
 # Saved for the backward pass in bf16: a block's input, the norm's input and output, the wide layer before and
 # after its GELU, the scale's input
@@ -88,6 +89,7 @@ class ConvNeXtSpec:
     widths: tuple[int, ...]
     in_channels: int = 3
     layerscale_init: float = 1e-6
+    norm_eps: float = CONVNEXT_NORM_EPS
 
     def __post_init__(self) -> None:
         if len(self.depths) != len(self.widths) or len(self.depths) < 2:

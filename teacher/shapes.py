@@ -20,6 +20,8 @@ FFN_BYTES = {
 NORM_BYTES = 8  # per token and norm: mean and inverse deviation, fp32
 LOGSUMEXP_BYTES = 4  # per token and attention head, fp32
 VALUE_BYTES = 2  # of a number in bf16
+ROPE_BASE = 100.0  # of the published networks
+VIT_NORM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class ViTSpec:
     """Shape of a vision transformer.
 
     ``untie_local_norm`` gives the class token of local crops a separate final norm, in training.
+    ``key_bias``, ``rope_base`` and ``norm_eps`` differ from the published values only in weights that say so.
     """
 
     width: int
@@ -40,6 +43,9 @@ class ViTSpec:
     in_channels: int = 3
     untie_local_norm: bool = False
     layerscale_init: float = 1e-5
+    key_bias: bool = False
+    rope_base: float = ROPE_BASE
+    norm_eps: float = VIT_NORM_EPS
 
     def __post_init__(self) -> None:
         if (
@@ -52,6 +58,8 @@ class ViTSpec:
                 f"width {self.width} with {self.heads} heads: "
                 "the width of a head must be a multiple of 4 (RoPE)"
             )
+        if self.key_bias and not self.qv_bias:
+            raise ValueError(f"{self}: a key bias needs a query and a value bias")
 
     @property
     def stride(self) -> int:
@@ -60,12 +68,12 @@ class ViTSpec:
 
     @property
     def parameters(self) -> int:
-        """Number of parameters; the k bias, always zero, is none."""
+        """Number of parameters; a k bias that is always zero is none."""
         width, hidden = self.width, self.ffn_width
         tokens = (2 + self.registers) * width
         patches = (self.in_channels * self.patch**2 + 1) * width
         norms = 2 * width * (2 if self.untie_local_norm else 1)
-        attention = 4 * width**2 + (1 + 2 * self.qv_bias) * width
+        attention = 4 * width**2 + (1 + 2 * self.qv_bias + self.key_bias) * width
         matrices = 3 if self.ffn == "swiglu" else 2
         ffn = matrices * width * hidden + (matrices - 1) * hidden + width
         block = 4 * width + attention + 2 * width + ffn  # two norms, two layer scales

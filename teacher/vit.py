@@ -16,10 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from teacher.batch import Features
 from teacher.drop_path import BRANCHES, ActiveRows
 from teacher.init import fill_random_, init_matrix_
-from teacher.shapes import ViTSpec
+from teacher.shapes import ROPE_BASE, ViTSpec
 
-NORM_EPS = 1e-5
-ROPE_BASE = 100.0
 Angles = tuple[Tensor, Tensor]
 
 
@@ -58,7 +56,11 @@ class Embeddings(nn.Module):
 
 
 def rope_angles(
-    grid_hw: tuple[int, int], head_dim: int, scale: float, device: torch.device
+    grid_hw: tuple[int, int],
+    head_dim: int,
+    scale: float,
+    device: torch.device,
+    base: float = ROPE_BASE,
 ) -> tuple[Float[Tensor, "patches head_dim"], Float[Tensor, "patches head_dim"]]:
     """Makes the sine and cosine of each patch's axial rotary position, row-major, in fp32.
 
@@ -75,7 +77,7 @@ def rope_angles(
         for count in grid_hw
     )
     exponents = torch.arange(head_dim // 4, dtype=torch.float32, device=device) * (4.0 / head_dim)
-    periods = ROPE_BASE**exponents
+    periods = base**exponents
     coordinates = torch.cartesian_prod(rows, columns)  # [patches, 2]
     angles = 2.0 * math.pi * coordinates[:, :, None] / periods  # [patches, 2, head_dim / 4]
     angles = angles.flatten(1).repeat(1, 2)  # [patches, head_dim]
@@ -99,13 +101,13 @@ def rotate(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; keys have no bias."""
+    """Multi-head self-attention; keys have a bias only where weights from elsewhere have one."""
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
         self.num_heads = spec.heads
         self.q_proj = nn.Linear(spec.width, spec.width, bias=spec.qv_bias)
-        self.k_proj = nn.Linear(spec.width, spec.width, bias=False)
+        self.k_proj = nn.Linear(spec.width, spec.width, bias=spec.key_bias)
         self.v_proj = nn.Linear(spec.width, spec.width, bias=spec.qv_bias)
         self.o_proj = nn.Linear(spec.width, spec.width)
 
@@ -169,10 +171,10 @@ class Block(nn.Module):
 
     def __init__(self, spec: ViTSpec) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(spec.width, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(spec.width, eps=spec.norm_eps)
         self.attention = Attention(spec)
         self.layer_scale1 = LayerScale(spec)
-        self.norm2 = nn.LayerNorm(spec.width, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(spec.width, eps=spec.norm_eps)
         self.mlp = {"mlp": Mlp, "swiglu": SwiGLU}[spec.ffn](spec)
         self.layer_scale2 = LayerScale(spec)
 
@@ -211,9 +213,9 @@ class ViT(nn.Module):
         self.spec, self.width, self.stride = spec, spec.width, spec.patch
         self.embeddings = Embeddings(spec)
         self.layer = nn.ModuleList(Block(spec) for _ in range(spec.depth))
-        self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
+        self.norm = nn.LayerNorm(spec.width, eps=spec.norm_eps)
         if spec.untie_local_norm:
-            self.local_cls_norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
+            self.local_cls_norm = nn.LayerNorm(spec.width, eps=spec.norm_eps)
 
     def checkpoint_activations(self) -> None:
         """From now on each block keeps its input only, and is computed again for the backward pass."""
@@ -278,7 +280,8 @@ class ViT(nn.Module):
         active_rows: ActiveRows | None = None,
     ) -> Tensor:
         head_dim = self.spec.width // self.spec.heads
-        angles = rope_angles(self._grid_hw(pixels), head_dim, rope_scale, pixels.device)
+        grid_hw, base = self._grid_hw(pixels), self.spec.rope_base
+        angles = rope_angles(grid_hw, head_dim, rope_scale, pixels.device, base)
         tokens = self.embeddings(pixels, masks)
         keeps_less = self._is_checkpointing and tokens.requires_grad
         for index, block in enumerate(self.layer):

@@ -26,6 +26,14 @@ from distill.cli.options import (
 from distill.errors import RecipeError
 from distill.screen.console import make_console
 
+PrefixOption = Annotated[
+    str | None,
+    typer.Option(
+        "--prefix",
+        metavar="PREFIX",
+        help="Which backbone of a file that holds several: what stands before its names.",
+    ),
+]
 weights_app = typer.Typer(
     help="Inspect and convert weights; fit the heads a released teacher lacks.",
     no_args_is_help=True,
@@ -53,6 +61,7 @@ def inspect_weights(
     check_values: Annotated[
         bool, typer.Option("--check-values", help="Read every number and look for NaN.")
     ] = False,
+    prefix: PrefixOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -61,7 +70,7 @@ def inspect_weights(
     from distill.weights.inspect import inspect
 
     refuse_other_kinds(path)
-    found = inspect(path, check_values=check_values)
+    found = inspect(path, check_values=check_values, prefix=prefix)
     if as_json:
         print_json(found.to_json())
     else:
@@ -107,6 +116,7 @@ def convert_weights(
     target: Annotated[Path, typer.Argument(metavar="TARGET")],
     layout: Annotated[WeightLayout, typer.Option("--to", help="Whose names the tensors get.")],
     dtype: Annotated[Precision, typer.Option("--dtype")] = Precision.FP32,
+    prefix: PrefixOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -118,7 +128,7 @@ def convert_weights(
 
     refuse_other_kinds(source)
     kind = torch.bfloat16 if dtype == Precision.BF16 else torch.float32
-    found = convert(source, target, layout=layout.value, dtype=kind)
+    found = convert(source, target, layout=layout.value, dtype=kind, prefix=prefix)
     if as_json:
         print_json(found.to_json())
     else:

@@ -9,6 +9,7 @@ A checkpoint names the phase and the step to resume at; phases before it are not
 """
 
 import gc
+import json
 import os
 import time
 from dataclasses import replace

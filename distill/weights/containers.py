@@ -6,6 +6,7 @@ that what is mapped does not pile up.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,9 +16,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from distill.errors import CheckpointError
+from distill.weights.file_kinds import NUM_BYTES, ZIP, describe_folder, refuse_other_kinds
 
 REFUSED = "Weights only load failed"  # how torch begins when it meets anything but tensors
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = "pytorch_model.bin"  # in folders that older versions of transformers wrote
+LONGEST_HEADER = 100 * 10**6  # bytes of names and shapes, as safetensors allows
 
 
 @runtime_checkable
@@ -43,6 +47,7 @@ class _Safetensors:
         self.dtypes: dict[str, str] = {}
         self._file_of: dict[str, Path] = {}
         for file in [path] if files is None else sorted(set(files.values())):
+            refuse_other_kinds(file, _start_of(file))
             try:
                 with safe_open(file, "pt") as opened:
                     for name in opened.keys():  # noqa: SIM118  # not a mapping
@@ -94,8 +99,10 @@ class _Pickled:
         except Exception as error:  # the unpickler raises whatever a broken stream leads it to
             if REFUSED not in str(error):
                 raise broken_file(self.path, error) from error
+            found = re.search(r"GLOBAL ([\w.]+)", str(error))
+            named = f" (it names {found[1]})" if found else ""
             raise CheckpointError(
-                f"{self.path}: holds more than tensors; it was not executed",
+                f"{self.path}: holds more than tensors{named}; it was not executed",
                 fix="Only dicts of tensors are read. Save the state dict alone with torch.save.",
             ) from error
         return dict(self._flat(loaded, ""))
@@ -136,12 +143,17 @@ def open_weights(path: Path) -> Container:
         raise CheckpointError(f"{path}: no such file or folder", fix="Check the path.")
     if path.is_dir():
         return _open_folder(path)
-    with path.open("rb") as file:
-        start = file.read(4)
-    if path.suffix == ".safetensors":
-        return _Safetensors(path)
-    if start in (b"PK\x03\x04",):
+    return _open_file(path)
+
+
+def _open_file(path: Path) -> Container:
+    """By what is in it, whatever its suffix."""
+    start = _start_of(path)
+    refuse_other_kinds(path, start)
+    if start.startswith(ZIP):
         return _Pickled(path)
+    if path.suffix == ".safetensors" or _has_header(start):
+        return _Safetensors(path)
     if path.suffix in (".pth", ".pt", ".bin"):
         raise CheckpointError(
             f"{path}: not in the zip format that torch.save writes since 1.6",
@@ -150,6 +162,19 @@ def open_weights(path: Path) -> Container:
     raise CheckpointError(
         f"{path}: not a file of weights", fix="Give a folder, a .safetensors or a .pth file."
     )
+
+
+def _start_of(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(NUM_BYTES)
+    except OSError as error:
+        raise broken_file(path, error) from error
+
+
+def _has_header(start: bytes) -> bool:
+    """Begins as a safetensors file does: the length of a JSON object, and the object."""
+    return start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER
 
 
 def _open_folder(folder: Path) -> Container:
@@ -161,12 +186,19 @@ def _open_folder(folder: Path) -> Container:
                 f"{folder / INDEX}: no weight_map of plain file names",
                 fix="Check that the folder was copied completely.",
             )
+        shards = sorted(set(files.values()))
+        absent = [name for name in shards if not (folder / name).is_file()]
+        if absent:
+            raise CheckpointError(
+                f"{folder}: {len(absent)} of {len(shards)} shards are missing, first {absent[0]}",
+                fix="Copy all shards of the folder.",
+            )
         return _Safetensors(folder, {key: folder / name for key, name in files.items()})
-    if (folder / SINGLE).is_file():
-        return _Safetensors(folder / SINGLE)
-    raise CheckpointError(
-        f"{folder / SINGLE}: missing", fix=f"Give a Hugging Face folder with {SINGLE}."
-    )
+    for name in (SINGLE, PICKLED):
+        if (folder / name).is_file():
+            return _open_file(folder / name)
+    what, fix = describe_folder(folder)
+    raise CheckpointError(f"{folder}: {what}", fix=fix)
 
 
 def _is_file_name(name: object) -> bool:
@@ -180,6 +212,7 @@ def read_json(path: Path) -> Any:
     Raises:
         CheckpointError: it is damaged.
     """
+    refuse_other_kinds(path, _start_of(path))
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -201,5 +234,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """No NaN and no infinity, judged by the extremes: no copy is made."""
+    """No NaN and no infinity, judged by the extremes: no copy is made but of one-byte numbers, which have none."""
+    if tensor.is_floating_point() and tensor.element_size() == 1:
+        tensor = tensor.float()
     return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())

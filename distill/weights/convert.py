@@ -16,7 +16,8 @@ from distill.weights.inspect import Inspection, inspect
 from distill.weights.layouts import Layout, origins
 from distill.weights.load import CONFIG, load_backbone
 from distill.weights.save import write_tensors
-from students.shapes import BackboneSpec
+from students.shapes import CONVNEXT_NORM_EPS, BackboneSpec, ConvNeXtSpec
+from teacher.shapes import VIT_NORM_EPS, ViTSpec
 
 TIMM_NAMES = {
     "vits16": "vit_small_patch16_dinov3_qkvb",
@@ -32,17 +33,27 @@ TIMM_NAMES = {
 }
 
 
-def convert(source: Path, target: Path, *, layout: Layout, dtype: torch.dtype | None) -> Inspection:
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    layout: Layout,
+    dtype: torch.dtype | None,
+    prefix: str | None = None,
+) -> Inspection:
     """Writes the backbone of ``source`` in another layout and dtype (None: as it is read, fp32).
+
+    ``prefix``: before the names of the backbone that is meant, where the file holds several.
 
     ``hf`` and ``timm`` write a folder, ``meta`` a ``.pth`` file; aside first, then renamed.
 
     Raises:
-        CheckpointError: the source cannot be read, or the target exists.
+        CheckpointError: the source cannot be read, has what the layout cannot hold, or the target exists.
     """
     if target.exists():
         raise CheckpointError(f"{target}: exists", fix="Choose another place, or remove it first.")
-    backbone, spec = load_backbone(source, dtype=dtype or torch.float32)
+    backbone, spec = load_backbone(source, dtype=dtype or torch.float32, prefix=prefix)
+    _require_room(spec, layout)
     state = backbone.state_dict()
     tensors = {
         name: origin.make(*(state[part] for part in origin.sources)).detach().clone().contiguous()
@@ -63,6 +74,20 @@ def convert(source: Path, target: Path, *, layout: Layout, dtype: torch.dtype | 
                     beside / "preprocessor_config.json", aside / "preprocessor_config.json"
                 )
     return inspect(target)
+
+
+def _require_room(spec: BackboneSpec, layout: Layout) -> None:
+    """Passes a network whose norms are those that the layout's code has: its files do not name them.
+
+    Raises:
+        CheckpointError: they are others.
+    """
+    published = VIT_NORM_EPS if isinstance(spec, ViTSpec) else CONVNEXT_NORM_EPS
+    if isinstance(spec, ViTSpec | ConvNeXtSpec) and layout != "hf" and spec.norm_eps != published:
+        raise CheckpointError(
+            f"a network with norm epsilon {spec.norm_eps:g}: {layout} files hold none and stand for {published:g}",
+            fix="Use --to hf or --to onnx.",
+        )
 
 
 def _config(spec: BackboneSpec, layout: Layout, dtype: torch.dtype, source: Path) -> dict[str, Any]:
@@ -105,6 +130,6 @@ def timm_architecture(spec: BackboneSpec) -> str:
     if name is None:
         raise CheckpointError(
             "a network of a free size has no name in timm",
-            fix="Use --to hf or --to onnx, which take any size.",
+            fix="Use --to hf or --to onnx, which take any size, RoPE base and key bias.",
         )
     return name

@@ -4,11 +4,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from students.convnext import NORM_EPS as CONVNEXT_NORM_EPS
+from distill.weights.foreign import OURS, ForeignError
 from students.shapes import BackboneSpec, ConvNeXtSpec, CustomSpec
 from teacher.shapes import ViTSpec
-from teacher.vit import NORM_EPS as VIT_NORM_EPS
-from teacher.vit import ROPE_BASE
 
 LARGEST = 65_536  # of any number in a config; more is no network, and slow to say so
 MOST_BLOCKS, MOST_STAGES = 256, 8
@@ -54,7 +52,7 @@ def _of_convnext(spec: ConvNeXtSpec) -> dict[str, Any]:
         "depths": list(spec.depths),
         "hidden_sizes": list(spec.widths),
         "hidden_act": "gelu",
-        "layer_norm_eps": CONVNEXT_NORM_EPS,
+        "layer_norm_eps": spec.norm_eps,
         "layer_scale_init_value": spec.layerscale_init,
         **_shared(spec),
     }
@@ -74,13 +72,13 @@ def _of_vit(spec: ViTSpec) -> dict[str, Any]:
         "use_gated_mlp": is_gated,
         "hidden_act": "silu" if is_gated else "gelu",
         "query_bias": spec.qv_bias,
-        "key_bias": False,
+        "key_bias": spec.key_bias,
         "value_bias": spec.qv_bias,
         "proj_bias": True,
         "mlp_bias": True,
-        "layer_norm_eps": VIT_NORM_EPS,
+        "layer_norm_eps": spec.norm_eps,
         "layerscale_value": spec.layerscale_init,
-        "rope_theta": ROPE_BASE,
+        "rope_theta": spec.rope_base,
         "attention_dropout": 0.0,
         "pos_embed_shift": None,
         "pos_embed_jitter": None,
@@ -106,12 +104,13 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> BackboneSpec:
     """
     kind = config.get("model_type")
     if kind == "dinov3_convnext":
-        _require(config, {"hidden_act": "gelu", "layer_norm_eps": CONVNEXT_NORM_EPS})
+        _require(config, {"hidden_act": "gelu"})
         return ConvNeXtSpec(
             depths=_read_ints(config, "depths", MOST_BLOCKS),
             widths=_read_ints(config, "hidden_sizes", LARGEST),
             in_channels=_read_int(config, "num_channels"),
             layerscale_init=_read_float(config, "layer_scale_init_value"),
+            norm_eps=_read_float(config, "layer_norm_eps"),
         )
     if kind == CUSTOM_TYPE:
         factory = _read(config, "factory")
@@ -119,21 +118,24 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> BackboneSpec:
             f"a custom network, made by {factory}: only the recipe that names it loads it"
         )
     if kind != "dinov3_vit":
-        raise ValueError(f"model_type = {kind!r}: must be dinov3_vit or dinov3_convnext")
+        other = " - DINOv2 has learned position embeddings" if "dinov2" in str(kind) else ""
+        raise ForeignError(
+            f"model_type = {_shown(kind)}: must be dinov3_vit or dinov3_convnext{other}", OURS
+        )
     is_gated = _read(config, "use_gated_mlp")
     has_bias = _read(config, "query_bias")
     _require(
         config,
         {
-            "key_bias": False,
             "value_bias": has_bias,
             "proj_bias": True,
             "mlp_bias": True,
             "hidden_act": "silu" if is_gated else "gelu",
-            "layer_norm_eps": VIT_NORM_EPS,
-            "rope_theta": ROPE_BASE,
         },
     )
+    has_key_bias = _read(config, "key_bias")
+    if has_key_bias:
+        _require(config, {"query_bias": True})
     return ViTSpec(
         width=_read_int(config, "hidden_size"),
         depth=_read_int(config, "num_hidden_layers", MOST_BLOCKS),
@@ -145,6 +147,9 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> BackboneSpec:
         registers=_read_int(config, "num_register_tokens"),
         in_channels=_read_int(config, "num_channels"),
         layerscale_init=_read_float(config, "layerscale_value"),
+        key_bias=bool(has_key_bias),
+        rope_base=_read_base(config),
+        norm_eps=_read_float(config, "layer_norm_eps"),
     )
 
 
@@ -159,6 +164,16 @@ def _read_float(config: Mapping[str, Any], key: str) -> float:
     if not isinstance(value, int | float) or not 0.0 <= value <= 1e6:
         raise ValueError(f"{key} = {_shown(value)}: must be a number from 0 to 1e6")
     return float(value)
+
+
+def _read_base(config: Mapping[str, Any]) -> float:
+    """The RoPE base; some versions of transformers keep it with other RoPE facts."""
+    nested = config.get("rope_parameters")
+    base = _read_float(nested if isinstance(nested, dict) else config, "rope_theta")
+    kind = nested.get("rope_type", "default") if isinstance(nested, dict) else "default"
+    if kind != "default" or base < 1.0:
+        raise ValueError(f"rope_theta = {base:g} of type {kind}: must be at least 1 and 'default'")
+    return base
 
 
 def _read_ints(config: Mapping[str, Any], key: str, most: int) -> tuple[int, ...]:

@@ -10,6 +10,8 @@ from distill.weights.containers import is_finite, open_weights
 from distill.weights.heads import holds_heads
 from distill.weights.identity import Identity
 from distill.weights.load import identify_layout
+from students.shapes import BackboneSpec
+from teacher.shapes import ROPE_BASE, VIT_NORM_EPS, ViTSpec
 
 # First eight hex digits of the sha256 of the released files, as in their names
 RELEASED = {
@@ -50,8 +52,10 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(path: Path, *, check_values: bool = False) -> Inspection:
-    """Names what a file or folder is; reads values only on request.
+def inspect(path: Path, *, check_values: bool = False, prefix: str | None = None) -> Inspection:
+    """Names what a file or folder is; reads all values only on request.
+
+    ``prefix``: before the names of the backbone that is meant, where the file holds several.
 
     Raises:
         CheckpointError: it cannot be read at all. A readable file of something else is described.
@@ -60,15 +64,16 @@ def inspect(path: Path, *, check_values: bool = False) -> Inspection:
     identity: Identity | None = None
     notes: list[str] = []
     try:
-        identity = identify_layout(container)
+        identity = identify_layout(container, prefix=prefix)
     except CheckpointError as error:
-        notes.append(error.message.removeprefix(f"{container.path}: "))
+        notes += [error.message.removeprefix(f"{container.path}: "), error.fix]
     heads = holds_heads(container)
     if identity is None:
         what = "heads" if heads else "tensors of something else"
         notes = [] if heads else notes
     else:
         what = "training file: backbone and heads" if heads else "backbone"
+        notes += [*identity.notes, *_unusual(identity.spec)]
         if not heads:
             notes.append("no heads: as a teacher it needs heads: fit or heads: none")
         if identity.ignored:
@@ -96,6 +101,16 @@ def inspect(path: Path, *, check_values: bool = False) -> Inspection:
         has_nan=has_nan,
         notes=tuple(notes),
     )
+
+
+def _unusual(spec: BackboneSpec) -> list[str]:
+    """What differs from the published networks."""
+    if not isinstance(spec, ViTSpec):
+        return []
+    found = [f"RoPE base {spec.rope_base:g}"] if spec.rope_base != ROPE_BASE else []
+    found += [f"norm epsilon {spec.norm_eps:g}"] if spec.norm_eps != VIT_NORM_EPS else []
+    found += ["keys have a bias"] if spec.key_bias else []
+    return [f"not as published: {', '.join(found)}"] if found else []
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -5,9 +5,10 @@ keys of the released ``.pth`` files, ``timm`` those of its ``_qkvb`` models. A t
 for every tensor of the target, which tensors of the source it needs and what is done with them; so a
 reader can go tensor by tensor.
 
-What the layouts do not share: Meta fuses q, k and v, masks the key's bias to zero, stores RoPE
-periods, and holds the final norm of a ConvNeXt twice; timm has no mask token. Source: key lists of
-the three libraries; facts only.
+What the layouts do not share: Meta fuses q, k and v, multiplies their biases by a mask that is
+zero for keys (done on reading, ``distill.weights.stored_values``), stores RoPE periods, and holds the
+final norm of a ConvNeXt twice; timm has no mask token. Source: key lists of the three libraries; facts
+only.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,8 +19,7 @@ import torch
 from torch import Tensor
 
 from students.shapes import BackboneSpec, ConvNeXtSpec
-from teacher.shapes import ViTSpec
-from teacher.vit import ROPE_BASE
+from teacher.shapes import ROPE_BASE, ViTSpec
 
 Layout = Literal["hf", "meta", "timm"]
 
@@ -127,7 +127,7 @@ def _vit_from_hf(spec: ViTSpec, layout: Layout) -> Table:
     if layout == "meta":
         table["mask_token"] = Origin(("embeddings.mask_token",), lambda token: token[0])
         head_dim = spec.width // spec.heads
-        table["rope_embed.periods"] = Origin((), lambda: rope_periods(head_dim))
+        table["rope_embed.periods"] = Origin((), lambda: rope_periods(head_dim, spec.rope_base))
     for block in range(spec.depth):
         ours, other = f"layer.{block}.attention", f"blocks.{block}.attn"
         weights = tuple(f"{ours}.{part}_proj.weight" for part in "qkv")
@@ -135,7 +135,13 @@ def _vit_from_hf(spec: ViTSpec, layout: Layout) -> Table:
         if not spec.qv_bias:
             continue
         query, value = f"{ours}.q_proj.bias", f"{ours}.v_proj.bias"
-        if layout == "meta":
+        if spec.key_bias and layout == "meta":
+            biases = tuple(f"{ours}.{part}_proj.bias" for part in "qkv")
+            table[f"{other}.qkv.bias"] = Origin(biases, lambda *parts: torch.cat(parts))
+            table[f"{other}.qkv.bias_mask"] = Origin(
+                biases, lambda *p: torch.cat(p).new_ones(3 * spec.width)
+            )
+        elif layout == "meta":
             table[f"{other}.qkv.bias"] = Origin(
                 (query, value), lambda q, v: torch.cat([q, torch.zeros_like(q), v])
             )
@@ -161,7 +167,9 @@ def _vit_to_hf(spec: ViTSpec, layout: Layout) -> Table:
             table[f"{ours}.{part}_proj.weight"] = Origin((f"{other}.qkv.weight",), _third(third))
         if not spec.qv_bias:
             continue
-        for third, part in ((0, "q"), (2, "v")):
+        for third, part in enumerate("qkv"):
+            if part == "k" and not spec.key_bias:
+                continue
             fused = Origin((f"{other}.qkv.bias",), _third(third))
             table[f"{ours}.{part}_proj.bias"] = (
                 fused if layout == "meta" else _same(f"{other}.{part}_bias")
@@ -174,10 +182,10 @@ def _third(index: int) -> Callable[[Tensor], Tensor]:
     return lambda fused: fused.chunk(3)[index]
 
 
-def rope_periods(head_dim: int) -> Tensor:
+def rope_periods(head_dim: int, base: float = ROPE_BASE) -> Tensor:
     """Meta's buffer, fp32. The released files hold these numbers rounded to bf16."""
     steps = 2.0 * torch.arange(head_dim // 4, dtype=torch.float32) / (head_dim / 2)
-    return torch.tensor(ROPE_BASE, dtype=torch.float32) ** steps
+    return torch.tensor(base, dtype=torch.float32) ** steps
 
 
 # ConvNeXt

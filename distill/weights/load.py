@@ -8,54 +8,121 @@ Tensors are read memory-mapped, one by one, straight into the target's dtype and
 costs the network's size and one tensor (``distill.weights.containers``).
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from distill.errors import CheckpointError
-from distill.weights.containers import SINGLE, Container, is_finite, open_weights, read_json
+from distill.weights.containers import (
+    PICKLED,
+    SINGLE,
+    Container,
+    is_finite,
+    open_weights,
+    read_json,
+)
+from distill.weights.foreign import ForeignError
 from distill.weights.hf_config import spec_from_hf_config
 from distill.weights.identity import Identity, identify
 from distill.weights.layouts import Origin, origins
+from distill.weights.stored_values import masked, with_stored_values
+from distill.weights.timm_config import TimmArgs, read_timm_args
 from students.shapes import BackboneSpec
 from students.student import build_empty
+from teacher.shapes import ViTSpec
 
 CONFIG = "config.json"
+FLOATS = frozenset(
+    {"f64", "f32", "f16", "bf16", "float64", "float32", "float16", "bfloat16"}
+)  # as safetensors and torch write them
+DTYPE_NAMES = {
+    "f8_e4m3": "fp8 (float8_e4m3fn)",
+    "f8_e5m2": "fp8 (float8_e5m2)",
+    "float8_e4m3fn": "fp8 (float8_e4m3fn)",
+    "float8_e5m2": "fp8 (float8_e5m2)",
+    **{
+        f"{kind}{bits}": f"{name}{bits}"
+        for kind, name in (("i", "int"), ("u", "uint"))
+        for bits in (8, 16, 32, 64)
+    },
+}
 CPU = torch.device("cpu")
 
 
-def identify_layout(container: Container, spec: BackboneSpec | None = None) -> Identity:
-    """What is in it; a config.json beside it is believed where shapes are ambiguous, and ``spec`` before that."""
+def identify_layout(
+    container: Container, spec: BackboneSpec | None = None, prefix: str | None = None
+) -> Identity:
+    """What is in it; a config.json beside it is believed where shapes are ambiguous, and ``spec`` before that.
+
+    ``prefix``: before the names of the backbone that is meant, where there are several. A few small tensors
+    are read (``distill.weights.stored_values``).
+
+    Raises:
+        CheckpointError: it is something else, or does not fit its config.
+    """
     folder = container.path if container.path.is_dir() else container.path.parent
     config = folder / CONFIG
-    is_folder = container.path.is_dir() or container.path.name == SINGLE
+    is_folder = container.path.is_dir() or container.path.name in (SINGLE, PICKLED)
+    fix = "Give weights and config of the same network."
     try:
         if spec is not None:
-            return identify(container.shapes, spec)
-        if config.is_file():
-            described = read_json(config)
-            if isinstance(described, dict) and "model_type" in described:
-                spec = spec_from_hf_config(described)
-        elif is_folder:
+            return identify(container.shapes, spec, prefix)
+        described = read_json(config) if config.is_file() else None
+        if isinstance(described, dict) and "model_type" in described:
+            spec = spec_from_hf_config(described)
+        elif described is None and is_folder:
             raise CheckpointError(
                 f"{config}: missing", fix=f"Give a Hugging Face folder with {CONFIG}."
             )
-        return identify(container.shapes, spec)
+        is_timm = isinstance(described, dict) and "architecture" in described and spec is None
+        args = read_timm_args(described or {}) if is_timm else TimmArgs()
+        identity = identify(container.shapes, spec, prefix, args.heads)
+        if is_timm and isinstance(identity.spec, ViTSpec):
+            identity = replace(identity, spec=replace(identity.spec, rope_base=args.rope_base))
+        _require_floats(container, identity)
+        return with_stored_values(container, identity, has_base=spec is not None or is_timm)
+    except ForeignError as error:
+        raise CheckpointError(f"{container.path}: {error}", fix=error.fix) from error
     except (ValueError, TypeError, OverflowError, AssertionError) as error:
-        beside = "the config.json beside it" if config.is_file() else "its shapes"
+        beside = "the config.json beside it" if config.is_file() else "its names and shapes"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{container.path}: {reason}",
-            fix=f"Judged by {beside}. Give weights and config of the same network.",
+            f"{container.path}: {reason}", fix=f"Judged by {beside}. {fix}"
         ) from error
 
 
-def shape_of(path: Path) -> BackboneSpec:
-    """The shape of a backbone, from names and config alone.
+def _require_floats(container: Container, identity: Identity) -> None:
+    """Refuses numbers that are not plain floating point, before any is read.
 
     Raises:
-        CheckpointError: as ``load_backbone``, as far as it shows without reading tensors.
+        ForeignError: a tensor of the backbone holds others.
+    """
+    wanted = {
+        name
+        for origin in origins(identity.spec, identity.layout, "hf").values()
+        for name in origin.sources
+    }
+    odd = {
+        name: container.dtypes[stored]
+        for name in sorted(wanted)
+        if (stored := identity.stored_name(name)) in container.dtypes
+        and container.dtypes[stored] not in FLOATS
+    }
+    if odd:
+        name, dtype = next(iter(odd.items()))
+        raise ForeignError(
+            f"{name} holds {DTYPE_NAMES.get(dtype, dtype)} numbers ({len(odd)} of {len(wanted)} tensors)",
+            "Give weights in fp32, fp16 or bf16; fp8 and integers mean something only with their scales.",
+        )
+
+
+def shape_of(path: Path) -> BackboneSpec:
+    """The shape of a backbone, from names, config and a few small tensors.
+
+    Raises:
+        CheckpointError: as ``load_backbone``, as far as it shows without reading the others.
     """
     return identify_layout(open_weights(path)).spec
 
@@ -66,18 +133,19 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     device: torch.device = CPU,
     spec: BackboneSpec | None = None,
+    prefix: str | None = None,
 ) -> tuple[nn.Module, BackboneSpec]:
     """The network in a file or folder, in eval mode, and its shape.
 
     ``spec``: what the network is, where the caller knows. A custom network is loaded only then: the
-    code that a file names is not run because a file names it.
+    code that a file names is not run because a file names it. ``prefix``: as ``identify_layout``.
 
     Raises:
         CheckpointError: it is damaged, is something else, does not fit its config, or holds numbers
             that are not finite; nothing is returned half-loaded.
     """
     container = open_weights(path)
-    identity = identify_layout(container, spec)
+    identity = identify_layout(container, spec, prefix)
     backbone = build_empty(identity.spec.build, device, dtype)
     table = origins(identity.spec, identity.layout, "hf")
     with torch.no_grad():
@@ -91,7 +159,7 @@ def load_backbone(
 
 def read_parameter(container: Container, identity: Identity, origin: Origin, name: str) -> Tensor:
     """One tensor of our layout, checked."""
-    made: Tensor = origin.make(*(container.read(identity.prefix + part) for part in origin.sources))
+    made: Tensor = origin.make(*(masked(container, identity, part) for part in origin.sources))
     if not made.is_floating_point():
         raise CheckpointError(
             f"{container.path}: {name} holds {str(made.dtype).removeprefix('torch.')} numbers",

@@ -69,7 +69,7 @@ def _meta_vit(spec: ViTSpec) -> tuple[str, str, list[str]]:
         f"patch_size={spec.patch}, embed_dim={spec.width}, depth={spec.depth}, num_heads={spec.heads},",
         f'ffn_ratio={ratio:g}, ffn_layer="{"swiglu" if is_gated else "mlp"}", qkv_bias={spec.qv_bias},',
         f'n_storage_tokens={spec.registers}, norm_layer="layernormbf16", layerscale_init=1.0,',
-        'mask_k_bias=True, pos_embed_rope_dtype="fp32",',
+        f'mask_k_bias=True, pos_embed_rope_base={spec.rope_base:g}, pos_embed_rope_dtype="fp32",',
     ]
     return "vision_transformer", "DinoVisionTransformer", arguments
 

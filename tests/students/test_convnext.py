@@ -90,6 +90,7 @@ CHANGES: dict[str, Any] = {
     "widths": (8, 16, 20),
     "in_channels": 4,
     "layerscale_init": 0.5,
+    "norm_eps": 1e-3,
 }
 
 

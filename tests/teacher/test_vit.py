@@ -136,6 +136,9 @@ CHANGES: dict[str, Any] = {
     "in_channels": 4,
     "untie_local_norm": True,
     "layerscale_init": 0.5,
+    "key_bias": True,
+    "rope_base": 10_000.0,
+    "norm_eps": 1e-3,
 }
 
 

@@ -3,17 +3,15 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jaxtyping
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from safetensors import safe_open
-from torch import Tensor
 
 from distill.errors import CheckpointError, SetupError, UserError
 from distill.recipe.extensions import BUILTIN, ExtensionKind, find
@@ -32,9 +30,9 @@ from distill.weights.verify import (
     probes,
     verify,
 )
-from students.shapes import ConvNeXtSpec
 from teacher.shapes import ViTSpec
 from tests.support.exports import BACKGROUND, CONVNEXT, GATED, INPUTS, VIT, names, write_network
+from tests.support.stand_ins import meta_convnext, meta_vit
 
 SPECS = {"vit": VIT, "gated": GATED, "convnext": CONVNEXT}
 
@@ -331,103 +329,6 @@ def test_largest_differences__nan_and_shapes_are_not_agreement() -> None:
     assert found.to_json()["largest_difference"] == {"class_token": 0.0, "patch_tokens": "nan"}
     with pytest.raises(ValueError, match=r"features of shape \[1, 4\], ours \[1, 2\]"):
         largest_differences(ours, [(torch.zeros(1, 4), torch.zeros(1, 3, 2))] * 2)
-
-
-# A second implementation, from the published key names alone ------------------------------------
-
-
-def layer_norm(weights: Mapping[str, Tensor], name: str, tokens: Tensor, eps: float) -> Tensor:
-    scale, shift = weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float()
-    return F.layer_norm(tokens, scale.shape, scale, shift, eps)
-
-
-def linear(weights: Mapping[str, Tensor], name: str, tokens: Tensor) -> Tensor:
-    return tokens @ weights[f"{name}.weight"].float().T + weights[f"{name}.bias"].float()
-
-
-def conv(
-    weights: Mapping[str, Tensor], name: str, image: Tensor, stride: int, groups: int = 1
-) -> Tensor:
-    kernel, bias = weights[f"{name}.weight"].float(), weights[f"{name}.bias"].float()
-    padding = kernel.shape[-1] // 2 if stride == 1 else 0
-    return F.conv2d(image, kernel, bias, stride, padding, groups=groups)
-
-
-def meta_vit(weights: Mapping[str, Tensor], spec: ViTSpec, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    patches = conv(weights, "patch_embed.proj", pixels, spec.patch)
-    high, wide = patches.shape[2:]
-    prefix = [weights[name].float() for name in ("cls_token", "storage_tokens")]
-    tokens = torch.cat(
-        [*(each.expand(len(pixels), -1, -1) for each in prefix), patches.flatten(2).mT], dim=1
-    )
-    periods = weights["rope_embed.periods"].float()
-    angles = torch.tensor(
-        [
-            [
-                2 * math.pi * (2 * (at + 0.5) / count - 1)
-                for at, count in ((row, high), (column, wide))
-            ]
-            for row in range(high)
-            for column in range(wide)
-        ]
-    )
-    angles = (angles[:, :, None] / periods).flatten(1).tile(2)  # [patches, head_dim]
-
-    def turn(heads: Tensor) -> Tensor:
-        kept, moved = heads.split([heads.shape[2] - high * wide, high * wide], dim=2)
-        half = moved.shape[-1] // 2
-        turned = torch.cat([-moved[..., half:], moved[..., :half]], dim=-1)
-        return torch.cat([kept, moved * angles.cos() + turned * angles.sin()], dim=2)
-
-    for block in range(spec.depth):
-        own = {
-            name.removeprefix(f"blocks.{block}."): tensor.float()
-            for name, tensor in weights.items()
-            if name.startswith(f"blocks.{block}.")
-        }
-        bias = own["attn.qkv.bias"] * own["attn.qkv.bias_mask"]
-        mixed = layer_norm(own, "norm1", tokens, 1e-5) @ own["attn.qkv.weight"].T + bias
-        query, key, value = mixed.unflatten(2, (3, spec.heads, -1)).permute(2, 0, 3, 1, 4)
-        scores = (turn(query) @ turn(key).mT / query.shape[-1] ** 0.5).softmax(-1)
-        attended = (scores @ value).transpose(1, 2).flatten(2)
-        tokens = tokens + own["ls1.gamma"] * linear(own, "attn.proj", attended)
-        normed = layer_norm(own, "norm2", tokens, 1e-5)
-        if spec.ffn == "swiglu":
-            hidden = F.silu(linear(own, "mlp.w1", normed)) * linear(own, "mlp.w2", normed)
-            tokens = tokens + own["ls2.gamma"] * linear(own, "mlp.w3", hidden)
-        else:
-            hidden = F.gelu(linear(own, "mlp.fc1", normed))
-            tokens = tokens + own["ls2.gamma"] * linear(own, "mlp.fc2", hidden)
-    tokens = layer_norm(weights, "norm", tokens, 1e-5)
-    return tokens[:, 0], tokens[:, 1 + spec.registers :]
-
-
-def meta_convnext(
-    weights: Mapping[str, Tensor], spec: ConvNeXtSpec, pixels: Tensor
-) -> tuple[Tensor, Tensor]:
-    def norm_channels(name: str, image: Tensor) -> Tensor:
-        return layer_norm(weights, name, image.movedim(1, -1), 1e-6).movedim(-1, 1)
-
-    image = pixels
-    for stage, depth in enumerate(spec.depths):
-        step = f"downsample_layers.{stage}"
-        if stage == 0:
-            image = norm_channels(f"{step}.1", conv(weights, f"{step}.0", image, 4))
-        else:
-            image = conv(weights, f"{step}.1", norm_channels(f"{step}.0", image), 2)
-        for block in range(depth):
-            at = f"stages.{stage}.{block}"
-            mixed = conv(weights, f"{at}.dwconv", image, 1, groups=image.shape[1])
-            inner = layer_norm(weights, f"{at}.norm", mixed.movedim(1, -1), 1e-6)
-            inner = linear(
-                weights, f"{at}.pwconv2", F.gelu(linear(weights, f"{at}.pwconv1", inner))
-            )
-            image = image + (weights[f"{at}.gamma"].float() * inner).movedim(-1, 1)
-    assert torch.equal(weights["norm.weight"], weights["norms.3.weight"])
-    patches = image.flatten(2).mT
-    tokens = torch.cat([patches.mean(1, keepdim=True), patches], dim=1)
-    tokens = layer_norm(weights, "norm", tokens, 1e-6)
-    return tokens[:, 0], tokens[:, 1:]
 
 
 def test_exporters__every_name_of_the_table() -> None:

@@ -9,8 +9,9 @@ from students.shapes import CATALOG, ConvNeXtSpec
 from teacher.shapes import ViTSpec
 
 FREE = ViTSpec(48, 2, 3, 100, 8, "swiglu", False, 2, 4, layerscale_init=0.5)
+UNUSUAL = replace(FREE, qv_bias=True, key_bias=True, rope_base=1e4, norm_eps=1e-6)
 FREE_CONVNEXT = ConvNeXtSpec((1, 2, 1), (8, 16, 24), 4, 0.5)
-SAMPLES = {**CATALOG, "free": FREE, "free_convnext": FREE_CONVNEXT}
+SAMPLES = {**CATALOG, "free": FREE, "unusual": UNUSUAL, "free_convnext": FREE_CONVNEXT}
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -89,11 +90,17 @@ def test_hf_config__has_the_portable_fields() -> None:
     ("name", "change", "message"),
     [
         ("vits16", {"model_type": "bert"}, "model_type = 'bert': must be dinov3_vit or dinov3_con"),
-        ("vits16", {"key_bias": True}, "key_bias = True: must be False"),
+        (
+            "vits16",
+            {"model_type": "dinov2"},
+            "model_type = 'dinov2': .* learned position embeddings",
+        ),
+        ("vit7b16", {"key_bias": True}, "query_bias = False: must be True"),
         ("vits16", {"value_bias": False}, "value_bias = False: must be True"),
         ("vits16", {"hidden_act": "silu"}, "hidden_act = 'silu': must be 'gelu'"),
-        ("vits16", {"rope_theta": 10.0}, "rope_theta = 10.0: must be 100.0"),
-        ("vits16", {"layer_norm_eps": 1e-6}, "layer_norm_eps = 1e-06: must be 1e-05"),
+        ("vits16", {"rope_theta": 0.1}, "rope_theta = 0.1 of type default: must be at least 1"),
+        ("vits16", {"rope_parameters": {"rope_theta": 9.0, "rope_type": "yarn"}}, "of type yarn"),
+        ("vits16", {"layer_norm_eps": "x"}, "layer_norm_eps = 'x': must be a number"),
         ("vits16", {"patch_size": [16, 16]}, r"patch_size = \[16, 16\]: must be one integer"),
         ("convnext_tiny", {"hidden_act": "relu"}, "hidden_act = 'relu': must be 'gelu'"),
     ],

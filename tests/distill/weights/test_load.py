@@ -204,7 +204,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Path], str]] = {
         _index({"ghost": "model-00001-of-00001.safetensors"}),
         "1 tensors of the index are in no shard",
     ),
-    "code": (_pickle_with_code, "holds more than tensors; it was not executed"),
+    "code": (
+        _pickle_with_code,
+        r"holds more than tensors \(it names posix.mkdir\); it was not executed",
+    ),
     "old code": (_old_pickle, "not in the zip format"),
     "text": (_text, "not a file of weights"),
     "nothing": (lambda path: path, "no such file or folder"),
