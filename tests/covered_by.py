@@ -78,7 +78,7 @@ COVERED_BY = {
     "distill.weights.containers": "tests/distill/weights/test_load.py",
     "distill.weights.convert": "tests/distill/weights/test_load.py",
     "distill.weights.exporter": "tests/distill/weights/test_export.py",
-    "distill.weights.foreign": "tests/distill/weights/test_file_kinds.py",
+    "students.foreign": "tests/distill/weights/test_file_kinds.py",
     "distill.weights.identity": "tests/distill/weights/test_layouts.py",
     "distill.weights.inspect": "tests/distill/weights/test_load.py",
     "distill.weights.onnx": "tests/distill/weights/test_export.py",

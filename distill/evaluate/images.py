@@ -1,7 +1,6 @@
 """Images and labels to score on, and class features of them."""
 
 import io
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.errors import UserError
+from distill.weights.stated_inputs import PREPARATION, stated_inputs
 from teacher.batch import normalise
 
 BATCH = 64  # images per forward; keeps a ViT-L at 256 px below 4 GiB
@@ -99,10 +99,25 @@ def decode(reader: Reader, location: Location, size: int) -> UInt8[Tensor, "3 si
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def read_preparation(folder: Path) -> Preparation:
-    """What ``preprocessor_config.json`` of an exported network asks for."""
-    config = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
-    return Preparation(config["size"]["height"], config["image_mean"], config["image_std"])
+def read_preparation(weights: Path, stride: int, usual: Preparation | None = None) -> Preparation:
+    """What the files beside a network's weights ask for; ``usual`` where they state nothing that can be used.
+
+    ``stride``: of the network; a side that is no multiple of it cannot be used.
+
+    Raises:
+        UserError: nothing is stated and there is no ``usual``.
+    """
+    stated = stated_inputs(weights)
+    has_side = stated.size is not None and stated.size % stride == 0
+    size, mean, std = stated.size if has_side else None, stated.mean, stated.std
+    if usual is not None:
+        return Preparation(size or usual.size, mean or usual.mean, std or usual.std)
+    if size is None or mean is None or std is None:
+        raise UserError(
+            f"{weights}: its size and normalisation of images are stated nowhere",
+            fix=f"put the {PREPARATION} of the network there.",
+        )
+    return Preparation(size, mean, std)
 
 
 def count_images(say: Callable[[str], None], what: str, total: int) -> Callable[[int], None]:

@@ -7,8 +7,8 @@
 A score means little alone, so each stands beside the same vote on raw pixels, on the colour
 statistics of the image, and on the class tokens of an untrained copy of the same network.
 
-Images are prepared as ``preprocessor_config.json`` instructs any other reader of the exported folder:
-resized to its size without a crop, scaled and normalised. Only the teacher's, the students' and the
+Images are prepared as ``preprocessor_config.json`` instructs any other reader of the exported folder (a
+teacher without one gets them as its run gave them): resized to its size without a crop, scaled and normalised. Only the teacher's, the students' and the
 index files of the run folder are read, so ``distill eval`` repeats the scores on any machine.
 
 Similarities are computed in fp64: with LayerScale at its initial 1e-5 the class tokens of an
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from distill.errors import UserError
 from distill.evaluate.images import (
+    Preparation,
     Scored,
     count_images,
     extract,
@@ -131,6 +132,7 @@ def evaluate_run(
     *,
     teacher_folder: Path | None = None,
     specs: Mapping[str, BackboneSpec] | None = None,
+    usual: Preparation | None = None,
     k: int = KNN_K,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
@@ -139,8 +141,9 @@ def evaluate_run(
     Scores the teacher, every student, an untrained copy of each, raw pixels and colour statistics.
     What else the summary holds (loss, images/s, phases) is kept. Images without labels give no
     scores; ``knn`` is then None and ``knn_reason`` has the reason. ``progress`` gets what is next.
-    ``teacher_folder`` is where a teacher that was not trained in this run lies; ``specs`` say what
-    students are, which custom ones need.
+    ``teacher_folder`` is where a teacher that was not trained in this run lies, a folder or a file; ``specs``
+    say what students are, which custom ones need. ``usual`` is how a network whose files state nothing gets
+    its images.
 
     Raises:
         UserError: the folder holds no network, or no image index.
@@ -160,7 +163,13 @@ def evaluate_run(
             target_device = device or torch.device("cpu")
             entry.pop("knn_in", None)
             entry["knn"], untrained[name], dtype = _network_scores(
-                folder, (specs or {}).get(name), train, test, k, target_device, on_batch
+                folder,
+                (specs or {}).get(name),
+                usual,
+                (train, test),
+                k,
+                target_device,
+                on_batch,
             )
             if dtype != torch.float32:
                 entry["knn_in"] = str(dtype).removeprefix("torch.")
@@ -179,7 +188,7 @@ def evaluate_run(
 
 
 def network_folders(run_folder: Path, teacher_folder: Path) -> dict[str, Path]:
-    """Exported folder of each network by name: the teacher under ``teacher``, then the students.
+    """Exported folder of each network by name: the teacher, which may be a file, under ``teacher``, then the students.
 
     Raises:
         UserError: nothing was exported here.
@@ -187,7 +196,9 @@ def network_folders(run_folder: Path, teacher_folder: Path) -> dict[str, Path]:
     folders = {folder.name: folder for folder in sorted((run_folder / "students").glob("*"))}
     folders = {TEACHER: teacher_folder, **folders}
     folders = {
-        name: folder for name, folder in folders.items() if (folder / "config.json").exists()
+        name: folder
+        for name, folder in folders.items()
+        if (folder / "config.json").exists() or (name == TEACHER and folder.is_file())
     }
     if not folders:
         raise UserError(
@@ -200,15 +211,17 @@ def network_folders(run_folder: Path, teacher_folder: Path) -> dict[str, Path]:
 def _network_scores(
     folder: Path,
     spec: BackboneSpec | None,
-    train: Scored,
-    test: Scored,
+    usual: Preparation | None,
+    splits: tuple[Scored, Scored],
     k: int,
     device: torch.device,
     on_batch: Callable[[int], None],
 ) -> tuple[float, float, torch.dtype]:
     """Scores of the exported network and of an untrained copy with a fixed seed, one after the other in memory; what they were computed in."""
     backbone, spec = load_backbone(folder, spec=spec, device=device)
-    preparation, dtype = read_preparation(folder), scoring_dtype(spec.parameters, device)
+    preparation = read_preparation(folder, spec.stride, usual)
+    train, test = splits
+    dtype = scoring_dtype(spec.parameters, device)
     scores = []
     for is_trained in (True, False):
         if not is_trained:

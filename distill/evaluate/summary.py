@@ -15,6 +15,7 @@ from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
 from distill.errors import UserError
+from distill.evaluate.images import Preparation
 from distill.evaluate.knn import evaluate_run
 from distill.evaluate.pictures import plot_features
 from distill.job.prepare import read_job
@@ -72,15 +73,16 @@ def finish(run_folder: Path) -> dict[str, Any]:
     write_json(run_folder / "summary.json", summary)
     device = torch.device("cuda" if has_gpu(job.recipe.engine.device) else "cpu")
     teacher = job.teacher_paths[0]
+    data = job.recipe.data
+    usual = Preparation(job.recipe.crops.input_size, data.mean, data.std)
     with _LiveStatus(status_file, status) as live:
         summary = evaluate_run(
-            run_folder, live.show, teacher_folder=teacher, specs=specs, device=device
+            run_folder, live.show, teacher_folder=teacher, specs=specs, usual=usual, device=device
         )
         live.show("drawing features.png")
         networks = {"teacher": load_backbone(teacher)[0].to(device)}
         for name, spec in specs.items():
             networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0].to(device)
-        data = job.recipe.data
         photographs = _photographs(run_folder, data.sources[0].path)
         messages, picture = unfinished_students(summary), run_folder / "features.png"
         try:

@@ -34,7 +34,7 @@ from distill.job.teacher_files import (
 from distill.plan.from_recipe import on_nodes_of
 from distill.plan.here import device_here, timed_on
 from distill.plan.job import check_job
-from distill.plan.teacher_source import TRAINED_HEADS, heads_file
+from distill.plan.teacher_source import TRAINED_HEADS, describe_teacher, heads_file
 from distill.recipe.extensions import BUILTIN, ExtensionKind, find
 from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
@@ -206,7 +206,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     checksums = read_checksums(run_folder)
     job = replace(job, teacher=_teacher_facts(job, checksums))
     refuse_another_teacher(job.teacher, resumed)
-    for line in describe_changes(job.networks, resumed):
+    for line in (*describe_teacher(recipe), *describe_changes(job.networks, resumed)):
         say(line)
     stored: dict[str, Any] = {"request": asdict(request), "data_fingerprint": fingerprint}
     make_folder(run_folder.resolve())  # a link may lead to a folder that is not there yet

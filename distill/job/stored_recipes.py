@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.job.resolved_yaml import resolved_yaml
+from distill.plan.teacher_source import with_teacher_stats
 from distill.recipe.document import RESOLVED, RESOLVED_TEACHER, find_recipe
 from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
@@ -25,8 +26,11 @@ def load_from_here(
 ) -> Recipes:
     """Reads the user's recipes; relative paths become absolute from the folder that the command runs in.
 
+    Images are normalised as a given teacher's files state, where the recipe does not.
+
     Raises:
         RecipeError: every problem of both files.
+        CheckpointError: the recipe normalises otherwise than the teacher's files state.
     """
     loaded, teacher = load_job(recipe, overrides, check_folders=check_folders)
     if teacher is not None:
@@ -38,7 +42,7 @@ def load_from_here(
         if source.heads_mode == "file":
             paths["heads"] = _absolute(source.heads)
         update["teacher"] = source.model_copy(update=paths)
-    return loaded.model_copy(update=update), teacher
+    return with_teacher_stats(loaded.model_copy(update=update)), teacher
 
 
 def read_recipes(run_folder: Path) -> Recipes:

@@ -19,7 +19,7 @@ from distill.plan.from_recipe import (
 )
 from distill.plan.memory import Footprint
 from distill.plan.plan import Plan
-from distill.plan.teacher_source import teacher_shape
+from distill.plan.teacher_source import teacher_shape, with_teacher_stats
 from distill.recipe.keys import (
     FAMILY_PHASE,
     HEADS_PHASE,
@@ -80,6 +80,7 @@ def check_job(
                 JobPlan(stage.name, plan, stage.steps, stage_footprint(pretrained, stage, plan))
             )
     if isinstance(recipe, FamilyRecipe):
+        with_teacher_stats(recipe)  # refuses others than the teacher's
         shape = teacher_shape(recipe, teacher_recipe, has_files=has_files)
         if recipe.teacher.heads_mode == "fit":
             fitting, footprint = _planned(recipe, shape, HEADS_PHASE, num_ranks, device)

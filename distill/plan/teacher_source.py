@@ -9,6 +9,8 @@ from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import TeacherSource
 from students.shapes import CATALOG
 
+IMAGE_CHANNELS = 3
+SAME_STATS = 5e-4  # two means or deviations that differ by less are one, written with other digits
 TRAINED_HEADS = "heads.safetensors"  # beside the weights of a teacher
 
 
@@ -34,6 +36,11 @@ def teacher_shape(
         from distill.weights.load import shape_of
 
         spec, heads = shape_of(weights), None
+        if spec.in_channels != IMAGE_CHANNELS:
+            raise CheckpointError(
+                f"teacher.weights = {weights}: takes images of {spec.in_channels} channels, ours have 3",
+                fix="Use a teacher for RGB images.",
+            )
         if source.heads_mode == "file":
             heads = head_shapes_of(heads_file(source, weights), spec.width)
         shape = TeacherShape(spec, heads)
@@ -42,6 +49,58 @@ def teacher_shape(
     if source.heads_mode == "fit":
         return replace(shape, heads=head_shapes(source.fit.heads, shape.spec.width))
     return shape
+
+
+def with_teacher_stats(recipe: FamilyRecipe | TeacherRecipe) -> FamilyRecipe | TeacherRecipe:
+    """The recipe with the mean and std that its given teacher's files state, where it gives none.
+
+    Raises:
+        CheckpointError: it gives others; students would learn from features of other pixels than the teacher's.
+    """
+    from distill.weights.stated_inputs import stated_inputs  # who only plans reads no file
+
+    if not isinstance(recipe, FamilyRecipe) or recipe.teacher.weights is None:
+        return recipe
+    weights = Path(recipe.teacher.weights)
+    if not weights.exists():
+        return recipe
+    stated, update = stated_inputs(weights), dict[str, tuple[float, ...]]()
+    for key, theirs in (("mean", stated.mean), ("std", stated.std)):
+        ours: tuple[float, ...] = getattr(recipe.data, key)
+        if theirs is None or all(
+            abs(a - b) < SAME_STATS for a, b in zip(ours, theirs, strict=True)
+        ):
+            continue
+        if key in recipe.data.model_fields_set:
+            raise CheckpointError(
+                f"data.{key} = {list(ours)}: the teacher's {stated.source} has {list(theirs)}",
+                fix="Remove data.mean and data.std from the recipe, and the teacher's are taken.",
+            )
+        update[key] = theirs
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=update)})
+
+
+def describe_teacher(recipe: FamilyRecipe | TeacherRecipe) -> list[str]:
+    """Lines for people about a teacher that is given: which backbone of its file, and how images are normalised.
+
+    Raises:
+        CheckpointError: files are damaged or do not fit.
+    """
+    from distill.weights.containers import open_weights  # who only plans reads no file
+    from distill.weights.load import identify_layout
+    from distill.weights.stated_inputs import stated_inputs
+
+    if not isinstance(recipe, FamilyRecipe) or recipe.teacher.weights is None:
+        return []
+    weights = Path(recipe.teacher.weights)
+    lines = [f"teacher: {note}" for note in identify_layout(open_weights(weights)).notes]
+    data, stated = recipe.data, stated_inputs(weights)
+    usual = tuple(type(data).model_fields[key].default for key in ("mean", "std"))
+    if stated.mean is not None and (data.mean, data.std) != usual:
+        lines.append(
+            f"images: normalised with the teacher's mean {list(data.mean)} and std {list(data.std)} ({stated.source})"
+        )
+    return lines
 
 
 def heads_file(source: TeacherSource, weights: Path) -> Path:

@@ -9,16 +9,17 @@ import torch
 
 from distill.errors import CheckpointError
 from distill.runfolder.files import make_folder, replaced
-from distill.weights.containers import read_json
-from distill.weights.hf_config import hf_config
+from distill.weights.hf_config import hf_config, preprocessor_config
 from distill.weights.identity import catalogue_name
 from distill.weights.inspect import Inspection, inspect
 from distill.weights.layouts import Layout, origins
 from distill.weights.load import CONFIG, load_backbone
 from distill.weights.save import write_tensors
+from distill.weights.stated_inputs import PREPARATION, stated_inputs
 from students.shapes import CONVNEXT_NORM_EPS, BackboneSpec, ConvNeXtSpec
 from teacher.shapes import VIT_NORM_EPS, ViTSpec
 
+USUAL_SIZE = 224  # pixels, of the published folders
 TIMM_NAMES = {
     "vits16": "vit_small_patch16_dinov3_qkvb",
     "vits16plus": "vit_small_plus_patch16_dinov3_qkvb",
@@ -68,11 +69,8 @@ def convert(
             config = _config(spec, layout, dtype or torch.float32, source)
             (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
             write_tensors(aside, tensors)
-            beside = source if source.is_dir() else source.parent
-            if layout == "hf" and (beside / "preprocessor_config.json").is_file():
-                shutil.copyfile(
-                    beside / "preprocessor_config.json", aside / "preprocessor_config.json"
-                )
+            if layout == "hf":
+                _write_preparation(source, aside)
     return inspect(target)
 
 
@@ -90,15 +88,23 @@ def _require_room(spec: BackboneSpec, layout: Layout) -> None:
         )
 
 
+def _write_preparation(source: Path, aside: Path) -> None:
+    """What is stated beside the source about its images, if anything is."""
+    beside = (source if source.is_dir() else source.parent) / PREPARATION
+    stated = stated_inputs(source)
+    if beside.is_file():
+        shutil.copyfile(beside, aside / PREPARATION)
+    elif stated.mean is not None and stated.std is not None:
+        config = preprocessor_config(stated.size or USUAL_SIZE, stated.mean, stated.std)
+        (aside / PREPARATION).write_text(json.dumps(config, indent=2) + "\n")
+
+
 def _config(spec: BackboneSpec, layout: Layout, dtype: torch.dtype, source: Path) -> dict[str, Any]:
     if layout == "hf":
         return {**hf_config(spec), "dtype": str(dtype).removeprefix("torch.")}
     arch = timm_architecture(spec)
     is_vit = arch.startswith("vit")
-    beside = (source if source.is_dir() else source.parent) / "preprocessor_config.json"
-    processor = read_json(beside) if beside.is_file() else {}
-    mean = processor.get("image_mean", [0.485, 0.456, 0.406])  # ImageNet's
-    std = processor.get("image_std", [0.229, 0.224, 0.225])
+    stated = stated_inputs(source)
     return {
         "architecture": TIMM_NAMES[arch],
         "num_classes": 0,
@@ -107,8 +113,8 @@ def _config(spec: BackboneSpec, layout: Layout, dtype: torch.dtype, source: Path
         **({"model_args": {"global_pool": "token"}} if is_vit else {}),
         "pretrained_cfg": {
             "input_size": [spec.in_channels, 256, 256],
-            "mean": mean,
-            "std": std,
+            "mean": list(stated.mean or (0.485, 0.456, 0.406)),  # ImageNet's
+            "std": list(stated.std or (0.229, 0.224, 0.225)),
             "interpolation": "bicubic",
             "crop_pct": 1.0,
             "pool_size": None,

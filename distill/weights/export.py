@@ -28,13 +28,13 @@ from distill.weights.exporter import Exporter
 from distill.weights.hf_config import preprocessor_config
 from distill.weights.load import load_backbone
 from distill.weights.save import sha256_of
+from distill.weights.stated_inputs import PREPARATION
 from distill.weights.verify import TOLERANCE, Parity, verify
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECORD = "distill.json"  # its "export" part marks a folder as one that may be replaced
 CARD = "README.md"
-PREPARATION = "preprocessor_config.json"
 
 
 @dataclass(frozen=True)

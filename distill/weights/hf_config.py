@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from distill.weights.foreign import OURS, ForeignError
+from students.foreign import OURS, ForeignError
 from students.shapes import BackboneSpec, ConvNeXtSpec, CustomSpec
 from teacher.shapes import ViTSpec
 

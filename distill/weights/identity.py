@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from distill.weights.foreign import ForeignError, describe_foreign
 from distill.weights.layouts import Layout, renamed_vit, shapes
+from students.foreign import ForeignError, describe_foreign
 from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec, CustomSpec
 from teacher.shapes import ViTSpec
 

@@ -10,6 +10,7 @@ from distill.weights.containers import is_finite, open_weights
 from distill.weights.heads import holds_heads
 from distill.weights.identity import Identity
 from distill.weights.load import identify_layout
+from distill.weights.stated_inputs import stated_inputs
 from students.shapes import BackboneSpec
 from teacher.shapes import ROPE_BASE, VIT_NORM_EPS, ViTSpec
 
@@ -73,7 +74,7 @@ def inspect(path: Path, *, check_values: bool = False, prefix: str | None = None
         notes = [] if heads else notes
     else:
         what = "training file: backbone and heads" if heads else "backbone"
-        notes += [*identity.notes, *_unusual(identity.spec)]
+        notes += [*identity.notes, *_unusual(identity.spec), *_images(path)]
         if not heads:
             notes.append("no heads: as a teacher it needs heads: fit or heads: none")
         if identity.ignored:
@@ -111,6 +112,14 @@ def _unusual(spec: BackboneSpec) -> list[str]:
     found += [f"norm epsilon {spec.norm_eps:g}"] if spec.norm_eps != VIT_NORM_EPS else []
     found += ["keys have a bias"] if spec.key_bias else []
     return [f"not as published: {', '.join(found)}"] if found else []
+
+
+def _images(path: Path) -> list[str]:
+    """How it wants its images, where that is stated."""
+    stated = stated_inputs(path)
+    if stated.mean is None or stated.std is None:
+        return []
+    return [f"images: mean {list(stated.mean)}, std {list(stated.std)} ({stated.source})"]
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -23,12 +23,12 @@ from distill.weights.containers import (
     open_weights,
     read_json,
 )
-from distill.weights.foreign import ForeignError
 from distill.weights.hf_config import spec_from_hf_config
 from distill.weights.identity import Identity, identify
 from distill.weights.layouts import Origin, origins
 from distill.weights.stored_values import masked, with_stored_values
 from distill.weights.timm_config import TimmArgs, read_timm_args
+from students.foreign import ForeignError
 from students.shapes import BackboneSpec
 from students.student import build_empty
 from teacher.shapes import ViTSpec

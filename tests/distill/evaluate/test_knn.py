@@ -22,6 +22,7 @@ from distill.evaluate.images import (
     count_images,
     decode,
     extract,
+    read_preparation,
     scoring_dtype,
 )
 from distill.evaluate.knn import (
@@ -331,6 +332,21 @@ def test_evaluate_run__index_missing(run_folder: Path) -> None:
 def test_network_folders__nothing_exported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no exported network in teacher/ or students/"):
         network_folders(tmp_path, tmp_path / "teacher")
+
+
+def test_network_folders__a_teacher_may_be_a_file(run_folder: Path) -> None:
+    file = run_folder / "teacher" / "model.safetensors"
+    assert network_folders(run_folder, file)["teacher"] == file
+
+
+def test_read_preparation__takes_the_runs_where_nothing_usable_is_stated(run_folder: Path) -> None:
+    folder, usual = run_folder / "teacher", Preparation(48, (0.1, 0.1, 0.1), (0.9, 0.9, 0.9))
+    assert read_preparation(folder, 8) == Preparation(16, MEAN, STD)
+    assert read_preparation(folder, 12, usual) == Preparation(48, MEAN, STD)  # 16 is no multiple
+    (folder / "preprocessor_config.json").unlink()
+    assert read_preparation(folder, 8, usual) == usual
+    with pytest.raises(UserError, match="stated nowhere"):
+        read_preparation(folder, 8)
 
 
 def test_network_folders__teacher_from_elsewhere_comes_first(run_folder: Path) -> None:
