@@ -75,11 +75,7 @@ def convert(
 
 
 def _require_room(spec: BackboneSpec, layout: Layout) -> None:
-    """Passes a network whose norms are those that the layout's code has: its files do not name them.
-
-    Raises:
-        CheckpointError: they are others.
-    """
+    """Refuses a network whose norms are not those that the layout's code has: its files do not name them."""
     published = VIT_NORM_EPS if isinstance(spec, ViTSpec) else CONVNEXT_NORM_EPS
     if isinstance(spec, ViTSpec | ConvNeXtSpec) and layout != "hf" and spec.norm_eps != published:
         raise CheckpointError(

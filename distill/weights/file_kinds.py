@@ -19,25 +19,17 @@ _LIBRARIES = {
     b"\x93NUMPY": "a NumPy array",
     b"\x1f\x8b": "a gzip archive",
     b"BZh": "a bzip2 archive",
-    b"7z\xbc\xaf": "a 7-Zip archive",
-    b"\x28\xb5\x2f\xfd": "a zstd archive",
     b"\xff\xd8\xff": "a picture (JPEG)",
     b"\x89PNG": "a picture (PNG)",
-    b"%PDF": "a PDF document",
 }
 _SUFFIXES = {
     ".onnx": "an ONNX graph",
     ".pb": "a TensorFlow graph",
     ".h5": "a Keras file",
-    ".keras": "a Keras file",
     ".msgpack": "Flax weights",
-    ".tflite": "a TensorFlow Lite graph",
     ".gguf": "a GGUF file of llama.cpp",
     ".npz": "NumPy arrays",
-    ".ckpt.index": "a TensorFlow checkpoint",
     ".index": "a TensorFlow checkpoint",
-    ".engine": "a TensorRT engine",
-    ".mlmodel": "a Core ML model",
 }
 
 
@@ -72,13 +64,11 @@ def _kind(path: Path, start: bytes) -> tuple[str, str]:
     for magic, what in _LIBRARIES.items():
         if start.startswith(magic):
             return what, "Unpack it first." if "archive" in what else _CONVERT
-    if path.suffix != ".pth" and path.suffix in _SUFFIXES:
+    if path.suffix in _SUFFIXES:
         return _SUFFIXES[path.suffix], _CONVERT
-    if start.startswith(ZIP):
-        return _zip_kind(path)
     if start[257:262] == b"ustar":
         return "a tar archive", "Unpack it first."
-    return "", ""
+    return _zip_kind(path) if start.startswith(ZIP) else ("", "")
 
 
 def _zip_kind(path: Path) -> tuple[str, str]:
@@ -90,17 +80,15 @@ def _zip_kind(path: Path) -> tuple[str, str]:
         return "", ""  # torch reports what is broken
     has = {name.rpartition("/")[2] for name in names}
     if "constants.pkl" in has:
-        fix = "Load it with torch.jit.load and save its state_dict()."
-        return "a TorchScript program, not tensors", fix
-    if "archive_format" in has or "serialized_exported_program.json" in has:
         return (
-            "an exported program of torch (.pt2), not tensors",
-            "Save the network's state_dict().",
+            "a TorchScript program, not tensors",
+            "Load it with torch.jit and save its state_dict().",
         )
-    if "data.pkl" in has and path.suffix == ".safetensors":
-        return "a file of torch.save under another suffix", "Rename it to .pth."
+    if "archive_format" in has or "serialized_exported_program.json" in has:
+        return "an exported program of torch, not tensors", "Save the network's state_dict()."
     if "data.pkl" in has:
-        return "", ""
+        is_named_so = path.suffix != ".safetensors"
+        return ("", "") if is_named_so else ("a file of torch.save", "Rename it to .pth.")
     if names and all(name.endswith(".npy") for name in names):
         return "NumPy arrays", _CONVERT
     return "a zip archive, not a file of torch.save", "Unpack it first."
@@ -120,10 +108,8 @@ def describe_folder(folder: Path) -> tuple[str, str]:
     if "job.json" in names:
         networks = [f"{folder}/teacher", f"{folder}/students/NAME"]
         return "a run folder of distill", f"Give one network of it: {' or '.join(networks)}."
-    if "saved_model.pb" in names or "tf_model.h5" in names:
-        return "a TensorFlow model", _CONVERT
-    if "flax_model.msgpack" in names:
-        return "a Flax model", _CONVERT
+    if {"saved_model.pb", "tf_model.h5", "flax_model.msgpack"} & set(names):
+        return "a TensorFlow or Flax model", _CONVERT
     files = [name for name in names if name.endswith((".safetensors", ".pth", ".pt", ".bin"))]
     if files:
         return f"no model.safetensors, but {', '.join(files[:3])}", "Name the file itself."

@@ -117,9 +117,8 @@ def _unusual(spec: BackboneSpec) -> list[str]:
 def _images(path: Path) -> list[str]:
     """How it wants its images, where that is stated."""
     stated = stated_inputs(path)
-    if stated.mean is None or stated.std is None:
-        return []
-    return [f"images: mean {list(stated.mean)}, std {list(stated.std)} ({stated.source})"]
+    mean, std = stated.mean or (), stated.std or ()
+    return [f"images: mean {list(mean)}, std {list(std)} ({stated.source})"] if mean else []
 
 
 def _files_of(path: Path) -> list[Path]:

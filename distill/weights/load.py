@@ -8,6 +8,7 @@ Tensors are read memory-mapped, one by one, straight into the target's dtype and
 costs the network's size and one tensor (``distill.weights.containers``).
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,17 +38,6 @@ CONFIG = "config.json"
 FLOATS = frozenset(
     {"f64", "f32", "f16", "bf16", "float64", "float32", "float16", "bfloat16"}
 )  # as safetensors and torch write them
-DTYPE_NAMES = {
-    "f8_e4m3": "fp8 (float8_e4m3fn)",
-    "f8_e5m2": "fp8 (float8_e5m2)",
-    "float8_e4m3fn": "fp8 (float8_e4m3fn)",
-    "float8_e5m2": "fp8 (float8_e5m2)",
-    **{
-        f"{kind}{bits}": f"{name}{bits}"
-        for kind, name in (("i", "int"), ("u", "uint"))
-        for bits in (8, 16, 32, 64)
-    },
-}
 CPU = torch.device("cpu")
 
 
@@ -65,7 +55,6 @@ def identify_layout(
     folder = container.path if container.path.is_dir() else container.path.parent
     config = folder / CONFIG
     is_folder = container.path.is_dir() or container.path.name in (SINGLE, PICKLED)
-    fix = "Give weights and config of the same network."
     try:
         if spec is not None:
             return identify(container.shapes, spec, prefix)
@@ -89,7 +78,8 @@ def identify_layout(
         beside = "the config.json beside it" if config.is_file() else "its names and shapes"
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{container.path}: {reason}", fix=f"Judged by {beside}. {fix}"
+            f"{container.path}: {reason}",
+            fix=f"Judged by {beside}. Give weights and config of the same network.",
         ) from error
 
 
@@ -112,8 +102,9 @@ def _require_floats(container: Container, identity: Identity) -> None:
     }
     if odd:
         name, dtype = next(iter(odd.items()))
+        shown = re.sub(r"^i(?=\d)", "int", re.sub(r"^(f8|float8)_", "fp8 ", dtype))
         raise ForeignError(
-            f"{name} holds {DTYPE_NAMES.get(dtype, dtype)} numbers ({len(odd)} of {len(wanted)} tensors)",
+            f"{name} holds {shown} numbers ({len(odd)} of {len(wanted)} tensors)",
             "Give weights in fp32, fp16 or bf16; fp8 and integers mean something only with their scales.",
         )
 

@@ -1,17 +1,20 @@
 """A backbone as one ONNX graph: ``pixel_values`` to ``class_token`` and ``patch_tokens``.
 
 Batch, rows and columns of patches stay free; position angles are part of the graph and follow the
-size of the image. The graph computes in fp32. Weights in bf16 are stored as such and widened where
+size of the image; sides that are no multiple of the stride are refused. The graph computes in fp32. Weights in bf16 are stored as such and widened where
 they are used, so the file is half as large and runtimes need no bf16 arithmetic.
 """
 
+import importlib
 import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -85,10 +88,39 @@ def write_onnx(
     patches = program.model.graph.outputs[1]
     assert patches.shape is not None, "the exporter knows the rank of each output"
     patches.shape = type(patches.shape)(["batch", "patches", spec.width])
+    _refuse_broken_patches(program.model.graph, stride)
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()  # stack traces, with the paths of this machine
     num_bytes = sum(each.numel() * each.element_size() for each in backbone.parameters())
     program.save(str(path), external_data=num_bytes > ONE_FILE_BYTES)
+
+
+def _refuse_broken_patches(graph: Any, stride: int) -> None:
+    """Adds an operator that fails, as our network does, where a side is no multiple of the stride.
+
+    Runtimes do not look at what is known of free sizes: the last pixels would be dropped without a word. A
+    shape is looked up by the remainders of both sides; only remainder 0 is in the table.
+    """
+    ir = importlib.import_module("onnx_ir")
+    (pixels,) = graph.inputs
+    users = [(use.node, use.idx) for use in pixels.uses()]
+    table = ir.tensor(np.ones((1, len(pixels.shape)), np.int64), name="only_remainder_0")
+    period, axes = (
+        ir.tensor(np.array(value, np.int64), name=name)
+        for value, name in (([stride, stride], "strides"), ([0], "sides"))
+    )
+    constants = [ir.node("Constant", [], {"value": each}) for each in (table, period, axes)]
+    ones, strides, sides = (node.outputs[0] for node in constants)
+    size = ir.node("Shape", [pixels], {"start": 2})
+    remainders = ir.node("Mod", [size.outputs[0], strides])
+    total = ir.node("ReduceSum", [remainders.outputs[0], sides], {"keepdims": 0})
+    name = f"height_and_width_must_be_multiples_of_{stride}"
+    shape = ir.node("Gather", [ones, total.outputs[0]], {"axis": 0}, name=name)
+    checked = ir.node("Expand", [pixels, shape.outputs[0]])
+    checked.outputs[0].shape, checked.outputs[0].dtype = pixels.shape, pixels.dtype
+    graph.insert_before(graph[0], [*constants, size, remainders, total, shape, checked])
+    for node, index in users:
+        node.replace_input_with(index, checked.outputs[0])
 
 
 @contextmanager

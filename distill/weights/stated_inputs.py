@@ -88,16 +88,13 @@ def _stats(path: Path, config: Mapping[str, Any], key: str, unit: float) -> Stat
 
 
 def _side(path: Path, size: object) -> int | None:
-    if size is None:
-        return None
-    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= LARGEST_SIDE:
-        raise _unusable(path, "size", size)
-    return size
+    if size is None or (type(size) is int and 1 <= size <= LARGEST_SIDE):
+        return size
+    raise _unusable(path, "size", size)
 
 
 def _unusable(path: Path, key: str, value: object) -> CheckpointError:
-    shown = repr(value)[:60]
     return CheckpointError(
-        f"{path}: {key} = {shown} cannot be used for images of three colours",
+        f"{path}: {key} = {repr(value)[:60]} cannot be used for images of three colours",
         fix="Repair it, or remove the file and write data.mean and data.std in the recipe.",
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -105,6 +106,10 @@ def test_export_network__onnxruntime_gives_the_same(
     assert b".py" not in graph, "stack traces would show this machine's paths"
     session = runtime.InferenceSession(graph)
     ours = load_backbone(source)[0]
+    side = spec.stride
+    for height, width in ((side + 1, side), (side, 2 * side - 1), (side + side // 2,) * 2):
+        with pytest.raises(Exception, match=f"height_and_width_must_be_multiples_of_{side}"):
+            session.run(None, {"pixel_values": np.zeros((1, 3, height, width), np.float32)})
     for rows, (high, wide) in ((1, (1, 1)), (3, (2, 12)), (1, (14, 3))):  # none was seen before
         pixels = torch.randn(rows, 3, high * spec.stride, wide * spec.stride)
         (patches,) = session.run(["patch_tokens"], {"pixel_values": pixels.numpy()})

@@ -264,7 +264,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str, str]] = {  # kind: file, w
     "ONNX": (text("\x08\x07", "a.onnx"), "an ONNX graph", "Convert"),
     "Flax": (text("\x81", "a.msgpack"), "Flax weights", "Convert"),
     "Keras": (text("x", "a.h5"), "a Keras file", "Convert"),
-    "TensorFlow folder": (folder_with("saved_model.pb"), "a TensorFlow model", "Convert"),
+    "TensorFlow folder": (folder_with("saved_model.pb"), "a TensorFlow or Flax model", "Convert"),
     "TorchScript": (zipped("a/data.pkl", "a/constants.pkl"), "a TorchScript program", "state_dict"),
     "torch": (zipped("a/data.pkl", name="a.safetensors"), "of torch.save", "Rename it to .pth"),
     "zip": (zipped("weights.pth"), "a zip archive", "Unpack"),
