@@ -104,7 +104,7 @@ def test_train__says_which_students_are_parked_and_exports_none_that_was_never_t
     for name, steps in STEPS.items():
         record = record_of(tiny, name)
         assert record["steps"] == steps
-        assert f"- steps: {steps}\n" in (tiny / "students" / name / "README.md").read_text()
+        assert f", {steps} steps)\n" in (tiny / "students" / name / "README.md").read_text()
         assert ("parked" in record) == (name == "late")
     assert record_of(tiny, "late")["parked"] == "since step 14: ValueError: no more of this"
     summary = json.loads((tiny / "summary.json").read_text())["students"]

@@ -66,6 +66,7 @@ def check(
         recipes = (loaded,) if teacher is None else (loaded, teacher)
         code = [] if allow else [named for each in recipes for named in code_named_by(each)]
 
+        from distill.job.origin import licence_warning
         from distill.job.prepare import check_data
 
         num_ranks = count_ranks(loaded.engine.processes, gpus)
@@ -73,12 +74,13 @@ def check(
             () if any(named.is_network for named in code) else _plans(loaded, teacher, num_ranks)
         )
         facts = check_data(loaded, teacher, runs_code=allow)
+        licence = licence_warning(loaded, teacher)
     except DataError as error:  # to a check, data that is not there is a wrong recipe
         raise RecipeError(error.message, fix=error.fix) from error
 
     from distill.cli.check_report import CheckReport
 
-    report = CheckReport(loaded, teacher, num_ranks, plans, facts, code)
+    report = CheckReport(loaded, teacher, num_ranks, plans, facts, code, licence)
     if as_json:
         print_json(report.to_json())
         return

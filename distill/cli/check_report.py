@@ -31,6 +31,7 @@ class CheckReport:
     plans: Sequence[JobPlan]
     images: Mapping[str, int]
     code: Sequence[NamedCode]
+    licence_warning: str | None = None
 
     @cached_property
     def device(self) -> Device:
@@ -74,6 +75,8 @@ class CheckReport:
         recipes = [each for each in (self.recipe, self.teacher) if each is not None]
         counts = [self._count(each) for each in recipes]
         here = list(self._of_machine())
+        if self.licence_warning is not None:
+            here.append(self.licence_warning)
         return here + find_warnings(self.recipe, self.teacher, shape, counts)
 
     def lines(self) -> Iterator[str]:
@@ -114,6 +117,7 @@ class CheckReport:
             "phases": self.phases,
             "estimate": estimate_basis(self.device),
             "warnings": self.warnings,
+            "licence_warning": self.licence_warning,
             "code": [named.to_json() for named in self.code],
             "plan": self.plans[-1].to_json() if self.plans else None,
         }

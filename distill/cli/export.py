@@ -6,7 +6,7 @@ Nothing heavy is imported until the verb runs; ``distill.cli.app`` adds the verb
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from enum import StrEnum
 from pathlib import Path
@@ -27,8 +27,8 @@ from distill.runfolder.parked import read_parked
 
 if TYPE_CHECKING:
     from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-    from distill.weights.card import Background
-    from distill.weights.export import Exported, Inputs
+    from distill.weights.card import Inputs
+    from distill.weights.export import Exported
 
 
 class WeightLayout(StrEnum):
@@ -78,6 +78,8 @@ def export(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Write a student for Hugging Face, timm, Meta or ONNX, and verify the outputs agree."""
+    from distill.job.origin import background_of
+    from distill.job.stored_recipes import read_recipes
     from distill.recipe.extensions import ExtensionKind, find
     from distill.weights.export import export_network
     from distill.weights.exporter import Exporter
@@ -88,24 +90,28 @@ def export(
     allow_code_of(run, allow)
 
     target = out or run / "export" / to
-    recipe = _read_recipe(run)
+    recipes, scores = read_recipes(run), _read_json(run / "summary.json")
     finished: list[Exported] = []
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         for name, folder in folders.items():
-            background, inputs = _background(run, name, folder, recipe), _inputs(recipe, name)
+            background = background_of(run, name, folder, recipes, scores)
+            inputs = _inputs(recipes[0], name)
             done = export_network(
                 name, folder, target / name, exporter, dtype.value, background, inputs
             )
             finished.append(done)
             if not as_json:
-                size = done.num_bytes / 1e6
-                facts = background.provenance
-                parked = f"; parked {facts['parked']}" if "parked" in facts else ""
-                say(f"{name}: {done.folder}, {size:.1f} MB; {done.parity.describe()}{parked}")
+                _show(done, background.record)
     if as_json:
         summary: dict[str, Any] = {"run": str(run), "to": to, "dtype": dtype.value}
         summary["exported"] = [each.to_json() for each in finished]
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
+
+
+def _show(done: "Exported", record: Mapping[str, Any]) -> None:
+    parked = f"; parked {record['parked']}" if "parked" in record else ""
+    size = done.num_bytes / 1e6
+    say(f"{done.name}: {done.folder}, {size:.1f} MB; {done.parity.describe()}{parked}")
 
 
 def _chosen(run: Path, requested: Sequence[str]) -> dict[str, Path]:
@@ -192,48 +198,12 @@ def _teacher_folder(run: Path, recipe: "FamilyRecipe | TeacherRecipe") -> Path:
 
 def _inputs(recipe: "FamilyRecipe | TeacherRecipe", name: str) -> "Inputs":
     from distill.recipe.keys import FamilyRecipe
-    from distill.weights.export import Inputs
+    from distill.weights.card import Inputs
 
     size = recipe.crops.input_size
     if isinstance(recipe, FamilyRecipe):
         size = recipe.input_size_of(name)
     return Inputs(size, recipe.data.mean, recipe.data.std)
-
-
-def _background(
-    run: Path, name: str, folder: Path, recipe: "FamilyRecipe | TeacherRecipe"
-) -> "Background":
-    """What the card of a network holds, from its record, the run's summary and the teacher's folder."""
-    from distill.weights.card import Background, teacher_licence
-
-    provenance = _read_json(folder / "distill.json")
-    teacher = _teacher_folder(run, recipe)
-    return Background(
-        teacher="this network is a teacher"
-        if name == "teacher"
-        else _teacher_story(teacher, provenance),
-        data=_data_story(run, recipe, provenance),
-        licence=teacher_licence(teacher) or teacher_licence(folder),
-        provenance=provenance,
-        scores=_read_json(run / "summary.json"),
-    )
-
-
-def _teacher_story(teacher: Path, provenance: dict[str, Any]) -> str:
-    name = _read_json(teacher / "distill.json").get("recipe", teacher.name)
-    return f"{name} (fingerprint {provenance.get('teacher_fingerprint', 'unknown')})"
-
-
-def _data_story(
-    run: Path, recipe: "FamilyRecipe | TeacherRecipe", provenance: dict[str, Any]
-) -> str:
-    """Names and number of the training images; names only, because paths are private."""
-    from distill.data.index import ImageIndex
-
-    names = ", ".join(Path(source.path).name for source in recipe.data.sources)
-    index = run / "data" / "train"
-    count = f"{len(ImageIndex.load(index)):,} images of " if index.is_dir() else ""
-    return f"{count}{names} (fingerprint {provenance.get('data', 'unknown')})"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -123,16 +123,21 @@ def convert_weights(
     """Write a backbone in another layout: a folder for hf and timm, a .pth file for meta."""
     import torch
 
+    from distill.runfolder.licences import pass_on
     from distill.screen.tables import inspection_table
     from distill.weights.convert import convert
 
     refuse_other_kinds(source)
     kind = torch.bfloat16 if dtype == Precision.BF16 else torch.float32
     found = convert(source, target, layout=layout.value, dtype=kind, prefix=prefix)
+    licences = pass_on(source, target)
     if as_json:
         print_json(found.to_json())
     else:
         make_console().print(inspection_table(found))
+        if licences.texts:
+            where = "lie in it" if target.is_dir() else f"are in {source}: send them along"
+            say(f"its licence files {where}: {', '.join(licences.texts)}")
 
 
 @weights_app.command("fit-heads")

@@ -18,6 +18,7 @@ from distill.errors import UserError
 from distill.evaluate.images import Preparation
 from distill.evaluate.knn import evaluate_run
 from distill.evaluate.pictures import plot_features
+from distill.job.origin import complete_cards, stored_licences
 from distill.job.prepare import read_job
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
@@ -67,6 +68,7 @@ def finish(run_folder: Path) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "teacher": {},
         "students": entries,
+        "licences": stored_licences(run_folder, job.recipe, job.teacher_recipe).to_json(),
         "images_per_s": trained and trained["images"] / trained["s"],
         "phases_s": {name: entry["s"] for name, entry in timing.items()},
     }
@@ -93,6 +95,7 @@ def finish(run_folder: Path) -> dict[str, Any]:
             messages.append(
                 f"{picture.name} was not written ({error.strerror}): make room and run `distill eval {run_folder}`"
             )
+    messages += complete_cards(job, specs, summary)
     fates = {
         name: replace(network, state="parked") if entries.get(name, {}).get("parked") else network
         for name, network in status.networks.items()

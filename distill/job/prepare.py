@@ -21,6 +21,7 @@ from distill.data.photographs import photograph_paths, write_tiles
 from distill.data.sources import Lister, list_source
 from distill.errors import CheckpointError, DataError
 from distill.job.changes import with_changes
+from distill.job.origin import licences_of_teacher, store_licences
 from distill.job.recipe_hash import recipe_hash
 from distill.job.resume import describe_changes, joining_steps
 from distill.job.stored_recipes import load_from_here, read_recipes, write_recipes
@@ -194,6 +195,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
         teacher_train, _ = _indices(teacher_recipe.data, tiles, say)
     fingerprint = f"{train.fingerprint}-{teacher_train.fingerprint}"
     job = Job(request, recipe, teacher_recipe, fingerprint)
+    licences = licences_of_teacher(recipe, teacher_recipe)
     if fresh and run_folder.exists():
         _empty(run_folder)
     try:
@@ -229,6 +231,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     write_json(run_folder / "plan.json", timed_on(plans[-1].to_json(), device))
     write_json(run_folder / "env.json", _environment())
     write_json(run_folder / CHECKSUMS, checksums)
+    store_licences(run_folder, licences)
     if job.teacher is not None:
         stored["teacher"] = job.teacher.model_dump()
     write_json(run_folder / "job.json", stored)

@@ -32,9 +32,9 @@ from distill.job.build import (
     shard_teacher,
 )
 from distill.job.local_ranks import MeetingPlace, join_ranks
+from distill.job.origin import LICENCES, pretrained_record, student_record
 from distill.job.prepare import CHECKPOINTS, FITTED_HEADS, Job
 from distill.job.pretraining import HeadFitting, Pretraining
-from distill.job.recipe_hash import recipe_hash
 from distill.job.resume import agreed_checkpoint, joining_steps
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.from_recipe import ONLINE, plan_family, plan_fitting, plan_stage
@@ -52,6 +52,7 @@ from distill.recipe.keys import (
 )
 from distill.runfolder.files import remove
 from distill.runfolder.heartbeat import Heartbeat
+from distill.runfolder.licences import Licences, Terms, licences_in
 from distill.runfolder.metrics import MetricSinks, SinkFactory
 from distill.runfolder.parked import read_parked
 from distill.runfolder.requests import StopSaveRequests
@@ -245,7 +246,7 @@ class _Run:
         phase = family_phase(context, teacher, shape, self.first_steps)
         finished = self._run_phase(phase, self._restore(phase))
         if finished:
-            self._write_students(phase, recipe, teacher_fingerprint)
+            self._write_students(phase, shape.spec, teacher_fingerprint)
         return finished
 
     def _planned_device(self) -> Device:
@@ -309,14 +310,20 @@ class _Run:
             recipe.crops.input_size,
             recipe.data.mean,
             recipe.data.std,
-            self._provenance(recipe, steps),
+            pretrained_record(self.job, recipe, self._num_images("teacher"), steps),
+            Licences((Terms(recipe.name, is_pretrained=True),)),
         )
         folder = self.job.run_folder / "teacher"
         write_heads(folder / TRAINED_HEADS, weights)
         write_backbone(folder, _backbone_only(weights), spec, facts)
 
-    def _write_students(self, phase: Phase, recipe: FamilyRecipe, teacher_fingerprint: str) -> None:
+    def _write_students(
+        self, phase: Phase, teacher_spec: BackboneSpec, teacher_fingerprint: str
+    ) -> None:
         """Every student's EMA as a folder, by the first rank of its group; none of a student that was never trained."""
+        recipe, licences = self.family, licences_in(self.job.run_folder / LICENCES)
+        assert recipe is not None, "students are a family's"
+        num_images = self._num_images("train")
         specs = {student.label: student.backbone_spec() for student in recipe.students}
         mean, std = recipe.data.mean, recipe.data.std
         for trainer in phase.trainers:
@@ -328,22 +335,19 @@ class _Run:
             if not steps:
                 remove(folder)  # of an earlier student of this name
                 continue
-            provenance = self._provenance(recipe, steps)
-            provenance["teacher_fingerprint"] = teacher_fingerprint
+            provenance = student_record(
+                self.job, teacher_spec, teacher_fingerprint, num_images, steps
+            )
             parked = read_parked(self.job.run_folder, name)
             if parked is not None:
                 provenance["parked"] = parked.describe()
-            facts = ExportFacts(recipe.input_size_of(name), mean, std, provenance)
+            size = recipe.input_size_of(name)
+            facts = ExportFacts(size, mean, std, provenance, licences)
             write_backbone(folder, _backbone_only(weights), specs[name], facts)
         dist.barrier()
 
-    def _provenance(self, recipe: FamilyRecipe | TeacherRecipe, steps: int) -> dict[str, object]:
-        return {
-            "recipe": recipe.name,
-            "recipe_hash": recipe_hash(recipe),
-            "steps": steps,
-            "data": self.job.data_fingerprint,
-        }
+    def _num_images(self, which: str) -> int:
+        return len(ImageIndex.load(self.job.run_folder / "data" / which))
 
 
 def find_sinks(engine: EngineSpec) -> list[SinkFactory]:

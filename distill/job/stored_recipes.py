@@ -38,7 +38,10 @@ def load_from_here(
     update: dict[str, Any] = {"data": _absolute_data(loaded.data)}
     if isinstance(loaded, FamilyRecipe):
         source = loaded.teacher
-        paths = {"weights": _absolute(source.weights)}
+        paths: dict[str, Any] = {"weights": _absolute(source.weights)}
+        if source.licence is not None and source.licence.file is not None:
+            file = _absolute(str(Path(source.licence.file).expanduser()))
+            paths["licence"] = source.licence.model_copy(update={"file": file})
         if source.heads_mode == "file":
             paths["heads"] = _absolute(source.heads)
         update["teacher"] = source.model_copy(update=paths)

@@ -302,6 +302,25 @@ class FitSpec(Section):
 HeadsMode = Literal["file", "fit", "none"]
 
 
+class LicenceSpec(Section):
+    """What the user knows of a teacher's licence; it goes with everything that is made from the teacher."""
+
+    name: str | None = machine(None, since=2, description="Its name: `apache-2.0`. Null: none.")
+    file: str | None = machine(
+        None, since=2, description="File of its text, copied beside every student. Null: none."
+    )
+    link: str | None = machine(None, since=2, description="Web address of its text. Null: none.")
+
+
+def _licence_mapping(value: object) -> object:
+    return {"name": value} if isinstance(value, str) else value
+
+
+Licence = Annotated[
+    LicenceSpec, BeforeValidator(_licence_mapping, json_schema_input_type=LicenceSpec | str)
+]
+
+
 class TeacherSource(Section):
     """The family's teacher: a recipe to train it first, or its weights."""
 
@@ -332,6 +351,11 @@ class TeacherSource(Section):
             "File of the teacher's heads, `fit` to train them first, or `none` to learn from "
             "features. Null means the heads beside the weights."
         ),
+    )
+    licence: Licence | None = machine(
+        None,
+        since=2,
+        description="Licence of a teacher whose folder states none; a bare text is its name. Null means: as its folder states.",
     )
     fit: FitSpec = science(FitSpec(), description="How heads are trained, for `heads: fit`.")
 

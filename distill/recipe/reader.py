@@ -265,3 +265,6 @@ def _missing_folders(parts: Parts, found: Sequence[Problem]) -> Iterator[Problem
     is_wrong = any(loc == ("teacher", "heads") for loc, _ in found)
     if not is_wrong and heads not in (None, *HEADS_MODES) and not Path(str(heads)).is_file():
         yield ("teacher", "heads"), f"{heads!r} is no file of heads: give one, or 'fit' or 'none'"
+    licence = parts.get(("teacher", "licence", "file"))
+    if licence is not None and not Path(licence).expanduser().is_file():
+        yield ("teacher", "licence", "file"), f"{licence!r} is not there: a file with its text"

@@ -235,6 +235,8 @@ def _source_of_teacher_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
     if heads not in (None, *HEADS_MODES) and (train is not None or close):
         why = " goes with 'weights': a trained teacher has heads; 'fit' or 'none' replace them"
         yield ("teacher", "heads"), f"{heads!r}{f' - did you mean {close[0]!r}?' if close else why}"
+    if {parts.get(("teacher", "licence", key), "") for key in ("name", "file", "link")} == {None}:
+        yield ("teacher", "licence"), "names nothing: give a 'name', a 'file' or a 'link'"
     for key in ("mean", "std"):
         value, theirs = parts.get(("data", key)), teacher.get(("data", key))
         if value is not None and theirs is not None and list(value) != list(theirs):

@@ -22,7 +22,16 @@ import torch
 
 from distill.errors import CheckpointError, UserError
 from distill.runfolder.files import folder_while, remove, rename, replaced
-from distill.weights.card import Background, WrittenFile, licence_text, model_card
+from distill.runfolder.licences import write_licences
+from distill.weights.card import (
+    Background,
+    Form,
+    Inputs,
+    WrittenFile,
+    distill_usage,
+    model_card,
+    read_inputs,
+)
 from distill.weights.containers import read_object
 from distill.weights.exporter import Exporter
 from distill.weights.hf_config import preprocessor_config
@@ -30,20 +39,12 @@ from distill.weights.load import load_backbone
 from distill.weights.save import sha256_of
 from distill.weights.stated_inputs import PREPARATION
 from distill.weights.verify import TOLERANCE, Parity, verify
+from students.shapes import BackboneSpec
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECORD = "distill.json"  # its "export" part marks a folder as one that may be replaced
 CARD = "README.md"
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Side in pixels and normalisation, for a network whose folder does not state them."""
-
-    size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,8 @@ def export_network(
     with folder_while(folder.parent), replaced(folder) as aside:
         exporter.write(name, source, aside, DTYPES[dtype])
         _write_preparation(source, aside, inputs)
+        write_licences(aside, background.licences)
+        exporter.attach(aside, background.licences.metadata())
         parity = verify(exporter, aside, source, DTYPES[dtype])
         if parity.is_mismatch:
             rename(aside, rejected)
@@ -127,17 +130,36 @@ def _describe(
     """Writes the card and the record; what the source's record holds is kept in it."""
     spec, name = load_backbone(source)[1], exported.name
     parity, files = exported.parity, exported.files
-    (aside / CARD).write_text(
-        model_card(name, spec, exporter, dtype, background, parity, files),
-        encoding="utf-8",
-    )
+    inputs = read_inputs(aside / PREPARATION)
+    beside = {*background.licences.texts, PREPARATION, "config.json"}
+    size = sum(file.num_bytes for file in files if file.name not in beside)
+    blocks = _blocks(name, spec, exporter, files)
+    form = Form(exporter.library, dtype, size, blocks, parity.describe(), files)
+    (aside / CARD).write_text(model_card(name, spec, inputs, background, form), encoding="utf-8")
     record = {
-        **background.provenance,
-        "licence": licence_text(background.licence),
+        **background.record,
+        "licences": background.licences.to_json(),
         "export": {"format": exporter.name, "dtype": dtype, **parity.to_json()},
         "files": {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files},
     }
     _write_json(aside / RECORD, record)
+
+
+def _blocks(
+    name: str, spec: BackboneSpec, exporter: Exporter, files: tuple[WrittenFile, ...]
+) -> list[tuple[str, list[str], bool]]:
+    """Code that loads the folder: the library's, and ours where we read the format."""
+    names = [file.name for file in files]
+    lines = exporter.usage(name, spec, names)
+    theirs = (f"With {exporter.library}:", lines, True)
+    if exporter.reader is None:
+        ours = [each for each in names if each.endswith(".pth")]
+        without = f"With the code of {exporter.library}, which is no package to install:"
+        blocks = [("With distill:", distill_usage(spec, weights), True) for weights in ours]
+        return [*blocks, (without, lines, False)]
+    if exporter.name == "hf":
+        return [theirs, ("With distill:", distill_usage(spec), True)]
+    return [theirs]
 
 
 def _mismatch(name: str, form: str, parity: Parity, rejected: Path) -> UserError:

@@ -3,7 +3,7 @@
 ``distill export --to NAME`` finds a format by name (``distill.recipe.extensions``).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,10 @@ def _has_all() -> None:
     """Passes: nothing is needed to write this format."""
 
 
+def _has_no_room(folder: Path, licence: Mapping[str, str]) -> None:
+    """Leaves the files as they are."""
+
+
 @dataclass(frozen=True)
 class Exporter:
     """A format.
@@ -31,8 +35,10 @@ class Exporter:
         reader_part: an attribute of that package that must import, too.
         write: writes the network ``name`` of a folder (second) into another (third) in a dtype.
         read_back: opens the written folder with the reader, given the network's stride.
-        usage: lines of Python that load the network, given its name, its shape and the file names.
+        usage: lines of Python that load the network, given its name, its shape and the file names; the card
+            sets ``folder`` and ``pixels`` before them.
         require: passes where everything is installed that writing needs.
+        attach: writes licences into files of the folder that have room for them, given names and texts.
     """
 
     name: str
@@ -43,3 +49,4 @@ class Exporter:
     usage: Callable[[str, BackboneSpec, Sequence[str]], list[str]]
     reader_part: str = ""
     require: Callable[[], None] = _has_all
+    attach: Callable[[Path, Mapping[str, str]], None] = _has_no_room

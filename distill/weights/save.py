@@ -7,7 +7,7 @@ is translated.
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.runfolder.files import make_folder, replace_text, replaced
+from distill.runfolder.licences import Licences, write_licences
+from distill.weights.card import Background, Inputs, folder_form, model_card
 from distill.weights.hf_config import hf_config, preprocessor_config
 from students.shapes import BackboneSpec
 
@@ -29,18 +31,19 @@ SHARD_BYTES = 5 * 10**9  # of one file, as Hugging Face does
 
 @dataclass(frozen=True)
 class ExportFacts:
-    """What a folder holds about its network besides the weights: input size, normalisation, where it comes from."""
+    """What a folder holds about its network besides the weights: input size, normalisation, where it comes from, its licences."""
 
     size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     provenance: dict[str, Any]
+    licences: Licences = field(default_factory=Licences)
 
 
 def write_backbone(
     folder: Path, weights: Mapping[str, Tensor], spec: BackboneSpec, facts: ExportFacts
 ) -> None:
-    """Writes config, weights (fp32), preprocessor, model card and ``distill.json``; the weights last; each is complete or as it was."""
+    """Writes config, weights (fp32), preprocessor, licences, model card and ``distill.json``; the weights last; each is complete or as it was."""
     make_folder(folder)
     contiguous = {
         name: tensor.detach().float().cpu().contiguous()
@@ -51,8 +54,16 @@ def write_backbone(
     _write_json(
         folder / "preprocessor_config.json", preprocessor_config(facts.size, facts.mean, facts.std)
     )
-    _write_json(folder / "distill.json", facts.provenance)
-    replace_text(folder / "README.md", _card(folder.name, contiguous, facts))
+    write_licences(folder, facts.licences)
+    record = {**facts.provenance, "licences": facts.licences.to_json()}
+    _write_json(folder / "distill.json", record)
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in contiguous.values())
+    inputs, background = (
+        Inputs(facts.size, facts.mean, facts.std),
+        Background(record, facts.licences, {}),
+    )
+    form = folder_form(folder.name, spec, num_bytes)
+    replace_text(folder / "README.md", model_card(folder.name, spec, inputs, background, form))
     write_tensors(folder, contiguous)
 
 
@@ -115,28 +126,3 @@ def sha256_of(path: Path) -> str:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     replace_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def _card(name: str, weights: Mapping[str, Tensor], facts: ExportFacts) -> str:
-    millions = sum(tensor.numel() for tensor in weights.values()) / 1e6
-    lines = [f"- {key.replace('_', ' ')}: {value}" for key, value in facts.provenance.items()]
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            "pipeline_tag: image-feature-extraction",
-            "---",
-            "",
-            f"# {name}",
-            "",
-            f"Vision backbone with {millions:.2f} M parameters, trained by self-distillation; EMA weights in fp32.",
-            "",
-            "```python",
-            "from transformers import AutoModel",
-            f'backbone = AutoModel.from_pretrained("{name}")',
-            "```",
-            "",
-            *lines,
-            "",
-        ]
-    )

@@ -1,15 +1,14 @@
 """Hugging Face: config.json, model.safetensors and preprocessor_config.json, read by transformers."""
 
 import importlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from distill.weights.card import transformers_usage
 from distill.weights.convert import convert
 from distill.weights.exporter import Exporter, Forward
-from students.shapes import BackboneSpec
 
 
 def _write(name: str, source: Path, folder: Path, dtype: torch.dtype) -> None:  # noqa: ARG001  # the folder has it
@@ -41,15 +40,12 @@ def _read_back(folder: Path, stride: int) -> Forward:
     return forward
 
 
-def _usage(name: str, spec: BackboneSpec, files: Sequence[str]) -> list[str]:  # noqa: ARG001  # of no importance here
-    return [
-        "from transformers import AutoImageProcessor, AutoModel",
-        "",
-        f'prepare = AutoImageProcessor.from_pretrained("{name}")',
-        f'backbone = AutoModel.from_pretrained("{name}")',
-    ]
-
-
 EXPORTER = Exporter(
-    "hf", "transformers", "transformers", _write, _read_back, _usage, reader_part="AutoModel"
+    "hf",
+    "transformers",
+    "transformers",
+    _write,
+    _read_back,
+    transformers_usage,
+    reader_part="AutoModel",
 )

@@ -37,28 +37,25 @@ def _read_back(folder: Path, stride: int) -> Forward:  # noqa: ARG001  # our fea
     return forward
 
 
-def _usage(name: str, spec: BackboneSpec, files: Sequence[str]) -> list[str]:
+def _usage(name: str, spec: BackboneSpec, files: Sequence[str]) -> list[str]:  # noqa: ARG001  # the code has the folder
     """Meta's hub entry for a published size, its classes for any other."""
     (weights,) = (file for file in files if file.endswith(".pth"))
-    path = f"{name}/{weights}"
+    path = f"{{folder}}/{weights}"
     published = [arch for arch, known in CATALOG.items() if known == spec]
     if published:
         entry = f'"facebookresearch/dinov3", "dinov3_{published[0]}"'
         return [
-            "import torch",
-            "",
-            f'backbone = torch.hub.load({entry}, weights="{path}")',
+            f'backbone = torch.hub.load({entry}, weights=f"{path}")',
         ]
     assert type(spec) in _META_CODE, f"a {type(spec).__name__} is not written for Meta's code"
     module, class_, arguments = _META_CODE[type(spec)](spec)
     return [
-        "import torch",
         f"from dinov3.models.{module} import {class_}",
         "",
         f"backbone = {class_}(",
         *(f"    {line}" for line in arguments),
         ")",
-        f'backbone.load_state_dict(torch.load("{path}", weights_only=True))',
+        f'backbone.load_state_dict(torch.load(f"{path}", weights_only=True))',
     ]
 
 

@@ -1,12 +1,13 @@
 """ONNX: model.onnx with free batch, height and width, read by onnxruntime."""
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from distill.runfolder.files import replaced
 from distill.weights.exporter import Exporter, Forward
 from distill.weights.load import load_backbone
 from distill.weights.onnx import require_exporter, write_onnx
@@ -32,17 +33,33 @@ def _read_back(folder: Path, stride: int) -> Forward:  # noqa: ARG001  # the gra
     return forward
 
 
-def _usage(name: str, spec: BackboneSpec, files: Sequence[str]) -> list[str]:  # noqa: ARG001  # of no importance here
+def _usage(name: str, spec: BackboneSpec, files: Sequence[str]) -> list[str]:  # noqa: ARG001  # the code has the folder
     return [
         "import onnxruntime",
         "",
-        f'session = onnxruntime.InferenceSession("{name}/model.onnx")',
-        "class_token, patch_tokens = session.run(",
-        '    ["class_token", "patch_tokens"], {"pixel_values": pixels}',
+        'session = onnxruntime.InferenceSession(f"{folder}/model.onnx")',
+        "class_feature, patch_features = session.run(",
+        '    ["class_token", "patch_tokens"], {"pixel_values": pixels.numpy()}',
         ")  # pixels: float32, [images, 3, height, width]",
     ]
 
 
+def _attach(folder: Path, licence: Mapping[str, str]) -> None:
+    """Writes it into ``metadata_props``, because the file often travels without its folder."""
+    onnx = importlib.import_module("onnx")
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    onnx.helper.set_model_props(model, dict(licence))
+    with replaced(folder / "model.onnx") as aside:
+        onnx.save(model, aside)
+
+
 EXPORTER = Exporter(
-    "onnx", "onnx", "onnxruntime", _write, _read_back, _usage, require=require_exporter
+    "onnx",
+    "onnx",
+    "onnxruntime",
+    _write,
+    _read_back,
+    _usage,
+    require=require_exporter,
+    attach=_attach,
 )

@@ -1,12 +1,15 @@
 """timm: config.json and model.safetensors in timm's layout."""
 
 import importlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from distill.runfolder.files import replace_text
+from distill.weights.containers import read_object
 from distill.weights.convert import convert
 from distill.weights.exporter import Exporter, Forward
 from students.shapes import BackboneSpec
@@ -31,12 +34,31 @@ def _read_back(folder: Path, stride: int) -> Forward:
     return forward
 
 
-def _usage(name: str, spec: BackboneSpec, files: Sequence[str]) -> list[str]:  # noqa: ARG001  # of no importance here
+def _usage(name: str, spec: BackboneSpec, files: Sequence[str]) -> list[str]:  # noqa: ARG001  # the code has the folder
     return [
         "import timm",
         "",
-        f'backbone = timm.create_model("local-dir:{name}", pretrained=True).eval()',
+        'backbone = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()',
+        "with torch.no_grad():",
+        "    class_feature, found = backbone(pixels), backbone.forward_features(pixels)",
     ]
 
 
-EXPORTER = Exporter("timm", "timm", "timm", _write, _read_back, _usage, reader_part="create_model")
+def _name_licence(folder: Path, licence: Mapping[str, str]) -> None:
+    """Writes its name into ``pretrained_cfg``, where timm shows it."""
+    config = read_object(folder / "config.json")
+    name = licence.get("license_name", licence.get("license", "unknown"))
+    config["pretrained_cfg"] = {**config["pretrained_cfg"], "license": name}
+    replace_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+EXPORTER = Exporter(
+    "timm",
+    "timm",
+    "timm",
+    _write,
+    _read_back,
+    _usage,
+    reader_part="create_model",
+    attach=_name_licence,
+)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from distill.weights.card import Background
-from distill.weights.export import Inputs
+from distill.runfolder.licences import Licences
+from distill.weights.card import Background, Inputs
 from distill.weights.save import ExportFacts, write_backbone
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.shapes import ViTSpec
@@ -25,10 +25,18 @@ INPUTS = Inputs(64, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
 
 BACKGROUND = Background(
-    teacher="big (fingerprint 12ab)",
-    data="766 images of photographs (fingerprint 34cd)",
-    licence={},
-    provenance={"recipe": "family", "recipe_hash": "feed", "steps": 7},
+    record={
+        "method": "distillation",
+        "recipe": "family",
+        "recipe_hash": "feed",
+        "steps": 7,
+        "data": "34cd",
+        "images": 766,
+        "sources": ["photographs"],
+        "teacher": {"name": "big", "arch": "vitl16", "parameters": 303},
+        "teacher_fingerprint": "12ab",
+    },
+    licences=Licences(),
     scores={
         "teacher": {"knn": 0.9},
         "students": {"small": {"knn": 0.8}},
@@ -47,7 +55,7 @@ def write_network(folder: Path, spec: BackboneSpec, seed: int = 0) -> Path:
         spread = tensor[0].numel() ** -0.5 if is_matrix else 0.2
         noise = spread * torch.randn(tensor.shape, generator=generator)
         weights[name] = 1.0 + noise if is_factor else noise
-    facts = ExportFacts(64, INPUTS.mean, INPUTS.std, dict(BACKGROUND.provenance))
+    facts = ExportFacts(64, INPUTS.mean, INPUTS.std, dict(BACKGROUND.record))
     write_backbone(folder, weights, spec, facts)
     return folder
 

@@ -27,8 +27,8 @@ TAIL = """
 
 | what | where it comes from | terms |
 | --- | --- | --- |
-| photographs of the quickstart, and the pictures in `docs/` made from them | the data folder of scikit-image, listed in `distill/data/photographs.py` | stated for each file in the documentation of `skimage.data` |
-| weights of released teachers | files that you bring; none is shipped or downloaded | the licence beside the file; `distill export` writes its name into the model card where the folder states one |
+| photographs of the quickstart, and the pictures in `docs/` made from them | the data folder of scikit-image, listed in `distill/data/photographs.py` | stated for each file in the documentation of `skimage.data` ([licences](docs/licences.md#photographs)) |
+| weights of released teachers | files that you bring; none is shipped or downloaded | the licence beside the file; it goes with every student and export ([licences](docs/licences.md)) |
 | the method | DINOv3, [arXiv 2508.10104](https://arxiv.org/abs/2508.10104) | a publication; all code here is written anew |
 """
 

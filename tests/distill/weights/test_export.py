@@ -16,8 +16,9 @@ from safetensors import safe_open
 
 from distill.errors import CheckpointError, SetupError, UserError
 from distill.recipe.extensions import BUILTIN, ExtensionKind, find
+from distill.runfolder.licences import Licences, Terms
 from distill.weights import to_hf, to_meta, to_onnx, to_timm
-from distill.weights.card import Background, teacher_licence
+from distill.weights.card import Background
 from distill.weights.export import DTYPES, Dtype, Exported, export_network
 from distill.weights.exporter import Exporter
 from distill.weights.load import load_backbone
@@ -36,6 +37,9 @@ from tests.support.exports import BACKGROUND, CONVNEXT, GATED, INPUTS, VIT, name
 from tests.support.stand_ins import meta_convnext, meta_vit
 
 SPECS = {"vit": VIT, "gated": GATED, "convnext": CONVNEXT}
+
+
+CC0 = Licences((Terms("big", ("cc0-1.0",), files=("LICENSE",)),), {"LICENSE": b"CC0 1.0"})
 
 
 def exporter_of(form: str) -> Exporter:
@@ -270,26 +274,29 @@ def test_export_network__a_failure_leaves_nothing(
 
 def test_export_network__card_and_record_say_where_it_comes_from(tmp_path: Path) -> None:
     source = write_network(tmp_path / "small", VIT)
-    done = export(source, tmp_path / "out" / "small", "hf", licence={"license": "cc0-1.0"})
+    done = export(source, tmp_path / "out" / "small", "hf", licences=CC0)
     card = (done.folder / "README.md").read_text()
     weights = done.folder / "model.safetensors"
     checksum = hashlib.sha256(weights.read_bytes()).hexdigest()
     for said in (
         "library_name: transformers",
-        'license: "cc0-1.0"',
+        "license: cc0-1.0",
         "recipe: family (hash feed, 7 steps)",
-        "teacher: big (fingerprint 12ab)",
-        "766 images of photographs",
+        "teacher: big (vitl16, 303 parameters, fingerprint 12ab)",
+        "766 images from photographs (fingerprint 34cd)",
+        "- big: cc0-1.0; files: `LICENSE`",
         "| this network | 0.800 |",
         "| the same network untrained | 0.500 |",
         "| its teacher | 0.900 |",
         "| colour mean and spread | 0.600 |",
-        'AutoModel.from_pretrained("small")',
+        "AutoModel.from_pretrained(folder)",
         f"| model.safetensors | {weights.stat().st_size:,} | {checksum} |",
     ):
         assert said in card
     record = json.loads((done.folder / "distill.json").read_text())
-    assert record["steps"] == 7 and record["licence"] == "cc0-1.0"
+    assert record["steps"] == 7 and record["licences"] == CC0.to_json()
+    assert (done.folder / "LICENSE").read_bytes() == b"CC0 1.0"
+    assert "LICENSE" in record["files"]
     assert record["export"]["checked_with"] == f"transformers {transformers.__version__}"
     assert record["export"]["largest_difference"]["class_token"] < TOLERANCE
     assert record["files"]["model.safetensors"]["sha256"] == checksum
@@ -300,30 +307,8 @@ def test_export_network__card_of_a_run_without_scores_or_licence(tmp_path: Path)
     done = export(source, tmp_path / "out" / "small", "hf", scores={"knn_reason": "no classes"})
     card = (done.folder / "README.md").read_text()
     assert "No k-NN scores: no classes." in card
-    assert "unknown: check the teacher's licence" in card
+    assert "None is stated for this network." in card
     assert "license:" not in card
-
-
-@pytest.mark.parametrize(
-    ("record", "card", "expected"),
-    [
-        (None, None, {}),
-        ({"licence": "mit"}, None, {"license": "mit"}),
-        ({"licence": "unknown: check the teacher's licence"}, None, {}),
-        ({}, "---\nlicense: other\nlicense_name: dinov3-license\ntags: [a]\n---\n# x", None),
-        ({}, "# a card without a head\n---\nlicense: mit\n---\n", {}),
-        ({}, "---\n: [not yaml\n---\n", {}),
-    ],
-)
-def test_teacher_licence__only_what_is_stated(
-    record: dict[str, str] | None, card: str | None, expected: dict[str, str] | None, tmp_path: Path
-) -> None:
-    if record is not None:
-        (tmp_path / "distill.json").write_text(json.dumps(record))
-    if card is not None:
-        (tmp_path / "README.md").write_text(card)
-    stated = {"license": "other", "license_name": "dinov3-license"}
-    assert teacher_licence(tmp_path) == (stated if expected is None else expected)
 
 
 def test_largest_differences__nan_and_shapes_are_not_agreement() -> None:

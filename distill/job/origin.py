@@ -1,0 +1,278 @@
+"""Where a run's networks come from: what ``distill.json``, the card and the licence files of each are written from.
+
+``RUN/licences`` holds the licences of the teacher as they were when the run was prepared, so that its students
+have them wherever the teacher's folder is by then.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distill.data.index import ImageIndex
+from distill.job.stored_recipes import Recipes
+from distill.recipe.identity import recipe_hash
+from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+from distill.runfolder.files import is_full, make_folder, replace_text
+from distill.runfolder.licences import (
+    CARD,
+    CONFIG,
+    CONTRADICTION,
+    RECORD,
+    Licences,
+    Stated,
+    Terms,
+    folder_of,
+    licences_in,
+    licences_of,
+    write_licences,
+)
+from distill.runfolder.status import TEACHER, write_json
+from distill.weights.card import (
+    DISTILLATION,
+    KEEP_MARK,
+    PRETRAINING,
+    Background,
+    folder_form,
+    model_card,
+    read_inputs,
+)
+from distill.weights.containers import read_object
+from distill.weights.identity import catalogue_name
+from distill.weights.inspect import RELEASED
+from distill.weights.load import shape_of
+from students.shapes import BackboneSpec
+
+if TYPE_CHECKING:
+    from distill.job.prepare import Job
+
+LICENCES = "licences"  # in a run folder
+PREPARATION = "preprocessor_config.json"
+HUB_CACHE = re.compile(r"^models--([\w.-]+?)--([\w.-]+)$")  # a folder of Hugging Face's cache
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+RELEASED_FILE = re.compile(r"(dinov3_\w+_pretrain_\w+)-([0-9a-f]{8})\.pth")
+
+
+def licences_of_teacher(
+    recipe: FamilyRecipe | TeacherRecipe, teacher_recipe: TeacherRecipe | None
+) -> Licences:
+    """The licences under which what a job trains may be passed on: of the teacher that is given, and of those before it.
+
+    Raises:
+        CheckpointError: a licence file cannot be read.
+    """
+    if isinstance(recipe, TeacherRecipe):
+        return Licences((Terms(recipe.name, is_pretrained=True),))
+    source, spec = recipe.teacher, recipe.teacher.licence
+    stated = Stated()
+    if spec is not None:
+        file = None if spec.file is None else Path(spec.file).expanduser()
+        stated = Stated(spec.name or "", spec.link or "", file)
+    if source.weights is None:
+        name = "the teacher" if teacher_recipe is None else teacher_recipe.name
+        return licences_of(None, name, stated)
+    weights = Path(source.weights)
+    heads = Path(str(source.heads)).parent if source.heads_mode == "file" and source.heads else None
+    return licences_of(weights, teacher_name(weights), stated, heads)
+
+
+def licence_warning(
+    recipe: FamilyRecipe | TeacherRecipe, teacher_recipe: TeacherRecipe | None
+) -> str | None:
+    """One line for people where a licence is unknown or statements of it contradict each other; None where all is known.
+
+    Raises:
+        CheckpointError: a licence file cannot be read.
+    """
+    problems = licences_of_teacher(recipe, teacher_recipe).problems
+    if not problems:
+        return None
+    fix = "state it in teacher.licence (name, file, link)"
+    if any(CONTRADICTION in problem for problem in problems):
+        fix = "find out which holds and correct the others"
+    return f"licence of the teacher unknown, and so in every card: {'; '.join(problems)}; {fix}"
+
+
+def store_licences(run_folder: Path, licences: Licences) -> None:
+    """Writes ``RUN/licences``: the files, then their list."""
+    folder = run_folder.resolve() / LICENCES
+    make_folder(folder)
+    write_licences(folder, licences)
+    write_json(folder / RECORD, {"licences": licences.to_json()})
+
+
+def stored_licences(
+    run_folder: Path, recipe: FamilyRecipe | TeacherRecipe, teacher_recipe: TeacherRecipe | None
+) -> Licences:
+    """Reads ``RUN/licences``; what the teacher's folder states now for a run of 0.1.0, which has none."""
+    if (run_folder / LICENCES / RECORD).is_file():
+        return licences_in(run_folder / LICENCES)
+    if isinstance(recipe, FamilyRecipe) and not Path(recipe.teacher.weights or ".").exists():
+        name = Path(str(recipe.teacher.weights)).name
+        return Licences((Terms(name, problem="its folder is gone"),))
+    return licences_of_teacher(recipe, teacher_recipe)
+
+
+def _licences_now(
+    run_folder: Path, recipe: FamilyRecipe | TeacherRecipe, teacher_recipe: TeacherRecipe | None
+) -> Licences:
+    """What the teacher's folder states now, for somebody who found the licence out after training."""
+    if isinstance(recipe, FamilyRecipe) and recipe.teacher.weights is not None:
+        path = Path(recipe.teacher.weights)
+        return licences_of_teacher(recipe, teacher_recipe) if path.exists() else Licences()
+    path = run_folder / TEACHER
+    return licences_of(path, teacher_name(path)) if path.is_dir() else Licences()
+
+
+def student_record(
+    job: "Job", spec: BackboneSpec, fingerprint: str, num_images: int, steps: int
+) -> dict[str, Any]:
+    """``distill.json`` of a student: recipe, data, and the teacher whose backbone is ``spec``."""
+    recipe = job.recipe
+    assert isinstance(recipe, FamilyRecipe), "students are a family's"
+    weights, _ = job.teacher_paths
+    teacher: dict[str, Any] = {"name": teacher_name(weights)}
+    teacher |= {"arch": catalogue_name(spec) or type(spec).__name__.removesuffix("Spec").lower()}
+    teacher |= {"parameters": spec.exported.parameters}
+    sha256 = "" if job.teacher is None else job.teacher.weights_sha256
+    if sha256:
+        teacher["sha256"] = sha256
+    record = _read_record(weights)
+    if record.get("teacher"):
+        teacher["teacher"] = record["teacher"]
+    base = base_model(weights, sha256) or record.get("base_model")
+    found = {"method": DISTILLATION, **_facts(recipe, job.data_fingerprint, num_images, steps)}
+    found |= {"teacher": teacher, "teacher_fingerprint": fingerprint}
+    return {**found, **({"base_model": base} if base else {})}
+
+
+def pretrained_record(
+    job: "Job", recipe: TeacherRecipe, num_images: int, steps: int
+) -> dict[str, Any]:
+    """``distill.json`` of a teacher that the run trained."""
+    return {"method": PRETRAINING, **_facts(recipe, job.data_fingerprint, num_images, steps)}
+
+
+def teacher_name(weights: Path) -> str:
+    """Returns what people call a teacher: its name on the Hub, its recipe where distill pretrained it, its folder or file."""
+    hub = base_model(weights)
+    record = _read_record(weights)
+    if record.get("method") == DISTILLATION or "teacher_fingerprint" in record:
+        folder = folder_of(weights) or weights
+        return f"{folder.name} of {record.get('recipe', 'unknown')}"
+    return hub or str(record.get("recipe") or weights.name or weights.absolute().name)
+
+
+def base_model(weights: Path, sha256: str = "") -> str:
+    """The name on the Hugging Face Hub of a network that was not trained here; empty where nothing shows one.
+
+    Its folder in the Hub's cache has the name, ``config.json`` may; a released ``.pth`` has its checksum.
+    """
+    for part in reversed(weights.absolute().parts):
+        cached = HUB_CACHE.match(part)
+        if cached is not None:
+            return f"{cached[1]}/{cached[2]}"
+    released = RELEASED_FILE.fullmatch(weights.name)
+    if released is not None and released[2] in RELEASED and sha256.startswith(released[2]):
+        return f"facebook/{released[1].replace('_', '-')}"
+    folder = folder_of(weights)
+    config = folder / CONFIG if folder is not None else None
+    name = (
+        "" if config is None or not config.is_file() else read_object(config).get("_name_or_path")
+    )
+    is_name = isinstance(name, str) and HUB_NAME.fullmatch(name) and not Path(name).exists()
+    return str(name) if is_name else ""
+
+
+def background_of(
+    run_folder: Path, name: str, folder: Path, recipes: Recipes, scores: Mapping[str, Any]
+) -> Background:
+    """What the card of a network of a run is written from; what a record of 0.1.0 lacks is looked up in the run.
+
+    ``name`` is ``teacher`` for the run's teacher, whose licences are those that the run noted.
+
+    Raises:
+        CheckpointError: a licence file or a record cannot be read.
+    """
+    record = _read_record(folder)
+    licences = stored_licences(run_folder, *recipes)
+    if name != TEACHER and "licences" in record:
+        licences = licences_of(folder, name)
+    if not licences.is_known:
+        now = _licences_now(run_folder, *recipes)
+        licences = now if now.is_known else licences
+    if not record or "method" in record:
+        return Background(record, licences, scores)
+    recipe, index = recipes[0], run_folder / "data" / "train"
+    facts: dict[str, Any] = {"sources": _names_of(recipe)}
+    if index.is_dir():
+        facts["images"] = len(ImageIndex.load(index))
+    if isinstance(recipe, FamilyRecipe):
+        weights = recipe.teacher.weights
+        path = run_folder / "teacher" if weights is None else Path(weights)
+        facts["teacher"] = {"name": teacher_name(path)}
+    return Background({**facts, **record}, licences, scores)
+
+
+def complete_cards(
+    job: "Job", specs: Mapping[str, BackboneSpec], summary: Mapping[str, Any]
+) -> list[str]:
+    """Writes the cards of a run's networks again, with the scores that there are now; not those that the user took over.
+
+    ``specs`` are those of the students that were trained.
+
+    Returns:
+        A line for people where the disk has no room; the cards of before are then there.
+    """
+    run_folder, recipes = job.run_folder, (job.recipe, job.teacher_recipe)
+    folders = {name: (run_folder / "students" / name, spec) for name, spec in specs.items()}
+    if job.pretrains is not None:
+        folders[TEACHER] = (run_folder / TEACHER, shape_of(run_folder / TEACHER))
+    try:
+        for name, (folder, spec) in folders.items():
+            background = background_of(run_folder, name, folder, recipes, summary)
+            _complete_card(folder, spec, background)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        return [f"model cards are without scores ({error.strerror}): make room and score again"]
+    return []
+
+
+def _complete_card(folder: Path, spec: BackboneSpec, background: Background) -> None:
+    card = folder / CARD
+    if card.is_file() and not _is_ours(card.read_text(encoding="utf-8", errors="replace")):
+        return
+    write_licences(folder, background.licences)
+    num_bytes = sum(path.stat().st_size for path in folder.glob("model*.safetensors"))
+    inputs, form = read_inputs(folder / PREPARATION), folder_form(folder.name, spec, num_bytes)
+    replace_text(card, model_card(folder.name, spec, inputs, background, form))
+
+
+def _is_ours(text: str) -> bool:
+    """Whether distill wrote a card: it has the mark, or is one of 0.1.0."""
+    return KEEP_MARK in text or "trained by self-distillation; EMA weights in fp32." in text
+
+
+def _facts(
+    recipe: FamilyRecipe | TeacherRecipe, data: str, num_images: int, steps: int
+) -> dict[str, Any]:
+    """Facts of training; names of the sources only, because paths are private."""
+    return {
+        "recipe": recipe.name,
+        "recipe_hash": recipe_hash(recipe),
+        "steps": steps,
+        "data": data,
+        "images": num_images,
+        "sources": _names_of(recipe),
+    }
+
+
+def _names_of(recipe: FamilyRecipe | TeacherRecipe) -> list[str]:
+    return [Path(source.path).name for source in recipe.data.sources]
+
+
+def _read_record(weights: Path) -> dict[str, Any]:
+    folder = folder_of(weights)
+    path = None if folder is None else folder / RECORD
+    return read_object(path) if path is not None and path.is_file() else {}
