@@ -1,5 +1,6 @@
 """The files in which a folder of weights holds its licences: LICENSE, NOTICE, COPYING, USE_POLICY and the like."""
 
+import codecs
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -29,7 +30,14 @@ def licence_files(folder: Path) -> list[Path]:
 
 def title_of(text: bytes) -> str:
     """The name that a licence's text gives itself; empty for binary files."""
-    return "" if b"\0" in text else title_of_text(text.decode("utf-8", "replace"))
+    return title_of_text(decoded(text))
+
+
+def decoded(text: bytes) -> str:
+    """Returns the text of a licence file, in UTF-8 or, with its mark, UTF-16; empty for a binary file such as a PDF."""
+    if text.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return text.decode("utf-16", "replace")
+    return "" if b"\0" in text else text.decode("utf-8-sig", "replace")
 
 
 def licence_name(name: str) -> str:

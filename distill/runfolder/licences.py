@@ -20,6 +20,7 @@ from distill.errors import CheckpointError
 from distill.runfolder.files import replace_text, replaced, write_file
 from distill.runfolder.licence_files import (
     IS_TERMS,
+    decoded,
     licence_files,
     licence_name,
     merged,
@@ -112,10 +113,7 @@ class Licences:
     def metadata(self) -> dict[str, str]:
         """What goes into the file itself where a format has room: front matter, a line per network, all texts."""
         lines = {"licences": "\n".join(each.describe() for each in self.terms)}
-        texts = {
-            f"license_text:{name}": text.decode("utf-8", "replace")
-            for name, text in self.texts.items()
-        }
+        texts = {f"license_text:{name}": decoded(text) for name, text in self.texts.items()}
         return {**self.front_matter(), **lines, **texts} if self.terms else {}
 
 
@@ -311,7 +309,7 @@ def _statements(
     found = [_Statement(KEY, identifiers_of(stated.name), stated.link)]
     for name, text in contents.items():
         if IS_TERMS.search(name):
-            title = identifier_of_text(text.decode("utf-8", "replace")) or slug_of(title_of(text))
+            title = identifier_of_text(decoded(text)) or slug_of(title_of(text))
             found.append(_Statement(name, frozenset({title or slug_of(name)}), is_text=True))
     if folder is not None:
         record = _record_in(folder)

@@ -170,6 +170,18 @@ def test_licences_of__a_file_of_a_folder_has_the_folders(tmp_path: Path) -> None
     assert licences_of(folder / "other.pth", "other").problems
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "latin-1"])
+def test_licences_of__a_text_in_another_encoding_is_recognised(
+    encoding: str, tmp_path: Path
+) -> None:
+    folder = teacher(tmp_path / "big", {})
+    (folder / "LICENSE.txt").write_bytes((DINO + "\u00e9").encode(encoding))
+    found = licences_of(folder, "big")
+    assert found.terms[0].identifiers == ("dinov3-license",)
+    (folder / "LICENSE.txt").write_bytes(b"%PDF\0\1")
+    assert licences_of(folder, "big").terms[0].identifiers == ("license.txt",)
+
+
 def test_licences_of__the_text_is_copied_where_the_cache_has_links(tmp_path: Path) -> None:
     (tmp_path / "blob").write_text(MIT)
     folder = teacher(tmp_path / "big", {})
