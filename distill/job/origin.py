@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.data.index import ImageIndex
+from distill.job.recipe_hash import recipe_hash
 from distill.job.stored_recipes import Recipes
-from distill.recipe.identity import recipe_hash
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.runfolder.files import is_full, make_folder, replace_text
 from distill.runfolder.licences import (

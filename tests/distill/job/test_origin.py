@@ -20,8 +20,8 @@ from distill.job.origin import (
     teacher_name,
 )
 from distill.job.prepare import JobRequest, prepare
+from distill.job.recipe_hash import recipe_hash
 from distill.job.stored_recipes import load_from_here
-from distill.recipe.identity import recipe_hash
 from distill.runfolder.licences import licences_in
 from distill.weights.card import KEEP_MARK
 from distill.weights.save import ExportFacts, write_backbone
