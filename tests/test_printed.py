@@ -128,7 +128,7 @@ def test_printable__keeps_what_can_be_shown() -> None:
     text = "k-NN 0.9 ▁▂ é 1 000\tx\n"
     assert printable(text) == text
     assert printable(printable("\x1b\x85")) == printable("\x1b\x85") == r"\x1b\x85"
-    assert printable("\udcff\u2028") == r"\udcff\u2028"
+    assert printable("\udcff\u2028\ud800") == r"\xff\u2028\ud800"
 
 
 def test_commands__show_hostile_names_escaped(

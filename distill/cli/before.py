@@ -68,19 +68,21 @@ def check(
 
         from distill.job.origin import licence_warning
         from distill.job.prepare import check_data
+        from distill.listing.passed_over import PassedOver
 
         num_ranks = count_ranks(loaded.engine.processes, gpus)
         plans = (
             () if any(named.is_network for named in code) else _plans(loaded, teacher, num_ranks)
         )
-        facts = check_data(loaded, teacher, runs_code=allow)
+        passed: dict[str, PassedOver] = {}
+        facts = check_data(loaded, teacher, runs_code=allow, passed_over=passed)
         licence = licence_warning(loaded, teacher)
     except DataError as error:  # to a check, data that is not there is a wrong recipe
         raise RecipeError(error.message, fix=error.fix) from error
 
     from distill.cli.check_report import CheckReport
 
-    report = CheckReport(loaded, teacher, num_ranks, plans, facts, code, licence)
+    report = CheckReport(loaded, teacher, num_ranks, plans, facts, code, licence, passed)
     if as_json:
         print_json(report.to_json())
         return

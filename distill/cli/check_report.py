@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from distill.cli.named_code import NamedCode
+from distill.listing.passed_over import PassedOver
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.here import THIS_CPU, device_here, estimate_basis, has_gpu_here
 from distill.plan.job import JobPlan
@@ -32,6 +33,7 @@ class CheckReport:
     images: Mapping[str, int]
     code: Sequence[NamedCode]
     licence_warning: str | None = None
+    passed_over: Mapping[str, PassedOver] = field(default_factory=dict)
 
     @cached_property
     def device(self) -> Device:
@@ -89,6 +91,8 @@ class CheckReport:
             yield f"  {heads_story(recipe)}"
         for source, count in self.images.items():
             yield f"  {source}: {count:,} images"
+            if source in self.passed_over:
+                yield from (f"    {line}" for line in self.passed_over[source].all_lines())
         for phase in self.phases:
             epochs = "" if phase["epochs"] is None else f", {phase['epochs']:,.3g} epochs"
             yield (
@@ -113,6 +117,7 @@ class CheckReport:
             "ranks": self.num_ranks,
             "device": self.device.name,
             "sources": dict(self.images),
+            "besides": {path: each.to_json() for path, each in self.passed_over.items()},
             "heads": heads_story(recipe) if isinstance(recipe, FamilyRecipe) else None,
             "phases": self.phases,
             "estimate": estimate_basis(self.device),

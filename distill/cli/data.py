@@ -94,6 +94,9 @@ def _dataset_table(dataset: "DatasetReport") -> Table:
         text = ", ".join(f"{part} {value:,}" for part, value in quantiles.items())
         table.add_row(name, f"{text} px" if text else "-")
     table.add_row("duplicates", f"{dataset.duplicates:,} (the same bytes)")
+    table.add_row("passed over", dataset.besides.describe() or "nothing")
+    for line in dataset.besides.lines():
+        table.add_row("", line)
     table.add_row("broken", f"{len(dataset.broken):,}")
     for fault in dataset.broken[:SHOWN_BROKEN]:
         table.add_row("", f"{fault.sample}: {fault.reason}")
@@ -112,10 +115,12 @@ def pack(
 ) -> None:
     """Copy images into tar shards with an index. Run the same command again to go on after a stop."""
     from distill.data.pack import pack as write
+    from distill.listing.passed_over import PassedOver
 
     if len(words) < 2:
         raise typer.BadParameter("give the sources and then the folder to write")
     *sources, out = words
+    passed = PassedOver()
     with _Bar("packing") as bar:
         counts = write(
             sources,
@@ -123,13 +128,15 @@ def pack(
             images_per_shard=images_per_shard,
             max_megapixels=max_megapixels,
             progress=bar,
+            passed_over=passed,
         )
     if as_json:
         sys.stdout.write(json.dumps(counts) + "\n")
         return
     left = f"; {counts['left_out']:,} left out, see *.left_out.jsonl" if counts["left_out"] else ""
     text = f"{counts['images']:,} images in {counts['shards']:,} shards in {out}{left}"
-    say(text)
+    for line in (text, *passed.all_lines()):
+        say(line)
 
 
 @data_app.command("show")

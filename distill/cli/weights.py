@@ -95,7 +95,7 @@ def refuse_other_kinds(path: Path) -> None:
         raise RecipeError(
             f"{path}: a run folder, not weights", fix=f"Give a network of it, such as {example}."
         )
-    from distill.data.sources import SUFFIXES
+    from distill.listing.sources import SUFFIXES
 
     pictures = [each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES]
     if path.is_dir() and pictures:

@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 
 from distill.data.bad_images import examine, name_format
-from distill.data.locations import Reader
-from distill.data.sources import Found, list_source
+from distill.listing.labels import label_lines
+from distill.listing.locations import Reader
+from distill.listing.passed_over import PassedOver
+from distill.listing.sources import Found, list_source
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,14 @@ class DatasetReport:
     longer_side: dict[str, int]
     duplicates: int
     broken: tuple[BrokenFile, ...]
+    without_label: int  # where others have one
+    besides: PassedOver
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        return asdict(self)
+        fields = asdict(self)
+        del fields["besides"]
+        return {**fields, **self.besides.to_json()}
 
 
 @dataclass(frozen=True)
@@ -66,19 +72,23 @@ def take_report(
     Raises:
         DataError: a source is missing or holds no image.
     """
-    listed = [list_source(source) for source in sources]
+    besides = [PassedOver() for _ in sources]
+    listed = [
+        list_source(source, passed_over=passed)
+        for source, passed in zip(sources, besides, strict=True)
+    ]
     total, done = sum(map(len, listed)), 0
     look = partial(_look, Reader(), max_megapixels)
     digests: set[bytes] = set()
     result = []
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for source, found in zip(sources, listed, strict=True):
+        for source, found, passed in zip(sources, listed, besides, strict=True):
             images = []
             for image in pool.map(look, found):
                 images.append(image)
                 done += 1
                 progress(done, total)
-            result.append(_count(str(source), found, images, digests))
+            result.append(_count(str(source), found, images, digests, passed))
     return result
 
 
@@ -93,8 +103,14 @@ def _look(reader: Reader, max_megapixels: float, found: Found) -> _Image:
 
 
 def _count(
-    source: str, found: Sequence[Found], images: Sequence[_Image], digests: set[bytes]
+    source: str,
+    found: Sequence[Found],
+    images: Sequence[_Image],
+    digests: set[bytes],
+    besides: PassedOver,
 ) -> DatasetReport:
+    labels = Counter(each.label for each in found)
+    besides.remarks.extend(label_lines(labels))
     duplicates = 0
     for image in images:
         duplicates += image.digest in digests
@@ -106,7 +122,7 @@ def _count(
         images=len(images),
         bytes=sum(image.length for image in images),
         formats=dict(Counter(image.format for image in images if image.format).most_common()),
-        classes=len({each.label for each in found} - {""}),
+        classes=len(labels.keys() - {""}),
         shorter_side=_quantiles(sizes.min(axis=1)) if len(sizes) else {},
         longer_side=_quantiles(sizes.max(axis=1)) if len(sizes) else {},
         duplicates=duplicates,
@@ -115,6 +131,8 @@ def _count(
             for each, image in zip(found, images, strict=True)
             if isinstance(image.hw, str)
         ),
+        without_label=labels[""] if len(labels) > 1 else 0,
+        besides=besides,
     )
 
 

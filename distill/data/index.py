@@ -3,7 +3,8 @@
     index.json        sources, containers, class names
     names.npy         names, one after another;  name_ends.npy  where each ends
     places.npy        container, offset, length of each image
-    hw.npy            height and width;  labels.npy  class, where there are classes
+    hw.npy            height and width;  labels.npy  class, -1 for images without, where there are classes
+    held_out.npy      images that their folder (val/, test/) holds out, where there are some
 
 Opening costs the same for a thousand images and for a billion. While it is built every file's
 header is read, and for up to 20,000 files every pixel is decoded once, so that a broken file is
@@ -14,9 +15,10 @@ import hashlib
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.bad_images import MAX_MEGAPIXELS, measure
-from distill.data.locations import Kind, Location, Reader
-from distill.data.sources import Found, Lister, list_source
-from distill.data.stateless_random import mix
 from distill.errors import DataError
+from distill.listing.labels import number_classes
+from distill.listing.locations import Kind, Location, Reader
+from distill.listing.passed_over import PassedOver
+from distill.listing.sources import Found, Lister, list_source, refuse_added
 from distill.runfolder.files import make_folder, replaced
 
 FORMAT = 1
@@ -48,9 +51,11 @@ class ImageIndex:
         name_ends: where each name ends, [images].
         locations: container, offset, length, [images, 3].
         hw: height and width after EXIF rotation, [images, 2].
-        labels: indices into ``class_names``, [images], or None.
+        labels: indices into ``class_names``, -1 for an image without a class, [images]; None for fewer than two classes.
         containers: kind and path of each.
         sources: what each source is called, and its number of images; images stand in this order.
+        held_out: images that their folder holds out, [images]; None where no folder does.
+        passed_over: what the sources hold besides.
     """
 
     names: NDArray[np.uint8]
@@ -61,6 +66,8 @@ class ImageIndex:
     class_names: tuple[str, ...]
     containers: tuple[tuple[Kind, str], ...]
     sources: tuple[tuple[str, int], ...]
+    held_out: NDArray[np.bool_] | None = None
+    passed_over: PassedOver = field(default_factory=PassedOver)
 
     def __len__(self) -> int:
         """Images."""
@@ -69,7 +76,11 @@ class ImageIndex:
     def location(self, image: int) -> Location:
         """Where an image lies."""
         start = int(self.name_ends[image - 1]) if image else 0
-        name = self.names[start : int(self.name_ends[image])].tobytes().decode()
+        name = (
+            self.names[start : int(self.name_ends[image])]
+            .tobytes()
+            .decode(errors="surrogateescape")
+        )
         container, offset, length = (int(value) for value in self.locations[image])
         kind, path = self.containers[container]
         return Location(kind, path, name, offset, length)
@@ -79,6 +90,15 @@ class ImageIndex:
         """The images of each source."""
         ends = np.cumsum([0, *(count for _, count in self.sources)]).tolist()
         return tuple(range(start, stop) for start, stop in pairwise(ends))
+
+    @property
+    def label_counts(self) -> Counter[str]:
+        """Number of images by the name of their class; of those without under the empty text. Empty for fewer than two classes."""
+        if self.labels is None:
+            return Counter()
+        labels, counts = np.unique(self.labels, return_counts=True)
+        names = ("", *self.class_names)
+        return Counter({names[i + 1]: n for i, n in zip(labels, counts.tolist(), strict=True)})
 
     @property
     def fingerprint(self) -> str:
@@ -102,6 +122,7 @@ class ImageIndex:
                 for kind, path in self.containers
             ],
             "sources": self.sources,
+            **self.passed_over.to_json(),
         }
         make_folder(folder.parent)
         with replaced(folder) as aside:
@@ -137,6 +158,7 @@ class ImageIndex:
                     for kind, path in facts["containers"]
                 ),
                 sources=tuple((name, count) for name, count in facts["sources"]),
+                passed_over=PassedOver.from_json(facts),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(
@@ -159,6 +181,7 @@ class ImageIndex:
             class_names=self.class_names,
             containers=self.containers,
             sources=tuple((s, n) for (s, _), n in zip(self.sources, counts, strict=True)),
+            passed_over=self.passed_over,
         )
 
 
@@ -168,7 +191,9 @@ ARRAYS: Mapping[str, type] = {
     "locations": np.int64,
     "hw": np.int32,
     "labels": np.int32,
+    "held_out": np.bool_,
 }
+OPTIONAL = frozenset({"labels", "held_out"})
 
 
 FILES = {"locations": "places.npy"}  # format 1 is older than the name of the field
@@ -179,7 +204,7 @@ def _file_of(array: str) -> str:
 
 
 def _map(path: Path, dtype: type) -> NDArray[Any] | None:
-    if not path.is_file() and path.stem == "labels":
+    if not path.is_file() and path.stem in OPTIONAL:
         return None
     array: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     if array.dtype != dtype:
@@ -195,18 +220,24 @@ def build_index(
     progress: Callable[[int, int], None] | None = None,
     is_packing: bool = False,
     listers: Mapping[Path, Lister] | None = None,
+    label_depths: Mapping[Path, int] | None = None,
 ) -> ImageIndex:
     """The images of some sources, source by source, in the order of their names.
 
-    There are classes when every image has a label and there are at least two. A source that was packed
-    brings its index, unless ``is_packing``. ``listers`` list their sources. Broken files are named in a warning each and left out.
+    There are classes when there are at least two; images without a label stay. A source that was packed
+    brings its index, unless ``is_packing``. ``listers`` list their sources, ``label_depths`` say which folder
+    names the class. Broken files are named in a warning each and left out.
 
     Raises:
         DataError: a source is missing or holds no image, or more than ``max_bad_fraction`` of the
         files are broken (one always may be).
     """
-    given = listers or {}
-    surveys = [_survey(source, given.get(source), reads_index=not is_packing) for source in sources]
+    passed_over, given, depths = PassedOver(), listers or {}, label_depths or {}
+    surveys = []
+    for source in sources:
+        packed = None if is_packing else _packed_index(source, given.get(source))
+        at = passed_over, given.get(source), depths.get(source)
+        surveys.append(_survey(source, packed, *at))
     found = [each for survey in surveys for each in survey.found]
     if len(found) > LIST_ENTRIES:
         raise DataError(
@@ -218,6 +249,33 @@ def build_index(
     sizes: list[tuple[int, int] | str] = []
     for survey in surveys:
         sizes += islice(measured, len(survey.found)) if survey.sizes is None else survey.sizes
+    bad = _refuse_many_broken(found, sizes, max_bad_fraction)
+    good, counts = [], []
+    rows = iter(zip(found, sizes, strict=True))
+    for survey in surveys:
+        usable = [e for e, size in islice(rows, len(survey.found)) if not isinstance(size, str)]
+        good += usable
+        counts.append(len(usable))
+    gone = sorted({each.label for each in found} - {each.label for each in good})
+    passed_over.reasons.update({"broken": bad} if bad else {})
+    passed_over.lost_classes.extend(f"{name} (all broken)" for name in gone if name)
+    named = (source_name(source, depths.get(source)) for source in sources)
+    index = make_index(
+        good,
+        [size for size in sizes if not isinstance(size, str)],
+        tuple(zip(named, counts, strict=True)),
+    )
+    return replace(index, passed_over=passed_over)
+
+
+def _refuse_many_broken(
+    found: Sequence[Found], sizes: Sequence[tuple[int, int] | str], max_bad_fraction: float
+) -> int:
+    """Names each broken image in a warning; returns how many there are.
+
+    Raises:
+        DataError: they are too many.
+    """
     bad = [
         (each.location, size)
         for each, size in zip(found, sizes, strict=True)
@@ -231,12 +289,12 @@ def build_index(
             f"more than data.max_bad_fraction = {max_bad_fraction:g} allows",
             fix="Repair or remove them, or raise data.max_bad_fraction.",
         )
-    usable = [not isinstance(size, str) for size in sizes]
-    ends = np.cumsum([0, *(len(survey.found) for survey in surveys)]).tolist()
-    counts = [sum(usable[start:stop]) for start, stop in pairwise(ends)]
-    good = [each for each, is_good in zip(found, usable, strict=True) if is_good]
-    named = tuple((str(source), count) for source, count in zip(sources, counts, strict=True))
-    return make_index(good, [size for size in sizes if not isinstance(size, str)], named)
+    return len(bad)
+
+
+def source_name(source: Path, label_depth: int | None) -> str:
+    """What an index calls a source: its path, and what else decides the labels of its images."""
+    return str(source) if label_depth is None else f"{source} (label_depth {label_depth})"
 
 
 @dataclass(frozen=True)
@@ -247,13 +305,38 @@ class _Survey:
     sizes: list[tuple[int, int]] | None
 
 
-def _survey(source: Path, lister: Lister | None, *, reads_index: bool) -> _Survey:
-    if lister is not None or not reads_index or not (source / INDEX_FOLDER).is_dir():
-        return _Survey(list_source(source, lister), None)
-    index = ImageIndex.load(source / INDEX_FOLDER)
-    names = index.class_names
+def _packed_index(source: Path, lister: Lister | None) -> ImageIndex | None:
+    """The index that a packed source brings; None where it was not packed.
+
+    Raises:
+        DataError: the index is damaged, or images or shards were added beside it.
+    """
+    folder = source / INDEX_FOLDER
+    if lister is not None or not (folder / "index.json").is_file():
+        return None
+    index = ImageIndex.load(folder)
+    refuse_added(source, [path for _, path in index.containers], folder)
+    return index
+
+
+def _survey(
+    source: Path,
+    index: ImageIndex | None,
+    passed_over: PassedOver,
+    lister: Lister | None,
+    label_depth: int | None,
+) -> _Survey:
+    if index is None:
+        found = list_source(source, lister, passed_over=passed_over, label_depth=label_depth)
+        return _Survey(found, None)
+    passed_over.add(index.passed_over)
+    names = (*index.class_names, "")
     labels = [""] * len(index) if index.labels is None else [names[i] for i in index.labels]
-    found = [Found(index.location(image), label) for image, label in enumerate(labels)]
+    held_out = [False] * len(index) if index.held_out is None else index.held_out.tolist()
+    found = [
+        Found(index.location(image), label, is_held_out)
+        for image, (label, is_held_out) in enumerate(zip(labels, held_out, strict=True))
+    ]
     return _Survey(found, [(height, width) for height, width in index.hw.tolist()])
 
 
@@ -265,12 +348,13 @@ def make_index(
     """The index of images whose heights and widths are known."""
     containers: dict[tuple[Kind, str], int] = {}
     locations = np.empty((len(found), 3), np.int64)
-    names = [each.location.name.encode() for each in found]
+    names = [each.location.name.encode(errors="surrogateescape") for each in found]
     for row, each in enumerate(found):
         location = each.location
         container = containers.setdefault((location.kind, location.container), len(containers))
         locations[row] = container, location.offset, location.length
-    labels, class_names = _classes([each.label for each in found])
+    labels, class_names = number_classes([each.label for each in found])
+    held_out = [each.is_held_out for each in found]
     return ImageIndex(
         names=np.frombuffer(b"".join(names), np.uint8),
         name_ends=np.cumsum([len(name) for name in names], dtype=np.int64),
@@ -280,6 +364,7 @@ def make_index(
         class_names=class_names,
         containers=tuple(containers),
         sources=sources,
+        held_out=np.array(held_out, np.bool_) if any(held_out) else None,
     )
 
 
@@ -297,35 +382,3 @@ def _measure_all(
             if progress is not None:
                 progress(len(sizes), len(found))
     return sizes
-
-
-def _classes(labels: Sequence[str]) -> tuple[NDArray[np.int32] | None, tuple[str, ...]]:
-    """Class numbers and names, when all are labelled and there are two classes at least; numbers in numeric order."""
-    names = sorted(
-        set(labels), key=lambda n: (not n.isdecimal(), int(n) if n.isdecimal() else 0, n)
-    )
-    if len(names) < 2 or "" in names:
-        return None, ()
-    order = {name: index for index, name in enumerate(names)}
-    return np.array([order[label] for label in labels], np.int32), tuple(names)
-
-
-def split(index: ImageIndex, fraction: float) -> tuple[ImageIndex, ImageIndex]:
-    """Images to train on and a held-out ``fraction`` of each class, chosen by a hash of their order; always the same.
-
-    Raises:
-        DataError: a class has a single image, so nothing of it could be held out.
-    """
-    assert index.labels is not None, "only labelled images are split"
-    is_held_out = np.zeros(len(index), bool)
-    for label, name in enumerate(index.class_names):
-        members = np.flatnonzero(index.labels == label)
-        if len(members) < 2:
-            raise DataError(
-                f"data.sources: class {name!r} has one image, so none can be held out",
-                fix="Give each class folder two images or more, or put all images into one folder without classes.",
-            )
-        count = min(len(members) - 1, max(1, round(fraction * len(members))))
-        order = np.argsort(mix(np.arange(len(members))), kind="stable")
-        is_held_out[members[order[:count]]] = True
-    return index.subset(np.flatnonzero(~is_held_out)), index.subset(np.flatnonzero(is_held_out))

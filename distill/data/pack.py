@@ -1,6 +1,6 @@
 """Images of any sources into WebDataset tar shards with an index beside them: few large files, opened at once.
 
-    OUT/shard-000000.tar ...    NUMBER.jpg and, where there are classes, NUMBER.cls
+    OUT/shard-000000.tar ...    NUMBER.jpg and, where there are classes, NUMBER.cls; val/NUMBER.jpg of what its folder holds out
     OUT/index/                  what ``distill.data.index`` maps into memory
     OUT/pack.json               what was packed, and what was left out
 
@@ -13,13 +13,15 @@ import io
 import json
 import tarfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from distill.data.bad_images import examine, name_format
 from distill.data.index import INDEX_FOLDER, build_index
-from distill.data.locations import Reader
-from distill.data.sources import Found, list_source
 from distill.errors import DataError
+from distill.listing.locations import Reader
+from distill.listing.passed_over import PassedOver
+from distill.listing.sources import Found, list_source
 from distill.runfolder.files import make_folder, replace_text, replaced
 
 FORMAT = 1
@@ -33,19 +35,25 @@ def pack(
     images_per_shard: int,
     max_megapixels: float,
     progress: Callable[[int, int], None],
+    passed_over: PassedOver | None = None,
 ) -> dict[str, int]:
     """Packs sources into ``out``; the numbers of images packed and left out, and of shards.
+
+    ``passed_over`` gets what the sources hold besides, which the index keeps.
 
     Raises:
         DataError: a source is missing or empty, or ``out`` holds something else.
     """
-    found = [each for source in sources for each in list_source(source)]
+    passed = PassedOver() if passed_over is None else passed_over
+    found = [each for source in sources for each in list_source(source, passed_over=passed)]
     facts = {
         "format": FORMAT,
         "sources": [str(source) for source in sources],
         "images": len(found),
         "images_per_shard": images_per_shard,
-        "names": hashlib.sha256("\0".join(str(f.location) for f in found).encode()).hexdigest(),
+        "names": hashlib.sha256(
+            "\0".join(str(f.location) for f in found).encode(errors="surrogateescape")
+        ).hexdigest(),
     }
     _claim(out, facts)
     starts = range(0, len(found), images_per_shard)
@@ -56,7 +64,7 @@ def pack(
             _write_shard(path, part, start, max_megapixels)
         progress(start + len(part), len(found))
     index = build_index([out], max_bad_fraction=0.0, max_megapixels=max_megapixels, is_packing=True)
-    index.save(out / INDEX_FOLDER, relative_to=out)
+    replace(index, passed_over=passed).save(out / INDEX_FOLDER, relative_to=out)
     return {"images": len(index), "left_out": len(found) - len(index), "shards": len(starts)}
 
 
@@ -92,9 +100,10 @@ def _write_shard(path: Path, part: Sequence[Found], start: int, max_megapixels: 
                 if isinstance(fault, str):
                     left_out.append({"sample": str(each.location), "reason": fault})
                     continue
-                _add(shard, f"{position:09}.{SUFFIX_OF[name_format(encoded)]}", encoded.tobytes())
+                name = f"{'val/' if each.is_held_out else ''}{position:09}"
+                _add(shard, f"{name}.{SUFFIX_OF[name_format(encoded)]}", encoded.tobytes())
                 if each.label:
-                    _add(shard, f"{position:09}.cls", each.label.encode())
+                    _add(shard, f"{name}.cls", each.label.encode(errors="surrogateescape"))
         if left_out:
             lines = "".join(json.dumps(row) + "\n" for row in left_out)
             replace_text(path.with_suffix(".left_out.jsonl"), lines)

@@ -1,6 +1,7 @@
 """Images and labels to score on, and class features of them."""
 
 import io
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
+from distill.data.split import why_nothing_is_held_out
 from distill.errors import UserError
 from distill.weights.stated_inputs import PREPARATION, stated_inputs
 from teacher.batch import normalise
@@ -144,15 +146,28 @@ def read_splits(run_folder: Path, k: int, *, part: str = "train") -> tuple[Score
     """
     nothing = Scored((), torch.zeros(0, dtype=torch.int64))
     train = _read_index(run_folder / "data" / part)
-    if train.labels is None:  # then nothing was held out either
-        return nothing, nothing, "the images have no class folders, so k-NN has no classes to vote"
+    if reason := _why_unscored(run_folder):
+        return nothing, nothing, reason
+    if train.labels is None:  # then nothing was held out either, unless folders hold it out
+        return nothing, nothing, why_nothing_is_held_out(train, 1.0)
     test = _read_index(run_folder / "data" / "held_out")
     if test.labels is None:
-        return nothing, nothing, "the held-out images have no class folders"
-    if len(train) < k or not len(test):
-        counts = f"{len(train)} training and {len(test)} held-out images"
+        return nothing, nothing, "the held-out images have no labels"
+    scored = [_scored(each, np.asarray(each.labels)) for each in (train, test)]
+    if len(scored[0].locations) < k or not scored[1].locations:
+        counts = (
+            f"{len(scored[0].locations)} training and {len(scored[1].locations)} held-out images"
+        )
+        is_part = any(index.label_counts[""] for index in (train, test))
+        counts += " with a label" if is_part else ""
         return nothing, nothing, f"{counts} are too few for k-NN with k = {k}"
-    return _scored(train, train.labels), _scored(test, test.labels), ""
+    return scored[0], scored[1], ""
+
+
+def _why_unscored(run_folder: Path) -> str:
+    """Why nothing was held out; empty where something was, and in runs of before, which do not say."""
+    facts = run_folder / "data" / "images.json"
+    return str(json.loads(facts.read_text()).get("no_held_out", "")) if facts.is_file() else ""
 
 
 def _read_index(path: Path) -> ImageIndex:
@@ -165,13 +180,17 @@ def _read_index(path: Path) -> ImageIndex:
 
 
 def _scored(index: ImageIndex, labels: np.ndarray) -> Scored:
-    """At most ``MAX_IMAGES`` images, evenly spaced; they are sorted, so each class stays in."""
-    chosen = np.linspace(0, len(index) - 1, min(len(index), MAX_IMAGES)).round().astype(np.int64)
-    if len(chosen) < len(index):
-        log.info("k-NN uses %d of %d images, evenly spaced", len(chosen), len(index))
+    """At most ``MAX_IMAGES`` images with a label, evenly spaced; they are sorted, so each class stays in."""
+    labelled = np.flatnonzero(labels >= 0)
+    if len(labelled) < len(index):
+        log.info("%d of %d images have no label", len(index) - len(labelled), len(index))
+    last, count = len(labelled) - 1, min(len(labelled), MAX_IMAGES)
+    chosen = labelled[np.linspace(0, last, count).round().astype(np.int64)]
+    if count < len(labelled):
+        log.info("k-NN uses %d of %d images, evenly spaced", count, len(labelled))
     return Scored(
         [index.location(image) for image in chosen.tolist()],
-        torch.from_numpy(np.asarray(labels)[chosen].astype(np.int64)),
+        torch.from_numpy(labels[chosen].astype(np.int64)),
     )
 
 

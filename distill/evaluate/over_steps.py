@@ -57,7 +57,9 @@ def score_steps(run_folder: Path, say: Callable[[str], None]) -> list[StepScores
         )
     train, test, reason = read_splits(run_folder, KNN_K, part="teacher")
     if reason:
-        raise UserError(f"{run_folder}: {reason}", fix="Scores need class folders.")
+        raise UserError(
+            f"{run_folder}: {reason}", fix="Scores need labels, and images that are held out."
+        )
     spec = recipe.model.backbone_spec()
     preparation = Preparation(recipe.crops.input_size, recipe.data.mean, recipe.data.std)
     probe = DenseProbe((train, test), preparation.size, spec.stride)

@@ -19,7 +19,7 @@ from distill.evaluate.images import Preparation
 from distill.evaluate.knn import evaluate_run
 from distill.evaluate.pictures import plot_features
 from distill.job.origin import complete_cards, stored_licences
-from distill.job.prepare import read_job
+from distill.job.prepare import IMAGES, read_job
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.runfolder.files import is_full
@@ -65,7 +65,9 @@ def finish(run_folder: Path) -> dict[str, Any]:
     timing = read_times(run_folder)
     trained = timing.get([phase.name for phase in status.phases][-1])
     specs = {s.label: s.backbone_spec() for s in students if entries[s.label]["steps"] != 0}
+    images = run_folder / "data" / IMAGES
     summary: dict[str, Any] = {
+        "images": read_object(images) if images.is_file() else {},
         "teacher": {},
         "students": entries,
         "licences": stored_licences(run_folder, job.recipe, job.teacher_recipe).to_json(),

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
@@ -16,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from distill.checkpoint.manifest import ChangedError, TeacherFacts, find_latest
-from distill.data.index import ImageIndex, build_index, split
+from distill.data.index import ImageIndex, build_index, source_name
 from distill.data.photographs import photograph_paths, write_tiles
-from distill.data.sources import Lister, list_source
+from distill.data.split import split, why_nothing_is_held_out
 from distill.errors import CheckpointError, DataError
 from distill.job.changes import with_changes
 from distill.job.origin import licences_of_teacher, store_licences
@@ -32,6 +33,10 @@ from distill.job.teacher_files import (
     refuse_another_teacher,
     teacher_facts,
 )
+from distill.listing.labels import label_lines
+from distill.listing.passed_over import PassedOver
+from distill.listing.source_paths import source_path
+from distill.listing.sources import Lister, list_source
 from distill.plan.from_recipe import on_nodes_of
 from distill.plan.here import device_here, timed_on
 from distill.plan.job import check_job
@@ -44,6 +49,7 @@ from distill.runfolder.files import make_folder, remove
 from distill.runfolder.status import write_json
 
 CHECKPOINTS = "checkpoints"  # in a run folder
+IMAGES = "images.json"  # in data/ of a run folder: counts, and what was passed over
 FITTED_HEADS = "heads/teacher.safetensors"  # in a run folder
 
 
@@ -143,10 +149,12 @@ def check_data(
     teacher_recipe: TeacherRecipe | None,
     *,
     runs_code: bool = True,
+    passed_over: dict[str, PassedOver] | None = None,
 ) -> dict[str, int]:
     """Number of images of every source that the job reads, by path.
 
     Without ``runs_code`` sources that a lister of an installed package lists are left out.
+    ``passed_over`` gets what each holds besides, with a line for labels that are missing.
 
     Raises:
         DataError: a source is missing or holds no image.
@@ -154,17 +162,25 @@ def check_data(
     recipes = [recipe] if teacher_recipe is None else [recipe, teacher_recipe]
     sources = {source.path: source for each in recipes for source in each.data.sources}
     builtin = (None, *BUILTIN[ExtensionKind.SOURCE])
+    details = {} if passed_over is None else passed_over
     return {
-        path: _count_images(source)
+        path: _count_images(source, details.setdefault(path, PassedOver()))
         for path, source in sources.items()
         if runs_code or source.lister in builtin
     }
 
 
-def _count_images(source: SourceSpec) -> int:
+def _count_images(source: SourceSpec, passed_over: PassedOver) -> int:
     if source.path == BUILTIN_PHOTOGRAPHS:
         return len(photograph_paths())
-    return len(list_source(Path(source.path), _lister_of(source)))
+    found = list_source(
+        Path(source.path),
+        _lister_of(source),
+        passed_over=passed_over,
+        label_depth=source.label_depth,
+    )
+    passed_over.remarks.extend(label_lines(Counter(each.label for each in found)))
+    return len(found)
 
 
 def _lister_of(source: SourceSpec) -> Lister | None:
@@ -189,10 +205,10 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     run_folder = Path(request.run_folder)
     _refuse_foreign_folder(run_folder)
     tiles = run_folder.parent / ".photographs"
-    train, held_out = _indices(recipe.data, tiles, say)
+    train, held_out, facts = _indices(recipe.data, tiles, say)
     teacher_train = train
     if teacher_recipe is not None and teacher_recipe.data.sources != recipe.data.sources:
-        teacher_train, _ = _indices(teacher_recipe.data, tiles, say)
+        teacher_train, _, facts["teacher"] = _indices(teacher_recipe.data, tiles, say)
     fingerprint = f"{train.fingerprint}-{teacher_train.fingerprint}"
     job = Job(request, recipe, teacher_recipe, fingerprint)
     licences = licences_of_teacher(recipe, teacher_recipe)
@@ -222,6 +238,9 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     for name, index in (("train", train), ("teacher", teacher_train), ("held_out", held_out)):
         if index is not None:
             index.save(run_folder / "data" / name)
+        elif (run_folder / "data" / name).exists():  # of a start with other images
+            remove(run_folder / "data" / name)
+    write_json(run_folder / "data" / IMAGES, facts)
     (run_folder / "failure.json").unlink(missing_ok=True)
     if resumed is None:  # what an earlier start left before its first checkpoint
         for name in ("status.json", "timing.json"):
@@ -278,8 +297,8 @@ def _empty(run_folder: Path) -> None:
 
 def _indices(
     data: DataSpec, tiles: Path, say: Callable[[str], None]
-) -> tuple[ImageIndex, ImageIndex | None]:
-    """Training and held-out images. The bundled photographs come with their split; other folders are split per class."""
+) -> tuple[ImageIndex, ImageIndex | None, dict[str, Any]]:
+    """Training and held-out images, and facts about them. The bundled photographs come with their split; other sources are split by ``split``."""
     started = time.monotonic()
     paths = [source.path for source in data.sources]
     if BUILTIN_PHOTOGRAPHS in paths and len(paths) > 1:
@@ -289,16 +308,22 @@ def _indices(
         )
     if paths == [BUILTIN_PHOTOGRAPHS]:
         train_folder, held_out_folder = write_tiles(tiles)
-        train = build_index([train_folder], max_bad_fraction=0.0)
+        index = train = build_index([train_folder], max_bad_fraction=0.0)
         held_out: ImageIndex | None = build_index([held_out_folder], max_bad_fraction=0.0)
     else:
         index = _index(data)
-        train, held_out = (index, None) if index.labels is None else split(index, data.held_out)
-    say(
-        f"images: {len(train):,} to train on, {0 if held_out is None else len(held_out):,} held out "
-        f"({time.monotonic() - started:.1f} s)"
-    )
-    return train, held_out
+        train, held_out = split(index, data.held_out)
+    passed = index.passed_over
+    passed.remarks.extend(label_lines(index.label_counts))
+    count = 0 if held_out is None else len(held_out)
+    over = f", passed over: {passed.describe()}" if passed.reasons else ""
+    took_s = time.monotonic() - started
+    say(f"images: {len(train):,} to train on, {count:,} held out{over} ({took_s:.1f} s)")
+    for line in passed.lines():
+        say(f"images: {line}")
+    facts = {"train": len(train), "held_out": count, "without_label": index.label_counts[""]}
+    reason = "" if count else why_nothing_is_held_out(index, data.held_out)
+    return train, held_out, {**facts, "no_held_out": reason, **passed.to_json()}
 
 
 def training_index(data: DataSpec, tiles: Path) -> ImageIndex:
@@ -312,11 +337,16 @@ def _index(data: DataSpec) -> ImageIndex:
     Raises:
         DataError: ``data.index`` is of other sources.
     """
-    paths = [Path(source.path).absolute() for source in data.sources]
+    paths = [source_path(source.path) for source in data.sources]
+    depths = {
+        path: source.label_depth
+        for path, source in zip(paths, data.sources, strict=True)
+        if source.label_depth is not None
+    }
     index_folder = None if data.index is None else Path(data.index)
     if index_folder is not None and index_folder.exists():
         index = ImageIndex.load(index_folder)
-        if [name for name, _ in index.sources] != [str(path) for path in paths]:
+        if [name for name, _ in index.sources] != [source_name(p, depths.get(p)) for p in paths]:
             held = ", ".join(name for name, _ in index.sources)
             raise DataError(
                 f"data.index = {index_folder}: is of other sources ({held})",
@@ -329,6 +359,7 @@ def _index(data: DataSpec) -> ImageIndex:
         max_bad_fraction=data.max_bad_fraction,
         max_megapixels=data.max_megapixels,
         listers={path: lister for path, lister in listers.items() if lister is not None},
+        label_depths=depths,
     )
     if index_folder is not None:
         index.save(index_folder)

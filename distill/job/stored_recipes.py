@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.job.resolved_yaml import resolved_yaml
+from distill.listing.source_paths import source_path
 from distill.plan.teacher_source import with_teacher_stats
 from distill.recipe.document import RESOLVED, RESOLVED_TEACHER, find_recipe
 from distill.recipe.inputs import DataSpec
@@ -83,4 +84,4 @@ def _absolute_data(data: DataSpec) -> DataSpec:
 
 
 def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).absolute())
+    return None if path is None else str(source_path(path))

@@ -39,8 +39,8 @@ class ExtensionKind(StrEnum):
 BUILTIN: Mapping[ExtensionKind, Mapping[str, str]] = {  # name -> "module:object"
     ExtensionKind.LOSS: {},
     ExtensionKind.SOURCE: {
-        "tar": "distill.data.sources:list_tar",
-        "parquet": "distill.data.sources:list_parquet",
+        "tar": "distill.listing.sources:list_tar",
+        "parquet": "distill.listing.sources:list_parquet",
     },
     ExtensionKind.EXPORTER: {
         "hf": "distill.weights.to_hf:EXPORTER",

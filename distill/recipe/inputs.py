@@ -158,6 +158,15 @@ class SourceSpec(Section):
             "shares batches with others, the common case."
         ),
     )
+    label_depth: int | None = machine(
+        None,
+        since=2,
+        ge=0,
+        description=(
+            "Which folder of an image's path below `path` names its class: 1 for the first, 0 for none. "
+            "Null means the first, or the one below `train/` and `val/`."
+        ),
+    )
     mean: Triple | None = science(
         None, description="Mean per RGB channel, 0 to 1, for this source. Null means `data.mean`."
     )
@@ -206,11 +215,11 @@ class DataSpec(Section):
     )
     held_out: float = science(
         0.2,
-        gt=0.0,
+        ge=0.0,
         lt=1.0,
         description=(
             "Fraction of each class that is not trained on and scores the networks. The default "
-            "leaves four fifths for training."
+            "leaves four fifths for training; 0 trains on all images, without scores."
         ),
     )
     mean: Triple = science(

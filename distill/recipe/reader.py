@@ -232,32 +232,18 @@ def _valid_parts(
 
 def _missing_folders(parts: Parts, found: Sequence[Problem]) -> Iterator[Problem]:
     """Named folders that are not there, and image folders without an image."""
-    from distill.data.sources import CONTAINERS, LIST_SUFFIXES, SUFFIXES
+    from distill.listing.sources import find_problem
 
     for index in items_of(parts, "data", "sources"):
-        key_path: Loc = ("data", "sources", index, "path")
-        path = parts.get(key_path)
+        source: Loc = ("data", "sources", index)
+        path = parts.get((*source, "path"))
         if path is None or path == BUILTIN_PHOTOGRAPHS:
             continue
-        if any(mark in Path(path).name for mark in "*?[") and not Path(path).exists():
-            if not any(Path(path).parent.glob(Path(path).name)):
-                yield key_path, f"{path!r} matches nothing"
-            continue
-        if parts.get(("data", "sources", index, "lister")) is not None:
-            if not Path(path).exists():
-                yield key_path, f"{path!r} is not there"
-            continue
-        known, suffix = {*SUFFIXES, *CONTAINERS}, Path(path).suffix.lower()
-        if Path(path).is_file() and suffix in {*CONTAINERS, *LIST_SUFFIXES}:
-            continue
-        if not Path(path).is_dir():
-            kinds = "a folder with images, a .tar or .parquet file, or a .txt list"
-            if not path.isprintable():  # "D:\\new": a line break
-                kinds = "it in single quotes: in double quotes a backslash has a meaning"
-            yield key_path, f"{path!r} is not there or no source of images - give {kinds}"
-        elif not any(file.suffix.lower() in known for file in Path(path).rglob("*")):
-            kinds = ", ".join(sorted(suffix[1:] for suffix in known))
-            yield key_path, f"{path!r} holds no image ({kinds}), in no subfolder either"
+        has_lister = parts.get((*source, "lister")) is not None
+        if problem := find_problem(path, has_lister=has_lister):
+            if not path.isprintable():  # "D:\new": a line break
+                problem = f"{path!r} is not there - give it in single quotes: in double quotes a backslash has a meaning"
+            yield (*source, "path"), problem
     weights = parts.get(("teacher", "weights"))
     if weights is not None and not Path(weights).exists():
         yield ("teacher", "weights"), f"{weights!r} is not there: a folder or file of weights"

@@ -32,6 +32,7 @@ def printable(text: str) -> str:
 
 def _written_out(match: re.Match[str]) -> str:
     number = ord(match.group())
+    number -= 0xDC00 if 0xDC80 <= number <= 0xDCFF else 0  # a byte of a name that is no UTF-8
     return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}"
 
 

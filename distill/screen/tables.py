@@ -42,6 +42,8 @@ def scores_table(summary: Mapping[str, Any]) -> Table:
         if key in baselines:
             table.add_row(label, score_text(baselines[key]), "", "", "", style="dim")
     notes = [str(summary["knn_reason"])] if summary.get("knn_reason") else []
+    if without := summary.get("images", {}).get("without_label"):
+        notes.append(f"{without:,} images have no label and are left out")
     table.caption = "\n".join(notes + unfinished_students(summary, has_reason=True)) or None
     return table
 

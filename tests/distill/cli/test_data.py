@@ -1,6 +1,8 @@
 """The data verbs, through the command line."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -82,3 +84,29 @@ def test_bench_loader__compares_with_pillow(distill: Run, tmp_path: Path) -> Non
             ratio = case[f"over_{side}"]
             assert case[side]["min"] > 0 and ratio["min"] <= ratio["median"] <= ratio["max"]
     assert distill(*words, "--data", "mine").code == 2
+
+
+def test_check__nothing_vanishes(distill: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "[/x]"
+    folder.mkdir(parents=True)
+    images(folder / "cat[b]")
+    images(folder / os.fsdecode(b"d\xe9g"))
+    (folder / "tif").mkdir()
+    (folder / "tif/1.tif").touch()
+    (folder / os.fsdecode(b"d\xe9g/broken.jpg")).write_bytes(b"x")
+    result = distill("data", "check", str(folder))
+    text = re.sub(r"\s+", " ", result.out)
+    assert result.code == 1 and "1 with suffix .tif" in text and "[/x]" in text
+    assert "no picture that is read in tif" in text and "d\\xe9g/broken.jpg" in text
+    (found,) = json.loads(distill("data", "check", str(folder), "--json").out)
+    assert found["passed_over"] == {"with suffix .tif": 1} and found["without_label"] == 0
+    checked = distill("check", recipe(tmp_path, folder))
+    assert checked.code == 0 and "[/x]: passed over: 1 with suffix .tif" in checked.out
+    assert "13 images" in checked.out
+    facts = json.loads(distill("check", recipe(tmp_path, folder), "--json").out)
+    assert facts["besides"][str(folder)]["lost_classes"] == ["tif (1 with suffix .tif)"]
+    packed = distill("data", "pack", str(folder), str(tmp_path / "packed"))
+    assert packed.code == 0 and "passed over: 1 with suffix .tif" in packed.out
+    (tmp_path / "packed/preview.png").touch()
+    refused = distill("data", "show", recipe(tmp_path, tmp_path / "packed"), "-o", "x.png")
+    assert refused.code == 1 and "preview.png was added later" in refused.err

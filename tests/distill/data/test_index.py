@@ -1,15 +1,17 @@
+import json
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from distill.data.index import ImageIndex, build_index, make_index, split
-from distill.data.locations import Location
+from distill.data.index import ImageIndex, build_index, make_index
 from distill.data.photographs import NAMES, write_tiles
-from distill.data.sources import Found
 from distill.errors import DataError
+from distill.listing.locations import Location
+from distill.listing.sources import Found
 
 
 def paint(path: Path, size: tuple[int, int] = (24, 16), exif: Image.Exif | None = None) -> Path:
@@ -133,22 +135,52 @@ def test_subset__keeps_sources_and_places(tmp_path: Path) -> None:
     assert [Path(str(some.location(i))).name for i in range(3)] == ["2.png", "3.png", "4.png"]
 
 
-def test_split__holds_out_a_part_of_every_class(tmp_path: Path) -> None:
-    for name in ("cat", "dog"):
-        for i in range(10):
-            paint(tmp_path / name / f"{i}.png")
-    train, held_out = split(build_index([tmp_path], max_bad_fraction=0.0), 0.2)
-    assert (len(train), len(held_out)) == (16, 4)
-    assert held_out.labels is not None and sorted(held_out.labels.tolist()) == [0, 0, 1, 1]
-    names = [{str(part.location(i)) for i in range(len(part))} for part in (train, held_out)]
-    assert not names[0] & names[1]
+def test_build_index__images_without_a_label_keep_the_labels_of_the_rest(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "cat/2.png", "dog/1.png", "loose.png"):
+        paint(tmp_path / "images" / name)
+    index = build_index([tmp_path / "images"], max_bad_fraction=0.0)
+    assert index.labels is not None and index.labels.tolist() == [0, 0, 1, -1]
+    assert index.label_counts == {"cat": 2, "dog": 1, "": 1}
+    index.save(tmp_path / "index")
+    again = ImageIndex.load(tmp_path / "index")
+    assert again.label_counts == index.label_counts and again.fingerprint == index.fingerprint
 
 
-def test_split__refuses_a_class_of_one(tmp_path: Path) -> None:
-    for name in ("cat/1.png", "cat/2.png", "dog/1.png"):
-        paint(tmp_path / name)
-    with pytest.raises(DataError, match="class 'dog' has one image"):
-        split(build_index([tmp_path], max_bad_fraction=0.0), 0.2)
+def test_build_index__a_name_that_is_no_utf8(tmp_path: Path) -> None:
+    folder = tmp_path / os.fsdecode(b"images\xe9")
+    for name in (b"caf\xe9/1.png", b"caf\xe9/\xff.png", b"dog/1.png"):
+        paint(folder / os.fsdecode(name))
+    index = build_index([folder], max_bad_fraction=0.0)
+    index.save(tmp_path / "index")
+    again = ImageIndex.load(tmp_path / "index")
+    for image in range(3):
+        assert again.location(image) == index.location(image)
+        assert Path(str(again.location(image))).is_file()
+    assert again.class_names == (os.fsdecode(b"caf\xe9"), "dog")
+    assert again.sources == index.sources
+
+
+def test_build_index__keeps_what_was_passed_over(tmp_path: Path) -> None:
+    for name in ("cat/1.png", "dog/1.png", "broken/1.png"):
+        paint(tmp_path / "images" / name)
+    (tmp_path / "images/broken/1.png").write_bytes(b"not an image")
+    (tmp_path / "images/cat/a.tif").touch()
+    build_index([tmp_path / "images"], max_bad_fraction=0.0).save(tmp_path / "index")
+    passed = ImageIndex.load(tmp_path / "index").passed_over
+    assert passed.reasons == {"with suffix .tif": 1, "broken": 1}
+    assert passed.lost_classes == ["broken (all broken)"]
+
+
+def test_load__an_index_of_before(tmp_path: Path) -> None:
+    paint(tmp_path / "images/1.png")
+    build_index([tmp_path / "images"], max_bad_fraction=0.0).save(tmp_path / "index")
+    path = tmp_path / "index/index.json"
+    facts = json.loads(path.read_text())
+    for key in ("passed_over", "lost_classes", "remarks"):
+        del facts[key]
+    path.write_text(json.dumps(facts))
+    index = ImageIndex.load(tmp_path / "index")
+    assert len(index) == 1 and index.held_out is None and not index.passed_over.all_lines()
 
 
 def test_write_tiles__about_1500_in_a_checkerboard_written_once(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from PIL import Image
 from distill.data import pack as packing
 from distill.data.dataset_report import take_report
 from distill.data.index import INDEX_FOLDER, build_index
-from distill.data.locations import Reader
 from distill.data.pack import pack
 from distill.errors import DataError
+from distill.listing.locations import Reader
 from tests.support.pictures import picture
 
 
@@ -99,7 +99,7 @@ def test_build_index__a_packed_source_beside_a_folder(folder: Path, tmp_path: Pa
     (tmp_path / "more").mkdir()
     Image.fromarray(picture(9)).save(tmp_path / "more/a.png")
     index = build_index([tmp_path / "packed", tmp_path / "more"], max_bad_fraction=0.0)
-    assert index.bounds == (range(7), range(7, 8)) and index.labels is None
+    assert index.bounds == (range(7), range(7, 8)) and index.label_counts[""] == 1
     assert (tmp_path / "packed" / INDEX_FOLDER).is_dir()
 
 

@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from distill.evaluate.images import (
     decode,
     extract,
     read_preparation,
+    read_splits,
     scoring_dtype,
 )
 from distill.evaluate.knn import (
@@ -311,7 +313,7 @@ def test_evaluate_run__images_without_classes(run_folder: Path, tmp_path: Path) 
     build_index([flat], max_bad_fraction=0.0).save(run_folder / "data" / "train")
     shutil.rmtree(run_folder / "data" / "held_out")
     summary = evaluate_run(run_folder)
-    assert "no class folders" in summary["knn_reason"]
+    assert "the images have no labels" in summary["knn_reason"]
     assert summary["teacher"]["knn"] is None
     assert summary["baselines"]["untrained"] == {"teacher": None, "vit": None, "conv": None}
 
@@ -321,6 +323,30 @@ def test_evaluate_run__too_few_images(run_folder: Path) -> None:
     assert summary["knn_reason"] == (
         "24 training and 12 held-out images are too few for k-NN with k = 25"
     )
+
+
+def test_read_splits__images_without_a_label_are_left_out(run_folder: Path) -> None:
+    for part, count in (("train", 24), ("held_out", 12)):
+        index = ImageIndex.load(run_folder / "data" / part)
+        assert index.labels is not None
+        labels = np.array(index.labels)
+        labels[::3] = -1
+        replace(index, labels=labels).save(run_folder / "data" / part)
+        assert index.label_counts.total() == count
+    train, test, reason = read_splits(run_folder, 5)
+    assert not reason and (len(train.locations), len(test.locations)) == (16, 8)
+    assert len(train.labels) == 16 and train.labels.min() == 0 and test.labels.min() == 0
+    reason = read_splits(run_folder, 17)[2]
+    assert reason == (
+        "16 training and 8 held-out images with a label are too few for k-NN with k = 17"
+    )
+
+
+def test_read_splits__says_why_nothing_was_held_out(run_folder: Path) -> None:
+    shutil.rmtree(run_folder / "data" / "held_out")
+    facts = run_folder / "data/images.json"
+    facts.write_text('{"no_held_out": "data.held_out is 0"}')
+    assert read_splits(run_folder, 5)[2] == "data.held_out is 0"
 
 
 def test_evaluate_run__index_missing(run_folder: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, DataError
 from distill.job import prepare as module
 from distill.job.prepare import JobRequest, prepare
 from distill.runfolder.lock import run_lock
@@ -93,3 +93,51 @@ def test_eval__of_a_folder_where_a_job_is_at_work_is_refused_under_every_name(
         lock.alone()
         ended = distill("eval", run)
     assert ended.code == 1 and "another job is at work in it" in ended.err
+
+
+def test_prepare__says_and_stores_what_was_passed_over(tmp_path: Path) -> None:
+    data, lines = write_images(tmp_path / "images"), list[str]()
+    (data / "tif").mkdir()
+    (data / "tif/1.tif").touch()
+    (data / "._x.jpg").touch()
+    first = next(data.rglob("*.png"))
+    first.rename(data / "loose.png")
+    (tmp_path / "teacher.yaml").write_text(TEACHER.replace("DATA", str(data)))
+    run = tmp_path / "runs/tiny"
+    request = JobRequest(str(tmp_path / "teacher.yaml"), (), str(run), "")
+    prepare(request, num_ranks=1, fresh=False, say=lines.append)
+    assert "held out, passed over: 1 system file ._*, 1 with suffix .tif (" in lines[0]
+    assert lines[1] == "images: no picture that is read in tif (1 with suffix .tif)"
+    assert "1 of" in lines[2] and "have no label" in lines[2]
+    facts = json.loads((run / "data/images.json").read_text())
+    assert facts["without_label"] == 1 and facts["lost_classes"] == ["tif (1 with suffix .tif)"]
+    assert facts["passed_over"] == {"with suffix .tif": 1, "system file ._*": 1}
+    assert facts["held_out"] and not facts["no_held_out"]
+
+
+def test_prepare__nothing_held_out(tmp_path: Path) -> None:
+    data, lines = write_images(tmp_path / "images"), list[str]()
+    (tmp_path / "teacher.yaml").write_text(TEACHER.replace("DATA", str(data)))
+    run = tmp_path / "runs/tiny"
+    for fraction in (0.2, 0):
+        words = (f"data.held_out={fraction}",)
+        request = JobRequest(str(tmp_path / "teacher.yaml"), words, str(run), "")
+        prepare(request, num_ranks=1, fresh=False, say=lines.append)
+        assert (run / "data/held_out").exists() == bool(fraction)  # none of the start before
+    assert " 0 held out (" in lines[-1]
+    facts = json.loads((run / "data/images.json").read_text())
+    assert "data.held_out is 0" in facts["no_held_out"]
+
+
+def test_prepare__an_index_of_another_label_depth_is_refused(tmp_path: Path) -> None:
+    data = write_images(tmp_path / "images")
+    (tmp_path / "teacher.yaml").write_text(TEACHER.replace("DATA", str(data)))
+    words = f"data.index={tmp_path}/index", "data.held_out=0"
+    for depth in ("", "data.sources.0.label_depth=0"):
+        given = (*words, depth) if depth else words
+        request = JobRequest(str(tmp_path / "teacher.yaml"), given, str(tmp_path / "runs/x"), "")
+        if depth:
+            with pytest.raises(DataError, match="is of other sources"):
+                prepare(request, num_ranks=1, fresh=True, say=lambda _: None)
+        else:
+            prepare(request, num_ranks=1, fresh=False, say=lambda _: None)

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from distill.data.index import build_index
-from distill.data.locations import Kind, Location, Reader
-from distill.data.sources import Found, list_source
 from distill.errors import DataError
+from distill.listing.locations import Kind, Location, Reader
+from distill.listing.sources import Found, list_source
 from tests.support.pictures import picture
 
 NAMES = ("cat/1.png", "cat/2.jpg", "dog/3.webp")
