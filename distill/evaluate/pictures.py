@@ -191,6 +191,10 @@ def _plot_photograph(axis: Axes, photograph: np.ndarray, point: Point) -> None:
 def _plot_similarity(axis: Axes, similarity: np.ndarray) -> None:
     """The map stretched from its lowest value (given below it) to 1."""
     axis.imshow(
-        similarity, cmap="magma", vmin=float(similarity.min()), vmax=1.0, interpolation="nearest"
+        similarity,
+        cmap="magma",
+        vmin=min(1.0, float(similarity.min())),
+        vmax=1.0,
+        interpolation="nearest",
     )
     axis.set_xlabel(f"cosine {similarity.min():.2f} to 1", fontsize=7, labelpad=2)
