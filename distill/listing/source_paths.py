@@ -5,18 +5,21 @@ What is there under the name as it is written is taken as it is, whatever charac
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 from distill.errors import DataError
 from distill.listing.passed_over import PassedOver
-from distill.listing.walk import walk
+from distill.listing.walk import Walked, walk
 
 MAX_PATHS = 1_000_000  # of one text with braces
 MARKS = re.compile(r"[*?\[]")
 BRACES = re.compile(r"\{([^{}]*,[^{}]*|[^{}.]+\.\.[^{}.]+(?:\.\.-?\d+)?)\}")
+FIX = "Give a folder, .tar shards, a .txt list of paths, a .parquet file, or a pattern of these."
+Pattern = tuple[str, ...]  # parts of a path
 RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.(-?\d+))?")
 
 
@@ -57,10 +60,29 @@ def expand(text: str, passed_over: PassedOver | None = None) -> Expanded:
     if os.path.lexists(path):
         return Expanded(path, (path,), is_pattern=False)
     texts = expand_braces(str(path))
-    expanded = [_expand_pattern(each, text, passed_over) for each in texts]
+    parted = [_part(each) for each in texts]
+    walks = _walk_all([each for each in parted if each[1]], passed_over)
+    expanded, empty = list[Expanded](), list[str]()
+    for each, (base, rest) in zip(texts, parted, strict=True):
+        shown = text if each in (text, str(path)) else f"{each} (of {text})"
+        paths = _matches_of(base, rest, walks) if rest else [base]
+        if not rest and not os.path.lexists(base):
+            unset = re.search(r"\$\{?(\w+)", each)
+            why = f" ({unset[1]} is not set)" if unset else ""
+            raise DataError(f"data.sources: {shown} is not there{why}", fix=FIX)
+        if paths:
+            expanded.append(Expanded(base, tuple(paths), is_pattern=bool(rest)))
+        else:
+            empty.append(f"{shown} matches nothing")
+    if not expanded:
+        raise DataError(
+            f"data.sources: {empty[0]}", fix="Look at the pattern, the variables and the folder."
+        )
+    if passed_over is not None:
+        passed_over.remarks.extend(empty)
     if len(texts) == 1:
         return expanded[0]
-    paths = dict.fromkeys(path for each in expanded for path in each.paths)
+    paths = list(dict.fromkeys(path for each in expanded for path in each.paths))
     bases = [each.base if each.is_pattern else each.base.parent for each in expanded]
     return Expanded(Path(os.path.commonpath(bases)), tuple(paths), is_pattern=True)
 
@@ -116,53 +138,55 @@ def _too_many(text: str) -> DataError:
     )
 
 
-def _expand_pattern(text: str, written: str, passed_over: PassedOver | None) -> Expanded:
-    """A path without braces: itself, or what matches its ``*``, ``?``, ``[...]`` and ``**``."""
+def _part(text: str) -> tuple[Path, Pattern]:
+    """A path without braces as the folder before its first ``*``, ``?``, ``[...]``, and what follows."""
     base, rest = Path("/"), list(Path(text).parts[1:])
     while rest and (not MARKS.search(rest[0]) or os.path.lexists(base / rest[0])):
         base /= rest.pop(0)
     while rest and rest[-1] == "**":  # all below a folder is the folder
         rest.pop()
-    if not rest:
-        if not os.path.lexists(base):
-            raise DataError(f"data.sources: {_shown(text, written)} is not there", fix=_fix(text))
-        return Expanded(base, (base,), is_pattern=False)
-    if not base.is_dir():
-        raise DataError(
-            f"data.sources: {_shown(text, written)} matches nothing: {base} is no folder",
-            fix=_fix(text),
-        )
-    is_deep = "**" in rest
-    walked = walk(
-        str(base).rstrip("/"),
-        wanted=lambda path: _matches(path.split("/"), rest),
-        max_depth=None if is_deep else len(rest),
-    )
-    if passed_over is not None:
-        passed_over.reasons.update(walked.reasons)
+    return base, tuple(rest)
+
+
+def _depth(pattern: Pattern) -> int | None:
+    return None if "**" in pattern else len(pattern)
+
+
+def _walk_all(
+    parted: Sequence[tuple[Path, Pattern]], passed_over: PassedOver | None
+) -> dict[tuple[Path, int | None], Walked]:
+    """Walks every folder once for all patterns that begin at it and reach as deep."""
+    patterns: dict[tuple[Path, int | None], list[Pattern]] = {}
+    for base, rest in parted:
+        patterns.setdefault((base, _depth(rest)), []).append(rest)
+    walks = {}
+    for (base, depth), given in patterns.items():
+        if not base.is_dir():
+            walks[base, depth] = Walked()
+            continue
+        wanted = partial(_matches_any, given)
+        walks[base, depth] = walk(str(base).rstrip("/"), wanted=wanted, max_depth=depth)
+        if passed_over is not None:
+            passed_over.reasons.update(walks[base, depth].reasons)
+    return walks
+
+
+def _matches_of(
+    base: Path, rest: Pattern, walks: Mapping[tuple[Path, int | None], Walked]
+) -> list[Path]:
+    """What a pattern matches: files and folders, with ``**`` folders only where it matches no files."""
+    walked = walks[base, _depth(rest)]
+    files = [each for each in walked.files if _matches(each.split("/"), rest)]
     folders = [each for each in walked.folders if _matches(each.split("/"), rest)]
     outer = set(folders)
     folders = [f for f in folders if not any(str(up) in outer for up in Path(f).parents)]
-    matches = walked.files if is_deep and walked.files else [*walked.files, *folders]
-    if not matches:
-        raise DataError(
-            f"data.sources: {_shown(text, written)} matches nothing",
-            fix="Look at the pattern and the folder.",
-        )
-    matches.sort(key=lambda path: path.split("/"))
-    return Expanded(base, tuple(base / each for each in matches), is_pattern=True)
+    matches = files if "**" in rest and files else [*files, *folders]
+    return [base / each for each in sorted(matches, key=lambda path: path.split("/"))]
 
 
-def _shown(text: str, written: str) -> str:
-    return written if text in (written, str(Path(written).absolute())) else f"{text} (of {written})"
-
-
-def _fix(text: str) -> str:
-    if "$" in text:
-        return "Set the variable, or write the path out."
-    return (
-        "Give a folder, .tar shards, a .txt list of paths, a .parquet file, or a pattern of these."
-    )
+def _matches_any(patterns: Sequence[Pattern], path: str) -> bool:
+    parts = path.split("/")
+    return any(_matches(parts, pattern) for pattern in patterns)
 
 
 def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:

@@ -258,9 +258,9 @@ def find_problem(source: str, *, has_lister: bool) -> str:
     try:
         paths = expand(source).paths
     except DataError as error:
-        text = error.message.removeprefix(f"data.sources: {source} ")
-        if text != "is not there":
-            return text if text == error.message else f"{source!r} {text}"
+        text = error.message.removeprefix("data.sources: ")
+        if text != f"{source} is not there":
+            return f"{source!r}{text.removeprefix(source)}" if text.startswith(source) else text
         paths = ()
     if paths and (has_lister or len(paths) > 1):
         return ""

@@ -70,6 +70,12 @@ def test_expand__patterns(tmp_path: Path) -> None:
     assert names(tmp_path / "[x]", tmp_path) == ["[x]"]
     assert names(tmp_path / "a/**", tmp_path) == ["a"]
     assert names(tmp_path / "**/b", tmp_path) == ["a/b"]
+    (tmp_path / "again").symlink_to("a")
+    passed = PassedOver()
+    assert len(expand(f"{tmp_path}/**/{{1,4,8}}*.{{jpg,gif}}", passed).paths) == 2
+    assert passed.reasons == {"link to a folder that is read already": 1}  # once, not for each
+    assert len(passed.remarks) == 4 and "8*.jpg (of " in passed.remarks[2]
+    (tmp_path / "again").unlink()
     passed = PassedOver()
     expand(str(tmp_path / "*.jpg"), passed)
     assert passed.reasons == {"hidden": 1, "system file ._*": 1}  # the rest was not asked for
@@ -81,8 +87,8 @@ def test_expand__patterns(tmp_path: Path) -> None:
         ("none", "none is not there"),
         ("*.webp", r"\*.webp matches nothing"),
         ("{1,4}.jpg", r"4.jpg \(of .*\{1,4\}.jpg\) is not there"),
-        ("none/*.jpg", "is no folder"),
-        ("$NO_SUCH_NAME/x", "NO_SUCH_NAME/x is not there"),
+        ("none/*.jpg", "matches nothing"),
+        ("$NO_SUCH_NAME/x", r"NO_SUCH_NAME/x is not there \(NO_SUCH_NAME is not set\)"),
     ],
 )
 def test_expand__what_is_missing(text: str, told: str, tmp_path: Path) -> None:
