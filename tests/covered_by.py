@@ -20,6 +20,7 @@ COVERED_BY = {
     "distill.data.depth": "tests/distill/job/test_pretraining.py",
     "distill.data.feed": "tests/distill/data/test_loader.py",
     "distill.data.locations": "tests/distill/evaluate/test_dense.py",
+    "distill.data.headers": "tests/distill/data/test_decode.py",
     "distill.data.mask_counts": "tests/distill/data/test_masks.py",
     "distill.data.photographs": "tests/distill/data/test_index.py",
     "distill.data.pipeline": "tests/distill/data/test_loader.py",

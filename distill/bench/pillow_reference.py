@@ -6,7 +6,6 @@ Pillow's (three box filters that come near a Gaussian) or, as in torchvision, a 
 in torch.
 """
 
-import io
 from enum import Enum
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from distill.data.crops import NUM_GLOBAL, CropParameters, CropSpec
+from distill.data.decode import decode_rgb
 
 SOLARISE_THRESHOLD = 128
 TAPS = 9
@@ -31,8 +31,7 @@ def cut(
     encoded: NDArray[np.uint8], parameters: CropParameters, index: int, spec: CropSpec, blur: Blur
 ) -> list[NDArray[np.uint8]]:
     """Global, local and anchor crops of image ``index`` of the parameters, [height, width, 3] each."""
-    with Image.open(io.BytesIO(encoded.data)) as file:
-        image = ImageOps.exif_transpose(file).convert("RGB")
+    image = Image.fromarray(decode_rgb(encoded, None))  # clear ones came as a bitmap
     crops, anchors = [], []
     pairs = zip(parameters.windows[index], parameters.photometric[index], strict=True)
     for crop, (window, photometric) in enumerate(pairs):

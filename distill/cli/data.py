@@ -79,6 +79,8 @@ def check(
 
 
 def _dataset_table(dataset: "DatasetReport") -> Table:
+    from distill.data.dataset_report import REMARKS
+
     table = Table(title=dataset.source, title_justify="left", show_header=False, box=None)
     size = (
         f"{dataset.bytes / 1e9:.2f} GB" if dataset.bytes >= 1e8 else f"{dataset.bytes / 1e6:.1f} MB"
@@ -97,6 +99,9 @@ def _dataset_table(dataset: "DatasetReport") -> Table:
     table.add_row("passed over", dataset.besides.describe() or "nothing")
     for line in dataset.besides.lines():
         table.add_row("", line)
+    for name, remark in dataset.remarkable.items():
+        text = f"{remark.count:,} ({REMARKS[name]}), such as {remark.example}"
+        table.add_row(name, text)
     table.add_row("broken", f"{len(dataset.broken):,}")
     for fault in dataset.broken[:SHOWN_BROKEN]:
         table.add_row("", f"{fault.sample}: {fault.reason}")

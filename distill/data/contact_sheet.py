@@ -36,12 +36,9 @@ class Row:
     windows: NDArray[np.float32]
 
 
-def rows_of(images: Sequence[Image.Image], parameters: CropParameters) -> list[Row]:
-    """Images with their windows, [crops, 4] each."""
-    return [
-        Row(np.asarray(image.convert("RGB")), windows)
-        for image, windows in zip(images, parameters.windows, strict=True)
-    ]
+def rows_of(images: Sequence[NDArray[np.uint8]], parameters: CropParameters) -> list[Row]:
+    """Images, uint8 RGB [height, width, 3], with their windows, [crops, 4] each."""
+    return [Row(image, windows) for image, windows in zip(images, parameters.windows, strict=True)]
 
 
 def render_contact_sheet(

@@ -16,10 +16,21 @@ from typing import Any
 import numpy as np
 
 from distill.data.bad_images import examine, name_format
+from distill.data.decode import Picture, UndecodableError, decode_picture
 from distill.listing.labels import label_lines
 from distill.listing.locations import Reader
 from distill.listing.passed_over import PassedOver
 from distill.listing.sources import Found, list_source
+
+REMARKS = {
+    "transparent": "clear pixels lie on data.background",
+    "nearly one colour": "spread below 2 of 255 levels in every channel",
+    "very small": "shorter side below 32 px",
+    "very dark": "mean below 16 of 255, as 12 bits of a camera in a 16-bit file are",
+}
+FLAT_SPREAD, SMALL_PX, DARK_LEVEL = 2.0, 32, 16.0
+SAMPLED_PIXELS = 100_000  # of an image, evenly spaced
+BACKGROUND = (124, 116, 104)  # the default of data.mean
 
 
 @dataclass(frozen=True)
@@ -31,8 +42,19 @@ class BrokenFile:
 
 
 @dataclass(frozen=True)
+class Remarkable:
+    """Images that can be used but are perhaps not what was meant: how many, and the first of them."""
+
+    count: int
+    example: str
+
+
+@dataclass(frozen=True)
 class DatasetReport:
-    """One source. Sizes are quantiles in pixels; ``duplicates`` counts images whose bytes were found before, in any source."""
+    """One source. Sizes are quantiles in pixels; ``duplicates`` counts images whose bytes were found before, in any source.
+
+    ``remarkable`` has the keys of ``REMARKS`` that some image earns.
+    """
 
     source: str
     images: int
@@ -45,6 +67,7 @@ class DatasetReport:
     broken: tuple[BrokenFile, ...]
     without_label: int  # where others have one
     besides: PassedOver
+    remarkable: dict[str, Remarkable]
 
     def to_json(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
@@ -59,6 +82,7 @@ class _Image:
     format: str
     length: int
     digest: bytes
+    remarks: tuple[str, ...] = ()
 
 
 def take_report(
@@ -97,9 +121,28 @@ def _look(reader: Reader, max_megapixels: float, found: Found) -> _Image:
         encoded = reader.read(found.location)
     except OSError as error:
         return _Image(error.strerror or str(error), "", 0, b"")
-    hw = examine(encoded, max_megapixels, is_full=True)
+    header = examine(encoded, max_megapixels, is_full=False)
+    hw, remarks = header if isinstance(header, str) else header.hw, tuple[str, ...]()
+    if not isinstance(header, str):
+        try:
+            remarks = _remarks(decode_picture(encoded, BACKGROUND))
+        except UndecodableError as error:
+            hw = str(error)
     digest = hashlib.blake2b(encoded.data, digest_size=16).digest()
-    return _Image(hw, name_format(encoded), len(encoded), digest)
+    return _Image(hw, name_format(encoded), len(encoded), digest, remarks)
+
+
+def _remarks(picture: Picture) -> tuple[str, ...]:
+    """The keys of ``REMARKS`` that hold for an image."""
+    flat = picture.rgb.reshape(-1, 3)
+    sample = flat[:: max(1, len(flat) // SAMPLED_PIXELS)].astype(np.float32)
+    found = {
+        "transparent": picture.is_transparent,
+        "nearly one colour": bool(sample.std(axis=0).max() < FLAT_SPREAD),
+        "very small": min(picture.rgb.shape[:2]) < SMALL_PX,
+        "very dark": bool(sample.mean() < DARK_LEVEL),
+    }
+    return tuple(key for key, holds in found.items() if holds)
 
 
 def _count(
@@ -133,7 +176,18 @@ def _count(
         ),
         without_label=labels[""] if len(labels) > 1 else 0,
         besides=besides,
+        remarkable=_remarkable(found, images),
     )
+
+
+def _remarkable(found: Sequence[Found], images: Sequence[_Image]) -> dict[str, Remarkable]:
+    counts = Counter(remark for image in images for remark in image.remarks)
+    first = {
+        remark: str(each.location)
+        for each, image in reversed(list(zip(found, images, strict=True)))
+        for remark in image.remarks
+    }
+    return {key: Remarkable(counts[key], first[key]) for key in REMARKS if counts[key]}
 
 
 def _quantiles(values: Any) -> dict[str, int]:

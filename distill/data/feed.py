@@ -2,6 +2,8 @@
 
     positions of this rank -> sample ids -> bytes -> (a bad one: its substitute) -> windows and colours
 
+What DALI would decode otherwise than Pillow, by its header, is decoded here and goes to it as a bitmap.
+
 A bad sample's place is taken by another of its source, chosen by a hash of the place: any rank, any
 layout and any restart chooses the same.
 """
@@ -15,9 +17,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.bad_images import examine, find_fault, to_bitmap
+from distill.data.bad_images import examine, find_fault
 from distill.data.bad_samples import BadSamples
 from distill.data.crops import CropParameters, CropSchedule, draw_parameters
+from distill.data.decode import Decoding, UndecodableError, to_bitmap
+from distill.data.headers import Decoder
 from distill.data.index import ImageIndex
 from distill.data.locations import Reader
 from distill.data.sampler import Ints, Pool, Sampler
@@ -29,15 +33,17 @@ READ_THREADS = 8  # they wait for disks and networks
 MAX_SUBSTITUTES = 100  # tries; so many bad ones in a row are no accident
 
 Encoded = NDArray[np.uint8]
+Shape = tuple[int, int]  # height and width
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """One step of one rank: ids of the images that are really used, their bytes, how they are cropped, and their sources' colours."""
+    """One step of one rank: ids of the images that are really used, their sizes [images, 2], their bytes, how they are cropped, and their sources' colours."""
 
     step: int
     positions: range
     ids: Ints
+    hw: NDArray[np.int32]
     encoded: list[Encoded]
     parameters: CropParameters
     pixel_stats: NDArray[np.float32] | None
@@ -53,7 +59,7 @@ class Feed:
         bad: gets images that cannot be used.
         positions: the positions wanted at a step.
         stop_step: no step from this one on is wanted.
-        max_megapixels: larger images are not decoded.
+        decoding: larger images are not decoded, and clear ones are laid on its background.
     """
 
     def __init__(
@@ -65,14 +71,14 @@ class Feed:
         *,
         positions: Callable[[int], range],
         stop_step: int,
-        max_megapixels: float,
+        decoding: Decoding,
     ) -> None:
         self._index, self._crops, self._sampler, self._bad = index, crops, sampler, bad
         self._seed, self.positions, self._stop_step = sampler.seed, positions, stop_step
-        self._max_megapixels = max_megapixels
+        self._decoding = decoding
         self._reader = Reader()
         self._known: dict[int, str] = {}  # bad images and why
-        self._as_bitmap: set[int] = set()  # good ones that only Pillow can decode
+        self._as_bitmap: set[int] = set()  # good ones that DALI refused, whatever their header is
         self._preparing = ThreadPoolExecutor(1, "feed")
         self._reading = ThreadPoolExecutor(READ_THREADS, "read")
         self._ahead: deque[Future[Prepared]] = deque()
@@ -105,9 +111,9 @@ class Feed:
 
     def refuse(self, image: int, encoded: Encoded) -> None:
         """Notes that the decoder cannot decode an image: from the next ``start`` on Pillow does, or a substitute is used."""
-        size = examine(encoded, self._max_megapixels, is_full=True)
-        if isinstance(size, str) or image in self._as_bitmap:
-            self._known[image] = size if isinstance(size, str) else "the decoder refuses it"
+        header = examine(encoded, self._decoding.max_megapixels, is_full=True)
+        if isinstance(header, str) or image in self._as_bitmap:
+            self._known[image] = header if isinstance(header, str) else "the decoder refuses it"
         else:
             self._as_bitmap.add(image)
 
@@ -134,21 +140,22 @@ class Feed:
             for position, image, pool in zip(positions, drawn, pools, strict=True)
         ]
         results = [task.result() for task in tasks]
-        for _, _, refused in results:
+        for *_, refused in results:
             for image, reason in refused:
                 self._known[image] = reason
                 self._bad.add(str(self._index.location(image)), reason)
         ids = np.array([image for image, *_ in results], np.int64)
+        hw = np.array([shape for _, shape, *_ in results], np.int32)
         parameters = draw_parameters(
             self._crops.at(step),
             seed=self._seed,
             step=step,
             positions=positions,
             sample_ids=ids,
-            hw=self._index.hw[ids],
+            hw=hw,
         )
-        images = [encoded for _, encoded, _ in results]
-        return Prepared(step, wanted, ids, images, parameters, self._pixel_stats(pools))
+        images = [encoded for _, _, encoded, _ in results]
+        return Prepared(step, wanted, ids, hw, images, parameters, self._pixel_stats(pools))
 
     def _pixel_stats(self, pools: Sequence[Pool]) -> NDArray[np.float32] | None:
         """Mean and standard deviation of each image's source, where sources have separate ones."""
@@ -158,15 +165,16 @@ class Feed:
 
     def _read(
         self, step: int, position: int, image: int, pool: Pool
-    ) -> tuple[int, Encoded, list[tuple[int, str]]]:
-        """The image that is used at a position, its bytes, and those that were refused before it."""
+    ) -> tuple[int, Shape, Encoded, list[tuple[int, str]]]:
+        """The image that is used at a position, its size and bytes, and those that were refused before it."""
         refused: list[tuple[int, str]] = []
         for attempt in range(MAX_SUBSTITUTES):
             fault = self._known.get(image)
             if fault is None:
-                encoded, fault = self._try(image)
-                if fault is None:
-                    return image, encoded, refused
+                tried = self._try(image)
+                if not isinstance(tried, str):
+                    return image, *tried, refused
+                fault = tried
             refused.append((image, fault))
             word = hashes("substitute", self._seed, step, position, attempt)
             image = pool.start + int(word % np.uint64(pool.stop - pool.start))
@@ -175,7 +183,8 @@ class Feed:
             fix="Look at the source: distill data check names every file.",
         )
 
-    def _try(self, image: int) -> tuple[Encoded, str | None]:
+    def _try(self, image: int) -> tuple[Shape, Encoded] | str:
+        """Size and bytes of an image as the decoder gets them, or why it cannot be used."""
         location = self._index.location(image)
         try:
             encoded = self._reader.read(location)
@@ -185,8 +194,22 @@ class Feed:
                     f"{location.container}: the source is gone ({error.strerror or error})",
                     fix="Bring it back; the same command goes on from the last checkpoint.",
                 ) from error
-            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
-            return np.empty(0, np.uint8), reason
+            return "no such file" if isinstance(error, FileNotFoundError) else str(error)
+        header = examine(encoded, self._decoding.max_megapixels, is_full=False)
         height, width = self._index.hw[image].tolist()
-        fault = find_fault(encoded, (height, width), self._max_megapixels)
-        return to_bitmap(encoded) if image in self._as_bitmap and fault is None else encoded, fault
+        decoder = self._index.decoder(image)
+        if isinstance(header, str):
+            return header
+        if decoder is Decoder.UNDECIDED:
+            decoder = header.decoder
+            if header.hw == (width, height):  # version 0.1.0 saw no orientation in XMP
+                height, width = width, height
+        fault = find_fault(header, (height, width))
+        if fault is not None:
+            return fault
+        if decoder is Decoder.PILLOW or image in self._as_bitmap:
+            try:
+                encoded = to_bitmap(encoded, self._decoding.background)
+            except UndecodableError as error:
+                return str(error)
+        return (height, width), encoded

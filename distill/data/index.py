@@ -5,6 +5,7 @@
     places.npy        container, offset, length of each image
     hw.npy            height and width;  labels.npy  class, -1 for images without, where there are classes
     held_out.npy      images that their folder (val/, test/) holds out, where there are some
+    decoders.npy      who decodes each image, by its header; missing in indexes of version 0.1.0
 
 Opening costs the same for a thousand images and for a billion. While it is built every file's
 header is read, and for up to 20,000 files every pixel is decoded once, so that a broken file is
@@ -26,7 +27,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.bad_images import MAX_MEGAPIXELS, measure
+from distill.data.bad_images import MAX_MEGAPIXELS, Header, measure
+from distill.data.headers import Decoder
 from distill.errors import DataError
 from distill.listing.labels import number_classes
 from distill.listing.locations import Kind, Location, Reader
@@ -50,12 +52,13 @@ class ImageIndex:
         names: UTF-8 bytes of all names.
         name_ends: where each name ends, [images].
         locations: container, offset, length, [images, 3].
-        hw: height and width after EXIF rotation, [images, 2].
+        hw: height and width of the upright image, [images, 2].
         labels: indices into ``class_names``, -1 for an image without a class, [images]; None for fewer than two classes.
         containers: kind and path of each.
         sources: what each source is called, and its number of images; images stand in this order.
         held_out: images that their folder holds out, [images]; None where no folder does.
         passed_over: what the sources hold besides.
+        decoders: ``Decoder`` of each image, [images]; None where none was decided.
     """
 
     names: NDArray[np.uint8]
@@ -68,6 +71,7 @@ class ImageIndex:
     sources: tuple[tuple[str, int], ...]
     held_out: NDArray[np.bool_] | None = None
     passed_over: PassedOver = field(default_factory=PassedOver)
+    decoders: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         """Images."""
@@ -84,6 +88,10 @@ class ImageIndex:
         container, offset, length = (int(value) for value in self.locations[image])
         kind, path = self.containers[container]
         return Location(kind, path, name, offset, length)
+
+    def decoder(self, image: int) -> Decoder:
+        """Who decodes an image."""
+        return Decoder.UNDECIDED if self.decoders is None else Decoder(int(self.decoders[image]))
 
     @property
     def bounds(self) -> tuple[range, ...]:
@@ -182,6 +190,7 @@ class ImageIndex:
             containers=self.containers,
             sources=tuple((s, n) for (s, _), n in zip(self.sources, counts, strict=True)),
             passed_over=self.passed_over,
+            decoders=None if self.decoders is None else self.decoders[images],
         )
 
 
@@ -192,8 +201,9 @@ ARRAYS: Mapping[str, type] = {
     "hw": np.int32,
     "labels": np.int32,
     "held_out": np.bool_,
+    "decoders": np.uint8,
 }
-OPTIONAL = frozenset({"labels", "held_out"})
+OPTIONAL = frozenset({"labels", "held_out", "decoders"})
 
 
 FILES = {"locations": "places.npy"}  # format 1 is older than the name of the field
@@ -244,17 +254,18 @@ def build_index(
             f"data.sources: {len(found):,} images, more than an index of {LIST_ENTRIES:,} holds",
             fix="Train on fewer, or pack them and list the shards of a part.",
         )
-    unknown = [each for survey in surveys if survey.sizes is None for each in survey.found]
-    measured = iter(_measure_all(unknown, max_megapixels, progress))
-    sizes: list[tuple[int, int] | str] = []
+    headers = _headers_of(sources, surveys, max_megapixels, progress)
+    bad = _refuse_many_broken(found, headers, max_bad_fraction)
+    good, good_headers, counts = [], [], []
+    rows = iter(zip(found, headers, strict=True))
     for survey in surveys:
-        sizes += islice(measured, len(survey.found)) if survey.sizes is None else survey.sizes
-    bad = _refuse_many_broken(found, sizes, max_bad_fraction)
-    good, counts = [], []
-    rows = iter(zip(found, sizes, strict=True))
-    for survey in surveys:
-        usable = [e for e, size in islice(rows, len(survey.found)) if not isinstance(size, str)]
-        good += usable
+        usable = [
+            (e, header)
+            for e, header in islice(rows, len(survey.found))
+            if not isinstance(header, str)
+        ]
+        good += [each for each, _ in usable]
+        good_headers += [header for _, header in usable]
         counts.append(len(usable))
     gone = sorted({each.label for each in found} - {each.label for each in good})
     passed_over.reasons.update({"broken": bad} if bad else {})
@@ -262,14 +273,15 @@ def build_index(
     named = (source_name(source, depths.get(source)) for source in sources)
     index = make_index(
         good,
-        [size for size in sizes if not isinstance(size, str)],
+        [header.hw for header in good_headers],
         tuple(zip(named, counts, strict=True)),
+        [header.decoder for header in good_headers],
     )
     return replace(index, passed_over=passed_over)
 
 
 def _refuse_many_broken(
-    found: Sequence[Found], sizes: Sequence[tuple[int, int] | str], max_bad_fraction: float
+    found: Sequence[Found], headers: Sequence[Header | str], max_bad_fraction: float
 ) -> int:
     """Names each broken image in a warning; returns how many there are.
 
@@ -277,9 +289,9 @@ def _refuse_many_broken(
         DataError: they are too many.
     """
     bad = [
-        (each.location, size)
-        for each, size in zip(found, sizes, strict=True)
-        if isinstance(size, str)
+        (each.location, header)
+        for each, header in zip(found, headers, strict=True)
+        if isinstance(header, str)
     ]
     for location, reason in bad:
         logger.warning("%s: left out, cannot be used (%s)", location, reason)
@@ -344,8 +356,9 @@ def make_index(
     found: Sequence[Found],
     sizes: Sequence[tuple[int, int]],
     sources: tuple[tuple[str, int], ...],
+    decoders: Sequence[Decoder] | None = None,
 ) -> ImageIndex:
-    """The index of images whose heights and widths are known."""
+    """The index of images whose heights and widths are known, and who decodes them, where it was decided."""
     containers: dict[tuple[Kind, str], int] = {}
     locations = np.empty((len(found), 3), np.int64)
     names = [each.location.name.encode(errors="surrogateescape") for each in found]
@@ -365,20 +378,50 @@ def make_index(
         containers=tuple(containers),
         sources=sources,
         held_out=np.array(held_out, np.bool_) if any(held_out) else None,
+        decoders=None if decoders is None else np.array(decoders, np.uint8),
     )
+
+
+def _headers_of(
+    sources: Sequence[Path],
+    surveys: Sequence[_Survey],
+    max_megapixels: float,
+    progress: Callable[[int, int], None] | None,
+) -> list[Header | str]:
+    """The header of each image, or what is wrong with it; read where no packed index holds it."""
+    stored = [_stored_headers(*each) for each in zip(sources, surveys, strict=True)]
+    pairs = list(zip(stored, surveys, strict=True))
+    unknown = [each for headers, survey in pairs if headers is None for each in survey.found]
+    measured = iter(_measure_all(unknown, max_megapixels, progress))
+    known: list[Header | str] = []
+    for headers, survey in pairs:
+        known += islice(measured, len(survey.found)) if headers is None else headers
+    return known
+
+
+def _stored_headers(source: Path, survey: _Survey) -> list[Header] | None:
+    """The headers that a packed source has in its index; None where who decodes is missing, as in those of version 0.1.0."""
+    if survey.sizes is None:
+        return None
+    decoders = ImageIndex.load(source / INDEX_FOLDER).decoders
+    if decoders is None:
+        return None
+    pairs = zip(survey.sizes, decoders.tolist(), strict=True)
+    return [Header(hw, Decoder(decoder)) for hw, decoder in pairs]
 
 
 def _measure_all(
     found: Sequence[Found],
     max_megapixels: float,
     progress: Callable[[int, int], None] | None,
-) -> list[tuple[int, int] | str]:
-    """Height and width of each image, or what is wrong with it."""
+) -> list[Header | str]:
+    """The header of each image, or what is wrong with it."""
     reader, is_full = Reader(), len(found) <= FULL_CHECK_FILES
-    sizes: list[tuple[int, int] | str] = []
+    headers: list[Header | str] = []
     with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        for size in pool.map(lambda e: measure(reader, e.location, max_megapixels, is_full), found):
-            sizes.append(size)
+        read = pool.map(lambda e: measure(reader, e.location, max_megapixels, is_full), found)
+        for header in read:
+            headers.append(header)
             if progress is not None:
-                progress(len(sizes), len(found))
-    return sizes
+                progress(len(headers), len(found))
+    return headers

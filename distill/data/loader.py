@@ -8,8 +8,9 @@ step to step: the pipeline is built for the most there are.
 Images are decoded by the CPU, whatever computes: a GPU needs some 30 images/s, which one core decodes.
 Their crops then lie in page-locked memory, from which a GPU copies while the caller goes on.
 
-An image that passed the feed's checks and still cannot be decoded makes the pipeline unusable. Then each
-image in it is decoded alone, the culprit is marked, and the same step is prepared again without it.
+An image that passed the feed's checks and still cannot be decoded, or comes out in another size than in
+the index, makes the pipeline unusable. Then each image in it is decoded alone, the culprit is marked, and the same
+step is prepared again: Pillow decodes it, or another takes its place.
 """
 
 import time
@@ -185,13 +186,16 @@ class Loader:
         from distill.data.pipeline import find_refused
 
         images = {
-            int(image): encoded
+            int(image): (encoded, (int(height), int(width)))
             for prepared in self._in_pipeline
-            for image, encoded in zip(prepared.ids, prepared.encoded, strict=True)
+            for image, encoded, (height, width) in zip(
+                prepared.ids, prepared.encoded, prepared.hw, strict=True
+            )
         }
         refused = find_refused(list(images.values()))
         for index in refused:
-            self._feed.refuse(*list(images.items())[index])
+            image, (encoded, _) = list(images.items())[index]
+            self._feed.refuse(image, encoded)
         return bool(refused)
 
     def _nothing(self, spec: CropSpec) -> CropBatch:

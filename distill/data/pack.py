@@ -25,7 +25,7 @@ from distill.listing.sources import Found, list_source
 from distill.runfolder.files import make_folder, replace_text, replaced
 
 FORMAT = 1
-SUFFIX_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
+SUFFIX_OF = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "DIB": "bmp"}
 
 
 def pack(
@@ -94,11 +94,11 @@ def _write_shard(path: Path, part: Sequence[Found], start: int, max_megapixels: 
             for position, each in enumerate(part, start):
                 try:
                     encoded = reader.read(each.location)
-                    fault = examine(encoded, max_megapixels, is_full=True)
+                    header = examine(encoded, max_megapixels, is_full=True)
                 except OSError as error:
-                    fault = error.strerror or str(error)
-                if isinstance(fault, str):
-                    left_out.append({"sample": str(each.location), "reason": fault})
+                    header = error.strerror or str(error)
+                if isinstance(header, str):
+                    left_out.append({"sample": str(each.location), "reason": header})
                     continue
                 name = f"{'val/' if each.is_held_out else ''}{position:09}"
                 _add(shard, f"{name}.{SUFFIX_OF[name_format(encoded)]}", encoded.tobytes())

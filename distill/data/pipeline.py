@@ -134,19 +134,24 @@ def _blur(crop: Any, sigma: Any, device_id: int | None) -> Any:
     return fn.filter(fn.filter(crop, across), down)
 
 
-def find_refused(encoded: Sequence[NDArray[np.uint8]]) -> list[int]:
-    """Indices of the images that the decoder cannot decode; each is tried alone, on the CPU: a GPU's decoder takes seconds to build for each."""
+def find_refused(images: Sequence[tuple[NDArray[np.uint8], tuple[int, int]]]) -> list[int]:
+    """Indices of encoded images that the decoder cannot decode, or gives another height and width than is stated.
+
+    Each is tried alone, on the CPU: a GPU's decoder takes seconds to build for each.
+    """
     refused = []
-    for index, image in enumerate(encoded):
+    for index, (encoded, hw) in enumerate(images):
         try:
-            decode_alone(image, None)
+            is_right = decode_alone(encoded, None) == hw
         except RuntimeError:
+            is_right = False
+        if not is_right:
             refused.append(index)
     return refused
 
 
-def decode_alone(image: NDArray[np.uint8], device_id: int | None) -> None:
-    """Decodes one encoded image as training does, on a GPU where ``device_id`` is its number, and drops it.
+def decode_alone(image: NDArray[np.uint8], device_id: int | None) -> tuple[int, int]:
+    """Decodes one encoded image as training does, on a GPU where ``device_id`` is its number; only its height and width are kept.
 
     Raises:
         RuntimeError: the decoder cannot be built, or cannot decode the image.
@@ -160,7 +165,8 @@ def decode_alone(image: NDArray[np.uint8], device_id: int | None) -> None:
 
     pipeline = alone()
     pipeline.build()
-    pipeline.run()
+    height, width, _ = pipeline.run()[0].shape()[0]
+    return height, width
 
 
 @no_type_check

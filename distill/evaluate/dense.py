@@ -19,6 +19,7 @@ from jaxtyping import Float, Int64, UInt8
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from distill.data.decode import Rgb
 from distill.data.locations import Reader
 from distill.evaluate.images import BATCH, Preparation, Scored, decode
 from teacher.batch import Features, normalise
@@ -44,7 +45,15 @@ class Mosaics:
         return blocks.mode(dim=3).values.flatten(1)
 
 
-def compose(split: Scored, count: int, size: int, stride: int, *, seed: int = SEED) -> Mosaics:
+def compose(
+    split: Scored,
+    count: int,
+    size: int,
+    stride: int,
+    *,
+    seed: int = SEED,
+    background: Rgb | None = None,
+) -> Mosaics:
     """Mosaics of a split's images, at the size the networks are scored at times ``TILES``, a multiple of the patch."""
     rng = np.random.default_rng(seed)
     side = -(-TILES * size // stride) * stride
@@ -62,7 +71,7 @@ def compose(split: Scored, count: int, size: int, stride: int, *, seed: int = SE
         for region, label in enumerate(chosen):
             image = int(rng.choice(np.flatnonzero(labels == label)))
             inside = nearest == region
-            pixels = decode(reader, split.locations[image], size).numpy()
+            pixels = decode(reader, split.locations[image], size, background).numpy()
             images[index][:, inside] = _mirrored(pixels, side)[:, inside]
             classes[index][inside] = label
     return Mosaics(torch.from_numpy(images), torch.from_numpy(classes))
@@ -121,10 +130,17 @@ def mean_iou(predicted: Int64[Tensor, " rows"], wanted: Int64[Tensor, " rows"]) 
 class DenseProbe:
     """Mosaics of one run, composed once."""
 
-    def __init__(self, splits: Sequence[Scored], size: int, stride: int) -> None:
-        """``splits``: training and held-out images; ``size``, ``stride``: of the networks that will be scored."""
+    def __init__(self, splits: Sequence[Scored], preparation: Preparation, stride: int) -> None:
+        """``splits``: training and held-out images; ``preparation``, ``stride``: of the networks that will be scored."""
         self.mosaics = [
-            compose(split, count, size, stride, seed=SEED + index)
+            compose(
+                split,
+                count,
+                preparation.size,
+                stride,
+                seed=SEED + index,
+                background=preparation.background,
+            )
             for index, (split, count) in enumerate(zip(splits, (NUM_TRAIN, NUM_TEST), strict=True))
         ]
         self._classes = [each.patch_classes(stride).flatten() for each in self.mosaics]

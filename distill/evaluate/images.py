@@ -1,20 +1,20 @@
 """Images and labels to score on, and class features of them."""
 
-import io
 import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
+from distill.data.decode import Rgb, decode_rgb, reason_of
 from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.data.split import why_nothing_is_held_out
@@ -40,12 +40,30 @@ class Scored:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """An image that is not scored, and why."""
+
+    sample: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ReadSplit:
+    """A split's images that can be decoded, their pixels in the same order, and those that were left out."""
+
+    split: Scored
+    pixels: UInt8[Tensor, "images 3 size size"]
+    left_out: tuple[LeftOut, ...]
+
+
+@dataclass(frozen=True)
 class Preparation:
-    """How a network wants its images: side in pixels, and RGB mean and std of images in [0, 1]."""
+    """How a network wants its images: side in pixels, RGB mean and std of images in [0, 1], and what clear pixels are laid on (None: as stored)."""
 
     size: int
     mean: Sequence[float]
     std: Sequence[float]
+    background: Rgb | None = None
 
 
 @torch.inference_mode()
@@ -65,7 +83,7 @@ def extract(
     its matrix products; sums over blocks stay in fp32. ``on_batch`` is called with the number of images of every batch.
     """
     features = []
-    for images in decode_images(locations, preparation.size, batch):
+    for images in decode_images(locations, preparation, batch):
         pixels = normalise(
             images.to(device), preparation.mean, preparation.std, dtype=torch.float32
         )
@@ -82,23 +100,66 @@ def scoring_dtype(parameters: int, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_large else torch.float32
 
 
-def decode(reader: Reader, location: Location, size: int) -> UInt8[Tensor, "3 size size"]:
-    """The image upright in RGB at ``size`` x ``size``; resized (bilinear) only when it differs.
+def decode(
+    reader: Reader, location: Location, size: int, background: Rgb | None
+) -> UInt8[Tensor, "3 size size"]:
+    """The image upright in RGB at ``size`` x ``size``, resized (bilinear) only when it differs; clear pixels lie on ``background``.
 
     Raises:
         UserError: the file is missing or is no image.
     """
     try:
-        with Image.open(io.BytesIO(reader.read(location).data)) as file:
-            image = ImageOps.exif_transpose(file).convert("RGB")
+        return _decode(reader, location, size, background)
     except OSError as error:
         raise UserError(
             f"{location}: cannot be decoded ({error})",
             fix="restore the file, or train again so that the index leaves it out.",
         ) from error
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _decode(
+    reader: Reader, location: Location, size: int, background: Rgb | None
+) -> UInt8[Tensor, "3 size size"]:
+    pixels = decode_rgb(reader.read(location), background)
+    if pixels.shape[:2] != (size, size):
+        image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
+        pixels = np.asarray(image)
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def read_split(split: Scored, size: int, background: Rgb | None) -> ReadSplit:
+    """Decodes a split at ``size`` x ``size`` px; each image that cannot be decoded is left out and named in a warning.
+
+    For the index of a large set only headers were read, so that damage behind one is met here first.
+
+    Raises:
+        UserError: a source is gone.
+    """
+    reader = Reader()
+
+    def attempt(location: Location) -> UInt8[Tensor, "3 size size"] | LeftOut:
+        try:
+            return _decode(reader, location, size, background)
+        except OSError as error:
+            if not Path(location.container).exists():
+                raise UserError(
+                    f"{location.container}: the source is gone, so nothing of it can be scored",
+                    fix="bring it back.",
+                ) from error
+            return LeftOut(str(location), reason_of(error))
+
+    with ThreadPoolExecutor(max_workers=2) as threads:
+        results = list(threads.map(attempt, split.locations))
+    left_out = tuple(each for each in results if isinstance(each, LeftOut))
+    for each in left_out:
+        log.warning("%s: left out of the scores, cannot be decoded (%s)", each.sample, each.reason)
+    pixels = [each for each in results if not isinstance(each, LeftOut)]
+    if left_out:
+        good = [i for i, each in enumerate(results) if not isinstance(each, LeftOut)]
+        locations = [split.locations[i] for i in good]
+        split = replace(split, locations=locations, labels=split.labels[good])
+    stacked = torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+    return ReadSplit(split, stacked, left_out)
 
 
 def read_preparation(weights: Path, stride: int, usual: Preparation | None = None) -> Preparation:
@@ -195,17 +256,12 @@ def _scored(index: ImageIndex, labels: np.ndarray) -> Scored:
 
 
 def decode_images(
-    locations: Sequence[Location], size: int, batch: int
+    locations: Sequence[Location], preparation: Preparation, batch: int
 ) -> Iterator[UInt8[Tensor, "images 3 size size"]]:
     """Batches of decoded images, two files at a time (Pillow decodes without the lock)."""
-    reader = Reader()
+    reader, size, background = Reader(), preparation.size, preparation.background
     with ThreadPoolExecutor(max_workers=2) as threads:
         for start in range(0, len(locations), batch):
             part = locations[start : start + batch]
-            images = threads.map(lambda location: decode(reader, location, size), part)
+            images = threads.map(lambda at: decode(reader, at, size, background), part)
             yield torch.stack(list(images))
-
-
-def read_pixels(locations: Sequence[Location], size: int) -> UInt8[Tensor, "images 3 size size"]:
-    """Decodes all images of a split, resized to ``size`` pixels per side."""
-    return torch.cat(list(decode_images(locations, size, BATCH)))

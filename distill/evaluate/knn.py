@@ -18,6 +18,7 @@ multiplies in bf16 and adds its blocks up in fp32, which keeps that digit; the s
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,15 +26,17 @@ import torch
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from distill.data.decode import Rgb, background_of
 from distill.errors import UserError
 from distill.evaluate.images import (
     Preparation,
+    ReadSplit,
     Scored,
     count_images,
     extract,
     log,
-    read_pixels,
     read_preparation,
+    read_split,
     read_splits,
     scoring_dtype,
 )
@@ -97,27 +100,27 @@ def balanced_accuracy(
     return float((right[occurs] / total[occurs]).mean())
 
 
-def pixels_score(train: Scored, test: Scored, k: int = KNN_K) -> float:
+def pixels_score(train: ReadSplit, test: ReadSplit, k: int = KNN_K) -> float:
     """k-NN by Euclidean distance of the images themselves, at most 64 px on a side.
 
     Euclidean suits pixels better than cosine (0.38 against 0.22 on the bundled tiles), and a
     baseline is given its better distance.
     """
-    sides = [
-        read_pixels(split.locations, BASELINE_PX).flatten(1).float() for split in (train, test)
-    ]
-    return knn(sides[0], train.labels, sides[1], test.labels, k, measure="euclidean")
+    known, query = (each.pixels.flatten(1).float() for each in (train, test))
+    labels = train.split.labels, test.split.labels
+    return knn(known, labels[0], query, labels[1], k, measure="euclidean")
 
 
-def rgb_score(train: Scored, test: Scored, k: int = KNN_K) -> float:
+def rgb_score(train: ReadSplit, test: ReadSplit, k: int = KNN_K) -> float:
     """k-NN by Euclidean distance of each image's mean and spread of red, green and blue.
 
     The six numbers are standardised by the training images.
     """
-    sides = [rgb_stats(read_pixels(split.locations, BASELINE_PX)) for split in (train, test)]
+    sides = [rgb_stats(each.pixels) for each in (train, test)]
     centre, spread = sides[0].mean(0), sides[0].std(0).clamp_min(1e-6)  # fp32; grey images exist
     known, query = ((side - centre) / spread for side in sides)
-    return knn(known, train.labels, query, test.labels, k, measure="euclidean")
+    labels = train.split.labels, test.split.labels
+    return knn(known, labels[0], query, labels[1], k, measure="euclidean")
 
 
 def rgb_stats(images: UInt8[Tensor, "images 3 height width"]) -> Float[Tensor, "images 6"]:
@@ -135,6 +138,7 @@ def evaluate_run(
     usual: Preparation | None = None,
     k: int = KNN_K,
     device: torch.device | None = None,
+    background: Literal["mean", "stored"] | Rgb = "mean",
 ) -> dict[str, Any]:
     """The run's summary with fresh scores, also written to ``summary.json``.
 
@@ -143,7 +147,8 @@ def evaluate_run(
     scores; ``knn`` is then None and ``knn_reason`` has the reason. ``progress`` gets what is next.
     ``teacher_folder`` is where a teacher that was not trained in this run lies, a folder or a file; ``specs``
     say what students are, which custom ones need. ``usual`` is how a network whose files state nothing gets
-    its images.
+    its images. ``background`` is what clear pixels are laid on, as in ``data.background``; the mean is that of
+    ``preprocessor_config.json``. Images that cannot be decoded are in no score and are listed under ``left_out_of_scores``.
 
     Raises:
         UserError: the folder holds no network, or no image index.
@@ -152,7 +157,19 @@ def evaluate_run(
     folders = network_folders(run_folder, teacher_folder or run_folder / "teacher")
     train, test, reason = read_splits(run_folder, k)
     summary = _read_summary(run_folder)
+    summary.pop("left_out_of_scores", None)
     untrained: dict[str, float | None] = {}
+    first = read_preparation(next(iter(folders.values())), 1, usual)
+    rgb = background_of(background, first.mean)
+
+    def prepare(folder: Path, stride: int) -> Preparation:
+        return replace(read_preparation(folder, stride, usual), background=rgb)
+
+    baselines: dict[str, Any] = {"pixels": None, "colour": None}
+    if not reason:
+        say("k-NN of raw pixels and of colours")
+        train, test, reason = _score_baselines(train, test, k, rgb, baselines, summary)
+    baselines["untrained"] = untrained
     for turn, (name, folder) in enumerate(folders.items(), start=1):
         entry = _summary_entry(summary, name, is_teacher=name == TEACHER)
         entry["knn"] = untrained[name] = None
@@ -165,7 +182,7 @@ def evaluate_run(
             entry["knn"], untrained[name], dtype = _network_scores(
                 folder,
                 (specs or {}).get(name),
-                usual,
+                prepare,
                 (train, test),
                 k,
                 target_device,
@@ -173,18 +190,34 @@ def evaluate_run(
             )
             if dtype != torch.float32:
                 entry["knn_in"] = str(dtype).removeprefix("torch.")
-    if not reason:
-        say("k-NN of raw pixels and of colours")
-    summary["baselines"] = {
-        "pixels": None if reason else pixels_score(train, test, k),
-        "colour": None if reason else rgb_score(train, test, k),
-        "untrained": untrained,
-    }
+    summary["baselines"] = baselines
     summary.pop("knn_reason", None)
     if reason:
         summary["knn_reason"] = reason
     write_json(run_folder / "summary.json", summary)
     return summary
+
+
+def _score_baselines(
+    train: Scored,
+    test: Scored,
+    k: int,
+    background: Rgb | None,
+    baselines: dict[str, Any],
+    summary: dict[str, Any],
+) -> tuple[Scored, Scored, str]:
+    """Fills in the baselines; the images that can be decoded, and why they cannot be scored ('' when they can)."""
+    known, query = (read_split(split, BASELINE_PX, background) for split in (train, test))
+    left_out = [asdict(each) for each in (*known.left_out, *query.left_out)]
+    if left_out:
+        summary["left_out_of_scores"] = left_out
+    num_train, num_test = len(known.split.locations), len(query.split.locations)
+    if num_train < k or not num_test:
+        counts = f"{num_train} training and {num_test} held-out images can be decoded"
+        return known.split, query.split, f"{counts}, too few for k-NN with k = {k}"
+    baselines["pixels"] = pixels_score(known, query, k)
+    baselines["colour"] = rgb_score(known, query, k)
+    return known.split, query.split, ""
 
 
 def network_folders(run_folder: Path, teacher_folder: Path) -> dict[str, Path]:
@@ -211,7 +244,7 @@ def network_folders(run_folder: Path, teacher_folder: Path) -> dict[str, Path]:
 def _network_scores(
     folder: Path,
     spec: BackboneSpec | None,
-    usual: Preparation | None,
+    prepare: Callable[[Path, int], Preparation],
     splits: tuple[Scored, Scored],
     k: int,
     device: torch.device,
@@ -219,8 +252,7 @@ def _network_scores(
 ) -> tuple[float, float, torch.dtype]:
     """Scores of the exported network and of an untrained copy with a fixed seed, one after the other in memory; what they were computed in."""
     backbone, spec = load_backbone(folder, spec=spec, device=device)
-    preparation = read_preparation(folder, spec.stride, usual)
-    train, test = splits
+    preparation = prepare(folder, spec.stride)
     dtype = scoring_dtype(spec.parameters, device)
     scores = []
     for is_trained in (True, False):
@@ -229,10 +261,8 @@ def _network_scores(
             generator = torch.Generator().manual_seed(UNTRAINED_SEED)
             backbone = build_backbone(spec, generator, device).eval()
         how: dict[str, Any] = {"device": device, "dtype": dtype, "on_batch": on_batch}
-        known, query = (
-            extract(backbone, split.locations, preparation, **how) for split in (train, test)
-        )
-        scores.append(knn(known, train.labels, query, test.labels, k))
+        known, query = (extract(backbone, split.locations, preparation, **how) for split in splits)
+        scores.append(knn(known, splits[0].labels, query, splits[1].labels, k))
     return scores[0], scores[1], dtype
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 from distill.checkpoint.manifest import checkpoints
 from distill.errors import UserError
 from distill.evaluate.dense import DenseProbe, drift
-from distill.evaluate.images import Preparation, extract, read_splits
-from distill.evaluate.knn import knn
+from distill.evaluate.images import Preparation, extract, read_split, read_splits
+from distill.evaluate.knn import BASELINE_PX, knn
 from distill.job.prepare import CHECKPOINTS, read_job
+from distill.job.to_data import decoding_of
 from distill.plan.from_recipe import ONLINE
 from distill.recipe.keys import TeacherRecipe
 from distill.runfolder.status import KNN_K, write_json
@@ -61,8 +62,11 @@ def score_steps(run_folder: Path, say: Callable[[str], None]) -> list[StepScores
             f"{run_folder}: {reason}", fix="Scores need labels, and images that are held out."
         )
     spec = recipe.model.backbone_spec()
-    preparation = Preparation(recipe.crops.input_size, recipe.data.mean, recipe.data.std)
-    probe = DenseProbe((train, test), preparation.size, spec.stride)
+    size, data = recipe.crops.input_size, recipe.data
+    background = decoding_of(data).background
+    preparation = Preparation(size, data.mean, data.std, background)
+    train, test = (read_split(split, BASELINE_PX, background).split for split in (train, test))
+    probe = DenseProbe((train, test), preparation, spec.stride)
     backbone, cpu = spec.build().eval(), torch.device("cpu")
     history: list[StepScores] = []
     first: Tensor | None = None

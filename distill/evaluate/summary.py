@@ -1,16 +1,17 @@
 """After the last step: scores, the picture, ``summary.json``. Run again on a finished run, it writes the same."""
 
-import io
 import threading
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from torch import nn
 
+from distill.data.decode import Rgb, decode_rgb
 from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
@@ -20,6 +21,8 @@ from distill.evaluate.knn import evaluate_run
 from distill.evaluate.pictures import plot_features
 from distill.job.origin import complete_cards, stored_licences
 from distill.job.prepare import IMAGES, read_job
+from distill.job.to_data import decoding_of
+from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.runfolder.files import is_full
@@ -77,26 +80,25 @@ def finish(run_folder: Path) -> dict[str, Any]:
     write_json(run_folder / "summary.json", summary)
     device = torch.device("cuda" if has_gpu(job.recipe.engine.device) else "cpu")
     teacher = job.teacher_paths[0]
-    data = job.recipe.data
+    data, background = job.recipe.data, decoding_of(job.recipe.data).background
     usual = Preparation(job.recipe.crops.input_size, data.mean, data.std)
     with _LiveStatus(status_file, status) as live:
         summary = evaluate_run(
-            run_folder, live.show, teacher_folder=teacher, specs=specs, usual=usual, device=device
+            run_folder,
+            live.show,
+            teacher_folder=teacher,
+            specs=specs,
+            usual=usual,
+            device=device,
+            background="stored" if background is None else background,
         )
         live.show("drawing features.png")
         networks = {"teacher": load_backbone(teacher)[0].to(device)}
         for name, spec in specs.items():
             networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0].to(device)
-        photographs = _photographs(run_folder, data.sources[0].path)
-        messages, picture = unfinished_students(summary), run_folder / "features.png"
-        try:
-            plot_features(networks, photographs, picture, mean=data.mean, std=data.std)
-        except OSError as error:
-            if not is_full(error):
-                raise
-            messages.append(
-                f"{picture.name} was not written ({error.strerror}): make room and run `distill eval {run_folder}`"
-            )
+        photographs = _photographs(run_folder, data.sources[0].path, background)
+        messages = [*unfinished_students(summary), *_left_out(summary)]
+        messages += _plot(run_folder, networks, photographs, data)
     messages += complete_cards(job, specs, summary)
     fates = {
         name: replace(network, state="parked") if entries.get(name, {}).get("parked") else network
@@ -160,18 +162,59 @@ def _last_loss(run_folder: Path, name: str) -> float | None:
     return rows[-1].loss if rows else None
 
 
-def _photographs(run_folder: Path, source: str) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
-    """A few photographs to look at: the bundled ones uncropped, or the first of the user's images."""
+def _plot(
+    run_folder: Path,
+    networks: Mapping[str, nn.Module],
+    photographs: Sequence[np.ndarray[Any, np.dtype[np.uint8]]],
+    data: DataSpec,
+) -> list[str]:
+    """Writes ``features.png``; a line where the disk has no room for it, or no image can be decoded."""
+    picture = run_folder / "features.png"
+    if not photographs:
+        return [f"{picture.name} was not written: no image can be decoded"]
+    try:
+        plot_features(networks, photographs, picture, mean=data.mean, std=data.std)
+    except OSError as error:
+        if not is_full(error):
+            raise
+        reason = f"{picture.name} was not written ({error.strerror})"
+        return [f"{reason}: make room and run `distill eval {run_folder}`"]
+    return []
+
+
+def _left_out(summary: dict[str, Any]) -> list[str]:
+    """A line about images that are in no score; none where all are."""
+    left_out = summary.get("left_out_of_scores", [])
+    if not left_out:
+        return []
+    first, others = left_out[0], len(left_out) - 1
+    more = f" and {others:,} more, see left_out_of_scores in summary.json" if others else ""
+    return [
+        f"left out of the scores, cannot be decoded: {first['sample']} ({first['reason']}){more}"
+    ]
+
+
+def _photographs(
+    run_folder: Path, source: str, background: Rgb | None
+) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
+    """A few photographs to look at: the bundled ones uncropped, or the user's images that can be decoded, evenly spaced."""
     if source == BUILTIN_PHOTOGRAPHS:
         paths = photograph_paths()
-        chosen = [Location.of(paths[n]) for n in ("astronaut", "chelsea", "coffee", "rocket")]
+        names = ("astronaut", "chelsea", "coffee", "rocket")
+        chosen: Iterable[Location] = [Location.of(paths[name]) for name in names]
     else:
         held_out = run_folder / "data" / "held_out"
         index = ImageIndex.load(held_out if held_out.is_dir() else run_folder / "data" / "train")
         step = max(1, len(index) // NUM_PHOTOGRAPHS)
-        chosen = [index.location(image) for image in range(0, len(index), step)][:NUM_PHOTOGRAPHS]
-    images, reader = [], Reader()
+        turns = (range(start, len(index), step) for start in range(step))  # later ones: instead
+        chosen = (index.location(image) for turn in turns for image in turn)
+    images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+    reader = Reader()
     for location in chosen:
-        with Image.open(io.BytesIO(reader.read(location).data)) as opened:
-            images.append(np.asarray(ImageOps.exif_transpose(opened).convert("RGB")))
+        try:
+            images.append(decode_rgb(reader.read(location), background))
+        except OSError:  # named where it was left out of the scores
+            continue
+        if len(images) == NUM_PHOTOGRAPHS:
+            break
     return images

@@ -352,7 +352,9 @@ def _index(data: DataSpec) -> ImageIndex:
                 f"data.index = {index_folder}: is of other sources ({held})",
                 fix="Name another folder, or remove this one so that it is made again.",
             )
-        return index
+        if index.decoders is not None:
+            return index
+        # of version 0.1.0: made again, since some of its sizes are not those that Pillow shows
     listers = {path: _lister_of(source) for path, source in zip(paths, data.sources, strict=True)}
     index = build_index(
         paths,

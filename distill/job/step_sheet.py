@@ -1,18 +1,18 @@
 """``distill data show``: the images of one step, through the loader and the mask sampler that training uses."""
 
-import io
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from numpy.typing import NDArray
 
 from distill.data.contact_sheet import render_contact_sheet, rows_of
+from distill.data.decode import UndecodableError, decode_rgb
 from distill.data.mask_counts import mask_counts
 from distill.data.masks import draw_masks
 from distill.errors import RecipeError
 from distill.job.prepare import training_index
-from distill.job.to_data import build_feed, build_loader
+from distill.job.to_data import build_feed, build_loader, decoding_of
 from distill.plan.crop_sizes import crop_schedule
 from distill.plan.from_recipe import shape_of_recipe
 from distill.plan.teacher_source import teacher_shape
@@ -58,10 +58,7 @@ def render_step(
     feeds[0].start(step)
     prepared = feeds[0].take()
     assert prepared is not None, "a step with images"
-    images = []
-    for encoded in prepared.encoded:
-        with Image.open(io.BytesIO(encoded.data)) as file:
-            images.append(ImageOps.exif_transpose(file).convert("RGB"))
+    images = [_picture(e, hw, recipe) for e, hw in zip(prepared.encoded, prepared.hw, strict=True)]
     loader = build_loader(recipe, feeds[1], crops, count, torch.device("cpu"))
     batch = loader.fetch(step)
     loader.close()
@@ -79,6 +76,16 @@ def render_step(
         seed=recipe.seed, step=step, counts=counts, positions=positions, grid_hw=grid_hw
     )
     return render_contact_sheet(rows_of(images, prepared.parameters), batch, masks, grid_hw, out)
+
+
+def _picture(
+    encoded: NDArray[np.uint8], hw: NDArray[np.int32], recipe: FamilyRecipe | TeacherRecipe
+) -> NDArray[np.uint8]:
+    """The image as training sees it; black where only its header is good, since the loader replaces it."""
+    try:
+        return decode_rgb(encoded, decoding_of(recipe.data).background)
+    except UndecodableError:
+        return np.zeros((*hw.tolist(), 3), np.uint8)
 
 
 def _stage_named(recipe: FamilyRecipe | TeacherRecipe, name: str) -> StageSpec:

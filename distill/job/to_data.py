@@ -7,6 +7,7 @@ import torch
 
 from distill.data.bad_samples import BadSamples
 from distill.data.crops import CropSchedule
+from distill.data.decode import Decoding, background_of
 from distill.data.feed import Feed
 from distill.data.index import ImageIndex
 from distill.data.loader import Loader, refused_gpu
@@ -32,6 +33,11 @@ def pools_of(data: DataSpec, index: ImageIndex) -> list[Pool]:
         )
         for source, images in zip(data.sources, index.bounds, strict=True)
     ]
+
+
+def decoding_of(data: DataSpec) -> Decoding:
+    """How a recipe's images are drawn, in training as in scores and pictures."""
+    return Decoding(data.max_megapixels, background_of(data.background, data.mean))
 
 
 def batch_sizes(recipe: Recipe) -> BatchSizes:
@@ -60,7 +66,7 @@ def build_feed(
         BadSamples(names, data.max_bad_fraction),
         positions=positions,
         stop_step=stop_step,
-        max_megapixels=data.max_megapixels,
+        decoding=decoding_of(data),
     )
 
 

@@ -1,5 +1,6 @@
 """Keys that say what the networks see: images, crops, masks."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Strict
@@ -13,6 +14,21 @@ from distill.recipe.types import (
     size_mapping,
     source_mapping,
 )
+
+
+def _colour(value: object) -> object:
+    """Writes ``#rrggbb`` out as three integers; ``mean`` and ``stored`` stay."""
+    if isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value):
+        return tuple(bytes.fromhex(value[1:]))
+    parts = list(value) if isinstance(value, list | tuple) else []
+    is_colour = len(parts) == 3 and all(type(part) is int and 0 <= part <= 255 for part in parts)
+    if is_colour or value in ("mean", "stored"):
+        return value
+    allowed = "mean, stored, '#rrggbb' in quotes, or [red, green, blue] from 0 to 255"
+    raise ValueError(f"{value!r}: write {allowed}")
+
+
+Rgb = Annotated[tuple[int, int, int], Strict(False)]
 
 
 class GlobalCropsSpec(Section):
@@ -231,6 +247,18 @@ class DataSpec(Section):
         description=(
             "Standard deviation per RGB channel, 0 to 1, that pixels are divided by. The default "
             "is ImageNet's."
+        ),
+    )
+    background: Annotated[
+        Literal["mean", "stored"] | Rgb,
+        BeforeValidator(_colour, json_schema_input_type=Literal["mean", "stored"] | str | Rgb),
+    ] = science(
+        "mean",
+        since=2,
+        description=(
+            "What transparent pixels are laid on: a colour as `[red, green, blue]` from 0 to 255 or "
+            "`'#rrggbb'`, `mean` for `data.mean`, or `stored`: the colours hidden below them, often "
+            "black. The default is 0 after normalisation."
         ),
     )
     decode: Literal["cpu", "gpu"] = science(

@@ -20,6 +20,7 @@ from PIL import Image
 
 from distill.data.bad_samples import BadSamples
 from distill.data.crops import CropSchedule, CropSpec
+from distill.data.decode import Decoding
 from distill.data.feed import Feed
 from distill.data.index import ImageIndex, build_index
 from distill.data.loader import Loader
@@ -76,7 +77,7 @@ def read_epoch(scratch: Path, count: int, broken: float) -> bool:
         BadSamples(names, 1.0),
         positions=lambda _: range(BATCH),
         stop_step=num_steps,
-        max_megapixels=64.0,
+        decoding=Decoding(64.0, None),
     )
     cpu = torch.device("cpu")
     loader = Loader(feed, crops, max_images=BATCH, num_threads=1, device=cpu)

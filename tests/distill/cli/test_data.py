@@ -47,6 +47,31 @@ def test_check__tells_what_is_there_and_what_is_broken(distill: Run, tmp_path: P
     assert result.code == 2 and "no such file or folder" in result.err
 
 
+def test_check__counts_pictures_that_are_perhaps_not_meant(distill: Run, tmp_path: Path) -> None:
+    folder = images(tmp_path / "images")
+    clear = np.zeros((48, 64, 4), np.uint8)
+    clear[:24, :, 3] = 255
+    Image.fromarray(clear).save(folder / "clear.png")
+    Image.new("RGB", (64, 48), (90, 80, 200)).save(folder / "flat.png")
+    Image.fromarray(picture(1, 20, 200)).save(folder / "small.png")
+    camera = np.asarray(Image.fromarray(picture(2)).convert("L")).astype(np.uint16) * 16
+    Image.fromarray(camera).save(folder / "camera.png")  # 12 bits in 16
+    result = distill("data", "check", str(folder), "--json")
+    (dataset,) = json.loads(result.out)
+    found = {
+        name: (remark["count"], Path(remark["example"]).name)
+        for name, remark in dataset["remarkable"].items()
+    }
+    assert result.code == 0 and found == {
+        "transparent": (1, "clear.png"),
+        "nearly one colour": (1, "flat.png"),
+        "very small": (1, "small.png"),
+        "very dark": (1, "camera.png"),
+    }
+    shown = distill("data", "check", str(folder)).out
+    assert all(name in shown for name in ("very dark", "camera.png", "transparent"))
+
+
 def test_pack__then_train_on_it(distill: Run, tmp_path: Path) -> None:
     folder = images(tmp_path / "images")
     result = distill("data", "pack", str(folder), str(tmp_path / "packed"))

@@ -8,8 +8,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from distill.data.bad_images import examine, find_fault, to_bitmap
+from distill.data.bad_images import Header, examine, find_fault
 from distill.data.crops import CropParameters, CropSpec, source_outputs
+from distill.data.decode import to_bitmap
+from distill.data.headers import Decoder
 from distill.data.pipeline import build_pipeline
 from tests.support.pictures import NEUTRAL, picture
 
@@ -56,7 +58,10 @@ def test_graph__reads_every_format_upright_in_rgb(name: str) -> None:
     encoded = FORMATS[name]
     expected = as_pillow_sees_it(encoded)
     height, width, _ = expected.shape
-    assert examine(encoded, 64.0, is_full=False) == (height, width)
+    header = examine(encoded, 64.0, is_full=False)
+    assert isinstance(header, Header) and header.hw == (height, width)
+    if header.decoder is Decoder.PILLOW:
+        encoded = to_bitmap(encoded, None)
     side = min(height, width)
     spec = CropSpec(side, (1.0, 1.0), 0, 8, (1.0, 1.0), None, 0.0, (0.1, 2.0))
     window = [[[0.0, 0.0, side, side]] * 2]
@@ -92,11 +97,12 @@ def test_examine__tells_what_is_wrong_in_one_line(name: str) -> None:
 
 
 def test_find_fault__an_image_that_changed_its_size() -> None:
-    assert find_fault(FORMATS["turned"], (64, 48), 64.0) is None
-    assert "is 48 x 64 px now" in str(find_fault(FORMATS["turned"], (48, 64), 64.0))
+    header = examine(FORMATS["turned"], 64.0, is_full=False)
+    assert find_fault(header, (64, 48)) is None
+    assert "is 48 x 64 px now" in str(find_fault(header, (48, 64)))
 
 
 def test_redraw__is_upright_and_the_same() -> None:
     for name in ("turned webp", "png", "palette"):
         expected = as_pillow_sees_it(FORMATS[name])
-        assert np.array_equal(as_pillow_sees_it(to_bitmap(FORMATS[name])), expected)
+        assert np.array_equal(as_pillow_sees_it(to_bitmap(FORMATS[name], None)), expected)

@@ -17,6 +17,7 @@ from distill.cli import doctor
 from distill.data import pipeline as graph
 from distill.data.bad_samples import BadSamples
 from distill.data.crops import CropSchedule, CropSpec
+from distill.data.decode import Decoding
 from distill.data.feed import Feed
 from distill.data.index import build_index
 from distill.data.loader import Loader
@@ -65,7 +66,9 @@ def test_find_refused__asks_the_decoder_of_the_cpu() -> None:
     good, truncated = (
         np.frombuffer(encoded, np.uint8) for encoded in (_jpeg(), b"\xff\xd8\xff\xe0" + bytes(64))
     )
-    assert find_refused([good, truncated, good]) == [1]
+    with Image.open(io.BytesIO(good.data)) as file:
+        hw = file.height, file.width
+    assert find_refused([(good, hw), (truncated, hw), (good, (hw[0], 1))]) == [1, 2]
 
 
 def loader(folder: Path, device: torch.device, decode: Literal["cpu", "gpu"] = "cpu") -> Loader:
@@ -75,7 +78,7 @@ def loader(folder: Path, device: torch.device, decode: Literal["cpu", "gpu"] = "
         Image.fromarray(picture(i, 80 + i, 96)).save(folder / f"{i}.jpg", quality=90)
     index, crops = build_index([folder], max_bad_fraction=0.0), CropSchedule.one(SPEC)
     sampler, bad = Sampler([Pool(0, len(index))], 5, [(0, 6)]), BadSamples(None, 1.0)
-    settings: dict[str, Any] = {"stop_step": 100, "max_megapixels": 64.0}
+    settings: dict[str, Any] = {"stop_step": 100, "decoding": Decoding(64.0, None)}
     feed = Feed(index, crops, sampler, bad, positions=lambda _: range(4), **settings)
     return Loader(feed, crops, max_images=4, num_threads=2, device=device, decode=decode)
 

@@ -2,12 +2,16 @@ import json
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from distill.data import index as index_module
+from distill.data.headers import Decoder
 from distill.data.index import ImageIndex, build_index, make_index
+from distill.data.pack import pack
 from distill.data.photographs import NAMES, write_tiles
 from distill.errors import DataError
 from distill.listing.locations import Location
@@ -195,3 +199,43 @@ def test_write_tiles__about_1500_in_a_checkerboard_written_once(tmp_path: Path) 
     before = (train / "retina" / "r00c00.png").stat().st_mtime_ns
     write_tiles(tmp_path / "tiles")
     assert (train / "retina" / "r00c00.png").stat().st_mtime_ns == before
+
+
+def odd_and_plain(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    Image.new("RGBA", (20, 10)).save(folder / "clear.png")
+    Image.new("RGB", (20, 10)).save(folder / "plain.png")
+
+
+def test_build_index__says_who_draws_each_image(tmp_path: Path) -> None:
+    odd_and_plain(tmp_path / "images")
+    index = build_index([tmp_path / "images"], max_bad_fraction=0.0)
+    index.save(tmp_path / "index")
+    for each in (index, ImageIndex.load(tmp_path / "index")):
+        assert [each.decoder(image) for image in range(2)] == [Decoder.PILLOW, Decoder.DALI]
+    assert index.subset(np.array([1])).decoder(0) is Decoder.DALI
+
+
+def test_load__an_index_of_before_leaves_it_undecided(tmp_path: Path) -> None:
+    odd_and_plain(tmp_path / "images")
+    build_index([tmp_path / "images"], max_bad_fraction=0.0).save(tmp_path / "index")
+    (tmp_path / "index" / "decoders.npy").unlink()
+    index = ImageIndex.load(tmp_path / "index")
+    assert index.decoder(0) is index.subset(np.array([1])).decoder(0) is Decoder.UNDECIDED
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+def test_build_index__packed_sources_bring_it_or_are_looked_at_again(
+    is_old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd_and_plain(tmp_path / "images")
+    settings: Any = {"images_per_shard": 10, "max_megapixels": 1.0, "progress": lambda *_: None}
+    pack([tmp_path / "images"], tmp_path / "packed", **settings)
+    read: list[str] = []
+    plain = index_module.measure
+    monkeypatch.setattr(index_module, "measure", lambda *a: (read.append("x"), plain(*a))[1])
+    if is_old:  # packed by version 0.1.0
+        (tmp_path / "packed" / "index" / "decoders.npy").unlink()
+    index = build_index([tmp_path / "packed"], max_bad_fraction=0.0)
+    assert [index.decoder(image) for image in range(2)] == [Decoder.PILLOW, Decoder.DALI]
+    assert len(read) == (2 if is_old else 0)

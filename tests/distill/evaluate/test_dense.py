@@ -66,8 +66,8 @@ def test_dense_probe__scores_a_network_that_sees_colours(split: Scored) -> None:
     spec = ViTSpec(width=32, depth=1, heads=2, ffn_width=32, patch=STRIDE, layerscale_init=1e-5)
     vit = spec.build()
     spec.init_(vit, torch.Generator().manual_seed(0))
-    probe = DenseProbe((split, split), SIZE, STRIDE)
     preparation = Preparation(SIZE, (0.5,) * 3, (0.25,) * 3)
+    probe = DenseProbe((split, split), preparation, STRIDE)
     score, patches = probe.score(vit.eval(), preparation)
     assert score > 0.5
     assert drift(patches, patches) == pytest.approx(0.0, abs=1e-10)

@@ -16,7 +16,7 @@ from distill.data.sources import Found
 from distill.errors import RecipeError
 from distill.job.recipe_hash import recipe_hash
 from distill.job.resolved_yaml import resolved_yaml
-from distill.job.to_data import pools_of
+from distill.job.to_data import decoding_of, pools_of
 from distill.recipe.document import builtin_recipes, find_recipe
 from distill.recipe.extension_keys import Unread
 from distill.recipe.keys import CheckpointSpec, FamilyRecipe, TeacherRecipe
@@ -925,3 +925,29 @@ def test_sources__become_pools_of_the_sampler(tmp_path: Path) -> None:
         Pool(2, 5, 0.1, True, usual),
     ]
     assert recipe_hash(plain) != recipe_hash(mixed)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("mean", (124, 116, 104)),  # of data.mean
+        ("stored", None),
+        ("[255, 0, 10]", (255, 0, 10)),
+        ("'#Ff000a'", (255, 0, 10)),
+    ],
+)
+def test_background__a_colour_the_mean_or_as_stored(
+    written: str, expected: tuple[int, int, int] | None, tmp_path: Path
+) -> None:
+    path = write(tmp_path, FAMILY)
+    plain, other = load_recipe(path), load_recipe(path, [f"data.background={written}"])
+    assert decoding_of(other.data).background == expected
+    assert (recipe_hash(plain) == recipe_hash(other)) == (written == "mean")
+
+
+@pytest.mark.parametrize(
+    "written", ["white", "[1, 2]", "[0.5, 0.5, 0.5]", "[0, 0, 256]", "#ffffff"]
+)
+def test_background__what_is_none_of_them(written: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"write mean, stored, '#rrggbb' in quotes, or \[red, gr"):
+        load_recipe(write(tmp_path, FAMILY), [f"data.background={written}"])
