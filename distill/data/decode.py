@@ -10,6 +10,7 @@ are decoded here and handed to it as a bitmap.
 """
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,8 @@ from jaxtyping import UInt8
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
+# about metadata, without the file's name; orientation is all that is read of it
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 Rgb = tuple[int, int, int]
 ORIENTATION = 0x0112  # of EXIF
 TURNS = {
