@@ -19,6 +19,8 @@ from distill.data.locations import Location, Reader
 MAX_MEGAPIXELS = 64.0
 MAX_ASPECT = 1000  # longer side over shorter; more is a line, and a crop of it holds no information
 FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB"})  # MPO: a JPEG with more behind it
+# by the first bytes: Pillow tries its parsers one after the other otherwise, which takes a fifth of the time
+KINDS = {b"\xff\xd8\xff": ("JPEG",), b"\x89PN": ("PNG",)}
 JPEG_END, PNG_END = b"\xff\xd9", b"IEND"
 TAIL = 4096  # bytes in which the end of an image must lie; some writers append to it
 
@@ -57,7 +59,8 @@ def examine(encoded: NDArray[np.uint8], max_megapixels: float, *, is_full: bool)
     if not len(encoded):
         return "empty file"
     try:
-        with Image.open(io.BytesIO(encoded.data)) as image:
+        kinds = KINDS.get(encoded[:3].tobytes())
+        with Image.open(io.BytesIO(encoded.data), formats=kinds) as image:
             width, height = image.size
             fault = _header_fault(image, width, height, max_megapixels)
             if fault:

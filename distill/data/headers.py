@@ -40,6 +40,9 @@ EXIF_BYTES = {
 TEXTS = dict.fromkeys((0x10E, 0x10F, 0x110, 0x131, 0x132, 0x8298), 2)
 FRACTIONS = {0x11A: 1, 0x11B: 1, 0x13E: 2, 0x13F: 6, 0x211: 3, 0x214: 6}
 TYPE_READ, COUNT_READ = TEXTS | dict.fromkeys(FRACTIONS, 5), FRACTIONS
+SEGMENT = struct.Struct(">BBH")  # of a JPEG: 255, marker, length
+# tables, restarts, comments, and what applications add but EXIF, XMP, JFIF and Adobe's
+PASSED_OVER = frozenset({0xC4, 0xDB, 0xDD, 0xFE, 0xEF, *range(0xE2, 0xEE)})
 SAMPLINGS = frozenset({0x11, 0x21, 0x22})  # of Y, over chroma of 1 x 1
 PNG_DEPTHS = {0: (1, 2, 4, 8), 2: (8, 16), 3: (1, 2, 4, 8)}  # by colour type
 PNG_ODD = frozenset({b"tRNS", b"acTL", b"fcTL", b"fdAT", b"eXIf"})
@@ -87,13 +90,15 @@ def _jpeg(data: memoryview) -> int:
     has_jfif = has_exif = has_xmp = False
     transform = 1
     while True:
-        mark, marker, length = struct.unpack_from(">BBH", data, position)
+        mark, marker, length = SEGMENT.unpack_from(data, position)
         start, end = position + 4, position + 2 + length
         if mark != 0xFF or length < 2:
             return UNCLEAR
-        if marker == 0xDA:
+        if marker in PASSED_OVER:
+            pass
+        elif marker == 0xDA:
             break
-        if marker in (0xC0, 0xC2) and not frame:
+        elif marker in (0xC0, 0xC2) and not frame:
             frame = bytes(data[start:end])
         elif marker == 0xE0:
             has_jfif = has_jfif or bytes(data[start : start + 5]) == b"JFIF\0"
@@ -106,7 +111,7 @@ def _jpeg(data: memoryview) -> int:
             has_xmp = has_xmp or (is_xmp and b"tiff:Orientation" in bytes(data[start:end]))
         elif marker == 0xEE and bytes(data[start : start + 5]) == b"Adobe":
             transform = data[start + 11]
-        elif not (marker in (0xC4, 0xDB, 0xDD, 0xFE) or 0xE2 <= marker <= 0xEF):
+        elif marker != 0xEE:
             return UNCLEAR
         position = end
     if transform != 1 or not _is_plain_frame(frame, has_jfif):
