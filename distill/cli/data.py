@@ -13,6 +13,7 @@ from distill.cli.options import (
     AllowCodeOption,
     DebugOption,
     JsonOption,
+    OverridesArgument,
     allow_code,
     require_there,
     say,
@@ -126,6 +127,7 @@ def pack(
         raise typer.BadParameter("give the sources and then the folder to write")
     *sources, out = words
     passed = PassedOver()
+    require_there(sources)
     with _Bar("packing") as bar:
         counts = write(
             sources,
@@ -147,7 +149,7 @@ def pack(
 @data_app.command("show")
 def show(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+    overrides: OverridesArgument = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="The picture.")] = Path("sheet.png"),
     step: Annotated[int, typer.Option("--step", min=0)] = 0,
     images: Annotated[int, typer.Option("--images", min=1, max=64)] = 6,

@@ -250,6 +250,8 @@ WORDS = [
     ("export pictures --to hf", "pictures: not a run folder", "Fix: Give a folder such as"),
     ("data check nowhere", "nowhere: no such file or folder", "Fix: Give folders with images"),
     ("data pack pictures", "give the sources and then the folder", "data pack --help has more"),
+    ("data pack nowhere out", "nowhere: no such file or folder", "Fix: Give folders with images"),
+    ("data show r.yaml schedule.batch 16", "write schedule.batch=16, with =", "Fix: "),
     ("plan r.yaml --device gpu", "--device gpu: not known", "Fix: Choose one of"),
     ("explain schedule.lr.paek", "did you mean 'schedule.lr.peak'?", "Fix: "),
 ]  # fmt: skip

@@ -1,5 +1,6 @@
 """A refused resume names what changed: keys with both values, images with their number."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -107,3 +108,5 @@ def test_prepare__says_how_the_images_changed(
 
 def test_prepare__goes_on_where_nothing_changed(saved: Path) -> None:
     start(saved, "checkpoint.every=7")
+    plan = json.loads((saved / "run" / "plan.json").read_text())
+    assert plan["device"] == "this CPU" and plan["images_per_s"] < 10_000
