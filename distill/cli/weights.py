@@ -1,5 +1,6 @@
 """``distill weights``: look into files of weights, convert them, learn the heads that released teachers lack."""
 
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,7 @@ weights_app = typer.Typer(
     no_args_is_help=True,
 )
 
+MOST_ENTRIES = 100_000  # of a folder that are looked at to name what it is
 WEIGHT_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".npz", ".h5", ".msgpack"}
 OTHER_KINDS = {
     **dict.fromkeys(
@@ -97,11 +99,16 @@ def refuse_other_kinds(path: Path) -> None:
         )
     from distill.listing.sources import SUFFIXES
 
-    pictures = [each for each in path.rglob("*") if each.suffix.lower() in SUFFIXES]
+    entries = list(islice(path.rglob("*"), MOST_ENTRIES))
+    pictures = [each for each in entries if each.suffix.lower() in SUFFIXES]
+    more = " or more" if len(entries) == MOST_ENTRIES else ""
     if path.is_dir() and pictures:
-        text, fix = f"a folder of {len(pictures):,} pictures", f"Use distill data check {path}."
+        text, fix = (
+            f"a folder of {len(pictures):,}{more} pictures",
+            f"Use distill data check {path}.",
+        )
     elif path.is_dir():
-        below = next((each.parent for each in path.rglob("*.safetensors")), None)
+        below = next((e.parent for e in entries if e.suffix == ".safetensors"), None)
         text = "a folder without weights" if names else "an empty folder"
         fix = f"Did you mean {below}?" if below else "Give one with model.safetensors, or a file."
     else:
