@@ -15,13 +15,12 @@ ORDER = (
     "distill.cli",
     "distill.launch",
     "distill.bench",
-    "distill.evaluate",
+    "distill.results",
     "distill.screen",
     "distill.job",
     "distill.train",
     "distill.engine",
     "distill.plan",
-    "distill.checkpoint",
     "distill.weights",
     "distill.recipe",
     "distill.data",
@@ -32,7 +31,7 @@ ORDER = (
     "distill.errors",
 )
 MOST_FLOORS = 10
-MOST_ROOMS = 19  # with teacher/, students/, recipes/ and tests/
+MOST_ROOMS = 18  # with teacher/, students/, recipes/ and tests/
 MOST_LINES_OF_A_PACKAGE = 3000
 MOST_LINES_OF_A_MODULE = 400
 MOST_LINES_OF_A_FUNCTION = 60
@@ -48,7 +47,7 @@ SETS_FROM_OUTSIDE = {
     "distill/screen/tables.py": "tables of rich",
     "distill/train/device.py": "switches of torch",
     "distill/train/faults.py": "a plain record of the same module",
-    "distill/weights/onnx.py": "a graph of onnx",
+    "distill/results/onnx.py": "a graph of onnx",
     "teacher/heads.py": "the context of an autograd function",
     "teacher/losses.py": "the context of an autograd function",
 }
@@ -58,7 +57,7 @@ WRITES_PLAINLY = {
     "distill/data/index.py": "inside a folder that gets its name when it is synced",
     "distill/data/photographs.py": "inside a folder that gets its name when it is synced",
     "distill/weights/convert.py": "inside a folder that gets its name when it is synced",
-    "distill/weights/export.py": "inside a folder that gets its name when it is synced",
+    "distill/results/export.py": "inside a folder that gets its name when it is synced",
 }
 FILES = [
     path

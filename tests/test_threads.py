@@ -20,11 +20,11 @@ ROOT = Path(__file__).parents[1]
 STARTERS = {"Thread", "ThreadPoolExecutor", "Timer"}
 # Files whose threads only read, write, decode, draw or watch: no tensor of a device is in their reach
 HOST_ONLY = {
-    "distill/checkpoint/saver.py",  # tensors are in host memory before it is started
+    "distill/runfolder/saver.py",  # tensors are in host memory before it is started
     "distill/data/dataset_report.py",
     "distill/data/feed.py",
     "distill/data/index.py",
-    "distill/evaluate/images.py",
+    "distill/results/images.py",
     "distill/launch/local.py",
     "distill/launch/process.py",
     "distill/runfolder/heartbeat.py",

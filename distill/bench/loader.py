@@ -20,8 +20,9 @@ import torch
 from PIL import Image, ImageFilter
 
 from distill.bench.pillow_reference import Blur, cut
+from distill.data.build_index import build_index
 from distill.data.crops import CropSchedule
-from distill.data.index import ImageIndex, build_index
+from distill.data.index import ImageIndex
 from distill.job.to_data import build_feed, build_loader
 from distill.plan.crop_sizes import crop_schedule
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe

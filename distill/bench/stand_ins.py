@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.checkpoint.saver import CheckpointPolicy, Saveable, Saver
 from distill.data.crops import NUM_GLOBAL
 from distill.errors import CheckpointError
 from distill.plan.plan import Placement
 from distill.recipe.keys import FamilyRecipe
+from distill.runfolder.saver import CheckpointPolicy, Saveable, Saver
 from distill.runfolder.status import RunState
 from distill.train.phase import Decision, Phase
 from distill.train.schedule import StepNumbers

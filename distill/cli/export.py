@@ -27,8 +27,8 @@ from distill.runfolder.parked import read_parked
 
 if TYPE_CHECKING:
     from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+    from distill.results.export import Exported
     from distill.weights.card import Inputs
-    from distill.weights.export import Exported
 
 
 class WeightLayout(StrEnum):
@@ -81,8 +81,8 @@ def export(
     from distill.job.origin import background_of
     from distill.job.stored_recipes import read_recipes
     from distill.recipe.extensions import ExtensionKind, find
-    from distill.weights.export import export_network
-    from distill.weights.exporter import Exporter
+    from distill.results.export import export_network
+    from distill.results.exporter import Exporter
 
     exporter: Exporter = find(ExtensionKind.EXPORTER, to, "--to")
     folders = _chosen(run, student or [])

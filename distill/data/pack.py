@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from distill.data.bad_images import examine, name_format
-from distill.data.index import INDEX_FOLDER, build_index
+from distill.data.build_index import build_index
+from distill.data.index import INDEX_FOLDER
 from distill.errors import DataError
 from distill.listing.locations import Reader
 from distill.listing.passed_over import PassedOver

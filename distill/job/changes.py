@@ -6,12 +6,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoint.manifest import ChangedError
 from distill.data.index import ImageIndex
 from distill.errors import UserError
 from distill.job.stored_recipes import Recipes, read_recipes
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.types import Section, facts_of
+from distill.runfolder.manifest import ChangedError
 
 SHOWN = 3  # names of images that a line gives
 MOST_NAMES = 5_000_000  # beyond, only numbers of images are compared

@@ -10,14 +10,14 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoint.manifest import ChangedError, TeacherFacts, find_latest
-from distill.data.index import ImageIndex, build_index, source_name
+from distill.data.build_index import build_index, source_name
+from distill.data.index import ImageIndex
 from distill.data.photographs import photograph_paths, write_tiles
 from distill.data.split import split, why_nothing_is_held_out
 from distill.errors import CheckpointError, DataError
@@ -46,6 +46,7 @@ from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.runfolder.files import make_folder, remove
+from distill.runfolder.manifest import ChangedError, TeacherFacts, find_latest
 from distill.runfolder.status import write_json
 
 CHECKPOINTS = "checkpoints"  # in a run folder
@@ -218,9 +219,9 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
         resumed = find_latest(run_folder / CHECKPOINTS, job.hash, lambda _: None)  # the run reports
         joining_steps(job.recipe, job.networks, resumed)
     except ChangedError as error:
-        indices = {"train": train, "held_out": held_out}
-        indices |= {} if teacher_train is train else {"teacher": teacher_train}
-        raise with_changes(error, run_folder, (recipe, teacher_recipe), indices) from error
+        parts = {"train": train, "held_out": held_out}
+        parts |= {} if teacher_train is train else {"teacher": teacher_train}
+        raise with_changes(error, run_folder, (recipe, teacher_recipe), parts) from error
     checksums = read_checksums(run_folder)
     job = replace(job, teacher=_teacher_facts(job, checksums))
     refuse_another_teacher(job.teacher, resumed)
@@ -228,19 +229,11 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
         say(line)
     stored: dict[str, Any] = {"request": asdict(request), "data_fingerprint": fingerprint}
     make_folder(run_folder.resolve())  # a link may lead to a folder that is not there yet
-    if not (
-        run_folder / "job.json"
-    ).exists():  # first: a start that is killed here leaves a folder of ours
-        write_json(
-            run_folder / "job.json", {**stored, "request": asdict(replace(request, launch=""))}
-        )
-    make_folder(run_folder.resolve() / "data")
-    for name, index in (("train", train), ("teacher", teacher_train), ("held_out", held_out)):
-        if index is not None:
-            index.save(run_folder / "data" / name)
-        elif (run_folder / "data" / name).exists():  # of a start with other images
-            remove(run_folder / "data" / name)
-    write_json(run_folder / "data" / IMAGES, facts)
+    marker = run_folder / "job.json"
+    if not marker.exists():  # first: a start that is killed from here on leaves a folder of ours
+        write_json(marker, {**stored, "request": asdict(replace(request, launch=""))})
+    indices = {"train": train, "teacher": teacher_train, "held_out": held_out}
+    _write_images(run_folder.resolve() / "data", indices, facts)
     (run_folder / "failure.json").unlink(missing_ok=True)
     if resumed is None:  # what an earlier start left before its first checkpoint
         for name in ("status.json", "timing.json"):
@@ -253,8 +246,21 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     store_licences(run_folder, licences)
     if job.teacher is not None:
         stored["teacher"] = job.teacher.model_dump()
-    write_json(run_folder / "job.json", stored)
+    write_json(marker, stored)
     return job
+
+
+def _write_images(
+    folder: Path, indices: Mapping[str, ImageIndex | None], facts: Mapping[str, Any]
+) -> None:
+    """The indices of the run, and what its sources hold besides; an index of a start with other images goes."""
+    make_folder(folder)
+    for name, index in indices.items():
+        if index is not None:
+            index.save(folder / name)
+        elif (folder / name).exists():
+            remove(folder / name)
+    write_json(folder / IMAGES, facts)
 
 
 def _teacher_facts(job: Job, checksums: Checksums) -> TeacherFacts | None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from distill.checkpoint import manifest as checkpoint
-from distill.checkpoint.manifest import ChangedError, Manifest
 from distill.errors import CheckpointError
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe, TeacherRecipe
+from distill.runfolder import manifest as checkpoint
+from distill.runfolder.manifest import ChangedError, Manifest
 
 MAX_NAME_BYTES = 256  # of a checkpoint's folder
 Found = tuple[Path, Manifest]

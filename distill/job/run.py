@@ -19,8 +19,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from distill.checkpoint.manifest import NetworkFacts
-from distill.checkpoint.saver import CheckpointPolicy, Saver, restore, saved_anchor
 from distill.data.index import ImageIndex
 from distill.engine.engine import prepare_deepspeed
 from distill.job.agreement import require_agreement
@@ -53,9 +51,11 @@ from distill.recipe.keys import (
 from distill.runfolder.files import remove
 from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.licences import Licences, Terms, licences_in
+from distill.runfolder.manifest import NetworkFacts
 from distill.runfolder.metrics import MetricSinks, SinkFactory
 from distill.runfolder.parked import read_parked
 from distill.runfolder.requests import StopSaveRequests
+from distill.runfolder.saver import CheckpointPolicy, Saver, restore, saved_anchor
 from distill.runfolder.status import PhaseStatus, note_time, write_json
 from distill.train.device import take_device
 from distill.train.faults import FaultHandler

@@ -9,10 +9,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from distill.checkpoint.manifest import Manifest, TeacherFacts
 from distill.errors import CheckpointError
 from distill.plan.teacher_source import TRAINED_HEADS
 from distill.runfolder.files import read_back
+from distill.runfolder.manifest import Manifest, TeacherFacts
 
 CHECKSUMS = "teacher_checksums.json"  # in a run folder
 Checksums = dict[str, tuple[int, int, str]]  # of a path: bytes, time of change in ns, sha256

@@ -25,7 +25,7 @@ class ExtensionKind(StrEnum):
 
     LOSS = "losses"  # a factory: distill.recipe.keys.FamilyRecipe to teacher.losses.LossTerm
     SOURCE = "sources"  # distill.data.sources.Lister
-    EXPORTER = "exporters"  # distill.weights.exporter.Exporter
+    EXPORTER = "exporters"  # distill.results.exporter.Exporter
     LAUNCHER = "launchers"  # distill.launch.local.Launcher
     SINK = "sinks"  # distill.runfolder.metrics.SinkFactory
     KEYS = "keys"  # distill.recipe.types.Section
@@ -43,10 +43,10 @@ BUILTIN: Mapping[ExtensionKind, Mapping[str, str]] = {  # name -> "module:object
         "parquet": "distill.listing.sources:list_parquet",
     },
     ExtensionKind.EXPORTER: {
-        "hf": "distill.weights.to_hf:EXPORTER",
-        "timm": "distill.weights.to_timm:EXPORTER",
-        "meta": "distill.weights.to_meta:EXPORTER",
-        "onnx": "distill.weights.to_onnx:EXPORTER",
+        "hf": "distill.results.to_hf:EXPORTER",
+        "timm": "distill.results.to_timm:EXPORTER",
+        "meta": "distill.results.to_meta:EXPORTER",
+        "onnx": "distill.results.to_onnx:EXPORTER",
     },
     ExtensionKind.LAUNCHER: {
         "local": "distill.launch.local:run_locally",

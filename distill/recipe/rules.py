@@ -227,9 +227,8 @@ def _length_rules(parts: Parts, ends: Mapping[str, int | None]) -> Iterator[Prob
 def _source_of_teacher_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
     """Where the teacher comes from, and the pixels that it expects."""
     train, weights, heads = (parts.get(("teacher", key)) for key in ("train", "weights", "heads"))
-    if {("teacher", "train"), ("teacher", "weights")} <= parts.keys() and (train is None) == (
-        weights is None
-    ):
+    is_given = {("teacher", "train"), ("teacher", "weights")} <= parts.keys()
+    if is_given and (train is None) == (weights is None):
         yield ("teacher",), "give either 'train' (a teacher recipe) or 'weights' (a folder)"
     close = difflib.get_close_matches(str(heads).lower(), HEADS_MODES, n=1)
     if heads not in (None, *HEADS_MODES) and (train is not None or close):
@@ -240,10 +239,8 @@ def _source_of_teacher_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
     for key in ("mean", "std"):
         value, theirs = parts.get(("data", key)), teacher.get(("data", key))
         if value is not None and theirs is not None and list(value) != list(theirs):
-            yield (
-                ("data", key),
-                f"{list(value)} is not the teacher recipe's {list(theirs)}: use the same in both",
-            )
+            allowed = f"{list(theirs)}: use the same in both"
+            yield ("data", key), f"{list(value)} is not the teacher recipe's {allowed}"
 
 
 def _is_multiple(pixels: float, stride: int) -> bool:

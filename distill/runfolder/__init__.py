@@ -1,1 +1,1 @@
-"""Every file through which processes talk: status, metrics, heartbeats, requests, failures."""
+"""Every file of a run folder: status, metrics, heartbeats, requests, failures, checkpoints, licences."""

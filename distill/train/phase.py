@@ -11,9 +11,9 @@ from typing import Protocol, runtime_checkable
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.checkpoint.saver import Saveable
 from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Placement, Plan
+from distill.runfolder.saver import Saveable
 from distill.train.exchange import Exchange
 from distill.train.masking import DrawnMasks
 from distill.train.schedule import StepNumbers
@@ -208,7 +208,7 @@ class StepRecorder(Protocol):
 
 @runtime_checkable
 class StepSaver(Protocol):
-    """Writes checkpoints; ``distill.checkpoint.saver``."""
+    """Writes checkpoints; ``distill.runfolder.saver``."""
 
     def report(self) -> None:
         """Reports how a finished save ended."""

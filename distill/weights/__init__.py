@@ -1,1 +1,1 @@
-"""Files of weights in and out: layouts of other libraries, export, model cards."""
+"""Files of weights in and out: layouts of other libraries, what a file is, model cards."""

@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 from distill.data.bad_samples import BadSamples
+from distill.data.build_index import build_index
 from distill.data.crops import CropSchedule, CropSpec
 from distill.data.decode import Decoding
 from distill.data.feed import Feed
-from distill.data.index import ImageIndex, build_index
+from distill.data.index import ImageIndex
 from distill.data.loader import Loader
 from distill.data.locations import Kind
 from distill.data.sampler import Pool, Sampler

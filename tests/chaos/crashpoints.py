@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from distill.checkpoint.manifest import clean
+from distill.runfolder.manifest import clean
 from tests.chaos import saves
 
 BEFORE, DURING, AFTER = (10, 20), 30, 40

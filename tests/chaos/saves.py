@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.checkpoint.manifest import LATEST, Manifest, find_latest, read_manifest
-from distill.checkpoint.manifest import MANIFEST as MANIFEST_FILE
-from distill.checkpoint.saver import CheckpointPolicy, Saver
+from distill.runfolder.manifest import LATEST, Manifest, find_latest, read_manifest
+from distill.runfolder.manifest import MANIFEST as MANIFEST_FILE
+from distill.runfolder.saver import CheckpointPolicy, Saver
 from distill.runfolder.tensor_file import SUFFIX, read_tensors
 
 PHASE, HASH = "family", "hash"

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from distill.checkpoint.saver import CheckpointPolicy, Saver
+from distill.runfolder.saver import CheckpointPolicy, Saver
 from tests.chaos.saves import HASH, PHASE, Teller
 
 NUM_TENSORS = 600  # about what weights, two moments and the average of a ViT-S are

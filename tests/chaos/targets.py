@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from distill.checkpoint.manifest import MANIFEST, find_latest
+from distill.data.build_index import build_index
 from distill.data.dataset_report import take_report
-from distill.data.index import build_index
 from distill.job.resolved_yaml import resolved_yaml
 from distill.plan.job import check_job
 from distill.recipe.document import builtin_recipes
 from distill.recipe.reader import load_job
+from distill.runfolder.manifest import MANIFEST, find_latest
 from distill.runfolder.tensor_file import SUFFIX, read_tensors
 from distill.weights.convert import convert
 from distill.weights.heads import load_heads

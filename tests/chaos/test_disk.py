@@ -53,18 +53,18 @@ def test_crashpoints__a_save_that_syncs_nothing_is_found_out(
     def write_in_place(path: Path, text: str) -> None:
         write_file(path, [text.encode()])
 
-    monkeypatch.setattr("distill.checkpoint.manifest.replace_text", write_in_place)
+    monkeypatch.setattr("distill.runfolder.manifest.replace_text", write_in_place)
     monkeypatch.setattr(
-        "distill.checkpoint.manifest.rename", lambda source, target: source.rename(target)
+        "distill.runfolder.manifest.rename", lambda source, target: source.rename(target)
     )
-    monkeypatch.setattr("distill.checkpoint.manifest.sync_folder", lambda folder: None)
+    monkeypatch.setattr("distill.runfolder.manifest.sync_folder", lambda folder: None)
     assert crashpoints.run(["--count", "20"])
 
 
 def test_bitflips__a_manifest_that_nobody_checks_is_found_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("distill.checkpoint.manifest.find_damage", lambda folder, manifest: None)
+    monkeypatch.setattr("distill.runfolder.manifest.find_damage", lambda folder, manifest: None)
     assert bitflips.run(["--count", "10"])
 
 

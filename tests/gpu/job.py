@@ -63,9 +63,9 @@ def train(
     """Trains from the newest checkpoint of a folder, if any, to the end: the first step, and the students' averages."""
     from distill.bench.report import OURS
     from distill.bench.stand_ins import TimedSaver
-    from distill.checkpoint.saver import restore
     from distill.job.resume import agreed_checkpoint
     from distill.runfolder.heartbeat import Heartbeat
+    from distill.runfolder.saver import restore
     from distill.train.faults import FaultHandler
     from distill.train.groups import make_control
     from distill.train.loop import run_phase

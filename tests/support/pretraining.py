@@ -11,7 +11,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from distill.data.index import build_index
+from distill.data.build_index import build_index
 from distill.engine.engine import prepare_deepspeed
 from distill.job.build import RankContext
 from distill.job.pretraining import Pretraining

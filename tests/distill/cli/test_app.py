@@ -17,11 +17,11 @@ from distill.cli.app import main
 from distill.cli.doctor import Finding
 from distill.cli.recipe_copy import copy_recipe
 from distill.errors import DataError, SetupError
-from distill.evaluate import summary as finish
 from distill.job import prepare
 from distill.launch import local as launch
 from distill.launch.local import Options
 from distill.recipe.reader import load_job
+from distill.results import summary as finish
 from tests.support.command import Result, Run
 
 

@@ -12,8 +12,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from distill.cli import app as cli
+from distill.results import to_hf
 from distill.runfolder.parked import Parked, write_parked
-from distill.weights import to_hf
 from tests.support.exports import CONVNEXT, GATED, VIT, names, write_network
 
 RECIPES = Path(__file__).parents[3] / "recipes"

@@ -16,10 +16,10 @@ from torch import Tensor
 from distill.cli import doctor
 from distill.data import pipeline as graph
 from distill.data.bad_samples import BadSamples
+from distill.data.build_index import build_index
 from distill.data.crops import CropSchedule, CropSpec
 from distill.data.decode import Decoding
 from distill.data.feed import Feed
-from distill.data.index import build_index
 from distill.data.loader import Loader
 from distill.data.pipeline import build_pipeline, find_refused
 from distill.data.sampler import Pool, Sampler

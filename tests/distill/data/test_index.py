@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.data import index as index_module
+from distill.data import build_index as index_module
+from distill.data.build_index import build_index
 from distill.data.headers import Decoder
-from distill.data.index import ImageIndex, build_index, make_index
+from distill.data.index import ImageIndex, make_index
 from distill.data.pack import pack
 from distill.data.photographs import NAMES, write_tiles
 from distill.errors import DataError

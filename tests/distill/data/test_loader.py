@@ -15,6 +15,7 @@ from PIL import Image, ImageFilter
 
 from distill.bench.pillow_reference import Blur, cut
 from distill.data.bad_samples import BadSamples, count_bad
+from distill.data.build_index import build_index
 from distill.data.crops import (
     CropParameters,
     CropSchedule,
@@ -25,7 +26,7 @@ from distill.data.crops import (
 from distill.data.decode import Decoding, decode_rgb
 from distill.data.feed import Feed
 from distill.data.headers import Decoder
-from distill.data.index import ImageIndex, build_index
+from distill.data.index import ImageIndex
 from distill.data.loader import Loader
 from distill.data.pipeline import build_pipeline
 from distill.data.sampler import Pool, Sampler

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from distill.data.index import ImageIndex, build_index
+from distill.data.build_index import build_index
+from distill.data.index import ImageIndex
 from distill.data.pack import pack
 from distill.data.split import split, why_nothing_is_held_out
 from tests.support.pictures import picture

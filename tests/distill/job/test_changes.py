@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from distill.checkpoint import manifest as checkpoint
-from distill.checkpoint.manifest import FORMAT_VERSION, ChangedError, Manifest, NetworkFacts
 from distill.job.prepare import CHECKPOINTS, Job, JobRequest, prepare
+from distill.runfolder import manifest as checkpoint
+from distill.runfolder.manifest import FORMAT_VERSION, ChangedError, Manifest, NetworkFacts
 from tests.support.jobs import FAMILY, TEACHER, write_images
 
 Change = Callable[[Path], object]

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.data.build_index import build_index
 from distill.data.depth import draw_active
-from distill.data.index import build_index
 from distill.data.mask_counts import mask_counts
 from distill.data.masks import draw_masks
 from distill.job.pretraining import lr_factors

@@ -2,13 +2,13 @@ from pathlib import Path
 
 import pytest
 
-from distill.checkpoint.manifest import FORMAT_VERSION, Manifest, NetworkFacts
 from distill.errors import CheckpointError
 from distill.job.recipe_hash import recipe_hash
 from distill.job.resume import describe_changes, joining_steps
 from distill.recipe.document import builtin_recipes
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_recipe
+from distill.runfolder.manifest import FORMAT_VERSION, Manifest, NetworkFacts
 
 LOADED = load_recipe(builtin_recipes()["family_vit"])
 assert isinstance(LOADED, FamilyRecipe)

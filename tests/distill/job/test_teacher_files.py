@@ -8,15 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.checkpoint.manifest import (
-    FORMAT_VERSION,
-    MANIFEST,
-    Manifest,
-    TeacherFacts,
-    commit,
-    read_manifest,
-    staging_folder,
-)
 from distill.errors import CheckpointError
 from distill.job import teacher_files
 from distill.job.prepare import CHECKPOINTS, Job, JobRequest, prepare, read_job
@@ -27,6 +18,15 @@ from distill.job.teacher_files import (
     teacher_facts,
 )
 from distill.runfolder.files import make_folder
+from distill.runfolder.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Manifest,
+    TeacherFacts,
+    commit,
+    read_manifest,
+    staging_folder,
+)
 from distill.weights.save import ExportFacts, write_backbone
 from teacher.shapes import ViTSpec
 from tests.support.jobs import write_images

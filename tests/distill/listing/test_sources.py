@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from distill.data.index import build_index
+from distill.data.build_index import build_index
 from distill.errors import DataError
 from distill.listing.locations import Kind, Location, Reader
 from distill.listing.sources import Found, list_source

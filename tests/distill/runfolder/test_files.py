@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from distill.data import contact_sheet
-from distill.data.index import build_index
+from distill.data.build_index import build_index
 from distill.data.pack import pack
 from distill.errors import UserError
 from distill.runfolder import files

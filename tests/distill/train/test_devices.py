@@ -15,11 +15,11 @@ from distill.bench.measure import Bench, Request, family_of
 from distill.bench.report import OURS
 from distill.engine.engine import prepare_deepspeed
 from distill.errors import SetupError
-from distill.evaluate.summary import finish
 from distill.job.prepare import JobRequest, prepare, read_job
 from distill.job.recipe_hash import recipe_hash
 from distill.job.run import _Run
 from distill.recipe.reader import load_recipe
+from distill.results.summary import finish
 from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.requests import StopSaveRequests
 from distill.train.device import take_device

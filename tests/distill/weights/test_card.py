@@ -10,6 +10,10 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
+from distill.results.export import export_network
+from distill.results.to_meta import EXPORTER as META
+from distill.results.to_onnx import EXPORTER as ONNX
+from distill.results.to_timm import EXPORTER as TIMM
 from distill.runfolder.licences import Licences, Terms
 from distill.weights.card import (
     Background,
@@ -19,10 +23,6 @@ from distill.weights.card import (
     model_card,
     read_inputs,
 )
-from distill.weights.export import export_network
-from distill.weights.to_meta import EXPORTER as META
-from distill.weights.to_onnx import EXPORTER as ONNX
-from distill.weights.to_timm import EXPORTER as TIMM
 from students.shapes import BackboneSpec, CustomSpec
 from tests.support.exports import BACKGROUND, CONVNEXT, GATED, INPUTS, VIT, write_network
 

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.errors import CheckpointError
+from distill.results.verify import largest_differences, probes
 from distill.weights.convert import convert
 from distill.weights.load import load_backbone
 from distill.weights.stored_values import base_of
-from distill.weights.verify import largest_differences, probes
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.shapes import ViTSpec
 from tests.support.exports import CONVNEXT, GATED, VIT, write_network

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.results.exporter import Exporter, Forward
+from distill.results.onnx import require_exporter, write_onnx
 from distill.runfolder.files import replaced
-from distill.weights.exporter import Exporter, Forward
 from distill.weights.load import load_backbone
-from distill.weights.onnx import require_exporter, write_onnx
 from students.shapes import BackboneSpec
 
 

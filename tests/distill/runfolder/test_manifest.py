@@ -4,7 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from distill.checkpoint.manifest import (
+from distill.errors import CheckpointError
+from distill.runfolder.files import make_folder, read_back, replace_text, write_file
+from distill.runfolder.manifest import (
     FORMAT_VERSION,
     Manifest,
     clean,
@@ -17,8 +19,6 @@ from distill.checkpoint.manifest import (
     record_failed,
     staging_folder,
 )
-from distill.errors import CheckpointError
-from distill.runfolder.files import make_folder, read_back, replace_text, write_file
 from distill.runfolder.tensor_file import encode, num_bytes, read_tensors
 from tests.support.full_disk import small_files
 

@@ -16,15 +16,11 @@ from safetensors import safe_open
 
 from distill.errors import CheckpointError, SetupError, UserError
 from distill.recipe.extensions import BUILTIN, ExtensionKind, find
-from distill.runfolder.licences import Licences, Terms
-from distill.weights import to_hf, to_meta, to_onnx, to_timm
-from distill.weights.card import Background
-from distill.weights.export import DTYPES, Dtype, Exported, export_network
-from distill.weights.exporter import Exporter
-from distill.weights.load import load_backbone
-from distill.weights.onnx import require_exporter, write_onnx
-from distill.weights.save import ExportFacts, fingerprint, write_backbone
-from distill.weights.verify import (
+from distill.results import to_hf, to_meta, to_onnx, to_timm
+from distill.results.export import DTYPES, Dtype, Exported, export_network
+from distill.results.exporter import Exporter
+from distill.results.onnx import require_exporter, write_onnx
+from distill.results.verify import (
     TOLERANCE,
     Parity,
     largest_differences,
@@ -32,6 +28,10 @@ from distill.weights.verify import (
     probes,
     verify,
 )
+from distill.runfolder.licences import Licences, Terms
+from distill.weights.card import Background
+from distill.weights.load import load_backbone
+from distill.weights.save import ExportFacts, fingerprint, write_backbone
 from teacher.shapes import ViTSpec
 from tests.support.exports import BACKGROUND, CONVNEXT, GATED, INPUTS, VIT, names, write_network
 from tests.support.stand_ins import meta_convnext, meta_vit
@@ -266,7 +266,7 @@ def test_export_network__a_failure_leaves_nothing(
     def full(*_: Any) -> Parity:
         raise OSError("no space left")
 
-    monkeypatch.setattr("distill.weights.export.verify", full)
+    monkeypatch.setattr("distill.results.export.verify", full)
     with pytest.raises(OSError, match="no space left"):
         export(write_network(tmp_path / "small", VIT), tmp_path / "out" / "small", "hf")
     assert names(tmp_path / "out") == set()

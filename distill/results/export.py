@@ -1,7 +1,7 @@
 """One network written in the format of another library, proven, and only then given its name.
 
     .NAME.part   written here: weights in the wanted layout and dtype
-    verification        the other library reads them; its features are compared with ours (distill.weights.verify)
+    verification        the other library reads them; its features are compared with ours (distill.results.verify)
     NAME         after the verification, with README.md and distill.json; NAME.rejected when it fails
 
 A folder with its final name has therefore been verified, or README.md and distill.json hold the reason why
@@ -21,6 +21,8 @@ from typing import Any, Literal
 import torch
 
 from distill.errors import CheckpointError, UserError
+from distill.results.exporter import Exporter
+from distill.results.verify import TOLERANCE, Parity, verify
 from distill.runfolder.files import folder_while, remove, rename, replaced
 from distill.runfolder.licences import write_licences
 from distill.weights.card import (
@@ -33,12 +35,10 @@ from distill.weights.card import (
     read_inputs,
 )
 from distill.weights.containers import read_object
-from distill.weights.exporter import Exporter
 from distill.weights.hf_config import preprocessor_config
 from distill.weights.load import load_backbone
 from distill.weights.save import sha256_of
 from distill.weights.stated_inputs import PREPARATION
-from distill.weights.verify import TOLERANCE, Parity, verify
 from students.shapes import BackboneSpec
 
 Dtype = Literal["fp32", "bf16"]

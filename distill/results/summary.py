@@ -16,15 +16,15 @@ from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
 from distill.errors import UserError
-from distill.evaluate.images import Preparation
-from distill.evaluate.knn import evaluate_run
-from distill.evaluate.pictures import plot_features
 from distill.job.origin import complete_cards, stored_licences
-from distill.job.prepare import IMAGES, read_job
+from distill.job.prepare import IMAGES, Job, read_job
 from distill.job.to_data import decoding_of
 from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
+from distill.results.images import Preparation
+from distill.results.knn import evaluate_run
+from distill.results.pictures import plot_features
 from distill.runfolder.files import is_full
 from distill.runfolder.metrics import read_rows
 from distill.runfolder.parked import read_parked
@@ -57,16 +57,12 @@ def finish(run_folder: Path) -> dict[str, Any]:
     status_file = StatusFile(run_folder)
     status = status_file.read()
     if status is None:
-        raise UserError(
-            f"{run_folder}: has no status, so it has not trained yet",
-            fix=f"Let the run finish: {job.resume_command}",
-        )
-
+        raise _unfinished(f"{run_folder}: has no status, so it has not trained yet", job)
     students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
     entries = {s.label: _entry(run_folder, s.label, status) for s in students}
 
     timing = read_times(run_folder)
-    trained = timing.get([phase.name for phase in status.phases][-1])
+    trained = timing.get(status.phases[-1].name)
     specs = {s.label: s.backbone_spec() for s in students if entries[s.label]["steps"] != 0}
     images = run_folder / "data" / IMAGES
     summary: dict[str, Any] = {
@@ -81,7 +77,7 @@ def finish(run_folder: Path) -> dict[str, Any]:
     device = torch.device("cuda" if has_gpu(job.recipe.engine.device) else "cpu")
     teacher = job.teacher_paths[0]
     data, background = job.recipe.data, decoding_of(job.recipe.data).background
-    usual = Preparation(job.recipe.crops.input_size, data.mean, data.std)
+    usual = Preparation(job.recipe.crops.input_size, data.mean, data.std, background)
     with _LiveStatus(status_file, status) as live:
         summary = evaluate_run(
             run_folder,
@@ -90,7 +86,6 @@ def finish(run_folder: Path) -> dict[str, Any]:
             specs=specs,
             usual=usual,
             device=device,
-            background="stored" if background is None else background,
         )
         live.show("drawing features.png")
         networks = {"teacher": load_backbone(teacher)[0].to(device)}
@@ -100,8 +95,9 @@ def finish(run_folder: Path) -> dict[str, Any]:
         messages = [*unfinished_students(summary), *_left_out(summary)]
         messages += _plot(run_folder, networks, photographs, data)
     messages += complete_cards(job, specs, summary)
+    parked = {name for name, entry in entries.items() if entry.get("parked")}
     fates = {
-        name: replace(network, state="parked") if entries.get(name, {}).get("parked") else network
+        name: replace(network, state="parked") if name in parked else network
         for name, network in status.networks.items()
     }
     ended = replace(status, networks=fates).ended("finished", "; ".join(messages))
@@ -135,6 +131,10 @@ class _LiveStatus:
     def _run(self) -> None:
         while not self._over.wait(ALIVE_S):
             self.show(self._status.message)
+
+
+def _unfinished(what: str, job: Job) -> UserError:
+    return UserError(what, fix=f"Let the run finish: {job.resume_command}")
 
 
 def _entry(run_folder: Path, name: str, status: Status) -> dict[str, Any]:

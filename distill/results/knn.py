@@ -28,7 +28,7 @@ from torch import Tensor
 
 from distill.data.decode import Rgb, background_of
 from distill.errors import UserError
-from distill.evaluate.images import (
+from distill.results.images import (
     Preparation,
     ReadSplit,
     Scored,
@@ -138,17 +138,15 @@ def evaluate_run(
     usual: Preparation | None = None,
     k: int = KNN_K,
     device: torch.device | None = None,
-    background: Literal["mean", "stored"] | Rgb = "mean",
 ) -> dict[str, Any]:
     """The run's summary with fresh scores, also written to ``summary.json``.
 
     Scores the teacher, every student, an untrained copy of each, raw pixels and colour statistics.
-    What else the summary holds (loss, images/s, phases) is kept. Images without labels give no
-    scores; ``knn`` is then None and ``knn_reason`` has the reason. ``progress`` gets what is next.
-    ``teacher_folder`` is where a teacher that was not trained in this run lies, a folder or a file; ``specs``
-    say what students are, which custom ones need. ``usual`` is how a network whose files state nothing gets
-    its images. ``background`` is what clear pixels are laid on, as in ``data.background``; the mean is that of
-    ``preprocessor_config.json``. Images that cannot be decoded are in no score and are listed under ``left_out_of_scores``.
+    What else the summary holds (loss, images/s, phases) is kept. Images without labels give no scores; ``knn`` is
+    then None and ``knn_reason`` has the reason. ``progress`` gets what is next. ``teacher_folder`` is where a teacher
+    that was not trained in this run lies, a folder or a file; ``specs`` say what custom students are. ``usual`` is how a network whose files state nothing gets
+    its images, and the background of clear pixels for all; without it that is the mean of the teacher's files.
+    Images that cannot be decoded are in no score and are listed under ``left_out_of_scores``.
 
     Raises:
         UserError: the folder holds no network, or no image index.
@@ -157,14 +155,11 @@ def evaluate_run(
     folders = network_folders(run_folder, teacher_folder or run_folder / "teacher")
     train, test, reason = read_splits(run_folder, k)
     summary = _read_summary(run_folder)
-    summary.pop("left_out_of_scores", None)
+    for key in ("left_out_of_scores", "knn_reason"):
+        summary.pop(key, None)
     untrained: dict[str, float | None] = {}
     first = read_preparation(next(iter(folders.values())), 1, usual)
-    rgb = background_of(background, first.mean)
-
-    def prepare(folder: Path, stride: int) -> Preparation:
-        return replace(read_preparation(folder, stride, usual), background=rgb)
-
+    rgb = background_of("mean", first.mean) if usual is None else usual.background
     baselines: dict[str, Any] = {"pixels": None, "colour": None}
     if not reason:
         say("k-NN of raw pixels and of colours")
@@ -177,21 +172,19 @@ def evaluate_run(
             what = f"k-NN of {name} and its untrained copy ({turn} of {len(folders)})"
             say(what)
             on_batch = count_images(say, what, 2 * (len(train.locations) + len(test.locations)))
-            target_device = device or torch.device("cpu")
             entry.pop("knn_in", None)
             entry["knn"], untrained[name], dtype = _network_scores(
                 folder,
                 (specs or {}).get(name),
-                prepare,
+                lambda path, stride: replace(read_preparation(path, stride, usual), background=rgb),
                 (train, test),
                 k,
-                target_device,
+                device or torch.device("cpu"),
                 on_batch,
             )
             if dtype != torch.float32:
                 entry["knn_in"] = str(dtype).removeprefix("torch.")
     summary["baselines"] = baselines
-    summary.pop("knn_reason", None)
     if reason:
         summary["knn_reason"] = reason
     write_json(run_folder / "summary.json", summary)

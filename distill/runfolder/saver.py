@@ -17,10 +17,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from distill.checkpoint import manifest as checkpoint
-from distill.checkpoint.manifest import Manifest, NetworkFacts, TeacherFacts
 from distill.errors import CheckpointError
+from distill.runfolder import manifest as checkpoint
 from distill.runfolder.files import make_folder, write_file
+from distill.runfolder.manifest import Manifest, NetworkFacts, TeacherFacts
 from distill.runfolder.status import RunState
 from distill.runfolder.tensor_file import SUFFIX, encode, num_bytes, read_tensors
 

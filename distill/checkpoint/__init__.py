@@ -1,1 +1,0 @@
-"""State on disk from which a run goes on, whatever the number of ranks."""

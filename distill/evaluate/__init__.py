@@ -1,1 +1,0 @@
-"""Scores finished networks and draws their features."""

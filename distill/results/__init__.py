@@ -1,0 +1,1 @@
+"""Finished networks: scores, pictures of their features, exports for other libraries."""
