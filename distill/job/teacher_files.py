@@ -13,6 +13,7 @@ from distill.errors import CheckpointError
 from distill.plan.teacher_source import TRAINED_HEADS
 from distill.runfolder.files import read_back
 from distill.runfolder.manifest import Manifest, TeacherFacts
+from distill.weights.containers import PICKLED
 
 CHECKSUMS = "teacher_checksums.json"  # in a run folder
 Checksums = dict[str, tuple[int, int, str]]  # of a path: bytes, time of change in ns, sha256
@@ -49,7 +50,8 @@ def files_of_weights(weights: Path) -> list[Path]:
     """Returns the file that is named, or those of a folder without the heads."""
     if not weights.is_dir():
         return [weights]
-    return [path for path in sorted(weights.glob("*.safetensors")) if path.name != TRAINED_HEADS]
+    found = [path for path in sorted(weights.glob("*.safetensors")) if path.name != TRAINED_HEADS]
+    return found or sorted(weights.glob(PICKLED))
 
 
 def refuse_another_teacher(now: TeacherFacts | None, found: tuple[Path, Manifest] | None) -> None:

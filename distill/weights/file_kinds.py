@@ -12,6 +12,7 @@ ZIP = b"PK\x03\x04"
 NUM_BYTES = 512  # of a file's start
 _AGAIN = "Download the file itself; a login or a licence to accept may stand before it."
 _OURS = "Give a Hugging Face folder, a .safetensors or a .pth file of a DINOv3 network."
+_UNPACK = "Unpack it first."
 _CONVERT = "Convert it to .safetensors or .pth with the library that wrote it."
 _LIBRARIES = {
     b"GGUF": "a GGUF file of llama.cpp",
@@ -63,11 +64,11 @@ def _kind(path: Path, start: bytes) -> tuple[str, str]:
         return "the error message of a server saved under this name, no weights", _AGAIN
     for magic, what in _LIBRARIES.items():
         if start.startswith(magic):
-            return what, "Unpack it first." if "archive" in what else _CONVERT
+            return what, _OURS if "picture" in what else _UNPACK if "arch" in what else _CONVERT
     if path.suffix in _SUFFIXES:
         return _SUFFIXES[path.suffix], _CONVERT
     if start[257:262] == b"ustar":
-        return "a tar archive", "Unpack it first."
+        return "a tar archive", _UNPACK
     return _zip_kind(path) if start.startswith(ZIP) else ("", "")
 
 
@@ -91,7 +92,7 @@ def _zip_kind(path: Path) -> tuple[str, str]:
         return ("", "") if is_named_so else ("a file of torch.save", "Rename it to .pth.")
     if names and all(name.endswith(".npy") for name in names):
         return "NumPy arrays", _CONVERT
-    return "a zip archive, not a file of torch.save", "Unpack it first."
+    return "a zip archive, not a file of torch.save", _UNPACK
 
 
 def describe_folder(folder: Path) -> tuple[str, str]:

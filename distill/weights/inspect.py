@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import CheckpointError
-from distill.weights.containers import is_finite, open_weights
+from distill.weights.containers import PICKLED, is_finite, open_weights
 from distill.weights.heads import holds_heads
 from distill.weights.identity import Identity
 from distill.weights.load import identify_layout
@@ -70,7 +70,7 @@ def inspect(path: Path, *, check_values: bool = False, prefix: str | None = None
         notes += [error.message.removeprefix(f"{container.path}: "), error.fix]
     heads = holds_heads(container)
     if identity is None:
-        what = "heads" if heads else "tensors of something else"
+        what = "heads" if heads else "no backbone that can be used"
         notes = [] if heads else notes
     else:
         what = "training file: backbone and heads" if heads else "backbone"
@@ -122,4 +122,5 @@ def _images(path: Path) -> list[str]:
 
 
 def _files_of(path: Path) -> list[Path]:
-    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    in_folder = sorted(path.glob("*.safetensors")) or sorted(path.glob(PICKLED))
+    return in_folder if path.is_dir() else [path]

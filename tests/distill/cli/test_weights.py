@@ -51,7 +51,7 @@ def fixture_file(kind: str, folder: Path) -> Path:
         ("folder", ["backbone", "hf layout", "free size"]),
         ("released", ["backbone", "meta layout", "vits16"]),
         ("heads", ["heads"]),
-        ("other", ["tensors of something else", "not finite"]),
+        ("other", ["no backbone that can be used", "not finite"]),
     ],
 )
 def test_inspect__says_what_a_file_is(

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.errors import CheckpointError
+from distill.job.teacher_files import files_of_weights
 from distill.weights.containers import is_finite, open_weights
 from distill.weights.convert import convert
 from distill.weights.inspect import inspect
@@ -122,6 +123,8 @@ def test_open_weights__goes_by_what_is_in_a_file(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "folder")
     (folder / "model.safetensors").unlink()
     saved(folder / "pytorch_model.bin", random_weights(VIT))
+    assert files_of_weights(folder) == [folder / "pytorch_model.bin"]
+    assert inspect(folder).num_bytes == (folder / "pytorch_model.bin").stat().st_size
     for path in (tmp_path / "named.pth", folder):
         assert identify_layout(open_weights(path)).spec.width == VIT.width
 
@@ -269,6 +272,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str, str]] = {  # kind: file, w
     "torch": (zipped("a/data.pkl", name="a.safetensors"), "of torch.save", "Rename it to .pth"),
     "zip": (zipped("weights.pth"), "a zip archive", "Unpack"),
     "NumPy": (zipped("a.npy"), "NumPy arrays", "Convert"),
+    "picture": (text("GIF89a", "a.gif"), "not a file of weights", "Give a folder"),
     "gzip": (gzipped, "a gzip archive", "Unpack"),
     "tar": (tarred, "a tar archive", "Unpack"),
     "distributed": (folder_with("__0_0.distcp"), "a distributed checkpoint", "dcp_to_torch"),
@@ -291,7 +295,7 @@ def test_load_backbone__refuses_with_what_it_is_and_what_to_do(kind: str, tmp_pa
 
 def test_inspect__names_what_is_refused(tmp_path: Path) -> None:
     found = inspect(of_names(*V2)(tmp_path))
-    assert found.what == "tensors of something else"
+    assert found.what == "no backbone that can be used"
     assert "DINOv2" in found.notes[0] and "DINOv3" in found.notes[1]
     eight = torch.zeros(2, dtype=torch.float8_e4m3fn)
     assert is_finite(eight)

@@ -241,7 +241,7 @@ def test_inspect__names_every_kind(tmp_path: Path) -> None:
     assert inspect(tmp_path / "t.pth").what == "training file: backbone and heads"
     save_file({"x": torch.full((2,), float("nan"))}, tmp_path / "x.safetensors")
     other = inspect(tmp_path / "x.safetensors", check_values=True)
-    assert (other.what, other.has_nan, other.arch) == ("tensors of something else", True, None)
+    assert (other.what, other.has_nan, other.arch) == ("no backbone that can be used", True, None)
     assert inspect(folder_of(tmp_path / "f")).to_json()["parameters"] == sum(
         map(Tensor.numel, small.values())
     )
