@@ -47,6 +47,16 @@ class BackboneSpec(Protocol):
         ...
 
     @property
+    def unpublished(self) -> Mapping[str, tuple[float, float]]:
+        """Numbers that are not those of the published networks, by name: its value, and theirs."""
+        ...
+
+    @property
+    def probe_call(self) -> str:
+        """Python that makes the spec of a network from outside (``students.custom``); empty for a network of ours."""
+        ...
+
+    @property
     def equal_blocks(self) -> int:
         """Number of blocks of one size that hold nearly all parameters; 1 where there are none."""
         ...
@@ -109,6 +119,17 @@ class ConvNeXtSpec:
     def stride(self) -> int:
         """Pixels per side of one patch of the last map."""
         return int(STEM * 2 ** (len(self.depths) - 1))
+
+    @property
+    def unpublished(self) -> Mapping[str, tuple[float, float]]:
+        """Numbers that are not those of the published networks, by name: its value, and theirs."""
+        values = {"norm epsilon": (self.norm_eps, CONVNEXT_NORM_EPS)}
+        return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
+    @property
+    def probe_call(self) -> str:
+        """Python that makes the spec of a network from outside (``students.custom``); empty for a network of ours."""
+        return ""
 
     @property
     def parameters(self) -> int:
@@ -188,6 +209,16 @@ class CustomSpec:
     stride: int
     parameters: int
     in_channels: int = 3
+
+    @property
+    def unpublished(self) -> Mapping[str, tuple[float, float]]:
+        """Nothing: there is no published network of its kind."""
+        return {}
+
+    @property
+    def probe_call(self) -> str:
+        """Python that makes this spec."""
+        return f"probe({self.factory!r}, {self.args_json!r})"
 
     @property
     def equal_blocks(self) -> int:

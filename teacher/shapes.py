@@ -1,5 +1,6 @@
 """Shapes of networks, and the numbers that a plan needs of the method. Pure Python: planning imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
@@ -60,6 +61,21 @@ class ViTSpec:
             )
         if self.key_bias and not self.qv_bias:
             raise ValueError(f"{self}: a key bias needs a query and a value bias")
+
+    @property
+    def unpublished(self) -> Mapping[str, tuple[float, float]]:
+        """Numbers that are not those of the published networks, by name: its value, and theirs."""
+        values = {
+            "RoPE base": (self.rope_base, ROPE_BASE),
+            "norm epsilon": (self.norm_eps, VIT_NORM_EPS),
+            "key bias": (float(self.key_bias), 0.0),
+        }
+        return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
+    @property
+    def probe_call(self) -> str:
+        """Python that makes the spec of a network from outside (``students.custom``); empty for a network of ours."""
+        return ""
 
     @property
     def stride(self) -> int:

@@ -395,7 +395,7 @@ def test_train__a_broken_folder_is_one_clear_line(
     empty = tmp_path / "empty"
     empty.mkdir()
     ended = distill("train", str(recipe), "--data", str(empty), "--out", str(tmp_path / "runs"))
-    assert ended.code == 1 and "holds no images" in ended.err and "Traceback" not in ended.err
+    assert ended.code == 2 and "holds no image" in ended.err and "Traceback" not in ended.err
     (empty / "a.jpg").write_bytes(b"not a jpeg")
     ended = distill("train", str(recipe), "--data", str(empty), "--out", str(tmp_path / "runs"))
     assert ended.code == 1 and "a.jpg: cannot be used" in ended.err

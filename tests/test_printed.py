@@ -6,6 +6,7 @@ import logging
 import re
 import sys
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from distill.runfolder.status import NetworkStatus, StatusFile, write_json
 from distill.screen.console import escaped_output, make_console, printable
 from distill.screen.tables import scores_table
 from distill.screen.watch import watch
+from distill.screen.words import time_of_day
 from tests.support.command import Run
 from tests.support.status import ROW, STATUS
 
@@ -87,7 +89,9 @@ def test_watch__what_follows_a_line_is_not_taken_for_the_runs(tmp_path: Path) ->
     StatusFile(tmp_path).write(replace(STATUS, state="failed", message="bad\n12:00:00  finished"))
     file = io.StringIO()
     watch(tmp_path, live=False, console=make_console(file=file), stop=threading.Event())
-    assert "failed: bad\n          12:00:00  finished\n" in file.getvalue()
+    stamp = time_of_day(STATUS.updated_unix, time.time())
+    indent = " " * (len(stamp) + 2)
+    assert f"{stamp}  failed: bad\n{indent}12:00:00  finished\n" in file.getvalue()
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])

@@ -23,7 +23,8 @@ HOST_ONLY = {
     "distill/runfolder/saver.py",  # tensors are in host memory before it is started
     "distill/data/dataset_report.py",
     "distill/data/feed.py",
-    "distill/data/index.py",
+    "distill/data/build_index.py",
+    "distill/results/summary.py",  # writes the status
     "distill/results/images.py",
     "distill/launch/local.py",
     "distill/launch/process.py",

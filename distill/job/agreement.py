@@ -70,7 +70,9 @@ def facts_of(job: Job) -> dict[str, str]:
         "recipe": _hash(each.model_dump_json().encode() for each in recipes),
     }
     try:
-        folders = sorted((job.run_folder / "data").iterdir())
+        folders = sorted(path.parent for path in (job.run_folder / "data").glob("*/index.json"))
+        if not folders:
+            raise FileNotFoundError(job.run_folder / "data")
         indices = [ImageIndex.load(folder) for folder in folders]
     except (OSError, DataError) as error:
         facts["index"] = type(error).__name__

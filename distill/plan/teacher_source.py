@@ -57,13 +57,14 @@ def with_teacher_stats(recipe: FamilyRecipe | TeacherRecipe) -> FamilyRecipe | T
     Raises:
         CheckpointError: it gives others; students would learn from features of other pixels than the teacher's.
     """
-    from distill.weights.stated_inputs import stated_inputs  # who only plans reads no file
-
     if not isinstance(recipe, FamilyRecipe) or recipe.teacher.weights is None:
         return recipe
     weights = Path(recipe.teacher.weights)
     if not weights.exists():
         return recipe
+
+    from distill.weights.stated_inputs import stated_inputs  # who only plans reads no file
+
     stated, update = stated_inputs(weights), dict[str, tuple[float, ...]]()
     for key, theirs in (("mean", stated.mean), ("std", stated.std)):
         ours: tuple[float, ...] = getattr(recipe.data, key)
@@ -86,13 +87,14 @@ def describe_teacher(recipe: FamilyRecipe | TeacherRecipe) -> list[str]:
     Raises:
         CheckpointError: files are damaged or do not fit.
     """
+    if not isinstance(recipe, FamilyRecipe) or recipe.teacher.weights is None:
+        return []
+    weights = Path(recipe.teacher.weights)
+
     from distill.weights.containers import open_weights  # who only plans reads no file
     from distill.weights.load import identify_layout
     from distill.weights.stated_inputs import stated_inputs
 
-    if not isinstance(recipe, FamilyRecipe) or recipe.teacher.weights is None:
-        return []
-    weights = Path(recipe.teacher.weights)
     lines = [f"teacher: {note}" for note in identify_layout(open_weights(weights)).notes]
     data, stated = recipe.data, stated_inputs(weights)
     usual = tuple(type(data).model_fields[key].default for key in ("mean", "std"))

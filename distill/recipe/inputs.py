@@ -256,9 +256,8 @@ class DataSpec(Section):
         "mean",
         since=2,
         description=(
-            "What transparent pixels are laid on: a colour as `[red, green, blue]` from 0 to 255 or "
-            "`'#rrggbb'`, `mean` for `data.mean`, or `stored`: the colours hidden below them, often "
-            "black. The default is 0 after normalisation."
+            "What transparent pixels are laid on: a colour, `[red, green, blue]` from 0 to 255 or "
+            "`'#rrggbb'`; `mean` for `data.mean`; or `stored`, the colours hidden below them."
         ),
     )
     decode: Literal["cpu", "gpu"] = science(

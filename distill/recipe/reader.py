@@ -242,7 +242,7 @@ def _missing_folders(parts: Parts, found: Sequence[Problem]) -> Iterator[Problem
         has_lister = parts.get((*source, "lister")) is not None
         if problem := find_problem(path, has_lister=has_lister):
             if not path.isprintable():  # "D:\new": a line break
-                problem = f"{path!r} is not there - give it in single quotes: in double quotes a backslash has a meaning"
+                problem = f"{path!r} is not there or no source of images - give it in single quotes: in double quotes a backslash has a meaning"
             yield (*source, "path"), problem
     weights = parts.get(("teacher", "weights"))
     if weights is not None and not Path(weights).exists():

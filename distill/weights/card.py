@@ -15,7 +15,7 @@ from typing import Any
 from distill.runfolder.licences import Licences
 from distill.runfolder.status import KNN_K, TEACHER
 from distill.weights.containers import read_object
-from students.shapes import BackboneSpec, CustomSpec
+from students.shapes import BackboneSpec
 
 KEEP_MARK = (
     "<!-- written by distill eval and train; without this line they leave the file alone -->"
@@ -108,17 +108,14 @@ def transformers_usage(
 
 def distill_usage(spec: BackboneSpec, path: str = "") -> list[str]:
     """Lines of Python that load a folder, or the file ``path`` in it, by distill."""
-    custom = isinstance(spec, CustomSpec)
     file = f' / "{path}"' if path else ""
-    given = (
-        f"spec=probe({spec.factory!r}, {spec.args_json!r})" if isinstance(spec, CustomSpec) else ""
-    )
+    given = f", spec={spec.probe_call}" if spec.probe_call else ""
     return [
         "from pathlib import Path",
         "from distill.weights.load import load_backbone",
-        *(["from students.custom import probe"] if custom else []),
+        *(["from students.custom import probe"] if spec.probe_call else []),
         "",
-        f"backbone, _ = load_backbone(Path(folder){file}{', ' + given if given else ''})",
+        f"backbone, _ = load_backbone(Path(folder){file}{given})",
         "with torch.no_grad():",
         "    found = backbone(pixels)",
         "class_feature, patch_features = found.class_token, found.patch_tokens",
@@ -128,7 +125,7 @@ def distill_usage(spec: BackboneSpec, path: str = "") -> list[str]:
 def folder_form(name: str, spec: BackboneSpec, num_bytes: int) -> Form:
     """The form of a student's or teacher's folder in a run: Hugging Face, fp32; a custom network is distill's only."""
     ours = ("With distill:", distill_usage(spec), True)
-    if isinstance(spec, CustomSpec):
+    if spec.probe_call:
         return Form("distill", "fp32", num_bytes, [ours])
     lines = transformers_usage(name, spec, [])
     theirs = ("With transformers (`pip install transformers`):", lines, True)

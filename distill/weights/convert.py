@@ -16,8 +16,7 @@ from distill.weights.layouts import Layout, origins
 from distill.weights.load import CONFIG, load_backbone
 from distill.weights.save import write_tensors
 from distill.weights.stated_inputs import PREPARATION, stated_inputs
-from students.shapes import CONVNEXT_NORM_EPS, BackboneSpec, ConvNeXtSpec
-from teacher.shapes import VIT_NORM_EPS, ViTSpec
+from students.shapes import BackboneSpec
 
 USUAL_SIZE = 224  # pixels, of the published folders
 TIMM_NAMES = {
@@ -76,10 +75,10 @@ def convert(
 
 def _require_room(spec: BackboneSpec, layout: Layout) -> None:
     """Refuses a network whose norms are not those that the layout's code has: its files do not name them."""
-    published = VIT_NORM_EPS if isinstance(spec, ViTSpec) else CONVNEXT_NORM_EPS
-    if isinstance(spec, ViTSpec | ConvNeXtSpec) and layout != "hf" and spec.norm_eps != published:
+    if layout != "hf" and "norm epsilon" in spec.unpublished:
+        value, published = spec.unpublished["norm epsilon"]
         raise CheckpointError(
-            f"a network with norm epsilon {spec.norm_eps:g}: {layout} files hold none and stand for {published:g}",
+            f"a network with norm epsilon {value:g}: {layout} files hold none and stand for {published:g}",
             fix="Use --to hf or --to onnx.",
         )
 

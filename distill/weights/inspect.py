@@ -12,7 +12,6 @@ from distill.weights.identity import Identity
 from distill.weights.load import identify_layout
 from distill.weights.stated_inputs import stated_inputs
 from students.shapes import BackboneSpec
-from teacher.shapes import ROPE_BASE, VIT_NORM_EPS, ViTSpec
 
 # First eight hex digits of the sha256 of the released files, as in their names
 RELEASED = {
@@ -106,11 +105,7 @@ def inspect(path: Path, *, check_values: bool = False, prefix: str | None = None
 
 def _unusual(spec: BackboneSpec) -> list[str]:
     """What differs from the published networks."""
-    if not isinstance(spec, ViTSpec):
-        return []
-    found = [f"RoPE base {spec.rope_base:g}"] if spec.rope_base != ROPE_BASE else []
-    found += [f"norm epsilon {spec.norm_eps:g}"] if spec.norm_eps != VIT_NORM_EPS else []
-    found += ["keys have a bias"] if spec.key_bias else []
+    found = [f"{name} {value:g}" for name, (value, _) in spec.unpublished.items()]
     return [f"not as published: {', '.join(found)}"] if found else []
 
 

@@ -9,7 +9,6 @@ costs the network's size and one tensor (``distill.weights.containers``).
 """
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,7 +31,6 @@ from distill.weights.timm_config import TimmArgs, read_timm_args
 from students.foreign import ForeignError
 from students.shapes import BackboneSpec
 from students.student import build_empty
-from teacher.shapes import ViTSpec
 
 CONFIG = "config.json"
 FLOATS = frozenset(
@@ -68,10 +66,9 @@ def identify_layout(
         is_timm = isinstance(described, dict) and "architecture" in described and spec is None
         args = read_timm_args(described or {}) if is_timm else TimmArgs()
         identity = identify(container.shapes, spec, prefix, args.heads)
-        if is_timm and isinstance(identity.spec, ViTSpec):
-            identity = replace(identity, spec=replace(identity.spec, rope_base=args.rope_base))
         _require_floats(container, identity)
-        return with_stored_values(container, identity, has_base=spec is not None or is_timm)
+        base = args.rope_base if is_timm else None
+        return with_stored_values(container, identity, base, has_base=spec is not None or is_timm)
     except ForeignError as error:
         raise CheckpointError(f"{container.path}: {error}", fix=error.fix) from error
     except (ValueError, TypeError, OverflowError, AssertionError) as error:

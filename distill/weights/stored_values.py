@@ -22,8 +22,10 @@ EXACT = 1e-5  # of a period: fp32 in another order of operations
 MOST_DIGITS = 7  # of a base that is looked for
 
 
-def with_stored_values(container: Container, identity: Identity, *, has_base: bool) -> Identity:
-    """The identity with what the file's numbers add to it; ``has_base``: a config gave its RoPE base.
+def with_stored_values(
+    container: Container, identity: Identity, base: float | None = None, *, has_base: bool
+) -> Identity:
+    """The identity with what the file's numbers add to it; ``has_base``: a config gave its RoPE base, which is ``base`` where the spec does not have it yet.
 
     Raises:
         ValueError: periods are not of one base, or of another one than the config's.
@@ -31,6 +33,7 @@ def with_stored_values(container: Container, identity: Identity, *, has_base: bo
     spec = identity.spec
     if not isinstance(spec, ViTSpec):
         return identity
+    spec = spec if base is None else replace(spec, rope_base=base)
     name = periods_name(container.shapes, identity)
     if name is not None:
         stored = container.read(name).double()
@@ -41,12 +44,12 @@ def with_stored_values(container: Container, identity: Identity, *, has_base: bo
                 f"{name} has {len(periods)} numbers, heads of width {head_dim} need {head_dim // 4}"
             )
         if not (has_base and _is_of(periods, spec.rope_base)):
-            base = base_of(periods, name)
+            stored_base = base_of(periods, name)
             if has_base:
                 raise ValueError(
-                    f"rope_theta = {spec.rope_base:g} in its config, {name} is of {base:g}"
+                    f"rope_theta = {spec.rope_base:g} in its config, {name} is of {stored_base:g}"
                 )
-            spec = replace(spec, rope_base=base)
+            spec = replace(spec, rope_base=stored_base)
     if identity.layout == "meta" and spec.qv_bias:
         biases = (f"blocks.{block}.attn.qkv.bias" for block in range(spec.depth))
         has_key_bias = any(

@@ -126,7 +126,9 @@ def test_check__nothing_vanishes(distill: Run, tmp_path: Path) -> None:
     (found,) = json.loads(distill("data", "check", str(folder), "--json").out)
     assert found["passed_over"] == {"with suffix .tif": 1} and found["without_label"] == 0
     checked = distill("check", recipe(tmp_path, folder))
-    assert checked.code == 0 and "[/x]: passed over: 1 with suffix .tif" in checked.out
+    assert (
+        checked.code == 0 and "[/x]: 13 images\n    passed over: 1 with suffix .tif" in checked.out
+    )
     assert "13 images" in checked.out
     facts = json.loads(distill("check", recipe(tmp_path, folder), "--json").out)
     assert facts["besides"][str(folder)]["lost_classes"] == ["tif (1 with suffix .tif)"]

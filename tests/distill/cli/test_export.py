@@ -137,8 +137,8 @@ def test_export__a_wrong_translation_is_exit_code_1(
 @pytest.mark.parametrize(
     ("words", "code", "message", "fix"),
     [
-        (("--student", "smal"), 1, "--student smal: not in ", "did you mean 'small'?"),
-        (("--student", "x"), 1, "--student x: not in ", "one of: convnext, gated, small, teacher"),
+        (("--student", "smal"), 2, "--student smal: not in ", "did you mean 'small'?"),
+        (("--student", "x"), 2, "--student x: not in ", "one of: convnext, gated, small, teacher"),
         (
             ("--to", "onnx"),
             3,

@@ -25,12 +25,14 @@ def test_finalize__a_signal_ends_the_scoring_and_says_how_to_get_scores(
         raise AssertionError("the signal was not heard")
 
     monkeypatch.setattr(summary, "finish", score)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     file = StatusFile(tmp_path, interval_s=0.0)
     file.write(STATUS.ended("exporting", ""))
     requests = list[int]()
     # as the launcher has it while ranks train
     with handling({number: lambda *_: requests.append(1)}), pytest.raises(UserError) as ended:
         _finalize(tmp_path, None, was_interrupted=False)
+    signal.signal(signal.SIGHUP, before)
     assert ended.value.exit_code == STOPPED_EXIT_CODE and not requests
     assert f"distill eval {tmp_path}" in ended.value.fix
     status = file.read()

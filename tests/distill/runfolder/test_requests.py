@@ -1,5 +1,6 @@
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,18 @@ from distill.runfolder.requests import (
 )
 
 
+@pytest.fixture
+def with_terminal() -> Iterator[None]:
+    """Not as under ``nohup``, where the tests may run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_asked__a_signal_asks_to_stop(tmp_path: Path, number: signal.Signals) -> None:
+def test_asked__a_signal_asks_to_stop(
+    tmp_path: Path, number: signal.Signals, with_terminal: None
+) -> None:
     asked = StopSaveRequests(tmp_path)
     with asked.listening():
         assert not asked.to_stop()
