@@ -27,6 +27,7 @@ SERVER_ENDS_WITHIN_S = 20.0  # by itself, after the launcher: it takes down what
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts the job in a session of its own; at the end nothing of it is left, whatever the test did."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     recipe = jobs.write_recipes(tmp_path, stage_steps=2000, steps=20, save_every=1000)
     started = list[subprocess.Popen[str]]()
 
@@ -39,6 +40,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         if jobs.session_of(process.pid):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture
