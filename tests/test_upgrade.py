@@ -76,7 +76,7 @@ def assert_same_students(run: Path, expected: dict[str, Path]) -> None:
 
 def test_train__goes_on_with_a_run_of_0_1_0(resumed: tuple[Path, str]) -> None:
     run, screen = resumed
-    assert f"saved checkpoints/family-{SAVED_STEP:07d}" in screen
+    assert f"resumes from family-{SAVED_STEP:07d} (family step {SAVED_STEP})" in screen
     assert not re.search(r"not used|damaged|another|no longer|new, starts", screen, re.I)
     before, after = (
         json.loads((folder / "manifest.json").read_text())

@@ -24,7 +24,7 @@ from distill.errors import CheckpointError, DataError
 from distill.job.changes import with_changes
 from distill.job.origin import licences_of_teacher, store_licences
 from distill.job.recipe_hash import recipe_hash
-from distill.job.resume import describe_changes, joining_steps
+from distill.job.resume import describe_resume, joining_steps
 from distill.job.stored_recipes import load_from_here, read_recipes, write_recipes
 from distill.job.teacher_files import (
     CHECKSUMS,
@@ -225,7 +225,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     checksums = read_checksums(run_folder)
     job = replace(job, teacher=_teacher_facts(job, checksums))
     refuse_another_teacher(job.teacher, resumed)
-    for line in (*describe_teacher(recipe), *describe_changes(job.networks, resumed)):
+    for line in (*describe_teacher(recipe), *describe_resume(job.networks, resumed)):
         say(line)
     stored: dict[str, Any] = {"request": asdict(request), "data_fingerprint": fingerprint}
     make_folder(run_folder.resolve())  # a link may lead to a folder that is not there yet

@@ -84,12 +84,17 @@ def joining_steps(
     return steps
 
 
-def describe_changes(networks: Collection[str], found: Found | None) -> list[str]:
-    """A line for each student that joined since the checkpoint was written, or left."""
-    if found is None or found[1].phase != FAMILY_PHASE:
+def describe_resume(networks: Collection[str], found: Found | None) -> list[str]:
+    """A line with the checkpoint that the run goes on from, and one for each student that joined since, or left."""
+    if found is None:
         return []
-    step, saved = found[1].step, found[1].networks
+    path, manifest = found
+    step, saved = manifest.step, manifest.networks
+    line = f"resumes from {path.name} ({manifest.phase} step {step})"
+    if manifest.phase != FAMILY_PHASE:
+        return [line]
     return [
+        line,
         *(
             f"{name}: new, starts at step {step} with fresh weights"
             for name in networks

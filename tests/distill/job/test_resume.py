@@ -4,7 +4,7 @@ import pytest
 
 from distill.errors import CheckpointError
 from distill.job.recipe_hash import recipe_hash
-from distill.job.resume import describe_changes, joining_steps
+from distill.job.resume import describe_resume, joining_steps
 from distill.recipe.document import builtin_recipes
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_recipe
@@ -64,12 +64,14 @@ def test_joining_steps__refuses_a_student_that_would_join_after_its_end() -> Non
         joining_steps(recipe, NETWORKS, found(held))
 
 
-def test_describe_changes__names_who_joined_and_who_left() -> None:
+def test_describe_resume__names_the_checkpoint_and_who_joined_or_left() -> None:
     held = {**saved(), "gone": NetworkFacts(hash="x", first_step=0)}
     del held[LAST]
-    assert describe_changes(NETWORKS, found(held)) == [
+    assert describe_resume(NETWORKS, found(held)) == [
+        "resumes from family-0000040 (family step 40)",
         f"{LAST}: new, starts at step 40 with fresh weights",
         "gone: no longer in the recipe, left at step 40",
     ]
-    assert describe_changes(NETWORKS, None) == []
-    assert describe_changes(NETWORKS, found(held, "heads")) == []
+    assert describe_resume(NETWORKS, None) == []
+    (line,) = describe_resume(NETWORKS, found(held, "heads"))
+    assert line.endswith("(heads step 40)")
