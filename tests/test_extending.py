@@ -103,7 +103,7 @@ def list_box(path):
 import numpy as np
 from safetensors.torch import load_file
 
-from distill.results.exporter import Exporter
+from distill.export.exporter import Exporter
 from distill.weights.load import load_backbone
 
 

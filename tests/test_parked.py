@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from distill.errors import UserError
-from distill.results.summary import _entry
+from distill.report.summary import _entry
 from distill.runfolder.parked import PARKED_EXIT_CODE
 from distill.screen.tables import unfinished_students
 from tests.support import jobs

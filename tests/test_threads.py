@@ -24,8 +24,8 @@ HOST_ONLY = {
     "distill/data/dataset_report.py",
     "distill/data/feed.py",
     "distill/data/build_index.py",
-    "distill/results/summary.py",  # writes the status
-    "distill/results/images.py",
+    "distill/report/summary.py",  # writes the status
+    "distill/evaluate/images.py",
     "distill/launch/local.py",
     "distill/launch/process.py",
     "distill/runfolder/heartbeat.py",

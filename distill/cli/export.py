@@ -26,8 +26,8 @@ from distill.errors import RecipeError, UserError
 from distill.runfolder.parked import read_parked
 
 if TYPE_CHECKING:
+    from distill.export.export import Exported
     from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-    from distill.results.export import Exported
     from distill.weights.card import Inputs
 
 
@@ -78,11 +78,11 @@ def export(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Write a student for Hugging Face, timm, Meta or ONNX, and verify the outputs agree."""
+    from distill.export.export import export_network
+    from distill.export.exporter import Exporter
     from distill.job.origin import background_of
     from distill.job.stored_recipes import read_recipes
     from distill.recipe.extensions import ExtensionKind, find
-    from distill.results.export import export_network
-    from distill.results.exporter import Exporter
 
     exporter: Exporter = find(ExtensionKind.EXPORTER, to, "--to")
     folders = _chosen(run, student or [])

@@ -39,7 +39,7 @@ def evaluate(
 ) -> None:
     """Score students and teacher on held-out images by k-NN, and draw their features."""
     require_run(run)
-    from distill.results.summary import finish
+    from distill.report.summary import finish
     from distill.runfolder.lock import run_lock
     from distill.runfolder.parked import PARKED_EXIT_CODE
     from distill.runfolder.status import StatusFile
@@ -66,7 +66,7 @@ def evaluate(
 def _score_steps(runs: Sequence[Path], *, as_json: bool) -> None:
     from dataclasses import asdict
 
-    from distill.results.over_steps import plot_progress, score_steps
+    from distill.report.over_steps import plot_progress, score_steps
 
     scored = {}
     with redirect_stdout(sys.stderr if as_json else sys.stdout):

@@ -219,7 +219,7 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
 
 def _finalize(run_folder: Path, failure: "Failure | None", *, was_interrupted: bool) -> int:
     """Scores and pictures of a finished run, or the reason why it is not finished."""
-    from distill.results.summary import finish
+    from distill.report.summary import finish
     from distill.runfolder.status import StatusFile
     from distill.screen.tables import unfinished_students
 

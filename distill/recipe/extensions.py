@@ -25,7 +25,7 @@ class ExtensionKind(StrEnum):
 
     LOSS = "losses"  # a factory: distill.recipe.keys.FamilyRecipe to teacher.losses.LossTerm
     SOURCE = "sources"  # distill.data.sources.Lister
-    EXPORTER = "exporters"  # distill.results.exporter.Exporter
+    EXPORTER = "exporters"  # distill.export.exporter.Exporter
     LAUNCHER = "launchers"  # distill.launch.local.Launcher
     SINK = "sinks"  # distill.runfolder.metrics.SinkFactory
     KEYS = "keys"  # distill.recipe.types.Section
@@ -43,10 +43,10 @@ BUILTIN: Mapping[ExtensionKind, Mapping[str, str]] = {  # name -> "module:object
         "parquet": "distill.listing.sources:list_parquet",
     },
     ExtensionKind.EXPORTER: {
-        "hf": "distill.results.to_hf:EXPORTER",
-        "timm": "distill.results.to_timm:EXPORTER",
-        "meta": "distill.results.to_meta:EXPORTER",
-        "onnx": "distill.results.to_onnx:EXPORTER",
+        "hf": "distill.export.to_hf:EXPORTER",
+        "timm": "distill.export.to_timm:EXPORTER",
+        "meta": "distill.export.to_meta:EXPORTER",
+        "onnx": "distill.export.to_onnx:EXPORTER",
     },
     ExtensionKind.LAUNCHER: {
         "local": "distill.launch.local:run_locally",

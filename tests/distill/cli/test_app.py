@@ -21,7 +21,7 @@ from distill.job import prepare
 from distill.launch import local as launch
 from distill.launch.local import Options
 from distill.recipe.reader import load_job
-from distill.results import summary as finish
+from distill.report import summary as finish
 from tests.support.command import Result, Run
 
 

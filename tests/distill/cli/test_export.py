@@ -12,7 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from distill.cli import app as cli
-from distill.results import to_hf
+from distill.export import to_hf
 from distill.runfolder.parked import Parked, write_parked
 from tests.support.exports import CONVNEXT, GATED, VIT, names, write_network
 

@@ -9,7 +9,7 @@ import pytest
 
 from distill.errors import UserError
 from distill.launch.local import STOPPED_EXIT_CODE, _finalize
-from distill.results import summary
+from distill.report import summary
 from distill.runfolder.requests import handling
 from distill.runfolder.status import NetworkStatus, StatusFile
 from tests.support.status import STATUS

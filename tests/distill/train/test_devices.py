@@ -19,7 +19,7 @@ from distill.job.prepare import JobRequest, prepare, read_job
 from distill.job.recipe_hash import recipe_hash
 from distill.job.run import _Run
 from distill.recipe.reader import load_recipe
-from distill.results.summary import finish
+from distill.report.summary import finish
 from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.requests import StopSaveRequests
 from distill.train.device import take_device

@@ -10,10 +10,10 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from distill.results.export import export_network
-from distill.results.to_meta import EXPORTER as META
-from distill.results.to_onnx import EXPORTER as ONNX
-from distill.results.to_timm import EXPORTER as TIMM
+from distill.export.export import export_network
+from distill.export.to_meta import EXPORTER as META
+from distill.export.to_onnx import EXPORTER as ONNX
+from distill.export.to_timm import EXPORTER as TIMM
 from distill.runfolder.licences import Licences, Terms
 from distill.weights.card import (
     Background,

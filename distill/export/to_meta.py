@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distill.results.exporter import Exporter, Forward
+from distill.export.exporter import Exporter, Forward
 from distill.runfolder.files import rename
 from distill.weights.convert import convert
 from distill.weights.load import load_backbone

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distill.data.decode import Rgb
 from distill.data.locations import Reader
-from distill.results.images import BATCH, Preparation, Scored, decode
+from distill.evaluate.images import BATCH, Preparation, Scored, decode
 from teacher.batch import Features, normalise
 from teacher.gram import gram_sum
 

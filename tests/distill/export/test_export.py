@@ -15,12 +15,11 @@ import transformers
 from safetensors import safe_open
 
 from distill.errors import CheckpointError, SetupError, UserError
-from distill.recipe.extensions import BUILTIN, ExtensionKind, find
-from distill.results import to_hf, to_meta, to_onnx, to_timm
-from distill.results.export import DTYPES, Dtype, Exported, export_network
-from distill.results.exporter import Exporter
-from distill.results.onnx import require_exporter, write_onnx
-from distill.results.verify import (
+from distill.export import to_hf, to_meta, to_onnx, to_timm
+from distill.export.export import DTYPES, Dtype, Exported, export_network
+from distill.export.exporter import Exporter
+from distill.export.onnx import require_exporter, write_onnx
+from distill.export.verify import (
     TOLERANCE,
     Parity,
     largest_differences,
@@ -28,6 +27,7 @@ from distill.results.verify import (
     probes,
     verify,
 )
+from distill.recipe.extensions import BUILTIN, ExtensionKind, find
 from distill.runfolder.licences import Licences, Terms
 from distill.weights.card import Background
 from distill.weights.load import load_backbone
@@ -266,7 +266,7 @@ def test_export_network__a_failure_leaves_nothing(
     def full(*_: Any) -> Parity:
         raise OSError("no space left")
 
-    monkeypatch.setattr("distill.results.export.verify", full)
+    monkeypatch.setattr("distill.export.export.verify", full)
     with pytest.raises(OSError, match="no space left"):
         export(write_network(tmp_path / "small", VIT), tmp_path / "out" / "small", "hf")
     assert not (tmp_path / "out").exists()

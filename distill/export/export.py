@@ -1,7 +1,7 @@
 """One network written in the format of another library, proven, and only then given its name.
 
     .NAME.part   written here: weights in the wanted layout and dtype
-    verification        the other library reads them; its features are compared with ours (distill.results.verify)
+    verification        the other library reads them; its features are compared with ours (distill.export.verify)
     NAME         after the verification, with README.md and distill.json; NAME.rejected when it fails
 
 A folder with its final name has therefore been verified, or README.md and distill.json hold the reason why
@@ -21,8 +21,8 @@ from typing import Any, Literal
 import torch
 
 from distill.errors import CheckpointError, UserError
-from distill.results.exporter import Exporter
-from distill.results.verify import TOLERANCE, Parity, verify
+from distill.export.exporter import Exporter
+from distill.export.verify import TOLERANCE, Parity, verify
 from distill.runfolder.files import folder_while, remove, rename, replaced
 from distill.runfolder.licences import write_licences
 from distill.weights.card import (

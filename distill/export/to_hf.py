@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.results.exporter import Exporter, Forward
+from distill.export.exporter import Exporter, Forward
 from distill.weights.card import transformers_usage
 from distill.weights.convert import convert
 

@@ -17,7 +17,7 @@ from distill.data.build_index import build_index
 from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.errors import UserError
-from distill.results.images import (
+from distill.evaluate.images import (
     BF16_FROM,
     Preparation,
     Scored,
@@ -29,7 +29,7 @@ from distill.results.images import (
     read_splits,
     scoring_dtype,
 )
-from distill.results.knn import (
+from distill.evaluate.knn import (
     balanced_accuracy,
     evaluate_run,
     knn,
@@ -320,7 +320,7 @@ def test_evaluate_run__a_large_network_on_a_gpu_is_scored_in_bf16(
     assert scoring_dtype(BF16_FROM, torch.device("cuda")) == torch.bfloat16
     assert scoring_dtype(BF16_FROM - 1, torch.device("cuda")) == torch.float32
     assert scoring_dtype(BF16_FROM, CPU) == torch.float32
-    monkeypatch.setattr("distill.results.knn.scoring_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr("distill.evaluate.knn.scoring_dtype", lambda *_: torch.bfloat16)
     in_bf16 = evaluate_run(run_folder)
     assert in_bf16["teacher"]["knn_in"] == "bfloat16"
     assert in_bf16["teacher"]["knn"] == pytest.approx(in_fp32["teacher"]["knn"], abs=0.2)

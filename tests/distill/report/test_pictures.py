@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from distill.results.pictures import (
+from distill.report.pictures import (
     cosine_map,
     fit,
     patch_features,
@@ -51,7 +51,7 @@ def test_draw__writes_one_picture(tmp_path: Path) -> None:
 def test_draw__a_photograph_of_one_colour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All patches are alike, and rounding may put every cosine above 1."""
     above = np.full((4, 4), 1.0000002, np.float32)
-    monkeypatch.setattr("distill.results.pictures.cosine_map", lambda *_: above)
+    monkeypatch.setattr("distill.report.pictures.cosine_map", lambda *_: above)
     flat, out = [np.full((32, 32, 3), 90, np.uint8)], tmp_path / "features.png"
     plot_features(small_backbones(), flat, out, mean=MEAN, std=STD, longer_side_px=32)
     assert out.is_file()

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.results.exporter import Exporter, Forward
-from distill.results.onnx import require_exporter, write_onnx
+from distill.export.exporter import Exporter, Forward
+from distill.export.onnx import require_exporter, write_onnx
 from distill.runfolder.files import replaced
 from distill.weights.load import load_backbone
 from students.shapes import BackboneSpec

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from distill.results.exporter import Exporter, Forward
+from distill.export.exporter import Exporter, Forward
 from distill.runfolder.files import replace_text
 from distill.weights.containers import read_object
 from distill.weights.convert import convert

@@ -16,15 +16,15 @@ from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
 from distill.errors import UserError
+from distill.evaluate.images import Preparation
+from distill.evaluate.knn import evaluate_run
 from distill.job.origin import complete_cards, stored_licences
 from distill.job.prepare import IMAGES, Job, read_job
 from distill.job.to_data import decoding_of
 from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
-from distill.results.images import Preparation
-from distill.results.knn import evaluate_run
-from distill.results.pictures import plot_features
+from distill.report.pictures import plot_features
 from distill.runfolder.files import is_full
 from distill.runfolder.metrics import read_rows
 from distill.runfolder.parked import read_parked

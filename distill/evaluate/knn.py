@@ -28,7 +28,7 @@ from torch import Tensor
 
 from distill.data.decode import Rgb, background_of
 from distill.errors import UserError
-from distill.results.images import (
+from distill.evaluate.images import (
     Preparation,
     ReadSplit,
     Scored,

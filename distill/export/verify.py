@@ -24,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.results.exporter import Exporter
+from distill.export.exporter import Exporter
 from distill.weights.load import load_backbone
 
 TOLERANCE = 1e-4  # fp32 in another order of additions: 1e-5 at most; a wrong tensor: 1e-2 and more

@@ -1,0 +1,1 @@
+"""Scores of networks: images with labels, features of them, k-NN and dense probes."""

@@ -1,1 +1,0 @@
-"""Finished networks: scores, pictures of their features, exports for other libraries."""
