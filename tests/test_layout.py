@@ -71,7 +71,7 @@ FILES = [
 # Outside distill/engine: files that name DeepSpeed without importing it, and why
 NAMES_DEEPSPEED = {
     "distill/job/agreement.py": "compares its version, by its metadata",
-    "distill/cli/doctor.py": "tries the import in a process of its own, and prints the version",
+    "distill/launch/doctor.py": "tries the import in a process of its own, and prints the version",
     "distill/runfolder/heartbeat.py": "tells frames of a collective by their folder",
 }
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:  # noqa: ARG001  # read by main
     """Check devices, libraries, decoders and disk; say how to fix what fails."""
-    from distill.cli.doctor import examine
+    from distill.launch.doctor import examine
 
     findings = examine()
     if as_json:

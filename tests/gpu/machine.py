@@ -39,7 +39,7 @@ def versions(device: torch.device, sizes: Sizes) -> Figures:
 
 def doctor(device: torch.device, sizes: Sizes) -> Figures:
     """Findings of ``distill doctor``; what it finds missing is a figure, since DALI may be."""
-    from distill.cli.doctor import examine
+    from distill.launch.doctor import examine
 
     findings = examine()
     figures: Figures = {"ok": sum(finding.is_ok for finding in findings)}

@@ -44,7 +44,7 @@ import sys
 for name in ("nvidia", "nvidia.dali", "matplotlib", "skimage", "pyarrow", "torchvision", "timm"):
     sys.modules[name] = None
 import tests.gpu.__main__
-import distill.bench.measure, distill.job.resume, distill.cli.doctor, distill.launch.watchdog
+import distill.bench.measure, distill.job.resume, distill.launch.doctor, distill.launch.watchdog
 import tests.support.jobs
 """
 

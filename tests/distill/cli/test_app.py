@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from distill.cli import doctor
 from distill.cli.app import main
-from distill.cli.doctor import Finding
 from distill.cli.recipe_copy import copy_recipe
 from distill.errors import DataError, SetupError
 from distill.job import prepare
+from distill.launch import doctor
 from distill.launch import local as launch
+from distill.launch.doctor import Finding
 from distill.launch.local import Options
 from distill.recipe.reader import load_job
 from distill.report import summary as finish

@@ -13,7 +13,6 @@ from nvidia.dali import Pipeline
 from PIL import Image
 from torch import Tensor
 
-from distill.cli import doctor
 from distill.data import pipeline as graph
 from distill.data.bad_samples import BadSamples
 from distill.data.build_index import build_index
@@ -26,6 +25,7 @@ from distill.data.sampler import Pool, Sampler
 from distill.errors import SetupError
 from distill.job.recipe_hash import recipe_hash
 from distill.job.to_data import build_loader
+from distill.launch import doctor
 from distill.recipe.reader import load_recipe
 from tests.support.gpu import ON_GPU
 from tests.support.pictures import picture

@@ -5,9 +5,9 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from distill.cli import doctor
-from distill.cli.doctor import Finding, examine
 from distill.errors import SetupError
+from distill.launch import doctor
+from distill.launch.doctor import Finding, examine
 from distill.train import device
 
 
