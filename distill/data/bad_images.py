@@ -5,14 +5,13 @@ first (about 30 us), and its end: what was cut off has none. An image that still
 decoding the batch one by one.
 """
 
-import io
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from distill.data.decode import SWAPPING, reason_of
+from distill.data.decode import SWAPPING, reason_of, stream_of
 from distill.data.headers import Decoder, look
 from distill.data.locations import Location, Reader
 
@@ -60,7 +59,7 @@ def examine(encoded: NDArray[np.uint8], max_megapixels: float, *, is_full: bool)
         return "empty file"
     try:
         kinds = KINDS.get(encoded[:3].tobytes())
-        with Image.open(io.BytesIO(encoded.data), formats=kinds) as image:
+        with Image.open(stream_of(encoded), formats=kinds) as image:
             width, height = image.size
             fault = _header_fault(image, width, height, max_megapixels)
             if fault:
@@ -76,7 +75,7 @@ def examine(encoded: NDArray[np.uint8], max_megapixels: float, *, is_full: bool)
 def name_format(encoded: NDArray[np.uint8]) -> str:
     """What kind of image it is, by its first bytes; empty when it is none."""
     try:
-        with Image.open(io.BytesIO(encoded.data)) as image:
+        with Image.open(stream_of(encoded)) as image:
             return str(image.format)
     except Exception:  # Pillow raises whatever its decoders raise
         return ""

@@ -57,7 +57,7 @@ def build_index(
             f"data.sources: {len(found):,} images, more than an index of {LIST_ENTRIES:,} holds",
             fix="Train on fewer, or pack them and list the shards of a part.",
         )
-    headers = _headers_of(sources, surveys, max_megapixels, progress)
+    headers = _headers_of(surveys, max_megapixels, progress)
     bad = _refuse_many_broken(found, headers, max_bad_fraction)
     good, good_headers, counts = [], [], []
     rows = iter(zip(found, headers, strict=True))
@@ -114,10 +114,10 @@ def source_name(source: Path, label_depth: int | None) -> str:
 
 @dataclass(frozen=True)
 class _Survey:
-    """Images of a source, and their sizes where they are known."""
+    """Images of a source, and their headers where a packed index holds them."""
 
     found: list[Found]
-    sizes: list[tuple[int, int]] | None
+    headers: list[Header] | None
 
 
 def _packed_index(source: Path, lister: Lister | None) -> ImageIndex | None:
@@ -152,35 +152,30 @@ def _survey(
         Found(index.location(image), label, is_held_out)
         for image, (label, is_held_out) in enumerate(zip(labels, held_out, strict=True))
     ]
-    return _Survey(found, [(height, width) for height, width in index.hw.tolist()])
+    return _Survey(found, _stored_headers(index))
+
+
+def _stored_headers(index: ImageIndex) -> list[Header] | None:
+    """The headers in a packed index; None where who decodes is missing, as in those of version 0.1.0."""
+    if index.decoders is None:
+        return None
+    pairs = zip(index.hw.tolist(), index.decoders.tolist(), strict=True)
+    return [Header((height, width), Decoder(decoder)) for (height, width), decoder in pairs]
 
 
 def _headers_of(
-    sources: Sequence[Path],
     surveys: Sequence[_Survey],
     max_megapixels: float,
     progress: Callable[[int, int], None] | None,
 ) -> list[Header | str]:
     """The header of each image, or what is wrong with it; read where no packed index holds it."""
-    stored = [_stored_headers(*each) for each in zip(sources, surveys, strict=True)]
-    pairs = list(zip(stored, surveys, strict=True))
-    unknown = [each for headers, survey in pairs if headers is None for each in survey.found]
+    unknown = [each for survey in surveys if survey.headers is None for each in survey.found]
     measured = iter(_measure_all(unknown, max_megapixels, progress))
     known: list[Header | str] = []
-    for headers, survey in pairs:
+    for survey in surveys:
+        headers = survey.headers
         known += islice(measured, len(survey.found)) if headers is None else headers
     return known
-
-
-def _stored_headers(source: Path, survey: _Survey) -> list[Header] | None:
-    """The headers that a packed source has in its index; None where who decodes is missing, as in those of version 0.1.0."""
-    if survey.sizes is None:
-        return None
-    decoders = ImageIndex.load(source / INDEX_FOLDER).decoders
-    if decoders is None:
-        return None
-    pairs = zip(survey.sizes, decoders.tolist(), strict=True)
-    return [Header(hw, Decoder(decoder)) for hw, decoder in pairs]
 
 
 def _measure_all(

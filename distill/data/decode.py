@@ -90,7 +90,7 @@ def decode_picture(encoded: NDArray[np.uint8], background: Rgb | None) -> Pictur
     """
     assert not ImageFile.LOAD_TRUNCATED_IMAGES, "truncated images must be errors here"
     try:
-        with Image.open(io.BytesIO(encoded.data)) as image:
+        with Image.open(stream_of(encoded)) as image:
             raw = _raw_mode(image)
             image.load()
             turn = TURNS.get(orientation_of(image))
@@ -103,6 +103,13 @@ def decode_picture(encoded: NDArray[np.uint8], background: Rgb | None) -> Pictur
     if turn is not None:
         rgb = rgb.transpose(turn)
     return Picture(np.asarray(rgb), is_transparent)
+
+
+def stream_of(encoded: NDArray[np.uint8]) -> io.BytesIO:
+    """The bytes as a file; those that were read as ``bytes`` are not copied."""
+    if isinstance(encoded.base, bytes) and len(encoded.base) == len(encoded):
+        return io.BytesIO(encoded.base)
+    return io.BytesIO(encoded.data)
 
 
 def to_bitmap(encoded: NDArray[np.uint8], background: Rgb | None) -> NDArray[np.uint8]:

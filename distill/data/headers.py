@@ -89,8 +89,9 @@ def _jpeg(data: memoryview) -> int:
     position, frame, exif = 2, b"", b""
     has_jfif = has_exif = has_xmp = False
     transform = 1
+    unpack = SEGMENT.unpack_from
     while True:
-        mark, marker, length = SEGMENT.unpack_from(data, position)
+        mark, marker, length = unpack(data, position)
         start, end = position + 4, position + 2 + length
         if mark != 0xFF or length < 2:
             return UNCLEAR

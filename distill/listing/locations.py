@@ -3,6 +3,7 @@
 Nothing is ever extracted: a member of a tar file is a name to show and a stretch to read.
 """
 
+import io
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -73,7 +74,8 @@ class Reader:
             OSError: it cannot be read, or its container is shorter than it was.
         """
         if location.kind is Kind.FILE:
-            return np.fromfile(str(location), np.uint8)
+            with io.FileIO(str(location)) as file:
+                return np.frombuffer(file.readall(), np.uint8)
         if location.kind is Kind.PARQUET:
             return self._row(location)
         with Path(location.container).open("rb", buffering=0) as file:
