@@ -24,7 +24,7 @@ from distill.errors import CheckpointError, UserError
 from distill.export.exporter import Exporter
 from distill.export.verify import TOLERANCE, Parity, verify
 from distill.runfolder.files import folder_while, remove, rename, replaced
-from distill.runfolder.licences import write_licences
+from distill.runfolder.licences import CARD, CONFIG, RECORD, record_in, write_licences
 from distill.weights.card import (
     Background,
     Form,
@@ -43,8 +43,6 @@ from students.shapes import BackboneSpec
 
 Dtype = Literal["fp32", "bf16"]
 DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-RECORD = "distill.json"  # its "export" part marks a folder as one that may be replaced
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def _describe(
     spec, name = load_backbone(source)[1], exported.name
     parity, files = exported.parity, exported.files
     inputs = read_inputs(aside / PREPARATION)
-    beside = {*background.licences.texts, PREPARATION, "config.json"}
+    beside = {*background.licences.texts, PREPARATION, CONFIG}
     size = sum(file.num_bytes for file in files if file.name not in beside)
     blocks = _blocks(name, spec, exporter, files)
     form = Form(exporter.library, dtype, size, blocks, parity.describe(), files)
@@ -177,8 +175,7 @@ def _refuse_foreign(folder: Path, source: Path) -> None:
         )
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    record = folder / RECORD
-    if not record.is_file() or "export" not in read_object(record):
+    if "export" not in record_in(folder):
         raise CheckpointError(
             f"{folder}: exists and is no export of distill", fix="Give another --out."
         )

@@ -25,6 +25,7 @@ from distill.runfolder.licences import (
     folder_of,
     licences_in,
     licences_of,
+    record_in,
     write_licences,
 )
 from distill.runfolder.status import TEACHER, write_json
@@ -41,13 +42,13 @@ from distill.weights.containers import read_object
 from distill.weights.identity import catalogue_name
 from distill.weights.inspect import RELEASED
 from distill.weights.load import shape_of
+from distill.weights.stated_inputs import PREPARATION
 from students.shapes import BackboneSpec
 
 if TYPE_CHECKING:
     from distill.job.prepare import Job
 
 LICENCES = "licences"  # in a run folder
-PREPARATION = "preprocessor_config.json"
 HUB_CACHE = re.compile(r"^models--([\w.-]+?)--([\w.-]+)$")  # a folder of Hugging Face's cache
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 RELEASED_FILE = re.compile(r"(dinov3_\w+_pretrain_\w+)-([0-9a-f]{8})\.pth")
@@ -137,7 +138,7 @@ def student_record(
     sha256 = "" if job.teacher is None else job.teacher.weights_sha256
     if sha256:
         teacher["sha256"] = sha256
-    record = _read_record(weights)
+    record = record_in(folder_of(weights))
     if record.get("teacher"):
         teacher["teacher"] = record["teacher"]
     base = base_model(weights, sha256) or record.get("base_model")
@@ -156,7 +157,7 @@ def pretrained_record(
 def teacher_name(weights: Path) -> str:
     """Returns what people call a teacher: its name on the Hub, its recipe where distill pretrained it, its folder or file."""
     hub = base_model(weights)
-    record = _read_record(weights)
+    record = record_in(folder_of(weights))
     if record.get("method") == DISTILLATION or "teacher_fingerprint" in record:
         folder = folder_of(weights) or weights
         return f"{folder.name} of {record.get('recipe', 'unknown')}"
@@ -194,7 +195,7 @@ def background_of(
     Raises:
         CheckpointError: a licence file or a record cannot be read.
     """
-    record = _read_record(folder)
+    record = record_in(folder)
     licences = stored_licences(run_folder, *recipes)
     if name != TEACHER and "licences" in record:
         licences = licences_of(folder, name)
@@ -270,9 +271,3 @@ def _facts(
 
 def _names_of(recipe: FamilyRecipe | TeacherRecipe) -> list[str]:
     return [Path(source.path).name for source in recipe.data.sources]
-
-
-def _read_record(weights: Path) -> dict[str, Any]:
-    folder = folder_of(weights)
-    path = None if folder is None else folder / RECORD
-    return read_object(path) if path is not None and path.is_file() else {}

@@ -16,7 +16,7 @@ THIS_CPU = "this CPU"
 DEVICES_FOLDER = Path("/dev")  # has nvidia0, nvidia1, ... where GPUs are handed to this process
 MODELS_FOLDER = Path("/proc/driver/nvidia/gpus")
 MEMORY_LIMIT = Path("/sys/fs/cgroup/memory.max")
-SIDE, LEAST_S = 1024, 0.25  # of the matrix whose product is timed, and for how long
+SIDE, LEAST_S = 1024, 0.1  # of the matrix whose product is timed, and for how long
 # Part of the timed rate that training reached: 0.40 and 0.64 in docs/bench/saving_2ranks.json and bench_cpu_2ranks.json
 CPU_EFFICIENCY = 0.5
 RATE = "device_tflops_per_s"

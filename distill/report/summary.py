@@ -26,6 +26,7 @@ from distill.recipe.keys import FamilyRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.report.pictures import plot_features
 from distill.runfolder.files import is_full
+from distill.runfolder.licences import RECORD
 from distill.runfolder.metrics import read_rows
 from distill.runfolder.parked import read_parked
 from distill.runfolder.status import (
@@ -144,7 +145,7 @@ def _entry(run_folder: Path, name: str, status: Status) -> dict[str, Any]:
         UserError: the student is still to be trained.
     """
     parked = read_parked(run_folder, name)
-    record = run_folder / "students" / name / "distill.json"
+    record = run_folder / "students" / name / RECORD
     entry = {"loss": _last_loss(run_folder, name), "parked": parked and asdict(parked)}
     if record.is_file():
         return {**entry, "steps": read_object(record).get("steps")}

@@ -147,7 +147,7 @@ def licences_of(
         CheckpointError: a licence file cannot be read.
     """
     folder, stated = None if weights is None else folder_of(weights), stated or Stated()
-    record = _record_in(folder)
+    record = record_in(folder)
     chain, texts = _chain(record, folder)
     contents = {} if folder is None else read_licence_files(folder, texts.keys())
     if heads is not None and heads != folder:
@@ -180,7 +180,7 @@ def licences_of(
 
 def licences_in(folder: Path) -> Licences:
     """The licences that ``write_licences`` put into a folder, or what the folder of another program states."""
-    record = _record_in(folder)
+    record = record_in(folder)
     if "licences" not in record:
         return licences_of(folder, folder.name)
     return Licences(*_chain(record, folder))
@@ -188,7 +188,7 @@ def licences_in(folder: Path) -> Licences:
 
 def write_licences(folder: Path, licences: Licences) -> None:
     """Writes the licence files into a folder; each is complete or as it was. Files of an earlier chain are removed."""
-    for each in _terms_in(_record_in(folder)):
+    for each in _terms_in(record_in(folder)):
         for name in set(each.files) - licences.texts.keys():
             (folder / name).unlink(missing_ok=True)
     for name, text in licences.texts.items():
@@ -203,7 +203,7 @@ def pass_on(source: Path, target: Path) -> Licences:
         The licences: what is to be sent along where the target is one file.
     """
     licences = licences_of(source, source.name)
-    record = _record_in(folder_of(source))
+    record = record_in(folder_of(source))
     if target.is_dir() and (licences.is_known or licences.texts or record):
         write_licences(target, licences)
         held = {key: value for key, value in record.items() if key not in ("export", "files")}
@@ -219,7 +219,7 @@ def folder_of(weights: Path) -> Path | None:
     parent = weights.parent
     if weights.name == SINGLE and (parent / CONFIG).is_file():
         return parent
-    return parent if weights.name in (_record_in(parent).get("files") or ()) else None
+    return parent if weights.name in (record_in(parent).get("files") or ()) else None
 
 
 def front_matter_of(card: Path) -> dict[str, Any]:
@@ -238,7 +238,12 @@ def front_matter_of(card: Path) -> dict[str, Any]:
     return head if isinstance(head, dict) else {}
 
 
-def _record_in(folder: Path | None) -> dict[str, Any]:
+def record_in(folder: Path | None) -> dict[str, Any]:
+    """What ``distill.json`` of a folder records; empty where there is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
     is_there = folder is not None and (folder / RECORD).is_file()
     return _read_object(folder / RECORD) if folder is not None and is_there else {}
 
@@ -312,7 +317,7 @@ def _statements(
             title = identifier_of_text(decoded(text)) or slug_of(title_of(text))
             found.append(_Statement(name, frozenset({title or slug_of(name)}), is_text=True))
     if folder is not None:
-        record = _record_in(folder)
+        record = record_in(folder)
         found.append(_of_mapping(CARD, front_matter_of(folder / CARD)))
         if (folder / CONFIG).is_file():
             config = _read_object(folder / CONFIG)

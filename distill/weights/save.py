@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.runfolder.files import make_folder, replace_text, replaced
-from distill.runfolder.licences import Licences, write_licences
+from distill.runfolder.licences import CARD, CONFIG, RECORD, Licences, write_licences
 from distill.weights.card import Background, Inputs, folder_form, model_card
 from distill.weights.hf_config import hf_config, preprocessor_config
 from students.shapes import BackboneSpec
@@ -50,20 +50,20 @@ def write_backbone(
         for name, tensor in weights.items()
         if not name.startswith(LOCAL_NORM_PREFIX)
     }
-    _write_json(folder / "config.json", hf_config(spec))
+    _write_json(folder / CONFIG, hf_config(spec))
     _write_json(
         folder / "preprocessor_config.json", preprocessor_config(facts.size, facts.mean, facts.std)
     )
     write_licences(folder, facts.licences)
     record = {**facts.provenance, "licences": facts.licences.to_json()}
-    _write_json(folder / "distill.json", record)
+    _write_json(folder / RECORD, record)
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in contiguous.values())
     inputs, background = (
         Inputs(facts.size, facts.mean, facts.std),
         Background(record, facts.licences, {}),
     )
     form = folder_form(folder.name, spec, num_bytes)
-    replace_text(folder / "README.md", model_card(folder.name, spec, inputs, background, form))
+    replace_text(folder / CARD, model_card(folder.name, spec, inputs, background, form))
     write_tensors(folder, contiguous)
 
 
