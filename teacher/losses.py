@@ -79,6 +79,35 @@ def koleo_loss(
     return torch.as_tensor(total) / batch.images_global
 
 
+@dataclass(frozen=True)
+class KoleoGradient:
+    """KoLeo of a slice, computed before its micro-batches cut the groups: value, and gradient by the class tokens of the global crops."""
+
+    value: Float[Tensor, ""]
+    by_token: Float[Tensor, "images 2 width"]
+
+    def part(self, images: slice) -> "KoleoGradient":
+        """Of some images; the first of them carry the value, so that parts add up to it."""
+        value = torch.zeros_like(self.value) if images.start else self.value
+        return KoleoGradient(value, self.by_token[images])
+
+    def loss(self, globals_: Features) -> Float[Tensor, ""]:
+        """Returns a term with this value and this gradient. No communication."""
+        linear = (globals_.class_token * self.by_token.flatten(0, 1)).sum()
+        return self.value + (linear - linear.detach())
+
+
+def koleo_gradient(
+    class_token: Float[Tensor, "rows width"], batch: StudentBatch, group: dist.ProcessGroup | None
+) -> KoleoGradient:
+    """Differentiates ``koleo_loss`` by its tokens [2 * images, image-major]. Communication as ``koleo_sum``."""
+    tokens = class_token.detach().requires_grad_()
+    loss = koleo_loss(Features(tokens, tokens[:, None], (1, 1)), batch, group)
+    loss.backward()
+    assert tokens.grad is not None
+    return KoleoGradient(loss.detach(), tokens.grad.unflatten(0, (-1, NUM_GLOBAL)))
+
+
 def koleo_sum(
     class_tokens: Float[Tensor, "images width"],
     group_size: int,

@@ -5,7 +5,7 @@ by the number of ranks of the group, so that the gradient mean an engine takes o
 exact global mean, whatever the slice sizes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,16 @@ from teacher.batch import NUM_GLOBAL, Features, StudentBatch, normalise
 from teacher.drop_path import ActiveRows, active_rows
 from teacher.gram import gram_sum
 from teacher.heads import Head, SoftAssignment
-from teacher.losses import ExtraTerm, Losses, Objective, extra_parts, koleo_loss, weigh
+from teacher.losses import (
+    ExtraTerm,
+    KoleoGradient,
+    Losses,
+    Objective,
+    extra_parts,
+    koleo_gradient,
+    koleo_loss,
+    weigh,
+)
 from teacher.shapes import scaled_size
 
 
@@ -86,10 +95,27 @@ class DistillationTask(nn.Module):
         """From now on KoLeo groups are gathered over the ranks, or not: the batch, and with it the slices, has changed."""
         self._koleo_is_local = not is_needed
 
+    @torch.no_grad()
+    def koleo_before(
+        self, batch: StudentBatch, parts: Sequence[slice], scalars: StepScalars
+    ) -> KoleoGradient:
+        """KoLeo of a slice whose micro-batches cut its groups, from class tokens that are computed once more, part by part. Communication: when a slice border cuts a group."""
+        tokens = [
+            see_global_crops(self.backbone, batch.part(part), self.options, scalars).class_token
+            for part in parts
+        ]
+        group = None if self._koleo_is_local else self._group
+        with torch.enable_grad():
+            return koleo_gradient(torch.cat(tokens), batch, group)
+
     def forward(
-        self, batch: StudentBatch, assignments: SoftAssignments, scalars: StepScalars
+        self,
+        batch: StudentBatch,
+        assignments: SoftAssignments,
+        scalars: StepScalars,
+        koleo: KoleoGradient | None = None,
     ) -> Losses:
-        """All loss terms for this rank's slice. Communication: KoLeo only, when a slice border cuts one of its groups."""
+        """All loss terms for this rank's slice, with the KoLeo that ``koleo_before`` found where it did. Communication: KoLeo only, when a slice border cuts one of its groups."""
         weights = scalars.objective
         globals_, locals_ = see_crops(self.backbone, batch, self.options, scalars)
         tokens, mixture, image_weights = batch.class_pairs(globals_, locals_, weights.local)
@@ -103,7 +129,9 @@ class DistillationTask(nn.Module):
             parts["ibot"] = self.ibot_head.cross_entropy(
                 rows[None], assignments.ibot, alone, row_weights
             )
-        if weights.koleo:
+        if koleo is not None:
+            parts["koleo"] = koleo.loss(globals_)
+        elif weights.koleo:
             group = None if self._koleo_is_local else self._group
             parts["koleo"] = koleo_loss(globals_, batch, group)
         if weights.gram:
@@ -120,41 +148,45 @@ def see_crops(
     backbone: nn.Module, batch: StudentBatch, options: TaskOptions, scalars: StepScalars
 ) -> tuple[Features, Features]:
     """What a network in training sees of its slice: features of global and of local crops."""
-    dtype = next(backbone.parameters()).dtype
-    network: Callable[..., Features] = backbone  # a ``Backbone``; ViTs take ``active_rows`` too
-    pixels = [
-        normalise(crops, options.mean, options.std, torch.float32, batch.crops.pixel_stats).flatten(
-            0, 1
-        )
-        for crops in (batch.crops.global_crops, batch.crops.local_crops)
-    ]
-    if options.crop_scale != 1.0:
-        pixels = [_shrunk(rows, options.crop_scale) for rows in pixels]
+    globals_ = see_global_crops(backbone, batch, options, scalars)
+    pixels = _pixels(batch.crops.local_crops, batch, options)
+    depth = None if batch.active_rows is None else batch.active_rows[:, NUM_GLOBAL:]
+    locals_ = _see(backbone, pixels, depth, options, None, scalars.rope_scale_local, is_local=True)
+    return globals_, locals_
+
+
+def see_global_crops(
+    backbone: nn.Module, batch: StudentBatch, options: TaskOptions, scalars: StepScalars
+) -> Features:
+    """The features of its global crops, [2 * images, image-major]."""
+    pixels = _pixels(batch.crops.global_crops, batch, options)
     masks = batch.masks.flags.flatten(0, 1) if options.masks_input else None
-    depth: list[dict[str, ActiveRows]] = [{}, {}]
-    if batch.active_rows is not None:
-        crops = batch.active_rows.split(
-            [NUM_GLOBAL, batch.active_rows.shape[1] - NUM_GLOBAL], dim=1
-        )
-        depth = [
-            {"active_rows": active_rows(part, options.survival, pixels[0].device)} for part in crops
-        ]
-    return (
-        network(
-            pixels[0].to(dtype),
-            masks,
-            rope_scale=scalars.rope_scale_global,
-            is_local=False,
-            **depth[0],
-        ),
-        network(
-            pixels[1].to(dtype),
-            None,
-            rope_scale=scalars.rope_scale_local,
-            is_local=True,
-            **depth[1],
-        ),
-    )
+    depth = None if batch.active_rows is None else batch.active_rows[:, :NUM_GLOBAL]
+    return _see(backbone, pixels, depth, options, masks, scalars.rope_scale_global, is_local=False)
+
+
+def _pixels(crops: Tensor, batch: StudentBatch, options: TaskOptions) -> Tensor:
+    stats = batch.crops.pixel_stats
+    pixels = normalise(crops, options.mean, options.std, torch.float32, stats).flatten(0, 1)
+    return pixels if options.crop_scale == 1.0 else _shrunk(pixels, options.crop_scale)
+
+
+def _see(
+    backbone: nn.Module,
+    pixels: Tensor,
+    depth: Tensor | None,
+    options: TaskOptions,
+    masks: Tensor | None,
+    rope_scale: float,
+    *,
+    is_local: bool,
+) -> Features:
+    network: Callable[..., Features] = backbone  # a ``Backbone``; ViTs take ``active_rows`` too
+    rows: dict[str, ActiveRows] = {}
+    if depth is not None:
+        rows = {"active_rows": active_rows(depth, options.survival, pixels.device)}
+    dtype = next(backbone.parameters()).dtype
+    return network(pixels.to(dtype), masks, rope_scale=rope_scale, is_local=is_local, **rows)
 
 
 def _shrunk(

@@ -241,6 +241,11 @@ class SleepingStudent:
         """All of its slice at once."""
         return len(self.images)
 
+    @property
+    def least_part(self) -> int:
+        """The same: it is not cut."""
+        return self.largest_part
+
     def train_step(self, batch: StudentBatch, numbers: StepNumbers) -> Attempt:
         """Sleeps, then one all-reduce over the group."""
         del batch, numbers  # its time is that of the plan

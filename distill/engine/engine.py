@@ -167,6 +167,11 @@ class Engine:
         module: nn.Module = self._engine.module
         return module
 
+    @property
+    def shards_weights(self) -> bool:
+        """Each rank holds a part of every weight (ZeRO 3), and they are gathered for each use."""
+        return not self._judges
+
     def forward(self, *inputs: Any) -> Any:
         """The module's forward pass."""
         with self._as_world():

@@ -59,11 +59,13 @@ class Placement:
     def parts_of(self, world_rank: int, micro_batch: int | None) -> tuple[slice, ...]:
         """A rank's slice cut into as many micro-batches as the largest slice needs, by numbers within the slice.
 
-        Full KoLeo groups where the slice is.
+        Full KoLeo groups where the slice is, unless a micro-batch is smaller than one.
         """
         local = self.slice_of(world_rank)
         count = 1 if micro_batch is None else -(-self.largest_slice // micro_batch)
-        unit = KOLEO_GROUP if local.start % KOLEO_GROUP == 0 == len(local) % KOLEO_GROUP else 1
+        in_groups = local.start % KOLEO_GROUP == 0 == len(local) % KOLEO_GROUP
+        is_small = micro_batch is not None and micro_batch < KOLEO_GROUP
+        unit = KOLEO_GROUP if in_groups and not is_small else 1
         borders = [unit * (len(local) // unit * part // count) for part in range(count + 1)]
         return tuple(slice(start, stop) for start, stop in pairwise(borders))
 

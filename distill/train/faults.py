@@ -125,7 +125,7 @@ class FaultHandler:
             raise error
         lines = str(error).strip().splitlines() or ["no message"]
         reason = f"{type(error).__name__}: {lines[0]}"
-        images = smaller_part(trainer.largest_part)
+        images = smaller_part(trainer.largest_part, trainer.least_part)
         if isinstance(error, torch.OutOfMemoryError) and images is not None:
             text = f"{trainer.name}: out of memory in micro-batches of {trainer.largest_part} images, {images} from the next start on"
             write_micro_batch(self._run_folder, trainer.name, images)

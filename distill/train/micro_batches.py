@@ -2,8 +2,9 @@
 
     micro_batches/<name>.json    written by the rank that ran out of memory, read at every start
 
-The start of new processes frees all that the failed step held: engine, buckets, frames, cached blocks. One
-KoLeo group is the least: the neighbours of a part of a group are others, and so is the gradient.
+The start of new processes frees all that the failed step held: engine, buckets, frames, cached blocks. Below
+one KoLeo group the class tokens of the slice are computed once more, before its parts, and each part gets its
+rows of KoLeo's gradient: the neighbours in a part of a group would be others, and so would be the gradient.
 """
 
 import json
@@ -19,9 +20,13 @@ from teacher.shapes import KOLEO_GROUP
 UNLIMITED = 2**62
 
 
-def smaller_part(images: int) -> int | None:
-    """Half of a micro-batch, in full KoLeo groups; None where it holds no more than one."""
-    return None if images <= KOLEO_GROUP else max(1, images // 2 // KOLEO_GROUP) * KOLEO_GROUP
+def smaller_part(images: int, least: int) -> int | None:
+    """Half of a micro-batch, in full KoLeo groups where it holds more than one; None where it holds no more than ``least``."""
+    if images <= least:
+        return None
+    if images <= KOLEO_GROUP:
+        return max(least, images // 2)
+    return max(1, images // 2 // KOLEO_GROUP) * KOLEO_GROUP
 
 
 def write_micro_batch(run_folder: Path, name: str, images: int) -> None:

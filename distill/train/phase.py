@@ -110,6 +110,11 @@ class Trainer(Protocol):
         ...
 
     @property
+    def least_part(self) -> int:
+        """Images of the smallest micro-batch that it can be trained with."""
+        ...
+
+    @property
     def stop_step(self) -> int | None:
         """The step of the phase from which on it is finished; None where the phase ends it."""
         ...

@@ -16,9 +16,10 @@ from distill.plan.plan import Placement
 from distill.train.schedule import StepNumbers
 from teacher.batch import StudentBatch
 from teacher.heads import Head, sinkhorn
-from teacher.losses import Losses
+from teacher.losses import KoleoGradient, Losses
 from teacher.peers import StreamMark, StreamMarks, mark, timing_peers
-from teacher.task import SoftAssignments
+from teacher.shapes import KOLEO_GROUP
+from teacher.task import DistillationTask, SoftAssignments
 
 TARGETS_PREFIX = "targets/"  # of a target maker's tensors in a network's state
 
@@ -185,12 +186,14 @@ class StudentTrainer:
         batch = self._prepare(batch, numbers.run_step)
         with self.training.running():
             targets = self.targets.build_targets(batch, numbers.temperature, group)
+            koleo = self._koleo_before(batch, numbers)
             for images in self._parts:
                 part, its_targets = batch, targets
                 if len(self._parts) > 1:
                     part = batch.part(images)
                     its_targets = targets.part(images, batch.masks.masked(images))
-                losses: Losses = self.engine.forward(part, its_targets, numbers.scalars)
+                shares = () if koleo is None else (koleo.part(images),)
+                losses: Losses = self.engine.forward(part, its_targets, numbers.scalars, *shares)
                 self.engine.backward_and_step(losses.total, numbers.rates[self.name])
                 _add(terms, {"loss": losses.total.detach(), **losses.parts})
             is_applied, after = self.engine.is_applied, self.targets.state()
@@ -201,6 +204,26 @@ class StudentTrainer:
             _add(self._sums, {"applied": is_applied, **counted})
         self._num_steps += 1
         return Attempt(is_applied, terms)
+
+    def _koleo_before(self, batch: StudentBatch, numbers: StepNumbers) -> KoleoGradient | None:
+        """KoLeo of the slice where micro-batches cut its groups; None where each part computes its share of it."""
+        if len(self._parts) == 1 or not numbers.scalars.objective.koleo:
+            return None
+        borders = [self.images[part].start for part in self._parts]
+        if self.placement.koleo_is_local and not any(b % KOLEO_GROUP for b in borders):
+            return None
+        task = self.engine.module
+        if not isinstance(task, DistillationTask):  # the objective of features has no KoLeo
+            return None
+        return task.koleo_before(batch, self._parts, numbers.scalars)
+
+    @property
+    def least_part(self) -> int:
+        """Images of the smallest micro-batch with the same gradient: under ZeRO 3 weights are gathered in one order only, so a KoLeo group is not cut."""
+        is_free = not (
+            self.engine.shards_weights and isinstance(self.engine.module, DistillationTask)
+        )
+        return 1 if is_free else KOLEO_GROUP
 
     @property
     def largest_part(self) -> int:

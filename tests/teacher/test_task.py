@@ -59,6 +59,32 @@ def test_normalise__by_each_images_own_colours() -> None:
         )
 
 
+@pytest.mark.parametrize("masks_input", [False, True])
+def test_task__parts_that_cut_a_koleo_group_add_up_to_the_slice(masks_input: bool) -> None:
+    taught, learner = teacher().double(), task(masks_input=masks_input).double()
+    batch = student_batch(taught)
+    targets = assignments(batch, taught)
+    scalars = StepScalars(Objective(dino=1.0, ibot=0.7, koleo=10.0, local=0.5), 1.1, 0.9)
+    together = learner(batch, targets, scalars)
+    together.total.backward()
+    wanted = {name: each.grad for name, each in learner.named_parameters()}
+    learner.zero_grad()
+    cuts = [slice(0, 1), slice(1, 3), slice(3, IMAGES)]
+    koleo = learner.koleo_before(batch, cuts, scalars)
+    total = 0.0
+    for cut in cuts:
+        its_targets = targets.part(cut, batch.masks.masked(cut))
+        losses = learner(batch.part(cut), its_targets, scalars, koleo.part(cut))
+        losses.total.backward()
+        total += losses.total.item()
+    assert total == pytest.approx(together.total.item(), rel=1e-6)
+    for name, each in learner.named_parameters():
+        grad = wanted[name]
+        if grad is not None:
+            largest = float(grad.abs().max())
+            torch.testing.assert_close(each.grad, grad, rtol=1e-6, atol=1e-6 * largest)
+
+
 def test_task__loss_equals_loops_over_images_crops_and_patches() -> None:
     taught, learner = teacher().double(), task().double()
     taught.use_anchor(network(3)[0].double())

@@ -18,7 +18,7 @@ from distill.runfolder.parked import read_parked
 from distill.train.faults import FaultHandler
 from distill.train.groups import make_groups
 from distill.train.loop import run_phase
-from distill.train.micro_batches import agreed_micro_batches, smaller_part
+from distill.train.micro_batches import agreed_micro_batches, smaller_part, write_micro_batch
 from distill.train.student import StudentTrainer
 from teacher.shapes import KOLEO_GROUP
 from tests.distill.train.test_ranks import Recorder
@@ -30,9 +30,11 @@ from tests.support.weights import folder_of
 STEPS, ROOMY = 3, 10 * IMAGES
 
 
-def test_smaller_part__is_made_of_full_groups_and_never_less_than_one() -> None:
-    assert [smaller_part(images) for images in (200, 96, 48, 33, 17)] == [96, 48, 16, 16, 16]
-    assert smaller_part(KOLEO_GROUP) is None and smaller_part(5) is None
+def test_smaller_part__is_made_of_full_groups_while_there_are_some() -> None:
+    assert [smaller_part(images, 1) for images in (200, 96, 48, 33, 17)] == [96, 48, 16, 16, 16]
+    assert [smaller_part(images, 1) for images in (16, 5, 2)] == [8, 2, 1]
+    assert smaller_part(1, 1) is None and smaller_part(16, 16) is None
+    assert smaller_part(17, 16) == 16
 
 
 def limit_memory_(trainer: StudentTrainer, most_images: int) -> None:
@@ -84,14 +86,27 @@ def test_student__out_of_memory_goes_on_with_half_the_images_and_the_same_gradie
         torch.testing.assert_close(states[0][key], tensor, rtol=0, atol=2e-5)
 
 
-def test_student__of_one_koleo_group_is_parked_where_memory_does_not_suffice(
-    tmp_path: Path,
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_student__micro_batches_that_cut_koleo_groups_have_the_same_gradient(
+    num_ranks: int, tmp_path: Path
 ) -> None:
+    (whole,) = on_ranks(1, train, str(tmp_path), ROOMY)
+    write_micro_batch(tmp_path, "a", 5)
+    for cut in on_ranks(num_ranks, train, str(tmp_path), 5):
+        assert cut["limits"] == {"a": 5}
+        for key, tensor in cut["state"].items():
+            torch.testing.assert_close(tensor, whole["state"][key], rtol=0, atol=2e-5)
+        if num_ranks == 1:
+            assert cut["losses"]["a"] == pytest.approx(whole["losses"]["a"], rel=2e-6)
+
+
+def test_student__is_parked_where_memory_does_not_suffice_for_one_image(tmp_path: Path) -> None:
+    write_micro_batch(tmp_path, "a", 1)
     with pytest.raises(AssertionError, match="StudentError: a is parked from now on"):
-        on_ranks(2, train, str(tmp_path), KOLEO_GROUP - 1)  # 16 images on each rank
+        on_ranks(2, train, str(tmp_path), 0)
     parked = read_parked(tmp_path, "a")
     assert parked is not None and "OutOfMemoryError" in parked.reason
-    assert not (tmp_path / "micro_batches").exists()
 
 
 MODULE = """\
