@@ -4,16 +4,19 @@
     rank     -> a file in a fresh folder that only this user can enter -> process group
 
 No rendezvous and no TCP store: both listen on every interface and believe every process that connects. The
-folder is made anew for every start and removed at its end, so that nothing of an earlier start is read.
+folder is made anew for every start and removed at its end, so that nothing of an earlier start is read; that
+of a launcher which was killed goes at the next start.
 """
 
+import json
 import multiprocessing
 import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -24,8 +27,10 @@ import torch.distributed as dist
 from torch.distributed import FileStore, Store  # type: ignore[attr-defined]  # public, not listed
 
 from distill.job.loopback import stay_on_loopback
+from distill.runfolder.process_identity import ENDED, ProcessIdentity, this_process
 
-STORE = "store"  # in the folder of a start
+PREFIX = "distill-"  # of the folder of a start, among temporary files
+STORE, OWNER = "store", "launcher.json"  # in it
 MeetingPlace = str | Store  # the path that ``LocalRanks`` gave, or a store of this launch alone
 ENDS_WITHIN_S = 10.0  # a killed process; one that the kernel holds is left to it
 
@@ -66,7 +71,9 @@ class LocalRanks:
     _folder: str = ""
 
     def __enter__(self) -> "LocalRanks":
-        self._folder = tempfile.mkdtemp(prefix="distill-")  # 0700
+        remove_abandoned(Path(tempfile.gettempdir()))
+        self._folder = tempfile.mkdtemp(prefix=PREFIX)  # 0700
+        (Path(self._folder) / OWNER).write_text(json.dumps(asdict(this_process())))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -120,6 +127,15 @@ class LocalRanks:
                 self.results[unread[item].rank.world_rank] = item.recv()
             except EOFError:  # it ended before it returned
                 item.close()
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Removes what launchers of this user left that were killed on this host; what is not known to be theirs stays."""
+    for owner in folder.glob(f"{PREFIX}*/{OWNER}"):
+        with suppress(OSError, ValueError, TypeError):  # another user's, or just being removed
+            is_ours = owner.parent.lstat().st_uid == os.getuid()
+            if is_ours and ProcessIdentity(**json.loads(owner.read_text())).state() in ENDED:
+                shutil.rmtree(owner.parent, ignore_errors=True)
 
 
 def _run_rank(

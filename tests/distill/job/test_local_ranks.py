@@ -1,9 +1,12 @@
 """Ranks of one machine: their exit codes, output, results and store, and what their sockets listen on."""
 
+import json
 import os
 import stat
+import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from distill.errors import SetupError
-from distill.job.local_ranks import LocalRanks, join_ranks
+from distill.job.local_ranks import OWNER, PREFIX, LocalRanks, join_ranks, remove_abandoned
 from distill.job.loopback import loopback_interface, stay_on_loopback
+from distill.runfolder.process_identity import identity_of, this_process
 from tests.support.jobs import is_running
 from tests.support.sockets import is_loopback, listening_addresses
 from tests.support.spawn import context_for
@@ -90,7 +94,28 @@ def test_local_ranks__give_exit_codes_and_output_and_leave_nothing(tmp_path: Pat
 def test_local_ranks__never_share_a_folder() -> None:
     with LocalRanks("forkserver", 1) as one, LocalRanks("forkserver", 1) as other:
         assert one._folder != other._folder
-        assert not list(Path(one._folder).iterdir())
+        assert [path.name for path in Path(one._folder).iterdir()] == [OWNER]
+
+
+def test_remove_abandoned__takes_what_a_killed_launcher_left_and_nothing_else(
+    tmp_path: Path,
+) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    owners = {
+        "left": identity_of(ended.pid),
+        "at-work": this_process(),
+        "elsewhere": replace(identity_of(ended.pid), host="another"),
+    }
+    ended.communicate(b"\n")
+    for name, owner in owners.items():
+        (tmp_path / f"{PREFIX}{name}").mkdir()
+        (tmp_path / f"{PREFIX}{name}" / OWNER).write_text(json.dumps(asdict(owner)))
+    (tmp_path / f"{PREFIX}users").mkdir()
+    (tmp_path / f"{PREFIX}damaged").mkdir()
+    (tmp_path / f"{PREFIX}damaged" / OWNER).write_text("{")
+    remove_abandoned(tmp_path)
+    names = {path.name.removeprefix(PREFIX) for path in tmp_path.iterdir()}
+    assert names == {"at-work", "elsewhere", "users", "damaged"}
 
 
 def test_stay_on_loopback__leaves_what_the_user_has_set() -> None:
