@@ -24,6 +24,7 @@ from rich.console import Console
 
 from distill.errors import UserError
 from distill.launch.node import ranks_on_node
+from distill.launch.variables import is_launched, launched_rank
 from distill.runfolder.lock import run_lock
 from distill.runfolder.parked import PARKED_EXIT_CODE
 from distill.runfolder.requests import SAVE, STOP, forget, handling, is_requested, leave_request
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 STOPPED_EXIT_CODE = 130  # the shell's convention for a program ended by Ctrl-C
 SAVE_HINT = "Ctrl-C saves and stops"
-RANK_VARIABLES = ("RANK", "WORLD_SIZE")  # set by whatever else starts ranks
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def run(recipe: str, overrides: list[str], options: Options) -> int:
 
 
 def launcher_name(engine: "EngineSpec") -> str:
-    """The launcher of this process: with RANK and WORLD_SIZE it is a rank, whatever the recipe names."""
-    if all(name in os.environ for name in RANK_VARIABLES):
+    """The launcher of this process: with RANK or WORLD_SIZE it is a rank, whatever the recipe names."""
+    if is_launched(os.environ):
         return "external"
     return "local" if engine.launcher == "auto" else engine.launcher
 
@@ -179,14 +179,15 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
     """Is one rank of an outer launch, of which rank 0 prepares and concludes: the launcher ``external``.
 
     Raises:
-        SetupError: the outer launch has not set which rank this is, or its ranks do not come together.
+        RecipeError: the outer launch has not set which rank this is.
+        SetupError: its ranks do not come together.
     """
     from distill.job.prepare import prepare
     from distill.launch.rank import entry
-    from distill.launch.rendezvous import Rendezvous, launched_rank, open_store
+    from distill.launch.rendezvous import Rendezvous, open_store
     from distill.train.device import require_device
 
-    here = launched_rank(os.environ)
+    here = launched_rank(os.environ, request.resume_command)
     ranks_per_node = None if engine.ranks_per_node else ranks_on_node(os.environ)
     folder = Path(request.run_folder)
     rendezvous = Rendezvous(here, open_store(here))

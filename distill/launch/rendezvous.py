@@ -14,7 +14,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -24,11 +24,11 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, not listed
 
 from distill.errors import SetupError, UserError
-from distill.job.agreement import name_ranks
 from distill.job.prepare import launch_of
+from distill.launch.node import ranks_on_node
+from distill.launch.variables import LaunchedRank
 from distill.runfolder.failure import LOST_EXIT_CODE
 
-VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by whatever starts ranks
 CONNECT_S = 600.0  # for every rank to be started
 PREPARED_S = 1800.0  # indexing a large folder may take minutes
 STORAGE_S = 60.0  # for storage to show one node what another one wrote
@@ -43,20 +43,6 @@ READ, GO, LEFT = "read", "go", "left"
 
 
 @dataclass(frozen=True)
-class LaunchedRank:
-    """Which rank this is, and where the store of its launch is."""
-
-    rank: int
-    num_ranks: int
-    address: str
-    port: int
-
-    def __str__(self) -> str:
-        """As the lines name the process."""
-        return f"rank {self.rank} on {socket.gethostname()}"
-
-
-@dataclass(frozen=True)
 class Answer:
     """What rank 0 answers: the nonce and folder of its job, or with ``message`` why there is none."""
 
@@ -67,31 +53,6 @@ class Answer:
     message: str = ""
     fix: str = ""
     exit_code: int = 1
-
-
-def launched_rank(environment: Mapping[str, str]) -> LaunchedRank:
-    """Returns which rank this process is, by the launcher's variables.
-
-    Raises:
-        SetupError: a variable is missing or makes no sense.
-    """
-    fix = "Start it under another launcher such as torchrun, or leave engine.launcher and these variables out."
-    missing = [name for name in VARIABLES if not environment.get(name)]
-    if missing:
-        raise SetupError(
-            f"a rank of another launcher needs {', '.join(VARIABLES)}: {', '.join(missing)} not set",
-            fix=fix,
-        )
-    numbers = {name: environment[name] for name in VARIABLES if name != "MASTER_ADDR"}
-    for name, text in numbers.items():
-        if not (text.isascii() and text.isdecimal()):
-            raise SetupError(f"{name} = {text}: not an integer", fix=fix)
-    rank, num_ranks, port = (int(text) for text in numbers.values())
-    if not rank < num_ranks:
-        raise SetupError(
-            f"RANK = {rank}, WORLD_SIZE = {num_ranks}: ranks go from 0 to WORLD_SIZE - 1", fix=fix
-        )
-    return LaunchedRank(rank, num_ranks, environment["MASTER_ADDR"], port)
 
 
 def open_store(here: LaunchedRank) -> Store:
@@ -122,7 +83,8 @@ def _wait_for_server(here: LaunchedRank) -> None:
         try:
             socket.create_connection(where, timeout=SAY_EVERY_S).close()
         except OSError as error:
-            wait.look(f"for rank 0 at {here.address}:{here.port} ({error})")
+            check = f"check that rank 0 runs, that MASTER_ADDR is its host, and that no firewall closes port {here.port}"
+            wait.look(f"for rank 0 at {here.address}:{here.port} ({error})", check)
             time.sleep(wait.pause_s())
         else:
             return
@@ -173,7 +135,7 @@ class Rendezvous:
         while self._answer(answer, READ) < len(others):
             if wait.is_due():
                 missing = [rank for rank in others if not self._store.check([self._report(rank)])]
-                wait.look(f"for {name_ranks(missing, NAMED)} of {self._here.num_ranks}")
+                wait.look(f"for {_name_missing(missing, self._here.num_ranks)}", self._to_check())
             time.sleep(LOOK_S)
         for rank in others:
             refusal = json.loads(self._store.get(self._report(rank)))
@@ -246,14 +208,31 @@ class Rendezvous:
                     fix="Look at rank 0's output; the same command starts again.",
                     exit_code=LOST_EXIT_CODE,
                 ) from error
-            wait.look(what)
+            wait.look(what, "rank 0's output has more")
             time.sleep(wait.pause_s())
+
+    def _to_check(self) -> str:
+        store = f"MASTER_ADDR={self._here.address} MASTER_PORT={self._here.port}"
+        size = f"WORLD_SIZE={self._here.num_ranks}"
+        return f"check that each of them was started, with {size} {store} and the same command"
 
     def _key(self, name: str) -> str:
         return f"{self.nonce}/{name}"
 
     def _report(self, rank: int) -> str:
         return self._key(f"report/{rank}")
+
+
+def _name_missing(missing: Sequence[int], num_ranks: int) -> str:
+    """How many ranks are missing and which; and on which nodes, where ranks are dealt out to nodes in their order."""
+    more = f" and {len(missing) - NAMED} more" if len(missing) > NAMED else ""
+    text = f"{len(missing)} of {num_ranks} ranks: {', '.join(map(str, missing[:NAMED]))}{more}"
+    size = ranks_on_node(os.environ)
+    if size is None or size == num_ranks:
+        return text
+    nodes = sorted({rank // size for rank in missing})
+    more = f" and {len(nodes) - NAMED} more" if len(nodes) > NAMED else ""
+    return f"{text} (node {', '.join(map(str, nodes[:NAMED]))}{more}?)"
 
 
 class _Wait:
@@ -271,8 +250,8 @@ class _Wait:
         """Returns whether ``look`` has something to print or to raise."""
         return time.monotonic() - self._last >= min(SAY_EVERY_S, self._limit_s)
 
-    def look(self, what: str) -> None:
-        """Prints what is waited for, when it is time.
+    def look(self, what: str, check: str) -> None:
+        """Prints what is waited for and what to check, when it is time.
 
         Raises:
             SetupError: the time is over.
@@ -287,4 +266,4 @@ class _Wait:
                 fix="Look at the output of the ranks that are missing, and at MASTER_ADDR and MASTER_PORT of each.",
             )
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            sys.stderr.write(f"{self._here} waits {what}, {waited:.0f} s\n")
+            sys.stderr.write(f"{self._here} waits {what}, {waited:.0f} s; {check}\n")

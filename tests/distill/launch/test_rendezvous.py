@@ -19,31 +19,9 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]  # public,
 from distill.errors import DataError, SetupError, UserError
 from distill.job.prepare import launch_of
 from distill.launch import rendezvous
-from distill.launch.rendezvous import LaunchedRank, Rendezvous, launched_rank, open_store
+from distill.launch.rendezvous import Rendezvous, open_store
+from distill.launch.variables import LaunchedRank
 from tests.support.jobs import ENVIRONMENT, write_recipes
-
-TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
-
-
-def test_launched_rank__what_torchrun_sets() -> None:
-    assert launched_rank(TORCHRUN) == LaunchedRank(1, 2, "10.0.0.1", 29500)
-
-
-@pytest.mark.parametrize(
-    ("change", "told"),
-    [
-        ({"MASTER_ADDR": ""}, "MASTER_ADDR not set"),
-        ({"MASTER_PORT": None, "RANK": None}, "RANK, MASTER_PORT not set"),
-        ({"RANK": "2"}, "RANK = 2, WORLD_SIZE = 2: ranks go from 0 to WORLD_SIZE - 1"),
-        ({"RANK": "-1"}, "RANK = -1: not an integer"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT = http: not an integer"),
-    ],
-)
-def test_launched_rank__half_set_variables(change: dict[str, str | None], told: str) -> None:
-    environment = {k: v for k, v in {**TORCHRUN, **change}.items() if v is not None}
-    with pytest.raises(SetupError, match=re.escape(told)) as error:
-        launched_rank(environment)
-    assert "torchrun" in str(error.value.fix)
 
 
 def write_job(folder: Path, nonce: str) -> None:
@@ -138,13 +116,24 @@ def test_waits__have_an_end_and_say_for_whom(
     monkeypatch.setattr(rendezvous, "LEAVE_S", 0.1)
     with pytest.raises(SetupError, match=r"rank 1 on \S+ waited for rank 0 at here to prepare"):
         follow(HashStore(), tmp_path)
-    with pytest.raises(SetupError, match=r"rank 0 on \S+ waited for ranks 1, 2 of 3, \d s"):
+    with pytest.raises(SetupError, match=r"rank 0 on \S+ waited for 2 of 3 ranks: 1, 2, \d s"):
         lead(HashStore(), tmp_path, lambda _: None, 3)
     with pytest.raises(SetupError, match=r"waited for rank 0 at 127.0.0.1:\d+ \(.*refused"):
         open_store(LaunchedRank(1, 2, "127.0.0.1", free_port()))
     said = capsys.readouterr().err.splitlines()
-    for who in ("rank 0 at here to prepare", "ranks 1, 2 of 3", "rank 0 at 127.0.0.1"):
-        assert sum(f"waits for {who}" in line for line in said) >= 1
+    for who in ("rank 0 at here to prepare", "2 of 3 ranks: 1, 2", "rank 0 at 127.0.0.1"):
+        lines = [line for line in said if f"waits for {who}" in line]
+        assert lines and all(re.search(r", \d+ s; (check that|rank 0's)", line) for line in lines)
+
+
+def test_name_missing__counts_and_guesses_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert rendezvous._name_missing([5, 6, 7], 16) == "3 of 16 ranks: 5, 6, 7"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert rendezvous._name_missing([5, 6, 7], 16) == "3 of 16 ranks: 5, 6, 7 (node 1?)"
+    many = rendezvous._name_missing(range(4, 4096), 4096)
+    assert many.startswith("4092 of 4096 ranks: 4, 5, 6, 7, 8, 9, 10, 11 and 4084 more (node 1, 2,")
+    assert many.endswith(" and 1015 more?)")
 
 
 HOST = socket.gethostname()
