@@ -85,6 +85,11 @@ class LocalRanks:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     @property
+    def folder(self) -> Path:
+        """The folder of this start, which only this user can enter: the store's, and for what ranks leave for the launcher."""
+        return Path(self._folder)
+
+    @property
     def processes(self) -> Sequence[BaseProcess]:
         """The processes in rank order."""
         return [each.process for each in self._ranks]

@@ -185,6 +185,7 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
     from distill.job.prepare import prepare
     from distill.launch.rank import entry
     from distill.launch.rendezvous import Rendezvous, open_store
+    from distill.runfolder.heartbeat import forget_records
     from distill.train.device import require_device
 
     here = launched_rank(os.environ, request.resume_command)
@@ -208,6 +209,7 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
                 say=partial(console.print, soft_wrap=True),
             )
             forget(folder)
+            forget_records(folder)
             lock.share()
             rendezvous.admit(folder, request.overrides)
         with _screen(folder, console, live=False):

@@ -2,9 +2,10 @@
 
     signals and files -> StopSaveRequests      heartbeat, stacks -> files     an exception -> the first cause
 
-Under ``distill`` the launcher watches the ranks and ends them. Under another launcher rank 0 and the
-last rank watch, because either may be the one that hangs. Every rank ends by itself when its
-launcher is gone, or when the job has failed and something keeps it from noticing.
+Under ``distill`` the launcher watches the ranks and ends them. Under another launcher two ranks of each
+node watch it, because either may be the one that hangs, and the first and the last node watch the others
+(``node_watch``). Every rank ends by itself when its launcher is gone, or when the job has failed and
+something keeps it from noticing.
 """
 
 import faulthandler
@@ -19,12 +20,13 @@ import torch.distributed as dist
 from distill.job.local_ranks import MeetingPlace
 from distill.job.prepare import read_job
 from distill.job.run import work
+from distill.launch.board import board_of, leave_board, sweep_boards
 from distill.launch.node import require_node_size
+from distill.launch.node_watch import NodeWatch
 from distill.launch.process import end_with
-from distill.launch.watchdog import Watchdog, end_ranks
+from distill.launch.watchdog import StragglerReport, end_ranks
 from distill.runfolder.events import Event, note
 from distill.runfolder.failure import (
-    FILE,
     LOST_EXIT_CODE,
     Failure,
     failure_of,
@@ -52,13 +54,14 @@ def entry(run_folder: str, launcher: ProcessIdentity | None, store: MeetingPlace
         # not by the heartbeat, which begins later and ends with the job
         end_with([launcher, identity_of(os.getppid())], LOST_EXIT_CODE)
     requests = StopSaveRequests(folder)
-    guard = RankMonitor(folder, rank, has_launcher=launcher is not None)
-    heartbeat = Heartbeat(folder, rank, on_beat=lambda: guard.look(requests))
+    board = board_of(folder, store, has_launcher=launcher is not None)
+    guard = RankMonitor(folder, board, rank, has_launcher=launcher is not None)
+    heartbeat = Heartbeat(board, rank, on_beat=lambda: guard.look(requests))
     try:
         with requests.listening(), stacks_on_signal(folder, rank), run_lock(folder) as lock:
             if launcher is not None:
                 lock.share()
-            with heartbeat:
+            with guard, heartbeat:
                 _work(folder, requests, heartbeat, guard, launcher, store)
     except _StuckError as stuck:
         os._exit(stuck.exit_code)  # the usual end would wait for the process group too
@@ -91,7 +94,7 @@ def _work(
         is_lost = is_lost_connection(error)
         failure = None if is_lost else failure_of(error, heartbeat.record(), folder)
         if failure is not None:
-            write_failure(folder, failure)
+            guard.fail(failure)
         has_left = _leave_group()
         if failure is None and launcher is None:
             failure = guard.cause()
@@ -124,28 +127,47 @@ def _destroy_group(device: torch.device) -> None:
 
 
 class RankMonitor:
-    """Looks around at every beat of one rank."""
+    """Looks around at every beat of one rank. Inside a ``with``, around that of the heartbeat: at its end the node's file is complete."""
 
-    def __init__(self, run_folder: Path, world_rank: int, *, has_launcher: bool) -> None:
-        """``has_launcher``: it watches the ranks; else the first and the last rank do."""
-        self._run_folder = run_folder
+    def __init__(
+        self, run_folder: Path, board: Path, world_rank: int, *, has_launcher: bool
+    ) -> None:
+        """``has_launcher``: it watches the ranks; else they do."""
+        self._run_folder, self._board, self._has_launcher = run_folder, board, has_launcher
         self._num_ranks, self._world_rank = int(os.environ["WORLD_SIZE"]), world_rank
-        self._watches = not has_launcher and world_rank in {0, self._num_ranks - 1}
-        self._watchdog: Watchdog | None = None
+        self._node = NodeWatch(run_folder, board, world_rank, self._num_ranks)
         self._failed_at: float | None = None
 
+    def __enter__(self) -> "RankMonitor":
+        """Removes what killed launches left in the memory of this node."""
+        if not self._has_launcher:
+            sweep_boards(self._board)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Publishes how this rank ended; the last one of the node removes its board."""
+        self._node.leave()
+        if not self._has_launcher:
+            leave_board(self._board)
+
     def watch_others(self, limit_s: float) -> None:
-        """Begins to look for ranks that hold the job up, where that is this rank's part."""
-        if self._watches:
-            self._watchdog = Watchdog(self._run_folder, self._num_ranks, limit_s)
+        """Begins to look for ranks that hold the job up, where no launcher does."""
+        if not self._has_launcher:
+            self._node.judge_others(limit_s)
 
     def look(self, requests: StopSaveRequests) -> None:
         """Reads requests, watches if that is this rank's part, and ends the process when there is nothing left to do."""
         if self._world_rank == 0:
             requests.look()
-        if self._watchdog is not None:
-            self._end_stragglers(self._watchdog)
+        stragglers = self._node.look()
+        if stragglers is not None:
+            self._end(stragglers)
         self._end_with_the_others()
+
+    def fail(self, failure: Failure) -> None:
+        """Leaves the cause of the job's end, if it is the first, where all ranks find it."""
+        write_failure(self._run_folder, failure)
+        self._node.note_failure()
 
     def cause(self) -> Failure:
         """Why this rank lost its connection: the first cause, or who is dead; waits for it to show."""
@@ -153,22 +175,21 @@ class RankMonitor:
         found = read_failure(self._run_folder)
         if found is None:
             found = failure_of_dead(dead, {}) if dead else _unknown_failure()
-            write_failure(self._run_folder, found)
+            self.fail(found)
         return found
 
-    def _end_stragglers(self, watchdog: Watchdog) -> None:
-        stragglers = watchdog.look()
-        if stragglers is None or read_failure(self._run_folder) is not None:
+    def _end(self, stragglers: StragglerReport) -> None:
+        if read_failure(self._run_folder) is not None:
             return
-        write_failure(self._run_folder, stragglers.to_failure(self._run_folder))
+        self.fail(stragglers.to_failure(self._run_folder))
         StatusFile(self._run_folder).mark_failed(stragglers.message)
         note(self._run_folder, Event("hung", stragglers.message))
-        records = read_records(self._run_folder, self._num_ranks)
+        records = read_records(self._board, self._num_ranks)
         end_ranks([record for record in records if record.world_rank in stragglers.world_ranks])
 
     def _end_with_the_others(self) -> None:
         if self._failed_at is None:
-            self._failed_at = time.monotonic() if (self._run_folder / FILE).exists() else None
+            self._failed_at = time.monotonic() if self._node.has_failed else None
             return
         if time.monotonic() - self._failed_at < GRACE_S:
             return

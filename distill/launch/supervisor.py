@@ -4,7 +4,6 @@ Each attempt is a start of new processes (``distill.job.local_ranks``). Between 
 is known, so what needs a person is not tried again, and a request to stop ends it.
 """
 
-import shutil
 import tempfile
 import time
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from distill.runfolder.failure import (
     read_failure,
     write_failure,
 )
-from distill.runfolder.heartbeat import read_records, record_path
+from distill.runfolder.heartbeat import HeartbeatRecord, forget_records, read_records
 from distill.runfolder.process_identity import this_process
 from distill.runfolder.requests import STOP, is_requested
 
@@ -40,8 +39,8 @@ KINDS: dict[FailureKind, EventKind] = {
 class StragglerReaper:
     """Ends the other ranks some seconds after one has died: those that are stuck would wait for it."""
 
-    def __init__(self, run_folder: Path, processes: Sequence[BaseProcess]) -> None:
-        self._run_folder, self._processes = run_folder, processes
+    def __init__(self, board: Path, processes: Sequence[BaseProcess]) -> None:
+        self._board, self._processes = board, processes
         self._dead_since: float | None = None
 
     def end_if_one_is_dead(self) -> None:
@@ -49,7 +48,7 @@ class StragglerReaper:
         gone = {each.pid for each in self._processes if each.exitcode is not None}
         if not gone:
             return
-        records = read_records(self._run_folder, len(self._processes))
+        records = read_records(self._board, len(self._processes))
         done = {record.pid for record in records if record.end == "done"}
         if self._dead_since is None and not done.issuperset(gone):
             self._dead_since = time.monotonic()
@@ -76,6 +75,8 @@ class Supervisor:
         self._start_method = start_method
         self._exit_codes: dict[int, int] = {}
         self._start_error = ""
+        self._board = Path()
+        self._records: list[HeartbeatRecord] = []  # as they were when the attempt ended
 
     def run(self) -> Failure | None:
         """Returns when the job has ended: None for a good end, or why the last attempt failed.
@@ -97,16 +98,21 @@ class Supervisor:
 
     def _attempt(self) -> Failure | None:
         (self._run_folder / FILE).unlink(missing_ok=True)
-        shutil.rmtree(record_path(self._run_folder, 0).parent, ignore_errors=True)
+        forget_records(self._run_folder)
         self._exit_codes, self._start_error = {}, ""
         with LocalRanks(self._start_method, self._num_ranks, self._log_folder()) as ranks:
+            self._board = ranks.folder
             try:
                 ranks.start(entry, str(self._run_folder), this_process())
             except OSError as error:
                 self._start_error = f"the ranks could not be started: {error}"
             else:
                 self._watch(ranks)
+            self._records = self._read_board()
         return self.diagnose()
+
+    def _read_board(self) -> list[HeartbeatRecord]:
+        return read_records(self._board, self._num_ranks)
 
     def _log_folder(self) -> Path:
         """A new folder for the output of one attempt's ranks."""
@@ -116,8 +122,8 @@ class Supervisor:
 
     def _watch(self, ranks: LocalRanks) -> None:
         """Returns when every rank has ended."""
-        watchdog: Watchdog | None = Watchdog(self._run_folder, self._num_ranks, self._hang_limit_s)
-        reaper = StragglerReaper(self._run_folder, ranks.processes)
+        watchdog: Watchdog | None = Watchdog(ranks.folder, self._num_ranks, self._hang_limit_s)
+        reaper = StragglerReaper(ranks.folder, ranks.processes)
         while ranks.are_running:
             ranks.wait(LOOK_S)
             self._note_first_to_fail(ranks)
@@ -125,7 +131,7 @@ class Supervisor:
             stragglers = None if watchdog is None else watchdog.look()
             if stragglers is not None:
                 write_failure(self._run_folder, stragglers.to_failure(self._run_folder))
-                end_ranks(read_records(self._run_folder, self._num_ranks))
+                end_ranks(self._read_board())
                 watchdog = None
         self._note_first_to_fail(ranks)
 
@@ -147,7 +153,7 @@ class Supervisor:
             fix = f"Look at the logs in {self._run_folder / 'logs'}; the same command resumes."
             found = Failure("error", self._start_error, fix, 1)
         if found is None:
-            records = read_records(self._run_folder, self._num_ranks)
+            records = self._records
             killed = {rank for rank, code in self._exit_codes.items() if code < 0}
             dead = [record for record in records if not record.end]
             first = [record for record in dead if record.world_rank in killed]

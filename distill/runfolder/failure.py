@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Literal
 
 from distill.errors import RankError, StudentError, UserError
-from distill.runfolder.heartbeat import HeartbeatRecord, read_records
+from distill.runfolder.heartbeat import (
+    BEAT_S,
+    HeartbeatRecord,
+    publish_every_s,
+    read_records,
+    record_files,
+)
 from distill.runfolder.process_identity import ENDED
 
 FILE = "failure.json"
@@ -133,7 +139,8 @@ def find_dead(
             break
         time.sleep(0.1)
     beats = {record.world_rank: record.beat for record in open_}
-    time.sleep(FAR_S)
+    every_s = publish_every_s(len(record_files(run_folder)))
+    time.sleep(FAR_S + (2 * every_s if every_s > BEAT_S else 0.0))
     return [
         record
         for record in read_records(run_folder, num_ranks)

@@ -1,10 +1,14 @@
-"""Where a rank is, for the watchdog: one small file per rank, rewritten twice a second by a separate thread.
+"""Where a rank is, for the watchdog: one small record per rank, rewritten twice a second by a separate thread.
 
 The loop only sets a name when it turns to something else (``enter``, about a microsecond). The thread
 writes it down with the time since the last change, how long that may take, and where the main
 thread stands. So a file shows three things apart from each other: the process runs (the file
 changes), it moves (the activity changes), and whether it waits for others (it stands inside a
 collective, or waits for a device whose work may wait for them) or others wait for it.
+
+Ranks write to a folder in their node's memory, the board; one rank of each node publishes all of its
+node's records in one file of the run folder (``distill.launch.node_watch``), the more seldom the more
+nodes there are. ``read_records`` reads either folder.
 
 Each file is written in place and closed, never renamed: a network file system shows the new bytes
 to the process that opens it next.
@@ -14,11 +18,12 @@ import faulthandler
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -56,6 +61,8 @@ COPIES = frozenset(
 ROOT = Path(__file__).parents[2]
 OURS = tuple(f"{ROOT / package}{os.sep}" for package in ("distill", "students", "teacher"))
 RECORD_BYTES = 2048  # each record is padded to this, so that a shorter one leaves no rest
+MOST_BYTES = 2**24  # of a file of records
+PUBLISHED_PER_S = 16.0  # files of nodes that are written to the run folder, of all nodes together
 
 
 @dataclass(frozen=True)
@@ -121,14 +128,14 @@ class Heartbeat:
 
     def __init__(
         self,
-        run_folder: Path,
+        board: Path,
         world_rank: int,
         *,
         on_beat: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``on_beat`` is called on the thread after every beat."""
-        self._path = record_path(run_folder, world_rank)
+        """``board``: the folder of the node's ranks; ``on_beat`` is called on the thread after every beat."""
+        self._path = record_path(board, world_rank)
         self._world_rank, self._on_beat, self._clock = world_rank, on_beat, clock
         self._process, self._main = this_process(), threading.main_thread().ident
         self._limit_s = FIRST_ALLOWED_S
@@ -223,12 +230,15 @@ class Heartbeat:
 
     def _write(self) -> None:
         self._beats += 1
-        record = json.dumps(asdict(self.record())).encode()
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            os.pwrite(descriptor, record.ljust(RECORD_BYTES), 0)
-        finally:
-            os.close(descriptor)
+        _write_in_place(self._path, json.dumps(asdict(self.record())), RECORD_BYTES)
+
+
+def _write_in_place(path: Path, text: str, num_bytes: int) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+    try:
+        os.pwrite(descriptor, text.encode().ljust(num_bytes), 0)
+    finally:
+        os.close(descriptor)
 
 
 def _frame_of(frame: FrameType | None) -> tuple[str, bool]:
@@ -249,33 +259,80 @@ def _frame_of(frame: FrameType | None) -> tuple[str, bool]:
     return innermost, is_in_wait
 
 
-def record_path(run_folder: Path, world_rank: int) -> Path:
-    """Where a rank writes."""
-    return run_folder / "heartbeat" / f"rank-{world_rank:05d}.json"
+def record_path(folder: Path, world_rank: int) -> Path:
+    """Where a rank writes in its board."""
+    return folder / "heartbeat" / f"rank-{world_rank:05d}.json"
 
 
-def read_record(run_folder: Path, world_rank: int) -> HeartbeatRecord | None:
-    """The last record of a rank; None where there is none, or it is just being written."""
+def publish_records(run_folder: Path, records: Sequence[HeartbeatRecord]) -> None:
+    """Writes the records of a node's ranks into the one file of the node; the folder of the run must be there."""
+    first = min(record.world_rank for record in records)
+    path = record_path(run_folder, 0).with_name(f"node-{first:05d}.json")
+    text, num_bytes = json.dumps([asdict(each) for each in records]), RECORD_BYTES * len(records)
     try:
-        return HeartbeatRecord(**json.loads(record_path(run_folder, world_rank).read_bytes()))
+        _write_in_place(path, text, num_bytes)
+    except FileNotFoundError:
+        path.parent.mkdir(exist_ok=True)
+        _write_in_place(path, text, num_bytes)
+
+
+def forget_records(run_folder: Path) -> None:
+    """Removes the records of an earlier start, whose nodes may have been others."""
+    shutil.rmtree(record_path(run_folder, 0).parent, ignore_errors=True)
+
+
+def publish_every_s(num_nodes: int) -> float:
+    """Returns the seconds between two records that a node publishes: as often as it beats, more seldom in a large job."""
+    return max(BEAT_S, num_nodes / PUBLISHED_PER_S)
+
+
+def read_record(folder: Path, world_rank: int) -> HeartbeatRecord | None:
+    """The last record of a rank; None where there is none, or it is just being written."""
+    records = read_records(folder, world_rank + 1)
+    return next((record for record in records if record.world_rank == world_rank), None)
+
+
+def read_records(folder: Path, num_ranks: int) -> list[HeartbeatRecord]:
+    """The last records of the ranks by rank, where there are any, from a board or a run folder."""
+    found: dict[int, HeartbeatRecord] = {}
+    for path in record_files(folder):
+        for record in _records_in(path):
+            before = found.get(record.world_rank)
+            if record.world_rank < num_ranks and (before is None or before.beat < record.beat):
+                found[record.world_rank] = record
+    return [found[rank] for rank in sorted(found)]
+
+
+def record_files(folder: Path) -> list[str]:
+    """The files of ranks or nodes in a board or a run folder, in order."""
+    try:
+        with os.scandir(folder / "heartbeat") as entries:
+            return sorted(entry.path for entry in entries if entry.name.endswith(".json"))
+    except OSError:
+        return []
+
+
+def _records_in(path: str) -> list[HeartbeatRecord]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            values = json.loads(os.read(descriptor, MOST_BYTES))
+        finally:
+            os.close(descriptor)
+        values = values if isinstance(values, list) else [values]
+        return [HeartbeatRecord(**each) for each in values]
     except (OSError, ValueError, TypeError):
-        return None
-
-
-def read_records(run_folder: Path, num_ranks: int) -> list[HeartbeatRecord]:
-    """The last records of the ranks, where there are any."""
-    records = (read_record(run_folder, rank) for rank in range(num_ranks))
-    return [record for record in records if record is not None]
+        return []
 
 
 def last_beat_unix(run_folder: Path, recent_unix: float) -> float:
-    """Returns when a rank last wrote its record, 0 where none has; the first one after ``recent_unix`` will do.
+    """Returns when a record was last written, 0 where none was; the first one after ``recent_unix`` will do.
 
     Each file is opened, since a network file system may answer for a closed one from its memory.
     """
     last = 0.0
-    for path in record_path(run_folder, 0).parent.glob("rank-*.json"):
-        with suppress(OSError), path.open("rb") as file:
+    for path in record_files(run_folder):
+        with suppress(OSError), Path(path).open("rb") as file:
             last = max(last, os.fstat(file.fileno()).st_mtime)
         if last > recent_unix:
             break

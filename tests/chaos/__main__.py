@@ -3,7 +3,18 @@
 import importlib
 import sys
 
-KINDS = ("kills", "crashpoints", "bitflips", "nan", "hang", "fuzz", "resume", "stall", "corpus")
+KINDS = (
+    "kills",
+    "crashpoints",
+    "bitflips",
+    "nan",
+    "hang",
+    "fuzz",
+    "resume",
+    "stall",
+    "corpus",
+    "watcher",
+)
 
 
 def main() -> int:
