@@ -25,6 +25,7 @@ from distill.runfolder.heartbeat import (
     BEAT_S,
     Heartbeat,
     HeartbeatRecord,
+    publish_every_s,
     publish_records,
     record_path,
 )
@@ -32,7 +33,7 @@ from tests.support.status import LIMIT_S, SIGN
 
 COUNTED = ("open", "pwrite", "read", "close", "stat", "scandir", "mkdir", "unlink")
 START_S, URGENT_FOR_S = 4.0, 16.0
-OTHERS_EVERY = 60  # beats, in which nodes that are not simulated show that they live
+OTHERS_S = 8.0  # at least, between two signs of life of the nodes that are not simulated
 MOST_CORE, MOST_OPERATIONS = 0.005, 100.0  # of a core for each node; a second, of all nodes
 
 
@@ -201,6 +202,7 @@ class Job:
     def __init__(self, run_folder: Path, memory: Path, options: argparse.Namespace) -> None:
         self.options, self.now, self.num_reports, self.beat = options, [1000.0], 0, 0
         self.run, self.operations = run_folder, Operations(run_folder)
+        self.others_due = 0.0
         self.is_standing, num_ranks = False, options.nodes * options.per_node
         chosen = sorted({0, options.nodes - 1, *range(1, options.simulated - 1)})
         self.nodes = {
@@ -220,7 +222,7 @@ class Job:
         counts, num_beats = Counter[int](), int(seconds / BEAT_S)
         cpu_s = {number: node.cpu_s for number, node in self.nodes.items()}
         for _ in range(num_beats):
-            if self.beat % OTHERS_EVERY == 0:
+            if self.now[0] >= self.others_due:
                 self._publish_others()
             self.now[0] += BEAT_S
             self.beat += 1
@@ -240,6 +242,7 @@ class Job:
         return Cost(inner_core, max(cores[number] for number in ends), total / seconds)
 
     def _publish_others(self) -> None:
+        self.others_due = self.now[0] + max(OTHERS_S, publish_every_s(self.options.nodes))
         for node in set(range(self.options.nodes)) - self.nodes.keys():
             ranks = ranks_of(node, self.options)
             records = [replace(SIGN, world_rank=rank, beat=self.beat) for rank in ranks]
