@@ -54,5 +54,11 @@ class RankError(UserError):
     exit_code = 4
 
 
+class StorageError(UserError):
+    """Storage has refused a file for minutes: the job ends, and goes on from the last checkpoint when it is started again."""
+
+    exit_code = 4
+
+
 class StudentError(Exception):
     """A student failed on one rank and is parked, or trains in smaller micro-batches; this attempt of the job ends, the next goes on like that."""

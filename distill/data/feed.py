@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,6 +83,10 @@ class Feed:
         self._ahead: deque[Future[Prepared]] = deque()
         self._next_step = 0
 
+    def read_by(self, reader: Reader) -> None:
+        """Reads by another reader from now on: one whose storage reports what it waits for."""
+        self._reader = reader
+
     @property
     def has_pixel_stats(self) -> bool:
         """Sources have separate means and standard deviations."""
@@ -102,6 +105,7 @@ class Feed:
 
         Raises:
             DataError: too many images are bad, or a source is gone.
+            StorageError: the storage has refused an image for minutes.
         """
         if not self._ahead:
             return None
@@ -189,7 +193,7 @@ class Feed:
         try:
             encoded = self._reader.read(location)
         except OSError as error:
-            if not Path(location.container).exists():
+            if self._reader.storage.is_gone(location.container):
                 raise DataError(
                     f"{location.container}: the source is gone ({error.strerror or error})",
                     fix="Bring it back; the same command goes on from the last checkpoint.",

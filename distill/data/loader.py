@@ -73,6 +73,7 @@ class Loader:
 
         Raises:
             DataError: too many images cannot be used, or a source is gone.
+            StorageError: the storage has refused an image for minutes.
             SetupError: the GPU's decoder cannot be built.
         """
         positions = self._feed.positions(step)

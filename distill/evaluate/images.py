@@ -141,7 +141,7 @@ def read_split(split: Scored, size: int, background: Rgb | None) -> ReadSplit:
         try:
             return _decode(reader, location, size, background)
         except OSError as error:
-            if not Path(location.container).exists():
+            if reader.storage.is_gone(location.container):
                 raise UserError(
                     f"{location.container}: the source is gone, so nothing of it can be scored",
                     fix="bring it back.",

@@ -10,6 +10,7 @@ import json
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +23,7 @@ from distill.data.locations import Kind, Reader
 from distill.errors import DataError, SetupError
 from distill.job.prepare import Job
 from distill.job.teacher_files import files_of_weights
+from distill.listing.storage import Storage
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.outside_code import path_of
 from distill.recipe.types import is_custom
@@ -208,14 +210,18 @@ def _pictures(index: ImageIndex) -> Iterator[bytes]:
 def _sample(path: Path) -> bytes:
     """Name, size and some blocks of a file, the first and the last among them."""
     try:
-        size = path.stat().st_size
-        with path.open("rb", buffering=0) as file:
-            blocks = [path.name.encode(), b"%d" % size]
-            for block in _spread(-(-size // BLOCK_BYTES), BLOCKS):
-                file.seek(block * BLOCK_BYTES)
-                blocks.append(file.read(BLOCK_BYTES))
+        return Storage().read(str(path), partial(_blocks, path))
     except OSError as error:
         return type(error).__name__.encode()
+
+
+def _blocks(path: Path) -> bytes:
+    size = path.stat().st_size
+    with path.open("rb", buffering=0) as file:
+        blocks = [path.name.encode(), b"%d" % size]
+        for block in _spread(-(-size // BLOCK_BYTES), BLOCKS):
+            file.seek(block * BLOCK_BYTES)
+            blocks.append(file.read(BLOCK_BYTES))
     return b"".join(blocks)
 
 

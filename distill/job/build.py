@@ -14,9 +14,11 @@ from torch import nn
 
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.index import ImageIndex
+from distill.data.locations import Reader
 from distill.engine.engine import Engine, EngineSettings
 from distill.errors import CheckpointError, RecipeError
 from distill.job.to_data import build_feed, build_loader
+from distill.listing.storage import Storage
 from distill.plan.by_step import PlanSchedule
 from distill.plan.crop_sizes import crop_schedule
 from distill.plan.from_recipe import Recipe, TeacherShape, heads_of_student, later_plans
@@ -55,6 +57,7 @@ class RankContext:
     run_folder: Path
     index: ImageIndex
     micro_batches: Mapping[str, int] = field(default_factory=dict)
+    storage: Storage = field(default_factory=Storage)  # of the images
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,7 @@ def build_phase(
         partial(plan_schedule.share, rank),
         spec.steps.stop,
     )
+    feed.read_by(Reader(rank_context.storage))
     loader = build_loader(recipe, feed, crops, plan_schedule.most_images(rank), rank_context.device)
     schedule = StepSchedule(
         recipe.schedule, recipe.seed, spec.objective, crops, context.teacher_spec, spec.rates

@@ -3,17 +3,18 @@
 Nothing is ever extracted: a member of a tar file is a name to show and a stretch to read.
 """
 
-import io
-import os
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from distill.listing.storage import Storage, read_file, read_stretch
 
 IMAGE_COLUMNS = (
     "image",
@@ -61,9 +62,11 @@ class Location:
 
 
 class Reader:
-    """Reads images' bytes; safe from several threads."""
+    """Reads images' bytes, again and again while their storage refuses them; safe from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, storage: Storage | None = None) -> None:
+        """``storage``: reports what is waited for; without one, warnings do."""
+        self.storage = storage or Storage()
         self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._lock = Lock()
 
@@ -71,15 +74,19 @@ class Reader:
         """The encoded image.
 
         Raises:
-            OSError: it cannot be read, or its container is shorter than it was.
+            OSError: the file is wrong, or its container is shorter than it was.
+            StorageError: the storage has refused it for minutes.
         """
+        path = str(location) if location.kind is Kind.FILE else location.container
+        return self.storage.read(path, partial(self._attempt, location))
+
+    def _attempt(self, location: Location) -> NDArray[np.uint8]:
         if location.kind is Kind.FILE:
-            with io.FileIO(str(location)) as file:
-                return np.frombuffer(file.readall(), np.uint8)
+            return np.frombuffer(read_file(str(location)), np.uint8)
         if location.kind is Kind.PARQUET:
             return self._row(location)
         with Path(location.container).open("rb", buffering=0) as file:
-            data = os.pread(file.fileno(), location.length, location.offset)
+            data = read_stretch(file.fileno(), location.offset, location.length)
         if len(data) < location.length:
             raise OSError(f"{location.container} ends before {location.name} does")
         return np.frombuffer(data, np.uint8)

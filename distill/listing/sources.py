@@ -24,6 +24,7 @@ from distill.listing.locations import Kind, Location
 from distill.listing.parquet import list_rows
 from distill.listing.passed_over import PassedOver, reason_of, suffix_reason
 from distill.listing.source_paths import Expanded, expand, replace_variables
+from distill.listing.storage import Storage
 from distill.listing.tar import list_members, suffix_of
 from distill.listing.walk import walk
 
@@ -97,10 +98,11 @@ def _list(
     images: list[str] = []
     containers: list[str] = []
     found: list[Found] = []
+    storage = Storage()
     for path in expanded.paths:
         suffix = suffix_of(path.name)
         base = expanded.base if expanded.is_pattern else path.parent
-        if path.is_dir():
+        if storage.read(str(path), path.is_dir):
             found += _list_folder(path, passed, label_depth)
         elif suffix in LIST_SUFFIXES:
             found += _list_lines(path, passed)
@@ -176,14 +178,24 @@ def _list_containers(
     found: list[Found] = []
     has_labels = False
     for name in names:
-        if suffix_of(name) == ".parquet":
-            members: Iterable[tuple[Location, str | None]] = list_rows(folder / name, passed)
-        else:
-            members = list_members(folder / name, SUFFIXES, passed)
-        for location, label in members:
+        for location, label in _members(folder / name, passed):
             has_labels |= location.kind is Kind.TAR and label is not None
             found.append(Found(location, label or "", name in held_out))
     return _label(found, depth, has_labels=has_labels)
+
+
+def _members(path: Path, passed: PassedOver) -> Sequence[tuple[Location, str | None]]:
+    """Images of a shard or Parquet file; what is passed over counts once, however often storage refuses the file."""
+
+    def attempt() -> tuple[Sequence[tuple[Location, str | None]], PassedOver]:
+        fresh = PassedOver()
+        if suffix_of(path.name) == ".parquet":
+            return list(list_rows(path, fresh)), fresh
+        return list_members(path, SUFFIXES, fresh), fresh
+
+    members, besides = Storage().read(str(path), attempt)
+    passed.add(besides)
+    return members
 
 
 def _label(found: list[Found], depth: int | None, *, has_labels: bool = False) -> list[Found]:
@@ -209,7 +221,7 @@ def _label(found: list[Found], depth: int | None, *, has_labels: bool = False) -
 
 def _list_lines(path: Path, passed: PassedOver) -> list[Found]:
     """Images named by the lines of a file; blank lines, comments and what systems leave are passed over."""
-    data = path.read_bytes()
+    data = Storage().read(str(path), path.read_bytes)
     coding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8"
     text = data.removeprefix(codecs.BOM_UTF8).decode(coding, "surrogateescape")
     found = []
@@ -241,8 +253,8 @@ def list_tar(path: Path) -> Iterator[Found]:
 
 def list_parquet(path: Path) -> Iterator[Found]:
     """Rows of a Parquet file; needs pyarrow."""
-    for location, label in list_rows(path, PassedOver()):
-        yield Found(location, label)
+    for location, label in _members(path, PassedOver()):
+        yield Found(location, label or "")
 
 
 CONTAINERS = {".tar": list_tar, ".parquet": list_parquet}

@@ -4,8 +4,10 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from distill.listing.passed_over import folder_reason, in_words, reason_of
+from distill.listing.storage import Storage, is_of_file
 
 REPEATED = "link to a folder that is read already"
 
@@ -45,7 +47,7 @@ class Walked:
 class _Walk:
     def __init__(self, root: str, wanted: Callable[[str], bool], max_depth: int | None) -> None:
         self._root, self._wanted, self._max_depth = root, wanted, max_depth
-        self.walked = Walked()
+        self.walked, self._storage = Walked(), Storage()
         self._folders = [""]
         self._links: list[str] = []
         self._visited: set[tuple[int, int]] = set()
@@ -68,13 +70,12 @@ class _Walk:
             return
         path = f"{self._root}/{folder}"
         try:
-            facts = os.stat(path)  # noqa: PTH116  # a Path costs more than the call
+            facts = self._storage.read(path, partial(os.stat, path))
             if (facts.st_dev, facts.st_ino) in self._visited:
                 self.walked.pass_over(folder, REPEATED if is_link else "folder read already")
                 return
             self._visited.add((facts.st_dev, facts.st_ino))
-            with os.scandir(path) as entries:
-                found = list(entries)
+            found = self._storage.read(path, partial(_entries, path))
         except OSError as error:
             if not folder:
                 raise
@@ -94,6 +95,11 @@ class _Walk:
                 return
             is_file, is_link = entry.is_file(), entry.is_symlink()
         except OSError as error:
+            full = f"{self._root}/{path}"
+            if not is_of_file(error, full):
+                self._storage.read(full, entry.stat)
+                self._look(folder, entry)
+                return
             self.walked.pass_over(folder, f"unreadable file ({error.strerror})")
             return
         if not self._wanted(path):
@@ -118,6 +124,11 @@ class _Walk:
                     self.walked.pass_over(parent, reason)
 
 
+def _entries(path: str) -> "list[os.DirEntry[str]]":
+    with os.scandir(path) as entries:
+        return list(entries)
+
+
 def walk(
     root: str, *, wanted: Callable[[str], bool] = lambda _: True, max_depth: int | None = None
 ) -> Walked:
@@ -130,5 +141,6 @@ def walk(
 
     Raises:
         OSError: the folder itself may not be read.
+        StorageError: the storage has refused a folder for minutes; a part of it is no data set.
     """
     return _Walk(root, wanted, max_depth).run()

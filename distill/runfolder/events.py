@@ -1,4 +1,4 @@
-"""What happened to a run, one line each: skipped steps, recomputed features, roll-backs, parked students, dead ranks, restarts.
+"""What happened to a run, one line each: skipped steps, recomputed features, roll-backs, parked students, dead ranks, restarts, waits for storage.
 
     events.jsonl  appended to by any rank and by the launcher, each line in one write
 
@@ -6,7 +6,6 @@ A screen shows them as they come; afterwards they are the run's diary.
 """
 
 import json
-import os
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ EventKind = Literal[
     "hung",
     "failed",
     "restarted",
+    "storage",
 ]
 
 
@@ -39,13 +39,13 @@ class Event:
 
 
 def note(run_folder: Path, event: Event) -> None:
-    """Appends an event; its time is now."""
+    """Appends an event; its time is now. Where there is no room for it, or the folder is gone, it is lost."""
     values = {**asdict(event), "time_unix": time.time()}
-    descriptor = os.open(run_folder / FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    try:
-        os.write(descriptor, json.dumps(values).encode() + b"\n")
-    finally:
-        os.close(descriptor)
+    with (
+        suppress(OSError),
+        (run_folder / FILE).open("ab", buffering=0) as file,
+    ):
+        file.write(json.dumps(values).encode() + b"\n")
 
 
 def read_events(run_folder: Path, *, since_unix: float = 0.0) -> list[Event]:

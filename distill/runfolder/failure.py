@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from distill.errors import RankError, StudentError, UserError
+from distill.errors import RankError, StorageError, StudentError, UserError
 from distill.runfolder.heartbeat import (
     BEAT_S,
     HeartbeatRecord,
@@ -68,8 +68,8 @@ class Failure:
 
 
 def write_failure(run_folder: Path, failure: Failure) -> None:
-    """Leaves the cause unless there is one already."""
-    with suppress(FileExistsError), (run_folder / FILE).open("x") as file:
+    """Leaves the cause unless there is one already, or no room for it."""
+    with suppress(OSError), (run_folder / FILE).open("x") as file:
         json.dump(asdict(failure), file, indent=2)
 
 
@@ -83,6 +83,10 @@ def read_failure(run_folder: Path) -> Failure | None:
 
 def failure_of(error: BaseException, record: HeartbeatRecord, run_folder: Path) -> Failure:
     """The cause that an exception of this rank is; call while handling it."""
+    if isinstance(error, StorageError):
+        where = f"rank {record.world_rank} on {record.host}: {error.message}"
+        fix = f"{error.fix} --max-restarts N does so by itself."
+        return Failure("error", where, fix, error.exit_code, traceback.format_exc())
     if isinstance(error, UserError):
         kind: FailureKind = "error" if isinstance(error, RankError) else "user"
         return Failure(kind, error.message, error.fix, error.exit_code, traceback.format_exc())

@@ -39,6 +39,7 @@ SLOWER = (
 )
 BETWEEN_PHASES = "between phases"
 LOADING_ALLOWED_S = 300.0  # storage may pause for minutes
+STORAGE_ALLOWED_S = 600.0  # while storage refuses a file; the rank gives up after half of it
 PAUSE_S = (
     5.0  # between two beats, or two looks: then this process did not run (Ctrl-Z, docker pause)
 )
@@ -72,6 +73,7 @@ class HeartbeatRecord:
     ``phase_number``: how many phases the rank has entered. ``phase_step``: the step of that phase which
     the rank trains, also while it teaches or loads for a later one. ``boot_id``, ``pid_namespace`` and
     ``start_ticks`` distinguish the process from others with its number; older records lack them.
+    ``storage``: the file that storage refuses, and how, while it is tried again.
     """
 
     world_rank: int
@@ -91,12 +93,14 @@ class HeartbeatRecord:
     boot_id: str = ""
     pid_namespace: str = ""
     start_ticks: int = 0
+    storage: str = ""
 
     def describe(self) -> str:
         """Who and where, for people: rank, host, phase, step, activity, network."""
         doing = f"{self.activity} {self.network}".strip()
         where = f"{self.phase} step {self.phase_step}" if self.phase else "before the first step"
-        return f"rank {self.world_rank} on {self.host}: {doing}, {where}"
+        waits = f", {self.storage}" if self.storage else ""
+        return f"rank {self.world_rank} on {self.host}: {doing}, {where}{waits}"
 
     @property
     def process(self) -> ProcessIdentity:
@@ -142,13 +146,17 @@ class Heartbeat:
         self._beat_at, self._paused_s = math.inf, 0.0
         self._now = _Activity("starting", "", "", 0, 0, self._running_s())
         self._times: dict[tuple[str, str], tuple[int, float]] = {}
-        self._beats, self._end = 0, ""
+        self._beats, self._end, self._storage = 0, "", ""
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def set_limit(self, limit_s: float) -> None:
         """Sets the seconds that a known activity may take, once the recipe is read; until then it may take long."""
         self._limit_s = limit_s
+
+    def wait_for_storage(self, text: str) -> None:
+        """Notes what storage refuses, empty once it answers; reading then may take minutes. Any thread may call it."""
+        self._storage = text
 
     def enter_phase(self, phase: str, phase_step: int) -> None:
         """Begins a phase at one of its steps; the activity stays what it is."""
@@ -175,7 +183,8 @@ class Heartbeat:
         self._over.set()
         self._thread.join()
         self._end = "done" if error is None else f"{type(error).__name__}: {error}"[:300]
-        self._write()
+        with suppress(OSError):  # the run folder is gone, or its disk is full
+            self._write()
 
     def record(self) -> HeartbeatRecord:
         """The record as it would be written now."""
@@ -186,7 +195,9 @@ class Heartbeat:
         allowed_s = max(self._limit_s, SLOWER * longest) if is_known else FIRST_ALLOWED_S
         if now.name == "loading":
             allowed_s = max(allowed_s, LOADING_ALLOWED_S)
-        if now.name == BETWEEN_PHASES and is_in_wait:
+        if self._storage:
+            allowed_s = max(allowed_s, STORAGE_ALLOWED_S)
+        elif now.name == BETWEEN_PHASES and is_in_wait:
             allowed_s = self._limit_s  # a long wait there is for other ranks, not for work
         return HeartbeatRecord(
             self._world_rank,
@@ -206,6 +217,7 @@ class Heartbeat:
             self._process.boot_id,
             self._process.pid_namespace,
             self._process.start_ticks,
+            self._storage,
         )
 
     def _running_s(self) -> float:
@@ -350,9 +362,9 @@ def stacks_on_signal(run_folder: Path, world_rank: int) -> Iterator[Path]:
             yield path
         finally:
             faulthandler.unregister(signal.SIGUSR2)
-    if path.stat().st_size == 0:
-        path.unlink()
-        with suppress(OSError):  # other ranks' files
+    with suppress(OSError):  # other ranks' files, or the run folder is gone
+        if path.stat().st_size == 0:
+            path.unlink()
             path.parent.rmdir()
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from distill.errors import RankError, SetupError, UserError
+from distill.errors import RankError, SetupError, StorageError, UserError
 from distill.runfolder.events import Event, note, read_events
 from distill.runfolder.failure import (
     LOST_EXIT_CODE,
@@ -42,6 +42,9 @@ def test_failure_of__what_needs_a_person_keeps_its_words(tmp_path: Path) -> None
     told = failure_of(RankError("rank 1 on node2: wrong", fix="Look."), SIGN, tmp_path)
     assert (told.kind, told.message) == ("error", "rank 1 on node2: wrong")  # tried again
     assert told.exit_code == LOST_EXIT_CODE
+    told = failure_of(StorageError("/a.png: EIO", fix="Look."), SIGN, tmp_path)
+    assert (told.kind, told.message) == ("error", "rank 0 on node1: /a.png: EIO")
+    assert told.exit_code == LOST_EXIT_CODE and told.fix.startswith("Look. --max-restarts")
     told = failure_of(KeyError("x"), SIGN, tmp_path)
     assert told.kind == "error" and told.exit_code == 1
     assert told.message == "rank 0 on node1: learning small, family step 40; KeyError: 'x'"

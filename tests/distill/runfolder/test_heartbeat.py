@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from distill.data.loader import Loader
+from distill.listing.storage import PATIENCE_S
 from distill.runfolder.heartbeat import (
     COPIES,
     FIRST_ALLOWED_S,
     LOADING_ALLOWED_S,
     ROOT,
     SLOWER,
+    STORAGE_ALLOWED_S,
     Heartbeat,
     read_record,
     read_records,
@@ -48,6 +50,20 @@ def test_pulse__a_known_activity_may_take_the_limit_and_a_new_one_long(tmp_path:
         assert heartbeat.record().allowed_s == (FIRST_ALLOWED_S if step < 2 else 5.0)
         heartbeat.enter("saving", step)
         assert heartbeat.record().allowed_s == FIRST_ALLOWED_S
+
+
+def test_pulse__a_wait_for_storage_shows_and_may_take_minutes(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(tmp_path, 0)
+    heartbeat.set_limit(5.0)
+    for step in range(3):
+        heartbeat.enter("loading", step)
+    heartbeat.wait_for_storage("waiting for storage: /data/1.png (Input/output error), 12 s")
+    record = heartbeat.record()
+    assert record.allowed_s == STORAGE_ALLOWED_S > 2 * PATIENCE_S - 1
+    text = "loading, before the first step, waiting for storage: /data/1.png (Input/output error), 12 s"
+    assert record.describe() == f"rank 0 on {record.host}: {text}"
+    heartbeat.wait_for_storage("")
+    assert heartbeat.record().allowed_s == LOADING_ALLOWED_S and not heartbeat.record().storage
 
 
 def test_pulse__writes_until_the_end_and_says_how_it_ended(tmp_path: Path) -> None:
