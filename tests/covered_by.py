@@ -31,6 +31,7 @@ COVERED_BY = {
     "distill.engine.group_as_world": "tests/distill/train/test_ranks.py",
     "distill.engine.layouts": "tests/distill/train/test_ranks.py",
     "distill.errors": "tests/distill/cli/test_app.py",
+    "distill.launch.presence": "tests/chaos/test_run_folder.py",
     "distill.evaluate.images": "tests/distill/evaluate/test_knn.py",
     "distill.report.over_steps": "tests/distill/cli/test_app.py",
     "distill.report.summary": "tests/distill/cli/test_app.py",

@@ -11,7 +11,9 @@ A checkpoint names the phase and the step to resume at; phases before it are not
 import gc
 import json
 import os
+import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -34,6 +36,7 @@ from distill.job.origin import LICENCES, pretrained_record, student_record
 from distill.job.prepare import CHECKPOINTS, FITTED_HEADS, Job
 from distill.job.pretraining import HeadFitting, Pretraining
 from distill.job.resume import agreed_checkpoint, joining_steps
+from distill.listing.storage import Storage
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.from_recipe import ONLINE, plan_family, plan_fitting, plan_stage
 from distill.plan.here import timed_as
@@ -48,6 +51,7 @@ from distill.recipe.keys import (
     FamilyRecipe,
     TeacherRecipe,
 )
+from distill.runfolder.events import Event, note
 from distill.runfolder.files import remove
 from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.licences import Licences, Terms, licences_in
@@ -72,8 +76,16 @@ COLLECTIVE_TIMEOUT = timedelta(
 )  # longer than any save or first step here; a dead peer fails at once
 
 
-def work(job: Job, requests: StopSaveRequests, heartbeat: Heartbeat, store: MeetingPlace) -> None:
+def work(
+    job: Job,
+    requests: StopSaveRequests,
+    heartbeat: Heartbeat,
+    store: MeetingPlace,
+    report_save: Callable[[str], None] = lambda _: None,
+) -> None:
     """Runs one rank of a prepared job; the launcher has set the usual rank variables, ``store`` is as in ``join_ranks``.
+
+    ``report_save`` gets the result of every save on rank 0, empty for a good one.
 
     After an error the process group still stands: the caller writes down the cause, then leaves it.
     """
@@ -84,7 +96,9 @@ def work(job: Job, requests: StopSaveRequests, heartbeat: Heartbeat, store: Meet
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
     join_ranks(device.type, COLLECTIVE_TIMEOUT, store)
     prepare_deepspeed(device.type)
-    _Run(job, device, requests, heartbeat).run()
+    run = _Run(job, device, requests, heartbeat)
+    run.recorder.report_saves_to(report_save)
+    run.run()
     dist.destroy_process_group()
 
 
@@ -96,6 +110,7 @@ class _Run:
     ) -> None:
         self.job, self.device, self.heartbeat = job, device, heartbeat
         self.rank, self.num_ranks = dist.get_rank(), dist.get_world_size()
+        self.storage = Storage(self._note_storage, heartbeat.wait_for_storage)
         recipe, teacher_recipe = job.recipe, job.teacher_recipe
         self.teacher_recipe = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
         self.family = recipe if isinstance(recipe, FamilyRecipe) else None
@@ -261,10 +276,15 @@ class _Run:
     def _report(self, event: str) -> None:
         self.recorder.show("training", message=event)
 
+    def _note_storage(self, text: str) -> None:
+        """Shows what storage does, on every screen; the run folder may lie on the same."""
+        text = f"rank {self.rank} on {socket.gethostname()}: {text}"
+        note(self.job.run_folder, Event("storage", text))
+
     def _rank_context(self, images: str) -> RankContext:
         folder = self.job.run_folder
         index = ImageIndex.load(folder / "data" / images)
-        return RankContext(self.device, folder, index, self.micro_batches)
+        return RankContext(self.device, folder, index, self.micro_batches, self.storage)
 
     def _restore(self, phase: Phase) -> int:
         """Loads the phase's networks if the checkpoint is of this phase; the step to go on from."""

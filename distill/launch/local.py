@@ -145,6 +145,7 @@ def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -
             max_restarts=options.max_restarts,
             hang_limit_s=job.recipe.engine.hang_limit_s,
             start_method=start_method,
+            say=partial(console.print, soft_wrap=True),
         )
         with _Signals(folder) as signals, _screen(folder, console, live=live, hint=SAVE_HINT):
             failure = supervisor.run()
@@ -283,11 +284,19 @@ class _Signals:
         self._handling.__exit__(None, None, None)
 
     def _on_stop(self, *_: object) -> None:
-        leave_request(self._run_folder, STOP)
+        self._leave(STOP)
+
+    def _leave(self, request: str) -> None:
+        """Leaves a request for the ranks; where no file can be, a request to stop goes to them as a signal."""
+        try:
+            leave_request(self._run_folder, request)
+        except OSError:
+            for child in multiprocessing.active_children() if request == STOP else ():
+                child.terminate()
 
     def _on_hangup(self, *_: object) -> None:
         """The terminal is gone: what is written to it from now on would be errors."""
-        leave_request(self._run_folder, STOP)
+        self._leave(STOP)
         nothing = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
             if os.isatty(descriptor):
@@ -295,11 +304,11 @@ class _Signals:
         os.close(nothing)
 
     def _on_save(self, *_: object) -> None:
-        leave_request(self._run_folder, SAVE)
+        self._leave(SAVE)
 
     def _on_interrupt(self, *_: object) -> None:
         self.num_interrupts += 1
-        leave_request(self._run_folder, STOP)
+        self._leave(STOP)
         if self.num_interrupts == 1:
             sys.stderr.write("\nstopping: every rank saves first; Ctrl-C again ends at once\n")
             return

@@ -10,19 +10,27 @@ something keeps it from noticing.
 
 import faulthandler
 import os
+import sys
 import threading
 import time
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from distill.errors import StorageError
 from distill.job.local_ranks import MeetingPlace
 from distill.job.prepare import read_job
 from distill.job.run import work
 from distill.launch.board import board_of, leave_board, sweep_boards
+from distill.launch.disk import DiskWatch, send
 from distill.launch.node import require_node_size
 from distill.launch.node_watch import NodeWatch
+from distill.launch.presence import FolderPresence
 from distill.launch.process import end_with
 from distill.launch.watchdog import StragglerReport, end_ranks
 from distill.runfolder.events import Event, note
@@ -47,12 +55,20 @@ LEAVE_S = 3.0  # for the process group to be destroyed after an error; NCCL wait
 GRACE_S = 5.0  # from the first cause on, for a rank to end by itself
 
 
-def entry(run_folder: str, launcher: ProcessIdentity | None, store: MeetingPlace) -> None:
+@dataclass(frozen=True)
+class LauncherLink:
+    """The launcher of this machine, and a pipe to it for the results of saves."""
+
+    process: ProcessIdentity
+    saves: Connection
+
+
+def entry(run_folder: str, launcher: LauncherLink | None, store: MeetingPlace) -> None:
     """Runs one rank of the prepared job; ``launcher`` is None under another launcher, ``store`` as in ``join_ranks``."""
     folder, rank = Path(run_folder), int(os.environ["RANK"])
     if launcher is not None:
         # not by the heartbeat, which begins later and ends with the job
-        end_with([launcher, identity_of(os.getppid())], LOST_EXIT_CODE)
+        end_with([launcher.process, identity_of(os.getppid())], LOST_EXIT_CODE)
     requests = StopSaveRequests(folder)
     board = board_of(folder, store, has_launcher=launcher is not None)
     guard = RankMonitor(folder, board, rank, has_launcher=launcher is not None)
@@ -80,7 +96,7 @@ def _work(
     requests: StopSaveRequests,
     heartbeat: Heartbeat,
     guard: "RankMonitor",
-    launcher: ProcessIdentity | None,
+    launcher: LauncherLink | None,
     store: MeetingPlace,
 ) -> None:
     """Runs the job; after an error the cause is on disk before anything is destroyed, unless another rank has to show it."""
@@ -89,7 +105,8 @@ def _work(
         require_node_size(os.environ, job.request.ranks_per_node)
         heartbeat.set_limit(job.recipe.engine.hang_limit_s)
         guard.watch_others(job.recipe.engine.hang_limit_s)
-        work(job, requests, heartbeat, store)
+        report = guard.take_save if launcher is None else partial(send, launcher.saves)
+        work(job, requests, heartbeat, store, report)
     except BaseException as error:
         is_lost = is_lost_connection(error)
         failure = None if is_lost else failure_of(error, heartbeat.record(), folder)
@@ -103,7 +120,7 @@ def _work(
         if not has_left:
             code = LOST_EXIT_CODE if failure is None else failure.exit_code
             raise _StuckError(f"{type(error).__name__}: {error}", code) from error
-        if is_lost and failure is not None:
+        if failure is not None and (is_lost or isinstance(error, StorageError)):
             raise failure.to_error() from error
         raise
 
@@ -137,6 +154,9 @@ class RankMonitor:
         self._num_ranks, self._world_rank = int(os.environ["WORLD_SIZE"]), world_rank
         self._node = NodeWatch(run_folder, board, world_rank, self._num_ranks)
         self._failed_at: float | None = None
+        self._presence = FolderPresence(run_folder)
+        is_first = not has_launcher and world_rank == 0
+        self._disk = DiskWatch(run_folder, _print_line) if is_first else None
 
     def __enter__(self) -> "RankMonitor":
         """Removes what killed launches left in the memory of this node."""
@@ -157,6 +177,9 @@ class RankMonitor:
 
     def look(self, requests: StopSaveRequests) -> None:
         """Reads requests, watches if that is this rank's part, and ends the process when there is nothing left to do."""
+        self._end_without_folder()
+        if self._disk is not None:
+            self._disk.look()
         if self._world_rank == 0:
             requests.look()
         stragglers = self._node.look()
@@ -168,6 +191,11 @@ class RankMonitor:
         """Leaves the cause of the job's end, if it is the first, where all ranks find it."""
         write_failure(self._run_folder, failure)
         self._node.note_failure()
+
+    def take_save(self, failure: str) -> None:
+        """Takes the result of a save of rank 0, empty for a good one."""
+        if self._disk is not None:
+            self._disk.take(failure)
 
     def cause(self) -> Failure:
         """Why this rank lost its connection: the first cause, or who is dead; waits for it to show."""
@@ -187,15 +215,31 @@ class RankMonitor:
         records = read_records(self._board, self._num_ranks)
         end_ranks([record for record in records if record.world_rank in stragglers.world_ranks])
 
+    def _end_without_folder(self) -> None:
+        failure = self._presence.look()
+        if (
+            failure is not None
+        ):  # no file can show it, and no other rank waits for this one for long
+            _print_line(failure.message)
+            os._exit(failure.exit_code)
+
     def _end_with_the_others(self) -> None:
         if self._failed_at is None:
             self._failed_at = time.monotonic() if self._node.has_failed else None
             return
         if time.monotonic() - self._failed_at < GRACE_S:
             return
-        with stacks_path(self._run_folder, self._world_rank).open("a") as file:
+        with (
+            suppress(OSError),
+            stacks_path(self._run_folder, self._world_rank).open("a") as file,
+        ):
             faulthandler.dump_traceback(file, all_threads=True)
         os._exit(LOST_EXIT_CODE)
+
+
+def _print_line(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
 
 
 def _unknown_failure() -> Failure:

@@ -4,14 +4,17 @@ Each attempt is a start of new processes (``distill.job.local_ranks``). Between 
 is known, so what needs a person is not tried again, and a request to stop ends it.
 """
 
+import multiprocessing
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from distill.job.local_ranks import LocalRanks
-from distill.launch.rank import GRACE_S, entry
+from distill.launch.disk import DiskWatch, receive
+from distill.launch.presence import FolderPresence
+from distill.launch.rank import GRACE_S, LauncherLink, entry
 from distill.launch.watchdog import Watchdog, end_ranks
 from distill.runfolder.events import Event, EventKind, note
 from distill.runfolder.failure import (
@@ -68,8 +71,9 @@ class Supervisor:
         max_restarts: int,
         hang_limit_s: float,
         start_method: str,
+        say: Callable[[str], None],
     ) -> None:
-        """``start_method``: of the ranks' processes, from ``choose_start_method``."""
+        """``start_method``: of the ranks' processes, from ``choose_start_method``; ``say`` prints a line."""
         self._run_folder, self._num_ranks = run_folder, num_ranks
         self._max_restarts, self._hang_limit_s = max_restarts, hang_limit_s
         self._start_method = start_method
@@ -77,6 +81,9 @@ class Supervisor:
         self._start_error = ""
         self._board = Path()
         self._records: list[HeartbeatRecord] = []  # as they were when the attempt ended
+        self._presence = FolderPresence(run_folder)
+        self._disk = DiskWatch(run_folder, say)
+        self._saves, self._send_saves = multiprocessing.Pipe(duplex=False)
 
     def run(self) -> Failure | None:
         """Returns when the job has ended: None for a good end, or why the last attempt failed.
@@ -85,7 +92,7 @@ class Supervisor:
         there are at most as many as students, and as often as their micro-batches can be halved.
         """
         num_restarts = 0
-        while (failure := self._attempt()) is not None:
+        while (failure := self._presence_after(self._attempt())) is not None:
             note(self._run_folder, Event(KINDS[failure.kind], failure.message))
             is_counted = failure.kind != "student"
             is_last = is_counted and num_restarts == self._max_restarts
@@ -96,6 +103,10 @@ class Supervisor:
             note(self._run_folder, Event("restarted", f"{text}, from the last checkpoint"))
         return failure
 
+    def _presence_after(self, failure: Failure | None) -> Failure | None:
+        """What an attempt ended with, or that the run folder is gone: it waits for it to be there again, or for its limit."""
+        return self._presence.wait() or failure
+
     def _attempt(self) -> Failure | None:
         (self._run_folder / FILE).unlink(missing_ok=True)
         forget_records(self._run_folder)
@@ -103,7 +114,8 @@ class Supervisor:
         with LocalRanks(self._start_method, self._num_ranks, self._log_folder()) as ranks:
             self._board = ranks.folder
             try:
-                ranks.start(entry, str(self._run_folder), this_process())
+                link = LauncherLink(this_process(), self._send_saves)
+                ranks.start(entry, str(self._run_folder), link)
             except OSError as error:
                 self._start_error = f"the ranks could not be started: {error}"
             else:
@@ -128,6 +140,11 @@ class Supervisor:
             ranks.wait(LOOK_S)
             self._note_first_to_fail(ranks)
             reaper.end_if_one_is_dead()
+            for failure in receive(self._saves):
+                self._disk.take(failure)
+            self._disk.look()
+            if self._presence.look() is not None:
+                return  # and they end
             stragglers = None if watchdog is None else watchdog.look()
             if stragglers is not None:
                 write_failure(self._run_folder, stragglers.to_failure(self._run_folder))

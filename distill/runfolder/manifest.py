@@ -19,6 +19,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,7 @@ MANIFEST, LATEST = "manifest.json", "latest"
 NAME = r"[^.].*-\d{7}.*"  # of a checkpoint; lost+found, @eaDir and the like are none
 MAX_MANIFEST_BYTES = 2**24  # a page for each of thousands of networks
 DONE, FAILED = ".done", ".failed"
+SETTLE_S = 10.0  # for files of other ranks, of a checkpoint that is lost already
 POLL_S = 0.02  # between two looks for a record
 
 Count = Annotated[int, Field(ge=0)]
@@ -76,6 +78,9 @@ class SaveFailure(_Facts):
     reason: str
     bytes: Count
     free: Count
+
+
+NO_ROOM = SaveFailure(reason="no room for the reason either", bytes=0, free=0)
 
 
 class Manifest(_Facts):
@@ -126,32 +131,51 @@ def record_done(path: Path, written: Written) -> None:
     replace_text(path.with_name(path.name + DONE), facts.model_dump_json())
 
 
-def record_failed(path: Path, error: OSError, num_bytes: int) -> None:
-    """Reports to the committer that a file could not be written; what there is of it is removed first, which makes room for the record."""
-    path.unlink(missing_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    reason = error.strerror or str(error)
-    failure = SaveFailure(reason=reason, bytes=num_bytes, free=free)
-    replace_text(path.with_name(path.name + FAILED), failure.model_dump_json())
+def record_failed(path: Path, error: OSError, num_bytes: int) -> SaveFailure:
+    """Reports to the committer that a file could not be written, and returns why; what there is of it is removed first, which makes room for the record."""
+    free = 0
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+    failure = SaveFailure(reason=error.strerror or str(error), bytes=num_bytes, free=free)
+    record = path.with_name(path.name + FAILED)
+    with suppress(OSError):
+        try:
+            replace_text(record, failure.model_dump_json())
+        except OSError:  # not one free byte; an empty file takes none
+            record.touch()
+    return failure
 
 
-def collect(staging: Path, expected: Mapping[str, int], timeout_s: float) -> dict[str, FileFacts]:
+def collect(
+    staging: Path,
+    expected: Mapping[str, int],
+    timeout_s: float,
+    failed_here: Mapping[str, SaveFailure],
+) -> dict[str, FileFacts]:
     """Waits for the record of every expected file; ``expected`` gives the rank that writes each.
+
+    ``failed_here``: files that this rank could not write. Once one has failed the others have ``SETTLE_S`` to be done.
 
     Raises:
         CheckpointError: names the rank and the file that failed or did not come in time.
     """
     deadline = time.monotonic() + timeout_s
     files: dict[str, FileFacts] = {}
-    failures: dict[str, SaveFailure] = {}
+    failures, is_lost = dict(failed_here), False
     while waiting := [name for name in expected if name not in files and name not in failures]:
         for name in waiting:
             done, failed = (staging / (name + suffix) for suffix in (DONE, FAILED))
             if done.is_file():
                 files[name] = FileFacts.model_validate_json(done.read_bytes())
             elif failed.is_file():
-                failures[name] = SaveFailure.model_validate_json(failed.read_bytes())
+                data = failed.read_bytes()
+                failures[name] = SaveFailure.model_validate_json(data) if data else NO_ROOM
+        if failures and not is_lost:
+            is_lost, deadline = True, min(deadline, time.monotonic() + SETTLE_S)
         if time.monotonic() > deadline:
+            if is_lost:
+                break
             late = next(name for name in waiting if name not in files and name not in failures)
             raise CheckpointError(
                 f"rank {expected[late]} did not finish {late} within {timeout_s:.0f} s",

@@ -8,6 +8,7 @@ One save is under way at a time: the next one, and the end of a phase, wait for 
 fails is reported in one line, and training continues with the checkpoints that are there.
 """
 
+import errno
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 from distill.errors import CheckpointError
 from distill.runfolder import manifest as checkpoint
 from distill.runfolder.files import make_folder, write_file
-from distill.runfolder.manifest import Manifest, NetworkFacts, TeacherFacts
+from distill.runfolder.manifest import Manifest, NetworkFacts, SaveFailure, TeacherFacts
 from distill.runfolder.status import RunState
 from distill.runfolder.tensor_file import SUFFIX, encode, num_bytes, read_tensors
 
@@ -274,19 +275,24 @@ class Saver:
 
     def _write(self, order: SaveJob) -> None:
         try:
+            if not self._checkpoint_policy.folder.parent.is_dir():  # it would be made anew, half
+                raise FileNotFoundError(errno.ENOENT, "the run folder is gone")
+            failed: dict[str, SaveFailure] = {}
             for name, tensors in order.files.items():
-                _write_part(order.staging / name, encode(tensors), num_bytes(tensors))
+                failed |= _write_part(order.staging / name, encode(tensors), num_bytes(tensors))
             if order.manifest is not None:
-                self._committed = self._commit(order, order.manifest)
+                self._committed = self._commit(order, order.manifest, failed)
         except BaseException as error:  # reported by the thread that trains
             self._error = error
 
-    def _commit(self, order: SaveJob, manifest: Manifest) -> Path:
+    def _commit(
+        self, order: SaveJob, manifest: Manifest, failed: Mapping[str, SaveFailure]
+    ) -> Path:
         folder = self._checkpoint_policy.folder
         recipe = self._checkpoint_policy.recipe.encode()
         try:
-            _write_part(order.staging / RECIPE_FILE, [recipe], len(recipe))
-            files = checkpoint.collect(order.staging, order.expected, RECORDS_TIMEOUT_S)
+            failed = {**failed, **_write_part(order.staging / RECIPE_FILE, [recipe], len(recipe))}
+            files = checkpoint.collect(order.staging, order.expected, RECORDS_TIMEOUT_S, failed)
             number = checkpoint.next_number(folder)
             manifest = manifest.model_copy(update={"number": number, "files": files})
             return checkpoint.commit(
@@ -297,13 +303,16 @@ class Saver:
             raise
 
 
-def _write_part(path: Path, parts: Iterable[bytes | memoryview], size: int) -> None:
-    """One file and its record."""
+def _write_part(
+    path: Path, parts: Iterable[bytes | memoryview], size: int
+) -> dict[str, SaveFailure]:
+    """One file and its record; its name and why, where it could not be written."""
     try:
         make_folder(path.parent)
         checkpoint.record_done(path, write_file(path, parts))
     except OSError as error:
-        checkpoint.record_failed(path, error, size)
+        return {path.name: checkpoint.record_failed(path, error, size)}
+    return {}
 
 
 def restore(phase: Saveable, found: tuple[Path, Manifest]) -> None:

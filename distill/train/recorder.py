@@ -85,6 +85,12 @@ class Recorder:
         self._last_save = time.monotonic()
         self._save_s: float | None = None  # how long the last one took
         self._images_trained, self._loader_wait, self._complaint = 0, 0.0, ""
+        self._report_save: Callable[[str], None] = lambda _: None
+
+    def report_saves_to(self, report: Callable[[str], None]) -> None:
+        """Gives the result of every save to ``report`` as well, empty for a good one: the status may lie on a full disk."""
+        if self._world_rank == 0:
+            self._report_save = report
 
     def start(self, phase: Phase, start_step: int) -> None:
         """Begins a phase at ``start_step``; metrics past that point (of a run that died) are dropped."""
@@ -133,11 +139,13 @@ class Recorder:
         text = self.status.message
         message = "" if text == self._complaint else text
         self.show(self.status.state, last_checkpoint=done, message=message)
+        self._report_save("")
 
     def unsaved(self, message: str) -> None:
         """Notes a checkpoint that could not be written; the message stays until one is."""
         self._complaint = message
         self.show(self.status.state, message=message)
+        self._report_save(message)
 
     def record(self, phase: Phase, step: int, faults: Callable[[], Sequence[float]]) -> Decision:
         """Counts a finished step; at the interval, and at the last step, writes numbers.

@@ -31,15 +31,17 @@ def write_recipes(folder: Path, *, stage_steps: int, steps: int, save_every: int
     return folder / "family.yaml"
 
 
-def start(recipe: Path, out: Path, *words: str) -> subprocess.Popen[str]:
-    """The job in a process group of its own, its words on a pipe."""
+def start(
+    recipe: Path, out: Path, *words: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """The job in a process group of its own, its words on a pipe; ``environment``: variables beside the usual."""
     command = [sys.executable, "-m", "distill", "train", str(recipe), "--out", str(out), *words]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **(environment or {})},
         start_new_session=True,
     )
 

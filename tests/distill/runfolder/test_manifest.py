@@ -1,3 +1,4 @@
+import errno
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from distill.runfolder.files import make_folder, read_back, replace_text, write_
 from distill.runfolder.manifest import (
     FORMAT_VERSION,
     Manifest,
+    SaveFailure,
     clean,
     collect,
     commit,
@@ -43,7 +45,7 @@ def save(folder: Path, step: int, keep: int = 3, *, is_milestone: bool = False) 
         is_milestone=is_milestone,
         recipe_hash="hash",
         networks={},
-        files=collect(staging, {FILE: 0}, 1.0),
+        files=collect(staging, {FILE: 0}, 1.0, {}),
     )
     return commit(folder, staging, manifest, keep)
 
@@ -80,7 +82,7 @@ def test_commit__a_file_that_reads_back_differently_is_refused_and_old_ones_stay
     record_done(staging / FILE, written)
     manifest = read_manifest(tmp_path / "base-0000010" / "manifest.json")
     assert manifest is not None
-    files = collect(staging, {FILE: 0}, 1.0)
+    files = collect(staging, {FILE: 0}, 1.0, {})
     with pytest.raises(CheckpointError, match="does not match its checksum after writing"):
         commit(tmp_path, staging, manifest.model_copy(update={"files": files, "step": 20}), 1)
     found = find_latest(tmp_path, "hash", ignore)
@@ -194,12 +196,12 @@ def test_collect__names_rank_file_and_missing_bytes(
         r"200,000 bytes are missing, 62,144 are free"
     )
     with pytest.raises(CheckpointError, match=told):
-        collect(tmp_path, {FILE: 3}, 1.0)
+        collect(tmp_path, {FILE: 3}, 1.0, {})
 
 
 def test_collect__names_a_rank_that_does_not_come(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"rank 5 did not finish teacher\.safetensors within"):
-        collect(tmp_path, {FILE: 5}, 0.0)
+        collect(tmp_path, {FILE: 5}, 0.0, {})
 
 
 def test_write_file__counts_and_hashes_what_is_there(tmp_path: Path) -> None:
@@ -232,3 +234,28 @@ def test_read_tensors__names_a_damaged_file(tmp_path: Path) -> None:
         read_tensors(path)
     with pytest.raises(CheckpointError, match=r"y\.safetensors: cannot be read"):
         read_tensors(tmp_path / "y.safetensors")
+
+
+def test_record_failed__a_disk_without_one_free_byte_takes_an_empty_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("distill.runfolder.manifest.replace_text", refuse)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    failure = record_failed(tmp_path / FILE, full, 100)
+    assert failure.reason == "No space left on device" and failure.bytes == 100
+    with pytest.raises(CheckpointError, match=r"rank 3 could not .* \(no room for the reason"):
+        collect(tmp_path, {FILE: 3}, 600.0, {})
+    nowhere = tmp_path / "gone" / FILE
+    assert record_failed(nowhere, full, 100).free == 0 and not nowhere.parent.exists()
+
+
+def test_collect__of_a_lost_checkpoint_is_not_waited_for_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distill.runfolder.manifest.SETTLE_S", 0.1)
+    failed = {"mine": SaveFailure(reason="No space left on device", bytes=100, free=30)}
+    with pytest.raises(CheckpointError, match=r"rank 0 could not write mine .* 70 bytes are miss"):
+        collect(tmp_path, {"mine": 0, FILE: 1}, 600.0, failed)
