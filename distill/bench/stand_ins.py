@@ -1,7 +1,7 @@
 """What a benchmark puts in the place of images, networks, the recorder, the saver and the heartbeat."""
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -285,9 +285,11 @@ class SleepingStudent:
         """No weights."""
         return self.state(collect=collect)
 
-    def state(self, *, collect: bool = True) -> dict[str, Tensor]:
+    def state(
+        self, *, collect: bool = True, into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """No weights."""
-        del collect  # nothing either way
+        del collect, into  # nothing either way
         return {}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:

@@ -26,7 +26,7 @@ way; a number times one is the same number.
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -233,15 +233,18 @@ class Engine:
         )
         return loss * (1.0 + 0.0 * reached.detach().sum())
 
-    def full(self, kind: str, *, collect: bool = True) -> dict[str, Tensor]:
+    def full(
+        self, kind: str, *, collect: bool = True, into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """Full tensors of one of ``STATE_KINDS`` by parameter name, fp32, on the host; nothing without ``collect``.
 
-        Communication: all-gathers over the group, which every rank of it must call.
+        ``into``: a state's host tensors by ``kind/name``, which are overwritten and returned. Communication:
+        all-gathers over the group, which every rank of it must call.
         """
         tensors = {}
         for name, tensor in self._shards.full(self._values(kind), torch.float32):
             if collect:
-                tensors[name] = tensor.to("cpu", copy=True)
+                tensors[name] = to_host(tensor, None if into is None else into[f"{kind}/{name}"])
         return tensors
 
     def _values(self, kind: str) -> list[Tensor]:
@@ -257,14 +260,17 @@ class Engine:
         """
         self._shards.copy_to(self._values("ema"), dict(target.named_parameters()))
 
-    def state(self, *, collect: bool = True) -> dict[str, Tensor]:
-        """Everything needed to go on, independent of the layout: ``kind/name`` and ``step``. Communication as ``full``, four times."""
+    def state(
+        self, *, collect: bool = True, into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Everything needed to go on, independent of the layout: ``kind/name`` and ``step``. Communication and ``into`` as ``full``, four times."""
         tensors = {
             f"{kind}/{name}": tensor
             for kind in STATE_KINDS
-            for name, tensor in self.full(kind, collect=collect).items()
+            for name, tensor in self.full(kind, collect=collect, into=into).items()
         }
-        tensors["step"] = self._states[0]["step"].reshape(1).to("cpu", copy=True)
+        step = self._states[0]["step"].reshape(1)
+        tensors["step"] = to_host(step, None if into is None else into["step"])
         return tensors
 
     @torch.no_grad()
@@ -326,6 +332,11 @@ class Engine:
             {"weight": shard.detach(), **state}
             for shard, state in zip(self._shards.weights, self._states, strict=True)
         ]
+
+
+def to_host(tensor: Tensor, into: Tensor | None) -> Tensor:
+    """A copy in host memory; ``into``, which is overwritten, saves new memory and what its first touch costs."""
+    return tensor.to("cpu", copy=True) if into is None else into.copy_(tensor)
 
 
 def _parameter_groups(module: nn.Module, lr_factor: Callable[[str], float]) -> list[dict[str, Any]]:

@@ -203,10 +203,10 @@ def _span_of(parameter: Tensor, flat: Tensor) -> slice:
 
 
 def gather_equal(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Equal parts of all ranks of the group, in rank order, as one tensor."""
+    """Equal parts of all ranks of the group, in rank order, as one tensor to read from: of one rank its part itself."""
     num_ranks = dist.get_world_size(group)
     if num_ranks == 1:
-        return shard.clone()
+        return shard
     full = torch.empty(num_ranks * shard.numel(), dtype=shard.dtype, device=shard.device)
     gather = (
         getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

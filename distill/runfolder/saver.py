@@ -1,6 +1,8 @@
 """Saves and restores the trained networks of a phase, each by its group, on any layout.
 
-    loop      gather full tensors, copy them to host memory        (training waits for this)
+    loop      gather full tensors, copy them to host memory        (training waits for this; the
+              memory of the save before is written over, since the first touch of new memory takes
+              longer than the copy)
     writer    every rank: hash, write, sync, leave a record         (a thread; training goes on)
     committer world rank 0: wait for all records, commit            (the same thread, after its files)
 
@@ -97,8 +99,10 @@ class Trained(Protocol):
         """Where it trains."""
         ...
 
-    def state(self, *, collect: bool = True) -> dict[str, Tensor]:
-        """Full tensors by name, nothing without ``collect``. Communication: gathers over its group."""
+    def state(
+        self, *, collect: bool = True, into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Full tensors by name, nothing without ``collect``; written over those of ``into``. Communication: gathers over its group."""
         ...
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -162,6 +166,22 @@ class CheckpointPolicy:
     milestones: int | None
     teacher: TeacherFacts | None = None
 
+    def manifest_of(self, phase: Saveable, step: int) -> Manifest:
+        """The manifest of a phase's state after ``step`` finished steps, without number and files."""
+        names = [placement.name for placement in phase.plan.placements]
+        return Manifest(
+            format_version=checkpoint.FORMAT_VERSION,
+            number=0,  # known when it is committed
+            phase=phase.name,
+            step=step,
+            num_ranks=phase.plan.num_ranks,
+            is_milestone=False,
+            recipe_hash=self.recipe_hash,
+            networks={name: self.networks[name] for name in names if name in self.networks},
+            files={},
+            teacher=self.teacher,
+        )
+
 
 @dataclass(frozen=True)
 class SaveJob:
@@ -184,6 +204,8 @@ class Saver:
         self._last_saved = last_saved
         self._thread: Thread | None = None
         self._order: SaveJob | None = None
+        self._copies: dict[str, Mapping[str, Tensor]] = {}  # by file, of the phase of that name
+        self._copied_phase = ""
         self._committed: Path | None = None
         self._error: BaseException | None = None
         self.is_saved = (
@@ -197,12 +219,15 @@ class Saver:
         """
         self.wait()
         self._recorder.saving()
-        files: dict[str, Mapping[str, Tensor]] = {}
+        if phase.name != self._copied_phase:
+            self._copies, self._copied_phase = {}, phase.name
         for trainer in phase.trainers:
             is_first = trainer.placement.first_rank == phase.world_rank
-            state = trainer.state(collect=is_first)
+            file = trainer.name + SUFFIX
+            state = trainer.state(collect=is_first, into=self._copies.get(file))
             if is_first:
-                files[trainer.name + SUFFIX] = {name: each.cpu() for name, each in state.items()}
+                self._copies[file] = {name: each.cpu() for name, each in state.items()}
+        files = dict(self._copies)
         anchor = phase.teacher.anchor_state()
         if phase.world_rank == 0 and anchor:
             files[ANCHOR_FILE + SUFFIX] = {
@@ -218,7 +243,7 @@ class Saver:
         self._thread.join()
         self._thread = None
         order, error = self._order, self._error
-        self._order, self._error, self.is_saved = None, None, error is None  # and frees the copy
+        self._order, self._error, self.is_saved = None, None, error is None
         assert order is not None, "a thread without an order"
         if isinstance(error, CheckpointError | OSError):
             note = "the checkpoints before it are kept"
@@ -249,22 +274,8 @@ class Saver:
         before = self._last_saved
         base = before[1] if before is not None and before[0] == phase.name else 0
         every = policy.milestones
-        manifest = Manifest(
-            format_version=checkpoint.FORMAT_VERSION,
-            number=0,  # known when it is committed
-            phase=phase.name,
-            step=step,
-            num_ranks=phase.plan.num_ranks,
-            is_milestone=every is not None and step // every > base // every,
-            recipe_hash=policy.recipe_hash,
-            networks={
-                p.name: policy.networks[p.name]
-                for p in phase.plan.placements
-                if p.name in policy.networks
-            },
-            files={},
-            teacher=policy.teacher,
-        )
+        is_milestone = every is not None and step // every > base // every
+        manifest = policy.manifest_of(phase, step).model_copy(update={"is_milestone": is_milestone})
         return SaveJob(staging, files, manifest, expected)
 
     def _begin(self, order: SaveJob) -> None:
@@ -279,7 +290,7 @@ class Saver:
                 raise FileNotFoundError(errno.ENOENT, "the run folder is gone")
             failed: dict[str, SaveFailure] = {}
             for name, tensors in order.files.items():
-                failed |= _write_part(order.staging / name, encode(tensors), num_bytes(tensors))
+                failed |= write_part(order.staging / name, encode(tensors), num_bytes(tensors))
             if order.manifest is not None:
                 self._committed = self._commit(order, order.manifest, failed)
         except BaseException as error:  # reported by the thread that trains
@@ -291,7 +302,7 @@ class Saver:
         folder = self._checkpoint_policy.folder
         recipe = self._checkpoint_policy.recipe.encode()
         try:
-            failed = {**failed, **_write_part(order.staging / RECIPE_FILE, [recipe], len(recipe))}
+            failed = {**failed, **write_part(order.staging / RECIPE_FILE, [recipe], len(recipe))}
             files = checkpoint.collect(order.staging, order.expected, RECORDS_TIMEOUT_S, failed)
             number = checkpoint.next_number(folder)
             manifest = manifest.model_copy(update={"number": number, "files": files})
@@ -303,7 +314,7 @@ class Saver:
             raise
 
 
-def _write_part(
+def write_part(
     path: Path, parts: Iterable[bytes | memoryview], size: int
 ) -> dict[str, SaveFailure]:
     """One file and its record; its name and why, where it could not be written."""

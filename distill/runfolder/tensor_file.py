@@ -35,8 +35,8 @@ def num_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def encode(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The file, piece by piece: header, then each host tensor as it lies in memory; wide dtypes first, so that all are aligned."""
+def header_of(tensors: Mapping[str, Tensor]) -> tuple[bytes, list[str]]:
+    """The head of the file, and the order in which the tensors follow: wide dtypes first, so that all are aligned."""
     assert sys.byteorder == "little", "the format is little-endian"
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -52,7 +52,13 @@ def encode(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         start = stop
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % ALIGNMENT)
-    yield len(header).to_bytes(8, "little") + header
+    return len(header).to_bytes(8, "little") + header, order
+
+
+def encode(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The file, piece by piece: header, then each host tensor as it lies in memory."""
+    header, order = header_of(tensors)
+    yield header
     for name in order:
         if tensors[name].numel():
             flat = tensors[name].detach().contiguous().flatten()

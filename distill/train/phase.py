@@ -4,7 +4,7 @@ The protocols are all that the loop knows of a teacher, a loader, a network in t
 benchmark or a test puts something else in their place.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -155,8 +155,10 @@ class Trainer(Protocol):
         """The average of its weights by name, nothing without ``collect``. Collective over its group."""
         ...
 
-    def state(self, *, collect: bool = True) -> dict[str, Tensor]:
-        """Full tensors by name, nothing without ``collect``. Collective over its group."""
+    def state(
+        self, *, collect: bool = True, into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Full tensors by name, nothing without ``collect``; written over those of ``into``. Collective over its group."""
         ...
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -225,6 +227,19 @@ class StepSaver(Protocol):
 
 
 @runtime_checkable
+class StepCopies(Protocol):
+    """Copies the state into the memory of other nodes; ``distill.train.peer_copies``."""
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Whether ``step`` finished steps of a phase are copied; the same on every rank."""
+        ...
+
+    def copy(self, phase: Saveable, step: int) -> None:
+        """Begins to copy after ``step`` finished steps of the phase. Collective."""
+        ...
+
+
+@runtime_checkable
 class Faults(Protocol):
     """Keeps a fault of one network away from the others; ``distill.train.faults``."""
 
@@ -242,7 +257,7 @@ class Faults(Protocol):
         """Sends for the flag of a step. No waiting."""
         ...
 
-    def before_save(self, phase_step: int) -> None:
+    def before_save(self, phase_step: int, *, takes_snapshot: bool = True) -> None:
         """Makes every state one that can be saved. Collective."""
         ...
 

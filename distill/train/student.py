@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -286,11 +286,18 @@ class StudentTrainer:
         """The average of the weights by name, fp32 in host memory; nothing without ``collect``. Communication: gathers over its group."""
         return self.engine.full("ema", collect=collect)
 
-    def state(self, *, collect: bool = True) -> dict[str, Tensor]:
-        """Everything needed to go on, independent of the layout; parts of it without ``collect``. Communication as ``Engine.state``."""
+    def state(
+        self, *, collect: bool = True, into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Everything needed to go on, independent of the layout; parts of it without ``collect``. Communication and ``into`` as ``Engine.state``."""
         state = self.targets.state()
-        target_state = {TARGETS_PREFIX + name: tensor.clone() for name, tensor in state.items()}
-        return {**self.engine.state(collect=collect), **target_state}
+        target_state = {
+            TARGETS_PREFIX + name: tensor.clone()
+            if into is None
+            else into[TARGETS_PREFIX + name].copy_(tensor)
+            for name, tensor in state.items()
+        }
+        return {**self.engine.state(collect=collect, into=into), **target_state}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The reverse of ``state``, for any number of ranks. No communication."""

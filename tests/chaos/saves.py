@@ -3,6 +3,7 @@
 The ranks of a save meet in the file system only, so both can live in one process.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,9 +35,12 @@ class StudentTrainer:
     step: int
     scale: int
 
-    def state(self, *, collect: bool = True) -> dict[str, Tensor]:
+    def state(
+        self, *, collect: bool = True, into: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         assert collect, "its only rank keeps it"
-        return state_of(self.name, self.step, self.scale)
+        state = state_of(self.name, self.step, self.scale)
+        return state if into is None else {name: into[name].copy_(state[name]) for name in state}
 
 
 class Teller:
