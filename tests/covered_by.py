@@ -80,6 +80,7 @@ COVERED_BY = {
     "distill.screen.words": "tests/distill/screen/test_console.py",
     "distill.train.delayed_reduce": "tests/distill/train/test_devices.py",
     "distill.train.device": "tests/distill/train/test_devices.py",
+    "distill.train.held_copies": "tests/distill/train/test_peer_copies.py",
     "distill.train.groups": "tests/distill/train/test_ranks.py",
     "distill.train.masking": "tests/distill/train/test_faults.py",
     "distill.train.phase": "tests/distill/train/test_loop.py",

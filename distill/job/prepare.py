@@ -24,7 +24,7 @@ from distill.errors import CheckpointError, DataError
 from distill.job.changes import with_changes
 from distill.job.origin import licences_of_teacher, store_licences
 from distill.job.recipe_hash import recipe_hash
-from distill.job.resume import describe_resume, joining_steps
+from distill.job.resume import describe_resume, find_saved, joining_steps
 from distill.job.stored_recipes import load_from_here, read_recipes, write_recipes
 from distill.job.teacher_files import (
     CHECKSUMS,
@@ -46,8 +46,9 @@ from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.runfolder.files import make_folder, remove
-from distill.runfolder.manifest import ChangedError, TeacherFacts, find_latest
+from distill.runfolder.manifest import ChangedError, TeacherFacts
 from distill.runfolder.status import write_json
+from distill.train.held_copies import remove_copies
 
 CHECKPOINTS = "checkpoints"  # in a run folder
 IMAGES = "images.json"  # in data/ of a run folder: counts, and what was passed over
@@ -216,7 +217,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     if fresh and run_folder.exists():
         _empty(run_folder)
     try:
-        resumed = find_latest(run_folder / CHECKPOINTS, job.hash, lambda _: None)  # the run reports
+        resumed = find_saved(run_folder / CHECKPOINTS, job.hash, has_copies=recipe.checkpoint.peer)
         joining_steps(job.recipe, job.networks, resumed)
     except ChangedError as error:
         parts = {"train": train, "held_out": held_out}
@@ -235,7 +236,9 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     indices = {"train": train, "teacher": teacher_train, "held_out": held_out}
     _write_images(run_folder.resolve() / "data", indices, facts)
     (run_folder / "failure.json").unlink(missing_ok=True)
-    if resumed is None:  # what an earlier start left before its first checkpoint
+    if (
+        resumed is None and not recipe.checkpoint.peer
+    ):  # what an earlier start left before its first checkpoint
         for name in ("status.json", "timing.json"):
             (run_folder / name).unlink(missing_ok=True)
     write_recipes(run_folder, request.recipe, request.overrides, (recipe, teacher_recipe))
@@ -285,11 +288,12 @@ def _refuse_foreign_folder(run_folder: Path) -> None:
 
 
 def _empty(run_folder: Path) -> None:
-    """Removes what a run folder holds: checkpoints first, ``job.json``, which marks it as ours, last. The folder stays, which may be a link.
+    """Removes what a run folder holds, and its copies in memory: checkpoints first, ``job.json``, which marks it as ours, last. The folder stays, which may be a link.
 
     Raises:
         CheckpointError: something cannot be removed; what comes after it is still there.
     """
+    remove_copies(run_folder)
     last, first = "job.json", CHECKPOINTS
     for entry in sorted(run_folder.iterdir(), key=lambda e: (e.name == last, e.name != first)):
         try:

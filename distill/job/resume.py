@@ -14,7 +14,7 @@ import torch.distributed as dist
 from distill.errors import CheckpointError
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe, TeacherRecipe
 from distill.runfolder import manifest as checkpoint
-from distill.runfolder.manifest import ChangedError, Manifest
+from distill.runfolder.manifest import ChangedError, Manifest, describe_found
 
 MAX_NAME_BYTES = 256  # of a checkpoint's folder
 Found = tuple[Path, Manifest]
@@ -48,6 +48,18 @@ def agreed_checkpoint(
             fix="Put --out on storage that all nodes share.",
         )
     return folder / agreed, manifest
+
+
+def find_saved(folder: Path, recipe_hash: str, *, has_copies: bool) -> Found | None:
+    """The newest sound checkpoint; also None where each is damaged and the ranks may hold copies in memory. Raises as ``find_latest``."""
+    try:
+        return checkpoint.find_latest(folder, recipe_hash, lambda _: None)  # the run reports
+    except ChangedError:
+        raise
+    except CheckpointError:
+        if not has_copies:
+            raise
+        return None
 
 
 def joining_steps(
@@ -88,9 +100,8 @@ def describe_resume(networks: Collection[str], found: Found | None) -> list[str]
     """A line with the checkpoint that the run goes on from, and one for each student that joined since, or left."""
     if found is None:
         return []
-    path, manifest = found
+    manifest, line = found[1], describe_found(found)
     step, saved = manifest.step, manifest.networks
-    line = f"resumes from {path.name} ({manifest.phase} step {step})"
     if manifest.phase != FAMILY_PHASE:
         return [line]
     return [

@@ -64,8 +64,10 @@ from distill.runfolder.status import PhaseStatus, note_time, write_json
 from distill.train.device import take_device
 from distill.train.faults import FaultHandler
 from distill.train.groups import make_control, make_groups
+from distill.train.held_copies import Target, open_memory
 from distill.train.loop import run_phase
 from distill.train.micro_batches import agreed_micro_batches
+from distill.train.peer_copies import PeerCopies
 from distill.train.phase import Phase
 from distill.train.recorder import Recorder, RecordPolicy
 from distill.weights.save import ExportFacts, fingerprint, write_backbone, write_heads
@@ -117,6 +119,9 @@ class _Run:
         self.control, notes = make_control(COLLECTIVE_TIMEOUT), list[str]()
         require_agreement(job, self.control)
         folder = job.run_folder / CHECKPOINTS
+        nodes = None
+        if recipe.checkpoint.peer:
+            nodes = open_memory(job.run_folder, self._target(), self.control, notes.append)
         self.saved = agreed_checkpoint(folder, job.hash, self.control, notes.append)
         names = (ONLINE, HEADS_PHASE, *job.networks)
         self.micro_batches = agreed_micro_batches(job.run_folder, names, self.control)
@@ -138,7 +143,24 @@ class _Run:
         )
         self.recorder.show("preparing", message="; ".join(notes))
         last_saved = None if self.saved is None else (self.saved[1].phase, self.saved[1].step)
-        self.saver = Saver(self._checkpoint_policy(), self.recorder, last_saved)
+        checkpoint_policy = self._checkpoint_policy()
+        self.saver = Saver(checkpoint_policy, self.recorder, last_saved)
+        self.copies = None
+        if nodes is not None:
+            group = make_control(COLLECTIVE_TIMEOUT)
+            self.copies = PeerCopies(checkpoint_policy, nodes, group, recipe.checkpoint.peer_every)
+
+    def _target(self) -> Target:
+        """Where a copy in memory becomes a checkpoint."""
+        job = self.job
+        return Target(
+            job.run_folder / CHECKPOINTS,
+            job.hash,
+            job.teacher,
+            (job.run_folder / RESOLVED).read_text(encoding="utf-8"),
+            job.recipe.checkpoint.keep,
+            [phase.name for phase in self._phases()],
+        )
 
     def _checkpoint_policy(self) -> CheckpointPolicy:
         job = self.job
@@ -189,10 +211,14 @@ class _Run:
             return self.recorder.show("stopped", message=text)
         if self.family is not None and not self._train_family():
             return self._stopped()
+        if self.copies is not None:
+            self.copies.remove(is_saved=True)
         self.recorder.show("exporting")
         return None
 
     def _stopped(self) -> None:
+        if self.copies is not None:
+            self.copies.remove(is_saved=self.saver.is_saved)
         text = "saved" if self.saver.is_saved else self.recorder.status.message
         self.recorder.show("stopped", message=f"{text}; run the same command to go on")
 
@@ -301,13 +327,21 @@ class _Run:
         fault_handler = FaultHandler(phase, self.job.run_folder, source)
         fault_handler.start(start_step, self.control)
         finished = run_phase(
-            phase, self.recorder, self.saver, fault_handler, self.heartbeat, start_step
+            phase,
+            self.recorder,
+            self.saver,
+            fault_handler,
+            self.heartbeat,
+            start_step,
+            self.copies,
         )
         if finished and start_step < phase.num_steps:
             self.heartbeat.enter("saving", phase.num_steps)
             fault_handler.before_save(phase.num_steps)
             self.saver.save(phase, phase.num_steps)
         self.saver.wait()
+        if self.copies is not None:
+            self.copies.wait()
         self.heartbeat.enter("between phases", phase.num_steps)
         self.recorder.finish_phase()
         phase.loader.close()

@@ -170,6 +170,14 @@ class CheckpointSpec(Section):
         ge=1,
         description="Steps of a phase between checkpoints that are never removed. Null means none.",
     )
+    peer: bool = machine(
+        False,
+        since=2,
+        description="Copy the state into memory (/dev/shm) of two nodes; it takes four checkpoints there.",
+    )
+    peer_every: int = machine(
+        50, since=2, ge=1, description="Steps between copies; so many are lost at most."
+    )
 
     @property
     def every_steps(self) -> int | None:

@@ -24,6 +24,7 @@ EventKind = Literal[
     "failed",
     "restarted",
     "storage",
+    "not copied",
 ]
 
 

@@ -247,6 +247,12 @@ def clean(folder: Path) -> None:
 # Reading
 
 
+def describe_found(found: tuple[Path, Manifest]) -> str:
+    """The line of a run that goes on from a checkpoint."""
+    path, manifest = found
+    return f"resumes from {path.name} ({manifest.phase} step {manifest.step})"
+
+
 def find_latest(
     folder: Path, recipe_hash: str, report: Callable[[str], None]
 ) -> tuple[Path, Manifest] | None:

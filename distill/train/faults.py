@@ -169,8 +169,8 @@ class FaultHandler:
         if record.in_a_row == IN_A_ROW:
             self._roll_back(trainer, step, f"{IN_A_ROW} skipped steps in a row")
 
-    def before_save(self, phase_step: int) -> None:
-        """Makes every network's state one that can be gone on from, and keeps it. Collective over each network's group."""
+    def before_save(self, phase_step: int, *, takes_snapshot: bool = True) -> None:
+        """Makes every network's state one that can be gone on from, and keeps it where a snapshot is taken. Collective over each network's group."""
         for trainer in self._phase.trainers:
             self.resolve_pending(trainer)
             record = self._records[trainer.name]
@@ -178,7 +178,7 @@ class FaultHandler:
                 continue
             if not trainer.is_finite():
                 self._roll_back(trainer, phase_step, "its state is not finite")
-            elif not record.in_a_row:
+            elif takes_snapshot and not record.in_a_row:
                 if record.has_moved:
                     record.num_roll_backs = 0
                 self._take_snapshot(trainer, phase_step)

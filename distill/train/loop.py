@@ -11,7 +11,7 @@ agreed at the logging interval. The heartbeat shows where the rank is, for the w
 from collections import deque
 
 from distill.train.exchange import Outgoing, Pending
-from distill.train.phase import ActivityLog, Faults, Phase, StepRecorder, StepSaver
+from distill.train.phase import ActivityLog, Faults, Phase, StepCopies, StepRecorder, StepSaver
 from teacher.batch import PatchMasks, student_batch
 
 
@@ -22,6 +22,7 @@ def run_phase(
     fault_handler: Faults,
     heartbeat: ActivityLog,
     start_step: int,
+    copies: StepCopies | None = None,
 ) -> bool:
     """Runs the steps from ``start_step`` on; True when the phase is complete, False when a stop was requested and saved."""
     on_the_way: deque[Pending] = deque()
@@ -62,8 +63,11 @@ def run_phase(
 
         heartbeat.enter("agreeing", phase_step)
         decision = recorder.record(phase, phase_step + 1, fault_handler.counts)
-
         saver.report()
+        if copies is not None and copies.is_due(phase_step + 1, phase.num_steps):
+            heartbeat.enter("saving", phase_step)
+            fault_handler.before_save(phase_step + 1, takes_snapshot=False)
+            copies.copy(phase, phase_step + 1)
         if decision.save or decision.stop:
             heartbeat.enter("saving", phase_step)
             fault_handler.before_save(phase_step + 1)

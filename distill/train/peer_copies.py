@@ -1,0 +1,327 @@
+"""Copies the state of a run into the memory of two nodes every so many steps, beside training.
+
+    loop     gather full tensors, copy them into files that lie in memory     (training waits for this)
+    thread   send the files to the next node; compare checksums; write the manifests
+
+The steps are those that a number divides, and the last of a phase, so every rank knows them without
+agreeing. There are two copies: the one before stays as it is until the new one is complete on all nodes,
+which ends the thread. A node is lost together with its memory, and its files lie in that of the next
+one; on a single node nothing is sent, and the copy outlives the ranks but not the machine. Memory that
+is full ends the copies, in one line, and never the run.
+"""
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from distill.runfolder.events import Event, note
+from distill.runfolder.files import make_folder, remove, replace_text
+from distill.runfolder.manifest import MANIFEST, FileFacts, Manifest
+from distill.runfolder.saver import ANCHOR_FILE, CheckpointPolicy, Saveable
+from distill.runfolder.tensor_file import SUFFIX, header_of, num_bytes
+from distill.train.held_copies import Nodes, gather_json, note_cost, remove_copies
+
+SENT_AT_ONCE = 2**26  # bytes of one message
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass
+class Slot:
+    """One of the two copies as this rank maps it: tensors by file that it writes, and bytes of these files and of those that it holds."""
+
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    files: dict[Path, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CopyCost:
+    """What a complete copy cost: bytes of all files, the longest time that a loop waited, which part of all time that is, seconds until it was complete."""
+
+    phase: str
+    step: int
+    bytes: int
+    loop_s: float
+    share: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CopyJob:
+    """One copy as its thread gets it; ``problem``: why this rank has not all of its files."""
+
+    slot: Slot
+    index: int
+    manifest: Manifest
+    problem: str
+    started: float
+    loop_s: float
+    interval_s: float
+
+
+class _NoCopyError(Exception):
+    """The copy is not complete; the same text on every rank."""
+
+    def __init__(self, message: str, *, is_last: bool) -> None:
+        super().__init__(message)
+        self.is_last = is_last  # another one would fail in the same way
+
+
+class PeerCopies:
+    """Copies of one run; one per process, the same calls on every rank. ``cost``: of the last complete copy."""
+
+    def __init__(
+        self,
+        policy: CheckpointPolicy,
+        nodes: Nodes,
+        group: dist.ProcessGroup,
+        every_steps: int,
+    ) -> None:
+        """``group``: gloo, of the world, for this alone. The newest copy of before stays until another one is complete."""
+        self._policy, self._nodes, self._group = policy, nodes, group
+        self._every_steps = every_steps
+        self._index = 0 if nodes.newest_slot is None else 1 - nodes.newest_slot
+        self._slots, self._phase = (Slot(), Slot()), ""
+        self._is_paused, self._problem = False, ""
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+        self._last_started = time.monotonic()
+        self.cost: CopyCost | None = None
+
+    def is_due(self, step: int, num_steps: int) -> bool:
+        """Whether ``step`` finished steps of a phase are copied; the same on every rank."""
+        return not self._is_paused and (step % self._every_steps == 0 or step == num_steps)
+
+    def copy(self, phase: Saveable, step: int) -> None:
+        """Begins to copy every network after ``step`` finished steps; waits for the copy before it first. Communication: gathers per group."""
+        self.wait()
+        if self._is_paused:
+            return
+        started, rank = time.monotonic(), phase.world_rank
+        if phase.name != self._phase:
+            self._slots, self._phase = (Slot(), Slot()), phase.name
+        written = [t.name + SUFFIX for t in phase.trainers if t.placement.first_rank == rank]
+        self._problem = ""
+        self._clear(rank, [*written, ANCHOR_FILE + SUFFIX] if rank == 0 else written)
+        for trainer in phase.trainers:
+            file = trainer.name + SUFFIX
+            into = self._tensors(file, None) if file in written else None
+            state = trainer.state(collect=file in written, into=into)
+            if file in written and into is None:
+                self._fill(file, state)
+        anchor = phase.teacher.anchor_state()
+        if rank == 0 and anchor:
+            self._fill(ANCHOR_FILE + SUFFIX, anchor)
+        job = CopyJob(
+            self._slots[self._index],
+            self._index,
+            self._policy.manifest_of(phase, step),
+            self._problem,
+            started,
+            time.monotonic() - started,
+            started - self._last_started,
+        )
+        self._last_started, self._error = started, None
+        self._thread = Thread(target=self._run, args=(job,), daemon=True, name="peer copy")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when no copy is under way; what went wrong with the last is reported."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        self._thread = None
+        if self._error is None:
+            self._index = 1 - self._index
+            if self._nodes.rank == 0 and self.cost is not None:
+                note_cost(self._policy.folder.parent, self._nodes.folder.name, asdict(self.cost))
+        elif isinstance(self._error, _NoCopyError):
+            self._is_paused = self._error.is_last
+            if self._nodes.rank == 0:
+                end = "no more until the next start" if self._is_paused else "the next one follows"
+                text = f"no copy in memory: {self._error}; {end}, checkpoints go on"
+                note(self._policy.folder.parent, Event("not copied", text))
+        else:
+            raise self._error
+
+    def remove(self, *, is_saved: bool) -> None:
+        """Frees the memory of all nodes, where rank 0 has the state on disk. Communication: one gather."""
+        if gather_json(self._group, is_saved)[0] and self._nodes.is_first_here:
+            remove_copies(self._policy.folder.parent)
+
+    # The files, by the loop
+
+    def _folder(self, rank: int, index: int) -> Path:
+        return self._nodes.folder / f"rank{rank}-{index}"
+
+    def _clear(self, rank: int, files: list[str]) -> None:
+        """From here on the older copy counts no more; files of another phase go."""
+        folder = self._folder(rank, self._index)
+        remove(folder / MANIFEST)
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if path.name not in files:
+                remove(path)
+
+    def _tensors(self, file: str, like: Tensors | None) -> dict[str, Tensor] | None:
+        """The file's tensors in the copy that is written next; made like those of the other copy, or like others."""
+        slot, other = self._slots[self._index], self._slots[1 - self._index]
+        like = other.tensors.get(file, like)
+        if file in slot.tensors or like is None:
+            return slot.tensors.get(file)
+        header, order = header_of(like)
+        path = self._folder(self._nodes.rank, self._index) / file
+        try:
+            buffer = map_file(path, len(header) + num_bytes(like))
+        except OSError as error:
+            self._problem = self._describe(error, len(header) + num_bytes(like))
+            return None
+        buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        slot.files[path], start = buffer, len(header)
+        views = {}
+        for name in order:
+            stop = start + num_bytes({name: like[name]})
+            views[name] = buffer[start:stop].view(like[name].dtype).view(like[name].shape)
+            start = stop
+        slot.tensors[file] = views
+        return views
+
+    def _fill(self, file: str, state: Tensors) -> None:
+        for name, tensor in (self._tensors(file, state) or {}).items():
+            tensor.copy_(state[name])
+
+    def _describe(self, error: OSError, size: int) -> str:
+        host, folder = self._nodes.hosts[self._nodes.rank], self._nodes.folder.parent.parent
+        free = shutil.disk_usage(folder).free
+        return (
+            f"rank {self._nodes.rank} on {host} has no room for {size:,} bytes in {folder}, "
+            f"where {free:,} are free ({error.strerror})"
+        )
+
+    # The exchange, by the thread
+
+    def _run(self, job: CopyJob) -> None:
+        try:
+            self.cost = self._share(job)
+        except BaseException as error:  # reported by the thread that trains
+            self._error = error
+
+    def _share(self, job: CopyJob) -> CopyCost:
+        """Sends and receives, compares, and writes the manifests. Communication: five gathers, and the files of this rank to one other."""
+        rank, index = self._nodes.rank, job.index
+        folder = self._folder(rank, index)
+        files = {path.name: each for path, each in job.slot.files.items() if path.parent == folder}
+        sizes = {name: each.numel() for name, each in files.items()}
+        rows = gather_json(self._group, [sizes, job.loop_s])
+        received, problem = {}, job.problem
+        try:
+            received = self._map_received(job, [row[0] for row in rows])
+        except OSError as error:
+            needed = sum(
+                sum(rows[writer][0].values()) for writer in self._writers() if writer != rank
+            )
+            problem = problem or self._describe(error, needed)
+        self._agree(problem, is_last=True)
+        works = list(self._launch(files, received))
+        written = {name: _facts(each) for name, each in files.items()}
+        for work in works:
+            work.wait()
+        heard = {
+            writer: {name: _facts(each) for name, each in theirs.items()}
+            for writer, theirs in received.items()
+        }
+        everywhere = gather_json(self._group, written)
+        damaged = [writer for writer, facts in heard.items() if facts != everywhere[writer]]
+        host = self._nodes.hosts[rank]
+        self._agree(
+            f"what rank {damaged[0]} sent to rank {rank} on {host} is damaged" if damaged else ""
+        )
+        facts = {name: FileFacts(**each) for row in everywhere for name, each in row.items()}
+        text = job.manifest.model_copy(update={"files": facts}).to_text()
+        for writer in {*(received), *([rank] if files else [])}:
+            replace_text(self._folder(writer, index) / MANIFEST, text)
+        self._agree("")
+        loop_s = max(row[1] for row in rows)
+        return CopyCost(
+            job.manifest.phase,
+            job.manifest.step,
+            sum(sum(row[0].values()) for row in rows),
+            loop_s,
+            loop_s / max(job.interval_s, loop_s),
+            time.monotonic() - job.started,
+        )
+
+    def _agree(self, problem: str, *, is_last: bool = False) -> None:
+        """Raises the first rank's problem on all of them, if there is one. Communication: one gather."""
+        for text in gather_json(self._group, problem):
+            if text:
+                raise _NoCopyError(text, is_last=is_last)
+
+    def _writers(self) -> list[int]:
+        """The ranks of another node whose files this rank holds."""
+        ranks = range(len(self._nodes.hosts))
+        return [rank for rank in ranks if self._nodes.holder_of(rank) == self._nodes.rank]
+
+    def _map_received(
+        self, job: CopyJob, sizes: list[dict[str, int]]
+    ) -> dict[int, dict[str, Tensor]]:
+        """Memory for the files of other ranks that this one holds, by rank."""
+        received = {}
+        for writer in self._writers():
+            folder = self._folder(writer, job.index)
+            remove(folder / MANIFEST)
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if path.name not in sizes[writer]:
+                    remove(path)
+            for name, size in sizes[writer].items():
+                mapped = job.slot.files.get(folder / name)
+                if mapped is None or mapped.numel() != size:
+                    job.slot.files[folder / name] = map_file(folder / name, size)
+            received[writer] = {name: job.slot.files[folder / name] for name in sizes[writer]}
+        return {writer: files for writer, files in received.items() if files}
+
+    def _launch(
+        self, files: Mapping[str, Tensor], received: Mapping[int, Mapping[str, Tensor]]
+    ) -> Iterator[Any]:
+        """Sends this rank's files, and receives those that it holds, in the order of their names."""
+        holder = self._nodes.holder_of(self._nodes.rank)
+        for name in sorted(files) if holder is not None else ():
+            for part in files[name].split(SENT_AT_ONCE):
+                yield dist.isend(part, holder, group=self._group)
+        for writer, theirs in received.items():
+            for name in sorted(theirs):
+                for part in theirs[name].split(SENT_AT_ONCE):
+                    yield dist.irecv(part, writer, group=self._group)
+
+
+def map_file(path: Path, size: int) -> Tensor:
+    """Bytes of a file in memory, all of which are there.
+
+    Raises:
+        OSError: there is no room, which would be a bus error later.
+    """
+    if path.is_file() and path.stat().st_size != size:
+        remove(path)  # never cut: a mapping of before may be in use
+    make_folder(path.parent)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError:
+        remove(path)
+        raise
+    finally:
+        os.close(descriptor)
+    return torch.from_file(str(path), shared=True, size=size, dtype=torch.uint8)
+
+
+def _facts(content: Tensor) -> dict[str, Any]:
+    """Checksum and size, as a manifest has them."""
+    return {"sha256": hashlib.sha256(content.numpy().data).hexdigest(), "bytes": content.numel()}
