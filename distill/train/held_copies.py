@@ -252,18 +252,19 @@ def _write_checkpoint(
     """The files of a copy that this rank has; by rank 0 the checkpoint."""
     manifest = newest.manifest
     staging = checkpoint.staging_folder(target.folder, manifest.phase, manifest.step)
+    failed: dict[str, checkpoint.SaveFailure] = {}
     for name, ranks in newest.ranks.items():
         if ranks[0] == nodes.rank:
             path = _find_file(nodes, manifest, name)
-            write_part(staging / name, _read_chunks(path), manifest.files[name].bytes)
+            failed |= write_part(staging / name, _read_chunks(path), manifest.files[name].bytes)
     if nodes.rank != 0:
         return
     hosts = ", ".join(sorted({nodes.hosts[ranks[0]] for ranks in newest.ranks.values()}))
     recipe = target.recipe.encode()
     expected = {RECIPE_FILE: 0, **{name: ranks[0] for name, ranks in newest.ranks.items()}}
     try:
-        write_part(staging / RECIPE_FILE, [recipe], len(recipe))
-        files = checkpoint.collect(staging, expected, RECORDS_TIMEOUT_S)
+        failed |= write_part(staging / RECIPE_FILE, [recipe], len(recipe))
+        files = checkpoint.collect(staging, expected, RECORDS_TIMEOUT_S, failed)
         facts = {"number": checkpoint.next_number(target.folder), "files": files}
         path = checkpoint.commit(
             target.folder, staging, manifest.model_copy(update=facts), target.max_to_keep
