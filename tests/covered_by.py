@@ -33,6 +33,8 @@ COVERED_BY = {
     "distill.errors": "tests/distill/cli/test_app.py",
     "distill.launch.presence": "tests/chaos/test_run_folder.py",
     "distill.evaluate.images": "tests/distill/evaluate/test_knn.py",
+    "distill.evaluate.scoring": "tests/distill/evaluate/test_run.py",
+    "distill.evaluate.tasks": "tests/distill/evaluate/test_run.py",
     "distill.report.over_steps": "tests/distill/cli/test_app.py",
     "distill.report.summary": "tests/distill/cli/test_app.py",
     "distill.job.build": "tests/distill/job/test_pretraining.py",

@@ -43,7 +43,8 @@ def evaluate(
     from distill.runfolder.lock import run_lock
     from distill.runfolder.parked import PARKED_EXIT_CODE
     from distill.runfolder.status import StatusFile
-    from distill.screen.tables import scores_table, unfinished_students
+    from distill.screen.results import print_results
+    from distill.screen.tables import unfinished_students
 
     allow_code_of(run, allow)
     if over_steps:
@@ -57,7 +58,7 @@ def evaluate(
     if as_json:
         print_json(summary)
     else:
-        make_console().print(scores_table(summary))
+        print_results(make_console(), summary)
     if unfinished_students(summary):
         raise typer.Exit(PARKED_EXIT_CODE)
     return None

@@ -1,11 +1,15 @@
-"""Images and labels to score on, and class features of them."""
+"""Images and labels to score on, and features of them.
+
+Each file is decoded once for all networks: the pixels at every side that one of them wants stay in memory, up to
+``MOST_BYTES`` of a split. Beyond that a file is decoded again for each network.
+"""
 
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +28,10 @@ from teacher.batch import normalise
 
 BATCH = 64  # images per forward; keeps a ViT-L at 256 px below 4 GiB
 MAX_IMAGES = 10_000  # of each split; the pixel baseline holds them in memory
+MOST_UNLABELLED = 2000  # evenly spaced
+MOST_BYTES = 4 << 30  # of pixels in memory, of each split
 REPORT_EVERY_S = 20.0
+POINT_SEED = 0
 BF16_FROM = (
     500_000_000  # parameters; from ViT-H+ on a GPU computes in bf16: a 7B takes 45 minutes in fp32
 )
@@ -49,11 +56,27 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class ReadSplit:
-    """A split's images that can be decoded, their pixels in the same order, and those that were left out."""
+    """A split's images that can be decoded, their pixels in the same order, and those that were left out.
+
+    ``others``: their pixels at further sides.
+    """
 
     split: Scored
     pixels: UInt8[Tensor, "images 3 size size"]
     left_out: tuple[LeftOut, ...]
+    others: Mapping[int, UInt8[Tensor, "images 3 other_size other_size"]] = field(
+        default_factory=dict
+    )
+
+    def batches(
+        self, preparation: "Preparation", batch: int = BATCH
+    ) -> Iterator[UInt8[Tensor, "batch 3 side side"]]:
+        """The images as a network wants them, from memory where they are there."""
+        by_side = {self.pixels.shape[-1]: self.pixels, **self.others}
+        if preparation.size in by_side:
+            yield from by_side[preparation.size].split(batch)
+        else:
+            yield from decode_images(self.split.locations, preparation, batch)
 
 
 @dataclass(frozen=True)
@@ -66,32 +89,63 @@ class Preparation:
     background: Rgb | None = None
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class Extracted:
+    """Features of some images, fp32 on the CPU: class token, mean of the patches, and the patch under one point of each.
+
+    The points are the same for all networks, whatever their grids.
+    """
+
+    class_token: Float[Tensor, "images width"]
+    mean_patch: Float[Tensor, "images width"]
+    patch: Float[Tensor, "images width"]
+
+
 def extract(
     backbone: nn.Module,
     locations: Sequence[Location],
     preparation: Preparation,
     *,
     device: torch.device,
-    dtype: torch.dtype = torch.float32,
     batch: int = BATCH,
-    on_batch: Callable[[int], None] = lambda _: None,
 ) -> Float[Tensor, "images width"]:
-    """Class token of each image, in fp32 on the CPU, in the order of ``locations``.
+    """Class token of each image, as ``extract_all``, of files in the order of ``locations``."""
+    batches = decode_images(locations, preparation, batch)
+    return extract_all(backbone, batches, preparation, device=device).class_token
+
+
+@torch.inference_mode()
+def extract_all(
+    backbone: nn.Module,
+    batches: Iterable[UInt8[Tensor, "batch 3 size size"]],
+    preparation: Preparation,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> Extracted:
+    """Features of images in the order in which they come.
 
     The backbone satisfies ``Backbone``, is in evaluation mode, fp32 and already on ``device``. ``dtype``: of
     its matrix products; sums over blocks stay in fp32. ``on_batch`` is called with the number of images of every batch.
     """
-    features = []
-    for images in decode_images(locations, preparation, batch):
+    parts: list[tuple[Tensor, ...]] = []
+    generator = torch.Generator().manual_seed(POINT_SEED)
+    for images in batches:
         pixels = normalise(
             images.to(device), preparation.mean, preparation.std, dtype=torch.float32
         )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            class_token = backbone(pixels).class_token
-        features.append(class_token.float().cpu())
+            found = backbone(pixels)
+        points = torch.rand(len(images), 2, generator=generator, dtype=torch.float64)
+        rows, columns = (points * torch.tensor(found.grid_hw)).long().unbind(1)
+        under = (rows * found.grid_hw[1] + columns).to(device)
+        patches = found.patch_tokens
+        each = torch.arange(len(images), device=device)
+        features = found.class_token, patches.float().mean(1), patches[each, under]
+        parts.append(tuple(feature.float().cpu() for feature in features))
         on_batch(len(images))
-    return torch.cat(features)
+    return Extracted(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def scoring_dtype(parameters: int, device: torch.device) -> torch.dtype:
@@ -109,7 +163,7 @@ def decode(
         UserError: the file is missing or is no image.
     """
     try:
-        return _decode(reader, location, size, background)
+        return _resized(_pixels(reader, location, background), size)
     except OSError as error:
         raise UserError(
             f"{location}: cannot be decoded ({error})",
@@ -117,29 +171,42 @@ def decode(
         ) from error
 
 
-def _decode(
-    reader: Reader, location: Location, size: int, background: Rgb | None
+def _pixels(
+    reader: Reader, location: Location, background: Rgb | None
+) -> UInt8[np.ndarray, "height width 3"]:
+    return decode_rgb(reader.read(location), background)
+
+
+def _resized(
+    pixels: UInt8[np.ndarray, "height width 3"], size: int
 ) -> UInt8[Tensor, "3 size size"]:
-    pixels = decode_rgb(reader.read(location), background)
     if pixels.shape[:2] != (size, size):
         image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
         pixels = np.asarray(image)
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
-def read_split(split: Scored, size: int, background: Rgb | None) -> ReadSplit:
+def read_split(
+    split: Scored, size: int, background: Rgb | None, others: Iterable[int] = ()
+) -> ReadSplit:
     """Decodes a split at ``size`` x ``size`` px; each image that cannot be decoded is left out and named in a warning.
 
-    For the index of a large set only headers were read, so that damage behind one is met here first.
+    ``others``: further sides, which are taken from the same decoded image as far as memory goes. For the index of a
+    large set only headers were read, so that damage behind one is met here first.
 
     Raises:
         UserError: a source is gone.
     """
     reader = Reader()
+    sides = [size]
+    for side in sorted({*others} - {size}):
+        if 3 * len(split.locations) * sum(each**2 for each in (*sides, side)) <= MOST_BYTES:
+            sides.append(side)
 
-    def attempt(location: Location) -> UInt8[Tensor, "3 size size"] | LeftOut:
+    def attempt(location: Location) -> list[UInt8[Tensor, "3 side side"]] | LeftOut:
         try:
-            return _decode(reader, location, size, background)
+            pixels = _pixels(reader, location, background)
+            return [_resized(pixels, side) for side in sides]
         except OSError as error:
             if reader.storage.is_gone(location.container):
                 raise UserError(
@@ -153,13 +220,16 @@ def read_split(split: Scored, size: int, background: Rgb | None) -> ReadSplit:
     left_out = tuple(each for each in results if isinstance(each, LeftOut))
     for each in left_out:
         log.warning("%s: left out of the scores, cannot be decoded (%s)", each.sample, each.reason)
-    pixels = [each for each in results if not isinstance(each, LeftOut)]
+    good = [i for i, each in enumerate(results) if not isinstance(each, LeftOut)]
     if left_out:
-        good = [i for i, each in enumerate(results) if not isinstance(each, LeftOut)]
         locations = [split.locations[i] for i in good]
         split = replace(split, locations=locations, labels=split.labels[good])
-    stacked = torch.stack(pixels) if pixels else torch.zeros(0, 3, size, size, dtype=torch.uint8)
-    return ReadSplit(split, stacked, left_out)
+    stacked = {side: torch.zeros(len(good), 3, side, side, dtype=torch.uint8) for side in sides}
+    for row, index in enumerate(good):
+        for side, pixels in zip(sides, results[index], strict=True):  # type: ignore[arg-type]
+            stacked[side][row] = pixels
+        results[index] = []  # its memory is free again
+    return ReadSplit(split, stacked.pop(size), left_out, stacked)
 
 
 def read_preparation(weights: Path, stride: int, usual: Preparation | None = None) -> Preparation:
@@ -223,6 +293,15 @@ def read_splits(run_folder: Path, k: int, *, part: str = "train") -> tuple[Score
         counts += " with a label" if is_part else ""
         return nothing, nothing, f"{counts} are too few for k-NN with k = {k}"
     return scored[0], scored[1], ""
+
+
+def read_unlabelled(run_folder: Path) -> tuple[Scored, str]:
+    """Images of a run whatever their labels, held-out ones where there are some, and the name of their part."""
+    part = "held_out" if (run_folder / "data" / "held_out").exists() else "train"
+    index = _read_index(run_folder / "data" / part)
+    chosen = np.linspace(0, len(index) - 1, min(len(index), MOST_UNLABELLED)).round()
+    locations = [index.location(image) for image in chosen.astype(np.int64).tolist()]
+    return Scored(locations, torch.full((len(locations),), -1)), part
 
 
 def _why_unscored(run_folder: Path) -> str:

@@ -17,7 +17,9 @@ from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
 from distill.errors import UserError
 from distill.evaluate.images import Preparation
-from distill.evaluate.knn import evaluate_run
+from distill.evaluate.run import evaluate_run
+from distill.evaluate.scoring import Wanted
+from distill.evaluate.tasks import USUAL
 from distill.job.origin import complete_cards, stored_licences
 from distill.job.prepare import IMAGES, Job, read_job
 from distill.job.to_data import decoding_of
@@ -45,7 +47,7 @@ NUM_PHOTOGRAPHS = 4  # rows of the picture
 ALIVE_S = 10.0  # between two signs of life while a network is scored
 
 
-def finish(run_folder: Path) -> dict[str, Any]:
+def finish(run_folder: Path, wanted: Wanted = Wanted(USUAL[1:])) -> dict[str, Any]:  # noqa: B008  # frozen
     """Scores teacher and students, draws ``features.png``, writes ``summary.json`` and the final status.
 
     A disk without room for the picture costs the picture, not the run. A student that was never
@@ -86,6 +88,7 @@ def finish(run_folder: Path) -> dict[str, Any]:
             teacher_folder=teacher,
             specs=specs,
             usual=usual,
+            wanted=wanted,
             device=device,
         )
         live.show("drawing features.png")

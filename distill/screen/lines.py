@@ -8,6 +8,7 @@ from distill.runfolder.status import FINAL_STATES, Status
 
 if TYPE_CHECKING:
     pass
+from distill.screen.results import agreement_lines, conclusion_lines
 from distill.screen.snapshot import RunSnapshot, silence_s
 from distill.screen.tables import BASELINES, score_rows, score_text, unfinished_students
 from distill.screen.words import clock_time, duration, number_text, rate_text, time_of_day
@@ -148,4 +149,9 @@ def _score_lines(summary: Mapping[str, Any]) -> list[str]:
     ]
     if summary.get("knn_reason"):
         lines.append(f"no k-NN scores: {summary['knn_reason']}")
-    return lines + unfinished_students(summary, has_reason=True)
+    return [
+        *agreement_lines(summary),
+        *lines,
+        *conclusion_lines(summary),
+        *unfinished_students(summary, has_reason=True),
+    ]

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     pass
 from distill.screen.lines import Narrator
 from distill.screen.panel import render_panel
+from distill.screen.results import print_results
 from distill.screen.snapshot import RunFiles, RunSnapshot
-from distill.screen.tables import scores_table
 
 REFRESH_S = 0.25  # of the live panel and of looking for events
 
@@ -63,7 +63,7 @@ def _watch_live(
         snapshot = files.take_snapshot()
         screen.update(render_panel(snapshot, console.width, hint=""), refresh=True)
     if snapshot.summary is not None:
-        console.print(scores_table(snapshot.summary))
+        print_results(console, snapshot.summary)
     return snapshot.status
 
 

@@ -1,0 +1,43 @@
+"""The tasks that want labels: name, what is printed, and what computes them. A task is added by one entry here.
+
+Each is a function of a ``Sample`` alone, so that the features of a network are computed once for all of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from distill.errors import RecipeError
+from distill.evaluate.knn_protocols import score_knn
+from distill.evaluate.score import Run
+
+AGREEMENT = "agreement"  # wants no labels: distill.evaluate.closeness
+
+
+@dataclass(frozen=True)
+class Task:
+    """``is_quick``: seconds at most, so that the untrained copies are scored too."""
+
+    words: str
+    run: Run
+    is_quick: bool = True
+
+
+TASKS: Mapping[str, Task] = {
+    "knn": Task("k-NN", score_knn),
+}
+NAMES = (AGREEMENT, *TASKS)
+USUAL = (AGREEMENT, "knn")
+
+
+def chosen_tasks(names: Sequence[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The tasks that are known, each once and in the order of the table, and a line for every name that is not.
+
+    Raises:
+        RecipeError: none is known.
+    """
+    unknown = [name for name in dict.fromkeys(names) if name not in NAMES]
+    lines = [f"--tasks {name}: not known, there are {', '.join(NAMES)}" for name in unknown]
+    known = tuple(name for name in NAMES if name in names)
+    if not known:
+        raise RecipeError("; ".join(lines) or "--tasks: names none", fix="Name one of them.")
+    return known, lines
