@@ -1,6 +1,13 @@
 """Modules whose test has another name than theirs: which test covers them. ``tests.test_layout`` checks that it reaches them."""
 
 COVERED_BY = {
+    "distill.cli.report": "tests/distill/report/test_page.py",
+    "distill.report.charts": "tests/distill/report/test_page.py",
+    "distill.report.looks": "tests/distill/report/test_page.py",
+    "distill.report.markup": "tests/distill/report/test_page.py",
+    "distill.report.run_record": "tests/distill/report/test_page.py",
+    "distill.report.sections": "tests/distill/report/test_page.py",
+    "distill.report.time_use": "tests/distill/report/test_page.py",
     "distill.bench.loader": "tests/distill/cli/test_data.py",
     "distill.bench.pillow_reference": "tests/distill/data/test_loader.py",
     "distill.bench.report": "tests/distill/bench/test_measure.py",

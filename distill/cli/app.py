@@ -17,6 +17,7 @@ from distill.cli.bench import bench_app
 from distill.cli.data import data_app
 from distill.cli.export import export
 from distill.cli.recipes import recipes_app
+from distill.cli.report import report as report_page
 from distill.cli.results import evaluate
 from distill.cli.schema import explain, schema
 from distill.cli.training import accept_any, accept_teacher, training_verb, watch
@@ -127,5 +128,6 @@ app.command(
 )(training_verb(accept_teacher))
 app.command("watch", rich_help_panel=TRAIN)(watch)
 app.command("eval", rich_help_panel=RESULTS)(evaluate)
+app.command("report", rich_help_panel=RESULTS)(report_page)
 app.add_typer(bench_app, name="bench", rich_help_panel=TRAIN)
 app.command("export", rich_help_panel=RESULTS)(export)

@@ -66,8 +66,11 @@ def timed_as(facts: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, A
 
 def _timed(facts: Mapping[str, Any], name: str, tflops_per_s: float) -> dict[str, Any]:
     factor = DEFAULT_DEVICE.tflops_per_s * DEFAULT_DEVICE.efficiency / tflops_per_s
-    times = {key: facts[key] * factor for key in ("step_s", "days") if key in facts}
+    times: dict[str, Any] = {key: facts[key] * factor for key in ("step_s", "days") if key in facts}
     times["images_per_s"] = facts["images_per_s"] / factor
+    if "image_s" in facts:
+        times["teach_s"] = facts["teach_s"] * factor
+        times["image_s"] = {name: value * factor for name, value in facts["image_s"].items()}
     return {**facts, **times, "device": name, RATE: tflops_per_s}
 
 

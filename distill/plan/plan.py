@@ -218,6 +218,8 @@ class Plan:
             "shares": run_lengths([round(share, 4) for share in self.mean_shares]),
             "utilisation": self.utilisation,
             "utilisation_even_barrier": self.utilisation_even_barrier,
+            "teach_s": self.teach_s,
+            "image_s": {p.name: s for p, s in zip(self.placements, self.image_s, strict=True)},
             "step_s": self.step_s,
             "images_per_s": self.images_global / self.step_s,
             "gain": self.gain,
