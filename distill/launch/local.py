@@ -166,6 +166,7 @@ def _screen(run_folder: Path, console: Console, *, live: bool, hint: str = "") -
         "stop": done,
         "since_unix": time.time(),
         "hint": hint,
+        "logs": True,
     }
     screen = threading.Thread(target=watch, args=(run_folder,), kwargs=watching, daemon=True)
     screen.start()

@@ -11,12 +11,12 @@ from distill.report.charts import DASHES, PALETTE, TEACHER_COLOUR, scatter, valu
 from distill.report.markup import Content, Html, element, facts, joined, note, table
 from distill.report.run_record import RunRecord
 from distill.runfolder.status import FINAL_STATES, TEACHER
+from distill.screen.ending import SUMMARY_LINE
 from distill.screen.tables import BASELINES, unfinished_students
 from distill.screen.words import duration
 
 NOT_COMPUTED = "not computed"
 MOST_EVENTS, MOST_KEYS, MOST_REMARKS, MOST_TABLE_ROWS = 200, 200, 30, 400
-SUMMARY_LINE = "verdict"  # in summary.json: text, reason, next
 DISTRIBUTION = "distill-family"
 FAULT_KEYS = ("skipped", "rolled_back")
 

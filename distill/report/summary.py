@@ -26,6 +26,7 @@ from distill.job.to_data import decoding_of
 from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
+from distill.report.ending import write_ending
 from distill.report.pictures import plot_features
 from distill.runfolder.files import is_full
 from distill.runfolder.licences import RECORD
@@ -104,8 +105,8 @@ def finish(run_folder: Path, wanted: Wanted = Wanted(USUAL[1:])) -> dict[str, An
         name: replace(network, state="parked") if name in parked else network
         for name, network in status.networks.items()
     }
-    ended = replace(status, networks=fates).ended("finished", "; ".join(messages))
-    status_file.write(replace(ended, work_done=1.0, eta_s=0.0))
+    ended = replace(status, networks=fates, work_done=1.0, eta_s=0.0)
+    status_file.write(write_ending(run_folder, summary, ended, messages))
     return summary
 
 

@@ -42,7 +42,7 @@ class RunFiles:
         self, run_folder: Path, *, since_unix: float = 0.0, clock: Callable[[], float] = time.time
     ) -> None:
         """Name the folder; no file need exist yet. A status from before ``since_unix`` is none."""
-        self._folder = run_folder
+        self.run_folder = run_folder
         self.since_unix = since_unix
         self._clock = clock
         self._status_file = StatusFile(run_folder)
@@ -58,19 +58,19 @@ class RunFiles:
         if status is not None and self._is_silent(status, now_unix):
             self._looked_unix = now_unix
             self._alive_unix = max(
-                self._alive_unix, last_beat_unix(self._folder, now_unix - LOOK_EVERY_S)
+                self._alive_unix, last_beat_unix(self.run_folder, now_unix - LOOK_EVERY_S)
             )
         for name in status.networks if status else ():
-            reader = self._readers.setdefault(name, MetricsReader(self._folder, name))
+            reader = self._readers.setdefault(name, MetricsReader(self.run_folder, name))
             reader.poll()
         return RunSnapshot(
-            name=self._folder.name,
+            name=self.run_folder.name,
             status=status,
             rows={name: reader.rows for name, reader in self._readers.items()},
             summary=self._read_summary() if status and status.state == "finished" else None,
             now_unix=now_unix,
             alive_unix=self._alive_unix,
-            events=read_events(self._folder, since_unix=self.since_unix),
+            events=read_events(self.run_folder, since_unix=self.since_unix),
         )
 
     def _is_silent(self, status: Status, now_unix: float) -> bool:
@@ -80,7 +80,7 @@ class RunFiles:
         return silence_s(RunSnapshot("", status, {}, None, now_unix, self._alive_unix)) > 0
 
     def _read_summary(self) -> Mapping[str, Any] | None:
-        path = self._folder / "summary.json"
+        path = self.run_folder / "summary.json"
         if not path.exists():
             return None
         summary: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -201,7 +201,11 @@ def test_watch__plain_has_one_line_per_event_and_no_escape_codes(run_folder: Pat
     console = Console(file=file, force_terminal=False, width=40)
     last = watch(run_folder, live=True, console=console, stop=threading.Event())
     assert last is not None and last.state == "finished"
-    lines = [line.split("  ", 1)[1] for line in file.getvalue().splitlines()]
+    *stamped, folder, other, first, second, third = file.getvalue().splitlines()
+    lines = [line.split("  ", 1)[1] for line in stamped]
+    assert folder == f"small is in {run_folder}/students/small"
+    assert other.startswith("tiny is in ")
+    assert all(line.startswith("next: distill ") for line in (first, second, third))
     assert "\x1b" not in file.getvalue()
     assert lines[-6:] == [
         "k-NN teacher: 0.910 (untrained 0.600)",
