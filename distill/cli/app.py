@@ -17,6 +17,7 @@ from distill.cli.bench import bench_app
 from distill.cli.data import data_app
 from distill.cli.export import export
 from distill.cli.recipes import recipes_app
+from distill.cli.report import compare, runs
 from distill.cli.report import report as report_page
 from distill.cli.results import evaluate
 from distill.cli.schema import explain, schema
@@ -129,5 +130,7 @@ app.command(
 app.command("watch", rich_help_panel=TRAIN)(watch)
 app.command("eval", rich_help_panel=RESULTS)(evaluate)
 app.command("report", rich_help_panel=RESULTS)(report_page)
+app.command("runs", rich_help_panel=RESULTS)(runs)
+app.command("compare", rich_help_panel=RESULTS)(compare)
 app.add_typer(bench_app, name="bench", rich_help_panel=TRAIN)
 app.command("export", rich_help_panel=RESULTS)(export)

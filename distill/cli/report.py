@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from distill.cli.options import DebugOption, JsonOption, print_json, require_run, say
+from distill.screen.console import make_console
 
 RunsArgument = Annotated[
     list[Path], typer.Argument(metavar="RUN...", help="Run folders, such as runs/quickstart.")
@@ -38,3 +39,49 @@ def report(
         print_json({"page": str(page), "bytes": size})
     else:
         say(f"wrote {page} ({size / 1e3:,.0f} kB)")
+
+
+def runs(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where runs are; by default runs.")
+    ] = Path("runs"),
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """List the runs in a folder: state, time, scores."""
+    from distill.errors import RecipeError
+    from distill.report.compare import find_runs, row_of, runs_table
+    from distill.report.run_record import read_run
+
+    if not folder.is_dir():
+        raise RecipeError(f"{folder}: no such folder", fix="Give the folder that holds runs.")
+    rows = [row_of(path, read_run(path)) for path in find_runs(folder)]
+    if as_json:
+        print_json({"runs": rows})
+    elif rows:
+        make_console().print(runs_table(rows))
+    else:
+        say(f"no run in {folder}")
+
+
+def compare(
+    runs: RunsArgument,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Show in which keys of their recipes and in which scores runs differ."""
+    from distill.errors import RecipeError
+    from distill.report.compare import comparison, comparison_tables
+    from distill.report.run_record import read_run
+
+    if len(runs) < 2:
+        raise RecipeError("compare takes two runs or more", fix="Name another run folder.")
+    for run in runs:
+        require_run(run)
+    found = comparison([read_run(run) for run in runs])
+    if as_json:
+        print_json(found)
+        return
+    console = make_console()
+    for table in comparison_tables(found):
+        console.print(table)

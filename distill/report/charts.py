@@ -85,8 +85,8 @@ def axis_of(values: Sequence[float], start: float, end: float, *, may_be_log: bo
     if may_be_log and low > 0 and high / low >= LOG_RATIO:
         return Axis(low, high, start, end, is_log=True)
     if high - low <= 1e-9 * max(abs(low), abs(high), 1e-30):
-        margin = abs(high) * 0.1 or 1.0
-        low, high = low - margin, high + margin
+        margin = abs(high) * 0.1
+        low, high = (low - margin, high + margin) if margin else (0.0, 1.0)
     return Axis(low, high, start, end)
 
 

@@ -29,6 +29,7 @@ RATES: Mapping[str, tuple[str, Callable[[MetricsRow], float]]] = {
     "wait": ("part of the step spent waiting for other ranks", lambda row: row.wait),
     "images_per_s": ("images per second", lambda row: row.images_per_s),
 }
+LOG_RATES = frozenset({"grad_norm"})
 
 Tracks = list[tuple[str, str, str, list[tuple[float, MetricsRow]]]]  # label, colour, dash, rows
 
@@ -46,7 +47,10 @@ def curves(runs: Sequence[RunRecord], colour_of: Mapping[str, str]) -> Html:
             _chart(f"loss term {name}, without its weight", tracks, most, partial(_term, name))
             for name in terms
         ]
-        charts += [_chart(title, tracks, most, value) for title, value in RATES.values()]
+        charts += [
+            _chart(title, tracks, most, value, may_be_log=name in LOG_RATES)
+            for name, (title, value) in RATES.items()
+        ]
         parts.append(element("h3", ", ".join(networks)))
         parts.append(legend([track[:3] for track in tracks]))
         parts.append(element("div", joined(c for c in charts if c), class_="charts"))
@@ -58,7 +62,12 @@ def _term(name: str, row: MetricsRow) -> float:
 
 
 def _chart(
-    title: str, tracks: Tracks, most: int, value: Callable[[MetricsRow], float]
+    title: str,
+    tracks: Tracks,
+    most: int,
+    value: Callable[[MetricsRow], float],
+    *,
+    may_be_log: bool = True,
 ) -> Html | None:
     """One number of all rows, at most ``most`` points of each track."""
     found = []
@@ -66,7 +75,7 @@ def _chart(
         points = [(step, value(row)) for step, row in rows]
         finite = [point for point in points if math.isfinite(point[1])]
         found.append(Curve(label, colour, dash, thinned(finite, most)))
-    return line_chart(title, found)
+    return line_chart(title, found, may_be_log=may_be_log)
 
 
 def _tracks(

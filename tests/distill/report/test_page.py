@@ -10,7 +10,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -291,9 +291,10 @@ def listening() -> Iterator[tuple[int, list[str]]]:
                 connection, _ = server.accept()
             except OSError:
                 return
-            with connection:
+            with connection, suppress(OSError):
                 connection.settimeout(5)
-                lines.append(connection.recv(2000).decode(errors="replace").splitlines()[0])
+                data = connection.recv(2000).decode(errors="replace")
+                lines.append(data.partition("\r\n")[0])
 
     thread = threading.Thread(target=take, daemon=True)
     thread.start()
@@ -311,7 +312,7 @@ def browse(address: str, folder: Path, *words: str) -> subprocess.CompletedProce
     options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     options += [f"--user-data-dir={folder}", "--enable-logging=stderr", "--log-level=0"]
     command = [str(BROWSER), *options, *words, address]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
 
 
 @pytest.mark.slow
