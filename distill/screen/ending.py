@@ -12,7 +12,7 @@ from rich.text import Text
 
 from distill.screen.tables import score_rows, score_text, scores_table, unfinished_students
 
-SUMMARY_LINE = "verdict"  # of summary.json: text, reason, next
+SUMMARY_LINE = "conclusion"  # of summary.json: text, reason, next
 
 
 @dataclass(frozen=True)

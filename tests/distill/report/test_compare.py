@@ -19,7 +19,7 @@ def test_find_runs__in_folders_below_and_not_inside_a_run(tmp_path: Path) -> Non
 
 
 def test_runs__lists_what_is_there(tmp_path: Path, distill: Run) -> None:
-    with_summary(write_run(tmp_path / "a", picture=False), verdict={"text": "good [red]"})
+    with_summary(write_run(tmp_path / "a", picture=False), conclusion={"text": "good [red]"})
     write_run(tmp_path / "b", state="training", picture=False)
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "job.json").write_text("{")  # as a crash may leave it

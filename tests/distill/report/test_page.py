@@ -106,7 +106,7 @@ def test_page__shows_scores_agreement_and_the_summary_line_once_they_are_there(
     }
     line = {"text": "small beats its floors", "reason": "0.81 against 0.35", "next": "train longer"}
     run = with_summary(
-        write_run(tmp_path / "mine"), scores=scores, agreement=agreement, verdict=line
+        write_run(tmp_path / "mine"), scores=scores, agreement=agreement, conclusion=line
     )
     words = page_of(run).words
     for text in ("0.625 (0.500 to 0.750)", "protocol: frozen", "small, class", "0.432", "12.000"):
@@ -208,7 +208,7 @@ def write_hostile_run(folder: Path) -> Path:
         students={FILE_NAME: entry, MARKUP: {**entry, "parked": None}},
         scores={MARKUP: {MARKUP: {"value": 1.0, "interval": MARKUP, "protocol": MARKUP}}},
         agreement={MARKUP: {MARKUP: {MARKUP: MARKUP}}},
-        verdict={"text": MARKUP, "reason": MARKUP, "next": MARKUP},
+        conclusion={"text": MARKUP, "reason": MARKUP, "next": MARKUP},
         knn_reason=MARKUP,
     )
 

@@ -36,7 +36,7 @@ def test_ending__names_folders_and_three_commands() -> None:
 
 def test_box__has_scores_folders_commands_and_the_line_that_sums_up() -> None:
     file = io.StringIO()
-    summary = {**SUMMARY, "verdict": {"text": "small is [b]good"}}
+    summary = {**SUMMARY, "conclusion": {"text": "small is [b]good"}}
     make_console(file=file, width=120).print(ending_box(Path("runs/mine"), summary))
     text = file.getvalue()
     for part in ("mine is finished", "small is [b]good", "0.810", "runs/mine/students/tiny"):
@@ -48,7 +48,7 @@ def test_page__is_markdown_that_no_name_breaks() -> None:
     name = "a|b`c<script>[x](y)\n# d"
     summary = {
         "students": {name: {"knn": 0.5, "steps": 3, "loss": None}},
-        "verdict": {"text": name, "next": "train longer"},
+        "conclusion": {"text": name, "next": "train longer"},
         "knn_reason": name,
     }
     text = ending_page(Path("runs/mine"), summary)
