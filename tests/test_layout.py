@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "distill.__main__",
     "distill.cli",
-    "distill.launch",
     "distill.bench",
+    "distill.launch",
     "distill.report",
     "distill.export",
     "distill.evaluate",
@@ -55,11 +55,11 @@ SETS_FROM_OUTSIDE = {
 }
 # Writes without the one writer of distill/runfolder/files.py: files that write so, and why they may
 WRITES_PLAINLY = {
-    "distill/job/local_ranks.py": "into a temporary folder that nobody else reads yet",
+    "distill/launch/local_ranks.py": "into a temporary folder that nobody else reads yet",
     "distill/bench/loader.py": "images of a temporary folder",
     "distill/data/index.py": "inside a folder that gets its name when it is synced",
     "distill/data/photographs.py": "inside a folder that gets its name when it is synced",
-    "distill/weights/convert.py": "inside a folder that gets its name when it is synced",
+    "distill/export/convert.py": "inside a folder that gets its name when it is synced",
     "distill/export/export.py": "inside a folder that gets its name when it is synced",
 }
 FILES = [
@@ -215,7 +215,7 @@ def test_files__get_their_names_in_one_module() -> None:
     writing = {path for path, calls in found.items() if calls & {"write_text()", "write_bytes()"}}
     assert writing == WRITES_PLAINLY.keys()
     copying = {path for path, calls in found.items() if calls & {"copyfile()", "move()"}}
-    assert copying == {"distill/weights/convert.py"}
+    assert copying == {"distill/export/convert.py"}
 
 
 def methods_called(path: Path) -> set[str]:

@@ -148,8 +148,7 @@ PICTURES = {"distill/data/contact_sheet.py"}
 
 # (file, word): why it stays.
 ALLOWED = {
-    ("distill/job/forkserver.py", "site"): "the module of the standard library",
-    ("distill/screen/ending.py", "verdict"): "a key of summary.json",
+    ("distill/launch/forkserver.py", "site"): "the module of the standard library",
     (
         "distill/data/sampler.py",
         "places",

@@ -130,9 +130,9 @@ def convert_weights(
     """Write a backbone in another layout: a folder for hf and timm, a .pth file for meta."""
     import torch
 
-    from distill.runfolder.licences import pass_on
+    from distill.export.convert import convert
     from distill.screen.tables import inspection_table
-    from distill.weights.convert import convert
+    from distill.weights.licences import pass_on
 
     refuse_other_kinds(source)
     kind = torch.bfloat16 if dtype == Precision.BF16 else torch.float32

@@ -24,7 +24,6 @@ from distill.errors import CheckpointError, UserError
 from distill.export.exporter import Exporter
 from distill.export.verify import TOLERANCE, Parity, verify
 from distill.runfolder.files import folder_while, remove, rename, replaced
-from distill.runfolder.licences import CARD, CONFIG, RECORD, record_in, write_licences
 from distill.weights.card import (
     Background,
     Form,
@@ -36,6 +35,7 @@ from distill.weights.card import (
 )
 from distill.weights.containers import read_object
 from distill.weights.hf_config import preprocessor_config
+from distill.weights.licences import CARD, CONFIG, RECORD, record_in, write_licences
 from distill.weights.load import load_backbone
 from distill.weights.save import sha256_of
 from distill.weights.stated_inputs import PREPARATION

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.export.convert import convert
 from distill.export.exporter import Exporter, Forward
 from distill.runfolder.files import rename
-from distill.weights.convert import convert
 from distill.weights.load import load_backbone
 from distill.weights.save import sha256_of
 from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.export.convert import convert
 from distill.export.exporter import Exporter, Forward
 from distill.runfolder.files import replace_text
 from distill.weights.containers import read_object
-from distill.weights.convert import convert
 from students.shapes import BackboneSpec
 
 

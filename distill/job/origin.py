@@ -14,20 +14,6 @@ from distill.job.recipe_hash import recipe_hash
 from distill.job.stored_recipes import Recipes
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.runfolder.files import is_full, make_folder, replace_text
-from distill.runfolder.licences import (
-    CARD,
-    CONFIG,
-    CONTRADICTION,
-    RECORD,
-    Licences,
-    Stated,
-    Terms,
-    folder_of,
-    licences_in,
-    licences_of,
-    record_in,
-    write_licences,
-)
 from distill.runfolder.status import TEACHER, write_json
 from distill.weights.card import (
     DISTILLATION,
@@ -41,6 +27,20 @@ from distill.weights.card import (
 from distill.weights.containers import read_object
 from distill.weights.identity import catalogue_name
 from distill.weights.inspect import RELEASED
+from distill.weights.licences import (
+    CARD,
+    CONFIG,
+    CONTRADICTION,
+    RECORD,
+    Licences,
+    Stated,
+    Terms,
+    folder_of,
+    licences_in,
+    licences_of,
+    record_in,
+    write_licences,
+)
 from distill.weights.load import shape_of
 from distill.weights.stated_inputs import PREPARATION
 from students.shapes import BackboneSpec

@@ -31,16 +31,16 @@ from distill.job.build import (
     load_teacher,
     shard_teacher,
 )
-from distill.job.local_ranks import MeetingPlace, join_ranks
-from distill.job.origin import LICENCES, pretrained_record, student_record
+from distill.job.join import MeetingPlace, join_ranks
 from distill.job.prepare import CHECKPOINTS, FITTED_HEADS, Job
 from distill.job.pretraining import HeadFitting, Pretraining
 from distill.job.resume import agreed_checkpoint, joining_steps
+from distill.job.write_networks import write_students, write_teacher
 from distill.listing.storage import Storage
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.from_recipe import ONLINE, plan_family, plan_fitting, plan_stage
 from distill.plan.here import timed_as
-from distill.plan.teacher_source import TRAINED_HEADS, teacher_shape
+from distill.plan.teacher_source import teacher_shape
 from distill.recipe.document import RESOLVED
 from distill.recipe.extensions import BUILTIN, ExtensionKind, find
 from distill.recipe.keys import (
@@ -52,12 +52,9 @@ from distill.recipe.keys import (
     TeacherRecipe,
 )
 from distill.runfolder.events import Event, note
-from distill.runfolder.files import remove
 from distill.runfolder.heartbeat import Heartbeat
-from distill.runfolder.licences import Licences, Terms, licences_in
 from distill.runfolder.manifest import NetworkFacts
 from distill.runfolder.metrics import MetricSinks, SinkFactory
-from distill.runfolder.parked import read_parked
 from distill.runfolder.requests import StopSaveRequests
 from distill.runfolder.saver import CheckpointPolicy, Saver, restore, saved_anchor
 from distill.runfolder.status import PhaseStatus, note_time, write_json
@@ -70,8 +67,7 @@ from distill.train.micro_batches import agreed_micro_batches
 from distill.train.peer_copies import PeerCopies
 from distill.train.phase import Phase
 from distill.train.recorder import Recorder, RecordPolicy
-from distill.weights.save import ExportFacts, fingerprint, write_backbone, write_heads
-from students.shapes import BackboneSpec
+from distill.weights.save import fingerprint, write_heads
 
 COLLECTIVE_TIMEOUT = timedelta(
     minutes=10
@@ -241,7 +237,7 @@ class _Run:
         weights = pretraining.engine.full("ema", collect=self.rank == 0)
         if self.rank == 0:
             steps = pretraining.engine.steps_applied()
-            self._write_teacher(weights, pretraining.shape.spec, steps)
+            write_teacher(self.job, recipe, weights, pretraining.shape.spec, steps)
         dist.barrier()
         return True
 
@@ -287,7 +283,7 @@ class _Run:
         phase = family_phase(context, teacher, shape, self.first_steps)
         finished = self._run_phase(phase, self._restore(phase))
         if finished:
-            self._write_students(phase, shape.spec, teacher_fingerprint)
+            write_students(self.job, recipe, phase, shape.spec, teacher_fingerprint)
         return finished
 
     def _planned_device(self) -> Device:
@@ -355,64 +351,8 @@ class _Run:
         gc.collect()
         return finished
 
-    def _write_teacher(
-        self, weights: dict[str, torch.Tensor], spec: BackboneSpec, steps: int
-    ) -> None:
-        recipe = self.teacher_recipe
-        assert recipe is not None, "a teacher folder without a teacher recipe"
-        facts = ExportFacts(
-            recipe.crops.input_size,
-            recipe.data.mean,
-            recipe.data.std,
-            pretrained_record(self.job, recipe, self._num_images("teacher"), steps),
-            Licences((Terms(recipe.name, is_pretrained=True),)),
-        )
-        folder = self.job.run_folder / "teacher"
-        write_heads(folder / TRAINED_HEADS, weights)
-        write_backbone(folder, _backbone_only(weights), spec, facts)
-
-    def _write_students(
-        self, phase: Phase, teacher_spec: BackboneSpec, teacher_fingerprint: str
-    ) -> None:
-        """Every student's EMA as a folder, by the first rank of its group; none of a student that was never trained."""
-        recipe, licences = self.family, licences_in(self.job.run_folder / LICENCES)
-        assert recipe is not None, "students are a family's"
-        num_images = self._num_images("train")
-        specs = {student.label: student.backbone_spec() for student in recipe.students}
-        mean, std = recipe.data.mean, recipe.data.std
-        for trainer in phase.trainers:
-            name, is_first = trainer.name, trainer.placement.first_rank == self.rank
-            weights = trainer.ema(collect=is_first)
-            if not is_first:
-                continue
-            folder, steps = self.job.run_folder / "students" / name, trainer.steps_applied()
-            if not steps:
-                remove(folder)  # of an earlier student of this name
-                continue
-            provenance = student_record(
-                self.job, teacher_spec, teacher_fingerprint, num_images, steps
-            )
-            parked = read_parked(self.job.run_folder, name)
-            if parked is not None:
-                provenance["parked"] = parked.describe()
-            size = recipe.input_size_of(name)
-            facts = ExportFacts(size, mean, std, provenance, licences)
-            write_backbone(folder, _backbone_only(weights), specs[name], facts)
-        dist.barrier()
-
-    def _num_images(self, which: str) -> int:
-        return len(ImageIndex.load(self.job.run_folder / "data" / which))
-
 
 def find_sinks(engine: EngineSpec) -> list[SinkFactory]:
     """Factories of the metric sinks of installed packages that a recipe names."""
     names = [name for name in engine.metric_sinks if name not in BUILTIN[ExtensionKind.SINK]]
     return [find(ExtensionKind.SINK, name, "engine.metric_sinks") for name in dict.fromkeys(names)]
-
-
-def _backbone_only(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix("backbone."): tensor
-        for name, tensor in weights.items()
-        if name.startswith("backbone.")
-    }

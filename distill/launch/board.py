@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from distill.errors import SetupError
-from distill.job.local_ranks import MeetingPlace
+from distill.job.join import MeetingPlace
 from distill.job.prepare import launch_of
 from distill.runfolder.heartbeat import HeartbeatRecord, read_records
 from distill.runfolder.process_identity import ENDED, this_process

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from distill.errors import StorageError
-from distill.job.local_ranks import MeetingPlace
+from distill.job.join import MeetingPlace
 from distill.job.prepare import read_job
 from distill.job.run import work
 from distill.launch.board import board_of, leave_board, sweep_boards

@@ -29,7 +29,6 @@ from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.report.ending import write_ending
 from distill.report.pictures import plot_features
 from distill.runfolder.files import is_full
-from distill.runfolder.licences import RECORD
 from distill.runfolder.metrics import read_rows
 from distill.runfolder.parked import read_parked
 from distill.runfolder.status import (
@@ -42,6 +41,7 @@ from distill.runfolder.status import (
 from distill.screen.tables import unfinished_students
 from distill.train.device import has_gpu
 from distill.weights.containers import read_object
+from distill.weights.licences import RECORD
 from distill.weights.load import load_backbone
 
 NUM_PHOTOGRAPHS = 4  # rows of the picture

@@ -16,13 +16,13 @@ from PIL import Image
 
 from distill.data.build_index import build_index
 from distill.data.dataset_report import take_report
+from distill.export.convert import convert
 from distill.job.resolved_yaml import resolved_yaml
 from distill.plan.job import check_job
 from distill.recipe.document import builtin_recipes
 from distill.recipe.reader import load_job
 from distill.runfolder.manifest import MANIFEST, find_latest
 from distill.runfolder.tensor_file import SUFFIX, read_tensors
-from distill.weights.convert import convert
 from distill.weights.heads import load_heads
 from distill.weights.inspect import inspect
 from distill.weights.load import load_backbone

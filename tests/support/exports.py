@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from distill.runfolder.licences import Licences
 from distill.weights.card import Background, Inputs
+from distill.weights.licences import Licences
 from distill.weights.save import ExportFacts, write_backbone
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.shapes import ViTSpec

@@ -28,8 +28,8 @@ from distill.export.verify import (
     verify,
 )
 from distill.recipe.extensions import BUILTIN, ExtensionKind, find
-from distill.runfolder.licences import Licences, Terms
 from distill.weights.card import Background
+from distill.weights.licences import Licences, Terms
 from distill.weights.load import load_backbone
 from distill.weights.save import ExportFacts, fingerprint, write_backbone
 from teacher.shapes import ViTSpec

@@ -22,8 +22,8 @@ from distill.job.origin import (
 from distill.job.prepare import JobRequest, prepare
 from distill.job.recipe_hash import recipe_hash
 from distill.job.stored_recipes import load_from_here
-from distill.runfolder.licences import licences_in
 from distill.weights.card import KEEP_MARK
+from distill.weights.licences import licences_in
 from distill.weights.save import ExportFacts, write_backbone
 from tests.support.command import Run
 from tests.support.exports import INPUTS, VIT, write_network

@@ -14,7 +14,6 @@ from distill.export.export import export_network
 from distill.export.to_meta import EXPORTER as META
 from distill.export.to_onnx import EXPORTER as ONNX
 from distill.export.to_timm import EXPORTER as TIMM
-from distill.runfolder.licences import Licences, Terms
 from distill.weights.card import (
     Background,
     Inputs,
@@ -23,6 +22,7 @@ from distill.weights.card import (
     model_card,
     read_inputs,
 )
+from distill.weights.licences import Licences, Terms
 from students.shapes import BackboneSpec, CustomSpec
 from tests.support.exports import BACKGROUND, CONVNEXT, GATED, INPUTS, VIT, write_network
 

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.errors import CheckpointError
+from distill.export.convert import convert
 from distill.job.teacher_files import files_of_weights
 from distill.weights.containers import is_finite, open_weights
-from distill.weights.convert import convert
 from distill.weights.inspect import inspect
 from distill.weights.load import identify_layout, load_backbone
 from tests.support.command import exit_code_of

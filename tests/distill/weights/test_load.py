@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.errors import CheckpointError
+from distill.export.convert import convert
 from distill.weights.containers import read_object
-from distill.weights.convert import convert
 from distill.weights.hf_config import hf_config
 from distill.weights.inspect import inspect
 from distill.weights.load import load_backbone, shape_of

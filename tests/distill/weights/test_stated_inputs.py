@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill.errors import CheckpointError
-from distill.weights.convert import convert
+from distill.export.convert import convert
 from distill.weights.hf_config import preprocessor_config
 from distill.weights.inspect import inspect
 from distill.weights.stated_inputs import SATELLITE_MEAN, SATELLITE_STD, StatedInputs, stated_inputs

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from distill.errors import CheckpointError
+from distill.export.convert import convert
 from distill.export.verify import largest_differences, probes
-from distill.weights.convert import convert
 from distill.weights.load import load_backbone
 from distill.weights.stored_values import base_of
 from students.shapes import BackboneSpec, ConvNeXtSpec

@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 
 from distill.errors import SetupError
-from distill.job.local_ranks import OWNER, PREFIX, LocalRanks, join_ranks, remove_abandoned
-from distill.job.loopback import loopback_interface, stay_on_loopback
+from distill.job.join import join_ranks
+from distill.launch.local_ranks import OWNER, PREFIX, LocalRanks, remove_abandoned
+from distill.launch.loopback import loopback_interface, stay_on_loopback
 from distill.runfolder.process_identity import identity_of, this_process
 from tests.support.jobs import is_running
 from tests.support.sockets import is_loopback, listening_addresses

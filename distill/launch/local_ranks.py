@@ -17,21 +17,16 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-from torch.distributed import FileStore, Store  # type: ignore[attr-defined]  # public, not listed
-
-from distill.job.loopback import stay_on_loopback
+from distill.launch.loopback import stay_on_loopback
 from distill.runfolder.process_identity import ENDED, ProcessIdentity, this_process
 
 PREFIX = "distill-"  # of the folder of a start, among temporary files
 STORE, OWNER = "store", "launcher.json"  # in it
-MeetingPlace = str | Store  # the path that ``LocalRanks`` gave, or a store of this launch alone
 ENDS_WITHIN_S = 10.0  # a killed process; one that the kernel holds is left to it
 
 
@@ -166,21 +161,3 @@ def _redirect(logs: Path) -> None:
         stream.flush()
         with (logs / name).open("ab") as file:
             os.dup2(file.fileno(), 1 if name == "stdout.log" else 2)
-
-
-def join_ranks(device_type: str, timeout: timedelta, store: MeetingPlace) -> None:
-    """Makes the process group of all ranks, which then is torch's default.
-
-    Args:
-        device_type: where the ranks compute.
-        timeout: of every collective.
-        store: where the ranks find each other.
-    """
-    backend = "nccl" if device_type == "cuda" else "gloo"
-    world_rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if isinstance(store, str):
-        store = FileStore(store, num_ranks)
-    store.set_timeout(timeout)
-    dist.init_process_group(
-        backend, timeout=timeout, store=store, rank=world_rank, world_size=num_ranks
-    )

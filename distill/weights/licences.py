@@ -18,7 +18,7 @@ from ruamel.yaml.error import YAMLError
 
 from distill.errors import CheckpointError
 from distill.runfolder.files import replace_text, replaced, write_file
-from distill.runfolder.licence_files import (
+from distill.weights.licence_files import (
     IS_TERMS,
     decoded,
     licence_files,
@@ -28,7 +28,7 @@ from distill.runfolder.licence_files import (
     read_licence_files,
     title_of,
 )
-from distill.runfolder.licence_names import (
+from distill.weights.licence_names import (
     IDENTIFIERS,
     OTHER,
     RECOGNISED,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distill.errors import CheckpointError
-from distill.runfolder.licences import (
+from distill.weights.licences import (
     Licences,
     Stated,
     Terms,

@@ -1,0 +1,77 @@
+"""The networks of a run as folders that other programs read: its teacher, and every student that was trained."""
+
+import torch
+import torch.distributed as dist
+
+from distill.data.index import ImageIndex
+from distill.job.origin import LICENCES, pretrained_record, student_record
+from distill.job.prepare import Job
+from distill.plan.teacher_source import TRAINED_HEADS
+from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+from distill.runfolder.files import remove
+from distill.runfolder.parked import read_parked
+from distill.train.phase import Phase
+from distill.weights.licences import Licences, Terms, licences_in
+from distill.weights.save import ExportFacts, write_backbone, write_heads
+from students.shapes import BackboneSpec
+
+
+def write_teacher(
+    job: Job,
+    recipe: TeacherRecipe,
+    weights: dict[str, torch.Tensor],
+    spec: BackboneSpec,
+    steps: int,
+) -> None:
+    """Writes what pretraining made: backbone and heads in fp32, by the rank that calls."""
+    facts = ExportFacts(
+        recipe.crops.input_size,
+        recipe.data.mean,
+        recipe.data.std,
+        pretrained_record(job, recipe, _num_images(job, "teacher"), steps),
+        Licences((Terms(recipe.name, is_pretrained=True),)),
+    )
+    folder = job.run_folder / "teacher"
+    write_heads(folder / TRAINED_HEADS, weights)
+    write_backbone(folder, _backbone_only(weights), spec, facts)
+
+
+def write_students(
+    job: Job,
+    recipe: FamilyRecipe,
+    phase: Phase,
+    teacher_spec: BackboneSpec,
+    teacher_fingerprint: str,
+) -> None:
+    """Writes every student's EMA, by the first rank of its group; none of a student that was never trained. Collective over the world."""
+    licences, num_images = licences_in(job.run_folder / LICENCES), _num_images(job, "train")
+    specs = {student.label: student.backbone_spec() for student in recipe.students}
+    mean, std = recipe.data.mean, recipe.data.std
+    for trainer in phase.trainers:
+        name, is_first = trainer.name, trainer.placement.first_rank == dist.get_rank()
+        weights = trainer.ema(collect=is_first)
+        if not is_first:
+            continue
+        folder, steps = job.run_folder / "students" / name, trainer.steps_applied()
+        if not steps:
+            remove(folder)  # of an earlier student of this name
+            continue
+        provenance = student_record(job, teacher_spec, teacher_fingerprint, num_images, steps)
+        parked = read_parked(job.run_folder, name)
+        if parked is not None:
+            provenance["parked"] = parked.describe()
+        facts = ExportFacts(recipe.input_size_of(name), mean, std, provenance, licences)
+        write_backbone(folder, _backbone_only(weights), specs[name], facts)
+    dist.barrier()
+
+
+def _num_images(job: Job, which: str) -> int:
+    return len(ImageIndex.load(job.run_folder / "data" / which))
+
+
+def _backbone_only(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in weights.items()
+        if name.startswith("backbone.")
+    }
