@@ -1,10 +1,15 @@
 """What this machine can and cannot do, each finding with the way to fix it."""
 
+import fcntl
 import os
 import shutil
+import socket
+import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +22,8 @@ DALI = {12: "nvidia-dali-cuda120", 13: "nvidia-dali-cuda130"}  # packages by CUD
 OLDEST_TORCH = (2, 11)
 OLDEST_PYTHON = (3, 11)
 IMPORT_TIMEOUT_S = 120  # DeepSpeed's import takes 2 s; on a cold network disk, a minute
+RESOLVE_S = 10.0  # for a name server that does not answer
+GET_ADDRESS = 0x8915  # SIOCGIFADDR of Linux
 LIBRARIES = (
     "torch",
     "deepspeed",
@@ -55,6 +62,8 @@ def examine() -> list[Finding]:
         _decoder(),
         *_gpu_decoder(),
         *_cuda_versions(),
+        _loopback(),
+        _host_name(),
         _gloo(),
         _disk(Path.cwd()),
     ]
@@ -206,20 +215,78 @@ def _picture(kind: str) -> Any:
     return np.frombuffer(buffer.getvalue(), np.uint8)
 
 
+def _loopback() -> Finding:
+    """Whether ranks of one machine can talk."""
+    from distill.launch.loopback import loopback_interface, require_loopback
+
+    def look() -> str:
+        require_loopback({})
+        return f"{loopback_interface()} answers: the ranks of one machine talk there"
+
+    return _guarded("loopback", look, "Bring it up: ip link set lo up.")
+
+
+def _host_name() -> Finding:
+    """What ranks of several machines find each other by: gloo takes the interface of the host's name."""
+    host, found = socket.gethostname(), list[str]()
+    asking = threading.Thread(target=lambda: found.extend(_addresses(host)), daemon=True)
+    asking.start()
+    asking.join(RESOLVE_S)
+    several = "for ranks of several machines set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+    if not found:
+        text = f"{host} does not resolve: one machine trains all the same; {several}"
+        return Finding("host name", text, is_ok=True)
+    here = _interfaces()
+    interface = next((here[address] for address in found if address in here), "")
+    text = f"{host} is {found[0]}"
+    if not interface:
+        text += f", which no interface here has; {several}"
+    elif interface == "lo" or found[0].startswith("127."):
+        text += f" ({interface}), which other machines cannot reach; {several}"
+    else:
+        text += f": ranks of several machines talk over {interface}"
+    return Finding("host name", text, is_ok=True)
+
+
+def _addresses(host: str) -> list[str]:
+    try:
+        return [str(each[4][0]) for each in socket.getaddrinfo(host, None, socket.AF_INET)]
+    except (OSError, UnicodeError):
+        return []
+
+
+def _interfaces() -> dict[str, str]:
+    """Interfaces by their IPv4 address."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # one without an address
+                answer = fcntl.ioctl(any_, GET_ADDRESS, struct.pack("256s", name.encode()))
+                found[socket.inet_ntoa(answer[20:24])] = name
+    return found
+
+
 def _gloo() -> Finding:
+    """A process group as ranks of one machine make it."""
+
     def look() -> str:
         import torch.distributed as dist
         from torch._C._distributed_c10d import HashStore
 
-        store = HashStore()
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-        dist.barrier()
-        dist.destroy_process_group()
+        from distill.launch.loopback import VARIABLES, stay_on_loopback
+
+        before = {name: os.environ.get(name) for name in VARIABLES}
+        stay_on_loopback(os.environ)
+        try:
+            dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+            dist.barrier()
+            dist.destroy_process_group()
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name) if value is None else os.environ.update({name: value})
         return "a process group starts and ends"
 
-    return _guarded(
-        "gloo", look, "Check that the host name resolves: `hostname -i` should print an address."
-    )
+    return _guarded("gloo", look, "See the finding about loopback; ip addr shows the interfaces.")
 
 
 def _disk(folder: Path) -> Finding:

@@ -119,6 +119,7 @@ def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -
     """Starts all ranks on this machine, watches them and starts them again: the launcher ``local``."""
     from distill.job.prepare import prepare
     from distill.launch.forkserver import choose_start_method
+    from distill.launch.loopback import require_loopback
     from distill.launch.supervisor import Supervisor
     from distill.train.device import require_device
 
@@ -127,6 +128,7 @@ def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -
     folder = Path(request.run_folder)
     num_ranks = count_processes(options.processes or engine.processes)
     request = replace(request, ranks_per_node=None if engine.ranks_per_node else num_ranks)
+    require_loopback(os.environ)
     start_method = choose_start_method(engine.device)  # it imports while the job is prepared
     require_device(engine.device, num_ranks)
     with run_lock(folder) as lock:

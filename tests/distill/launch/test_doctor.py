@@ -1,4 +1,5 @@
 import subprocess
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,3 +124,30 @@ def test_has_gpu__a_driver_that_torch_cannot_use_is_named(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert not device.has_gpu("auto")
     assert device.take_device("auto") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("addresses", "told"),
+    [
+        ([], "gpu01 does not resolve: one machine trains all the same; for ranks of several"),
+        (["127.0.1.1"], "gpu01 is 127.0.1.1, which no interface here has; for ranks of several"),
+        (["127.0.0.1"], "gpu01 is 127.0.0.1 (lo), which other machines cannot reach; for ranks"),
+        (["10.1.2.3"], "gpu01 is 10.1.2.3: ranks of several machines talk over eth7"),
+    ],
+)
+def test_host_name__what_gloo_would_take(
+    addresses: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "gpu01")
+    monkeypatch.setattr(doctor, "_addresses", lambda _: addresses)
+    here = {"127.0.0.1": "lo", "10.1.2.3": "eth7"}
+    monkeypatch.setattr(doctor, "_interfaces", lambda: here)
+    found = doctor._host_name()
+    assert found.is_ok and found.found.startswith(told)
+
+
+def test_host_name__a_name_server_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "RESOLVE_S", 0.05)
+    monkeypatch.setattr(doctor, "_addresses", lambda _: threading.Event().wait(5.0) or ["10.0.0.1"])
+    assert "does not resolve" in doctor._host_name().found
+    assert doctor._interfaces()["127.0.0.1"] == "lo"
