@@ -45,7 +45,6 @@ COVERED_BY = {
     "distill.report.summary": "tests/distill/cli/test_app.py",
     "distill.job.build": "tests/distill/job/test_pretraining.py",
     "distill.job.join": "tests/distill/launch/test_local_ranks.py",
-    "distill.job.write_networks": "tests/test_parked.py",
     "distill.launch.loopback": "tests/distill/launch/test_local_ranks.py",
     "distill.job.run": "tests/distill/train/test_devices.py",
     "distill.job.step_sheet": "tests/distill/cli/test_data.py",
