@@ -1,10 +1,10 @@
-"""``distill eval``: scores and pictures of a run."""
+"""``distill eval``: scores and pictures of runs, scores of any weights."""
 
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,17 +12,43 @@ from distill.cli.options import (
     AllowCodeOption,
     DebugOption,
     JsonOption,
-    RunArgument,
     allow_code_of,
     print_json,
     require_run,
+    require_there,
     say,
 )
+from distill.errors import RecipeError, UserError
 from distill.screen.console import make_console, printable
+
+if TYPE_CHECKING:
+    from distill.evaluate.score import Protocol
+    from distill.evaluate.scoring import Wanted
+
+Targets = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="RUN|WEIGHTS...",
+        help="Run folders; with --data also exported folders and files of weights.",
+    ),
+]
 
 
 def evaluate(
-    run: RunArgument,
+    targets: Targets = None,
+    tasks: Annotated[
+        str,
+        typer.Option("--tasks", help="agreement, knn, logistic, fewshot, linear, retrieval."),
+    ] = "agreement,knn",
+    protocol: Annotated[str, typer.Option("--protocol", help="quick or dinov3.")] = "quick",
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", metavar="SRC", help="Score on these images, class folders."),
+    ] = None,
+    self_test: Annotated[
+        bool,
+        typer.Option("--self-test", help="Score made-up images whose right scores are known."),
+    ] = False,
     over_steps: Annotated[
         bool,
         typer.Option(
@@ -37,31 +63,132 @@ def evaluate(
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
-    """Score students and teacher on held-out images by k-NN, and draw their features."""
+    """Score students and teacher on held-out images, say how near they are, and draw their features."""
+    paths = targets or []
+    if self_test:
+        return _test(_wanted(tasks, protocol)[0].protocol, as_json=as_json)
+    if not paths:
+        raise RecipeError("distill eval: nothing to score", fix="Give a run folder or weights.")
+    if data is None or over_steps:
+        for run in paths:
+            _require_run(run)
+    for run in paths:
+        if (run / "job.json").is_file():
+            allow_code_of(run, allow)
+    if over_steps:
+        return _score_steps([*paths, *(beside or [])], as_json=as_json)
+    wanted, unknown = _wanted(tasks, protocol)
+    for line in unknown:
+        sys.stderr.write(printable(line) + "\n")
+    if data is not None:
+        code = _score_files(paths, data, wanted, as_json=as_json)
+    else:
+        code = _score_runs(paths, wanted, as_json=as_json)
+    if code or unknown:
+        raise typer.Exit(code or RecipeError.exit_code)
+    return None
+
+
+def _require_run(run: Path) -> None:
+    """As ``require_run``, with the way to score weights where there are some."""
+    if run.exists() and not (run / "job.json").is_file():
+        fix = "Give a run folder, or score weights on your images: --data FOLDER."
+        raise RecipeError(f"{run}: not a run folder", fix=fix)
     require_run(run)
-    from distill.report.summary import finish
-    from distill.runfolder.lock import run_lock
+
+
+def _wanted(tasks: str, protocol: str) -> tuple["Wanted", list[str]]:
+    """What to compute, and a line for every task that is not known."""
+    from distill.evaluate.score import PROTOCOLS
+    from distill.evaluate.scoring import Wanted
+    from distill.evaluate.tasks import AGREEMENT, chosen_tasks
+
+    known, unknown = chosen_tasks([name.strip() for name in tasks.split(",") if name.strip()])
+    found = [each for each in PROTOCOLS if each == protocol]
+    if not found:
+        fix = f"Take one of {', '.join(PROTOCOLS)}."
+        raise RecipeError(f"--protocol {protocol}: not known", fix=fix)
+    chosen = tuple(name for name in known if name != AGREEMENT)
+    return Wanted(chosen, "dinov3" if protocol == "dinov3" else "quick"), unknown
+
+
+def _score_runs(runs: Sequence[Path], wanted: "Wanted", *, as_json: bool) -> int:
+    """The exit code. Of several runs one that cannot be scored is named, and the others are scored."""
     from distill.runfolder.parked import PARKED_EXIT_CODE
-    from distill.runfolder.status import StatusFile
-    from distill.screen.results import print_results
     from distill.screen.tables import unfinished_students
 
-    allow_code_of(run, allow)
-    if over_steps:
-        return _score_steps([run, *(beside or [])], as_json=as_json)
+    code, scored = 0, dict[str, Any]()
+    for run in runs:
+        try:
+            summary = _score_run(run, wanted, as_json=as_json)
+        except UserError as error:
+            if len(runs) == 1:
+                raise
+            sys.stderr.write(printable(f"{error.message}\nFix: {error.fix}") + "\n")
+            code = error.exit_code
+            continue
+        scored[str(run)] = summary
+        if not as_json:
+            _print(summary, str(run) if len(runs) > 1 else "")
+        if unfinished_students(summary):
+            code = code or PARKED_EXIT_CODE
+    if as_json:
+        print_json(scored if len(runs) > 1 else next(iter(scored.values())))
+    return code
+
+
+def _score_run(run: Path, wanted: "Wanted", *, as_json: bool) -> dict[str, Any]:
+    from distill.report.summary import finish
+    from distill.runfolder.lock import run_lock
+    from distill.runfolder.status import StatusFile
+
     with redirect_stdout(sys.stderr if as_json else sys.stdout), run_lock(run) as lock:
         lock.alone(wait_s=0.0)  # a job at work writes the same files
-        summary = finish(run)
+        summary = finish(run, wanted)
     status = StatusFile(run).read()
     if status is not None and status.message:
         sys.stderr.write(printable(status.message) + "\n")
+    return summary
+
+
+def _score_files(paths: list[Path], data: Path, wanted: "Wanted", *, as_json: bool) -> int:
+    import torch
+
+    from distill.evaluate.files import evaluate_files
+
+    require_there(paths)
+    require_there([data])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with redirect_stdout(sys.stderr):
+        summary = evaluate_files(paths, data, wanted, _progress, device=device)
+    print_json(summary) if as_json else _print(summary, "")
+    return 0
+
+
+def _progress(text: str) -> None:
+    sys.stderr.write(printable(text) + "\n")
+
+
+def _print(summary: dict[str, Any], heading: str) -> None:
+    from distill.screen.results import print_results
+
+    if heading:
+        say(heading)
+    print_results(make_console(), summary)
+
+
+def _test(protocol: "Protocol", *, as_json: bool) -> None:
+    """Prints every check; exit code 1 where one fails."""
+    from distill.evaluate.self_test import self_test
+
+    checks = self_test(_progress, protocol)
     if as_json:
-        print_json(summary)
+        print_json([each.to_json() for each in checks])
     else:
-        print_results(make_console(), summary)
-    if unfinished_students(summary):
-        raise typer.Exit(PARKED_EXIT_CODE)
-    return None
+        for each in checks:
+            say(each.line)
+    if not all(each.is_ok for each in checks):
+        raise typer.Exit(1)
 
 
 def _score_steps(runs: Sequence[Path], *, as_json: bool) -> None:

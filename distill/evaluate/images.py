@@ -281,8 +281,13 @@ def read_splits(run_folder: Path, k: int, *, part: str = "train") -> tuple[Score
         return nothing, nothing, reason
     if train.labels is None:  # then nothing was held out either, unless folders hold it out
         return nothing, nothing, why_nothing_is_held_out(train, 1.0)
-    test = _read_index(run_folder / "data" / "held_out")
-    if test.labels is None:
+    return splits_of(train, _read_index(run_folder / "data" / "held_out"), k)
+
+
+def splits_of(train: ImageIndex, test: ImageIndex, k: int) -> tuple[Scored, Scored, str]:
+    """As ``read_splits``, of training images with labels and held-out images."""
+    nothing = Scored((), torch.zeros(0, dtype=torch.int64))
+    if train.labels is None or test.labels is None:
         return nothing, nothing, "the held-out images have no labels"
     scored = [_scored(each, np.asarray(each.labels)) for each in (train, test)]
     if len(scored[0].locations) < k or not scored[1].locations:
@@ -298,10 +303,14 @@ def read_splits(run_folder: Path, k: int, *, part: str = "train") -> tuple[Score
 def read_unlabelled(run_folder: Path) -> tuple[Scored, str]:
     """Images of a run whatever their labels, held-out ones where there are some, and the name of their part."""
     part = "held_out" if (run_folder / "data" / "held_out").exists() else "train"
-    index = _read_index(run_folder / "data" / part)
+    return unlabelled(_read_index(run_folder / "data" / part)), part
+
+
+def unlabelled(index: ImageIndex) -> Scored:
+    """At most ``MOST_UNLABELLED`` images, evenly spaced, without labels."""
     chosen = np.linspace(0, len(index) - 1, min(len(index), MOST_UNLABELLED)).round()
     locations = [index.location(image) for image in chosen.astype(np.int64).tolist()]
-    return Scored(locations, torch.full((len(locations),), -1)), part
+    return Scored(locations, torch.full((len(locations),), -1))
 
 
 def _why_unscored(run_folder: Path) -> str:

@@ -7,7 +7,7 @@ scores on any machine.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from distill.data.decode import background_of
 from distill.errors import UserError
 from distill.evaluate.images import (
     Preparation,
+    Scored,
     log,
     read_preparation,
     read_split,
@@ -76,12 +77,20 @@ def evaluate_run(
     return summary
 
 
-def _read_images(run_folder: Path, networks: list[Network], k: int) -> Images:
-    """Training and held-out images, decoded once for all networks; all that are there where they cannot be scored."""
+def _read_images(run_folder: Path, networks: Sequence[Network], k: int) -> Images:
+    """Training and held-out images; all that are there where they cannot be scored."""
     train, test, reason = read_splits(run_folder, k)
     part = "held_out"
     if reason:
         test, part = read_unlabelled(run_folder)
+    return decode_for(networks, (train, test), k, part=part, reason=reason)
+
+
+def decode_for(
+    networks: Sequence[Network], splits: tuple[Scored, Scored], k: int, *, part: str, reason: str
+) -> Images:
+    """Training and held-out images, decoded once for all networks."""
+    train, test = splits
     sides = [network.preparation.size for network in networks]
     rgb = networks[0].preparation.background
     known, query = (read_split(each, BASELINE_PX, rgb, sides) for each in (train, test))
@@ -92,7 +101,7 @@ def _read_images(run_folder: Path, networks: list[Network], k: int) -> Images:
     return Images(known, query, part, reason)
 
 
-def _merge(summary: dict[str, Any], networks: list[Network], results: Results) -> None:
+def _merge(summary: dict[str, Any], networks: Sequence[Network], results: Results) -> None:
     """Puts results where readers of ``summary.json`` look for them."""
     for network in networks:
         name = network.name
@@ -102,16 +111,24 @@ def _merge(summary: dict[str, Any], networks: list[Network], results: Results) -
         entry.pop("knn_in", None)
         if name in results.computed_in:
             entry["knn_in"] = results.computed_in[name]
+    summary |= in_common(networks, results)
+
+
+def in_common(networks: Sequence[Network], results: Results) -> dict[str, Any]:
+    """Keys of a summary that are not of one network."""
     untrained = {network.name: results.untrained.get(network.name) for network in networks}
-    summary["baselines"] = {
+    baselines = {
         **{
             key: (vote := results.baselines.get(key)) and vote.value for key in ("pixels", "colour")
         },
         "untrained": {name: vote and vote.value for name, vote in untrained.items()},
     }
-    summary["agreement"] = results.agreement
-    summary["scores"] = results.scores
-    summary["conclusion"] = results.conclusion or None
+    return {
+        "baselines": baselines,
+        "agreement": results.agreement,
+        "scores": results.scores,
+        "conclusion": results.conclusion or None,
+    }
 
 
 def network_folders(run_folder: Path, teacher_folder: Path) -> dict[str, Path]:

@@ -7,7 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distill.errors import RecipeError
+from distill.evaluate.few_shot import score_few_shot
 from distill.evaluate.knn_protocols import score_knn
+from distill.evaluate.linear import score_linear
+from distill.evaluate.logistic import score_logistic
+from distill.evaluate.retrieval import score_retrieval
 from distill.evaluate.score import Run
 
 AGREEMENT = "agreement"  # wants no labels: distill.evaluate.closeness
@@ -24,6 +28,10 @@ class Task:
 
 TASKS: Mapping[str, Task] = {
     "knn": Task("k-NN", score_knn),
+    "logistic": Task("logistic regression", score_logistic),
+    "fewshot": Task("few-shot k-NN", score_few_shot),
+    "linear": Task("linear probe", score_linear, is_quick=False),
+    "retrieval": Task("retrieval", score_retrieval),
 }
 NAMES = (AGREEMENT, *TASKS)
 USUAL = (AGREEMENT, "knn")

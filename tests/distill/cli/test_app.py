@@ -14,7 +14,7 @@ from PIL import Image
 
 from distill.cli.app import main
 from distill.cli.recipe_copy import copy_recipe
-from distill.errors import DataError, SetupError
+from distill.errors import DataError, SetupError, UserError
 from distill.job import prepare
 from distill.launch import doctor
 from distill.launch import local as launch
@@ -23,6 +23,7 @@ from distill.launch.local import Options
 from distill.recipe.reader import load_job
 from distill.report import summary as finish
 from tests.support.command import Result, Run
+from tests.support.scored_run import write_run, write_splits
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -475,7 +476,7 @@ def test_pretrain__takes_teacher_recipes(
 def test_eval__scores_as_json_and_as_table(
     distill: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def scores(run: Path) -> dict[str, Any]:
+    def scores(run: Path, *_: object) -> dict[str, Any]:
         sys.stdout.write("scoring\n")
         return {"teacher": {"knn": 0.9}, "students": {}, "baselines": {}}
 
@@ -483,6 +484,72 @@ def test_eval__scores_as_json_and_as_table(
     monkeypatch.setattr(finish, "finish", scores)
     assert json.loads(distill("eval", tmp_path, "--json").out)["teacher"] == {"knn": 0.9}
     assert "0.900" in distill("eval", tmp_path).out
+
+
+def test_eval__an_unknown_task_is_one_line_and_the_rest_is_scored(
+    distill: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[tuple[str, ...]] = []
+
+    def scores(run: Path, wanted: Any) -> dict[str, Any]:
+        chosen.append(wanted.tasks)
+        return {"teacher": {"knn": 0.9}, "students": {}, "baselines": {}}
+
+    (tmp_path / "job.json").touch()
+    monkeypatch.setattr(finish, "finish", scores)
+    ended = distill("eval", tmp_path, "--tasks", "retrieval,segg,knn")
+    assert (ended.code, chosen) == (2, [("knn", "retrieval")]) and "0.900" in ended.out
+    (line,) = ended.err.splitlines()
+    assert line.startswith("--tasks segg: not known, there are agreement, knn, logistic")
+    for words, message in (
+        (("--tasks", "segg"), "--tasks segg: not known"),
+        (("--protocol", "dinov4"), "--protocol dinov4: not known"),
+    ):
+        ended = distill("eval", tmp_path, *words)
+        assert ended.code == 2 and ended.err.startswith(message) and len(chosen) == 1
+
+
+def test_eval__of_several_runs_one_that_is_not_finished_is_named(
+    distill: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scores(run: Path, *_: object) -> dict[str, Any]:
+        if run.name == "half":
+            raise UserError("half: the run has not finished", fix="Let it finish.")
+        return {"teacher": {"knn": 0.9}, "students": {}, "baselines": {}}
+
+    for name in ("half", "done"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "job.json").touch()
+    monkeypatch.setattr(finish, "finish", scores)
+    ended = distill("eval", tmp_path / "half", tmp_path / "done")
+    assert ended.code == 1 and "0.900" in ended.out
+    assert ended.err == "half: the run has not finished\nFix: Let it finish.\n"
+    ended = distill("eval", tmp_path / "half", tmp_path / "done", "--json")
+    assert json.loads(ended.out).keys() == {str(tmp_path / "done")}
+
+
+def test_eval__weights_without_images_name_the_way_to_score_them(
+    distill: Run, tmp_path: Path
+) -> None:
+    ended = distill("eval", tmp_path)
+    assert ended.code == 2 and ended.err == (
+        f"{tmp_path}: not a run folder\n"
+        "Fix: Give a run folder, or score weights on your images: --data FOLDER.\n"
+    )
+    assert distill("eval").err.startswith("distill eval: nothing to score\nFix: ")
+    ended = distill("eval", tmp_path / "none", "--data", tmp_path)
+    assert ended.code == 2 and ended.err.startswith(f"{tmp_path / 'none'}: no such file")
+
+
+def test_eval__weights_on_images(distill: Run, tmp_path: Path) -> None:
+    run = write_run(tmp_path, write_splits(tmp_path / "images", (4, 6)))
+    words = ("eval", run / "students" / "vit", "--data", tmp_path / "images" / "train")
+    ended = distill(*words, "--json")
+    assert ended.code == 0, ended.err
+    summary = json.loads(ended.out)
+    assert summary["students"]["vit"]["knn"] == summary["scores"]["vit"]["knn"]["value"]
+    shown = distill(*words).out
+    assert f"{summary['students']['vit']['knn']:.3f}" in shown and "next:" in shown
 
 
 def test_watch__json_is_the_status_file(distill: Run, tmp_path: Path) -> None:

@@ -2,28 +2,16 @@ import numpy as np
 import pytest
 import torch
 
-from distill.evaluate.images import Extracted
 from distill.evaluate.knn_protocols import TEMPERATURE, score_knn, weighted_votes
-from distill.evaluate.score import CannotScoreError, Protocol, Sample
-
-
-def sample(num_train: int, protocol: Protocol, shift: float = 0.7, seed: int = 0) -> Sample:
-    """Three classes that overlap; all three features of an image are the same."""
-    generator = torch.Generator().manual_seed(seed)
-    parts = []
-    for count in (num_train, 60):
-        labels = torch.arange(count) % 3
-        features = torch.randn(count, 8, generator=generator)
-        features[torch.arange(count), labels] += 3 * shift
-        parts += [Extracted(features, features, features), labels]
-    return Sample(*parts, protocol=protocol)
+from distill.evaluate.score import CannotScoreError
+from tests.support.samples import overlapping
 
 
 @pytest.mark.parametrize("k", [1, 10, 100])
 def test_weighted_votes__equal_those_of_scikit_learn(k: int) -> None:
     from sklearn.neighbors import KNeighborsClassifier
 
-    given = sample(150, "dinov3")
+    given = overlapping(150, "dinov3")
     known, query = (
         torch.nn.functional.normalize(part.class_token.double(), dim=1).numpy()
         for part in (given.train, given.test)
@@ -39,7 +27,7 @@ def test_weighted_votes__equal_those_of_scikit_learn(k: int) -> None:
 
 
 def test_score_knn__reports_the_best_k_and_all_of_them() -> None:
-    given = sample(150, "dinov3")
+    given = overlapping(150, "dinov3")
     score = score_knn(given)
     assert (score.protocol, score.task) == ("dinov3", "knn")
     assert score.settings["by_k"].keys() == {"10", "20", "100"}  # 200 are not there
@@ -50,15 +38,15 @@ def test_score_knn__reports_the_best_k_and_all_of_them() -> None:
 
 def test_score_knn__too_few_images() -> None:
     with pytest.raises(CannotScoreError, match=r"9 training images are too few .* k = 10"):
-        score_knn(sample(9, "dinov3"))
+        score_knn(overlapping(9, "dinov3"))
     with pytest.raises(CannotScoreError, match=r"3 training images are too few .* k = 5"):
-        score_knn(sample(3, "quick"))
+        score_knn(overlapping(3, "quick"))
 
 
 def test_score_knn__quick_is_the_score_of_before() -> None:
     from distill.evaluate.knn import knn
 
-    given = sample(90, "quick")
+    given = overlapping(90, "quick")
     expected = knn(
         given.train.class_token, given.train_labels, given.test.class_token, given.test_labels
     )

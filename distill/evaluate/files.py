@@ -1,0 +1,126 @@
+"""Scores of any networks on any images: exported folders, files of weights, networks of runs; nothing is written.
+
+Images come from sources as a recipe names them. Labels are the class folders; folders named ``val`` or ``test``, or
+else a fifth of each class, are held out, as in training (``distill.data.split``). Closeness is to the first network.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from distill.data.build_index import build_index
+from distill.data.decode import background_of
+from distill.data.split import split, why_nothing_is_held_out
+from distill.evaluate.images import (
+    Preparation,
+    Scored,
+    read_preparation,
+    splits_of,
+    unlabelled,
+)
+from distill.evaluate.run import decode_for, in_common, network_folders
+from distill.evaluate.scoring import Images, Network, Wanted, score_networks
+from distill.job.prepare import read_job
+from distill.recipe.keys import FamilyRecipe
+from distill.weights.load import shape_of
+from distill.weights.stated_inputs import stated_inputs
+from students.shapes import BackboneSpec
+
+HELD_OUT = 0.2  # of each class
+USUAL_PX = 224
+USUAL_MEAN, USUAL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+
+
+def evaluate_files(
+    paths: Sequence[Path],
+    source: Path,
+    wanted: Wanted,
+    say: Callable[[str], None],
+    *,
+    device: torch.device,
+) -> dict[str, Any]:
+    """A summary as a run has it, every network under ``students``; ``images`` counts what was scored on.
+
+    Raises:
+        UserError: weights or images cannot be read.
+    """
+    networks = [_network(name, path, spec, say) for name, path, spec in _named(_given(paths))]
+    say("listing and decoding images")
+    images = _read_images(source, networks, wanted.k)
+    results = score_networks(networks, images, wanted, say, device=device)
+    summary: dict[str, Any] = {
+        "data": str(source),
+        "images": {"train": len(images.train.pixels), images.part: len(images.test.pixels)},
+        "students": {},
+        **in_common(networks, results),
+    }
+    for network in networks:
+        voted = results.knn.get(network.name)
+        entry = {"path": str(network.path), "knn": voted and voted.value, "loss": None}
+        if network.name in results.computed_in:
+            entry["knn_in"] = results.computed_in[network.name]
+        summary["students"][network.name] = entry
+    if left_out := [asdict(each) for each in (*images.train.left_out, *images.test.left_out)]:
+        summary["left_out_of_scores"] = left_out
+    if images.reason:
+        summary["knn_reason"] = images.reason
+    return summary
+
+
+def _given(paths: Sequence[Path]) -> list[tuple[str, Path, BackboneSpec | None]]:
+    """Name, path and shape, where it is known, of all networks; a run stands for its teacher and students."""
+    found: list[tuple[str, Path, BackboneSpec | None]] = []
+    for path in paths:
+        if not (path / "job.json").is_file():
+            name = path.name if path.is_dir() else path.stem
+            found.append((name, path, None))
+            continue
+        job = read_job(path)
+        students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
+        specs = {student.label: student.backbone_spec() for student in students}
+        for name, folder in network_folders(path, job.teacher_paths[0]).items():
+            found.append((name, folder, specs.get(name)))
+    return found
+
+
+def _named(
+    found: Sequence[tuple[str, Path, BackboneSpec | None]],
+) -> list[tuple[str, Path, BackboneSpec | None]]:
+    """The same with names that differ: a path where a name comes twice."""
+    counts = Counter(name for name, _, _ in found)
+    return [(name if counts[name] == 1 else str(path), path, spec) for name, path, spec in found]
+
+
+def _network(
+    name: str, path: Path, spec: BackboneSpec | None, say: Callable[[str], None]
+) -> Network:
+    spec = spec or shape_of(path)
+    usual = Preparation(USUAL_PX // spec.stride * spec.stride, USUAL_MEAN, USUAL_STD)
+    preparation = read_preparation(path, spec.stride, usual)
+    stated = stated_inputs(path)
+    if stated.mean is None or stated.std is None or stated.size is None:
+        say(f"{name}: {preparation.size} px, and mean and std of ImageNet where none are stated")
+    return Network(name, path, spec, preparation)
+
+
+def _read_images(source: Path, networks: list[Network], k: int) -> Images:
+    index = build_index([source], max_bad_fraction=0.01)
+    train, test = split(index, HELD_OUT)
+    scored: tuple[Scored, Scored, str]
+    if train.labels is None or test is None:
+        reason = why_nothing_is_held_out(train, HELD_OUT)
+        scored = Scored((), torch.zeros(0, dtype=torch.int64)), unlabelled(index), reason
+    else:
+        scored = splits_of(train, test, k)
+        if scored[2]:
+            scored = scored[0], unlabelled(index), scored[2]
+    rgb = background_of("mean", networks[0].preparation.mean)
+    for turn, network in enumerate(networks):
+        prepared = replace(network.preparation, background=rgb)
+        networks[turn] = replace(network, preparation=prepared)
+    part = "images" if scored[2] else "held_out"
+    return decode_for(networks, scored[:2], k, part=part, reason=scored[2])
