@@ -87,42 +87,67 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
 
 
 def tasks_table(summary: Mapping[str, Any]) -> Table | None:
-    """A row per network and task, with the protocol's name and the interval; None where no task was computed."""
-    rows = [
-        (task, name, entry)
-        for name, entries in (summary.get("scores") or {}).items()
-        for task, entry in entries.items()
-        if entry
-    ]
-    if not rows:
+    """A row per network and task, with the protocol's name and the interval; None where no task was computed.
+
+    Settings that all networks share are below the table, a line per task; those that differ stand in the row.
+    """
+    by_task: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for name, entries in (summary.get("scores") or {}).items():
+        for task, entry in entries.items():
+            by_task.setdefault(task, {})[name] = entry
+    if not by_task:
         return None
+    shared = {
+        task: _shared([entry.get("settings", {}) for entry in entries.values()])
+        for task, entries in by_task.items()
+    }
+    notes = [f"{TITLES.get(t, t)}: {_settings_text(each)}" for t, each in shared.items() if each]
     table = Table(
-        title="scores with 95% intervals over held-out images or draws", title_justify="left"
+        title="scores with 95% intervals over held-out images or draws",
+        title_justify="left",
+        caption="\n".join(notes),
+        caption_justify="left",
     )
     for heading in ("task", "protocol", "network"):
         table.add_column(heading)
     for heading in ("score", "95% interval", "untrained"):
         table.add_column(heading, justify="right")
-    table.add_column("settings", overflow="fold")
-    order = list(dict.fromkeys(task for task, _, _ in rows))
-    for task, name, entry in sorted(rows, key=lambda row: order.index(row[0])):
-        title = TITLES.get(task, task)
-        if "reason" in entry:
-            table.add_row(title, NOTHING, name, NOTHING, NOTHING, NOTHING, entry["reason"])
-            continue
-        interval = entry.get("interval")
-        shown = NOTHING if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
-        untrained = entry.get("untrained")
-        floor = NOTHING if untrained is None else f"{untrained:.3f}"
-        settings = ", ".join(
-            f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in entry["settings"].items()
-            if not isinstance(value, dict)
-        )
-        table.add_row(
-            title, entry["protocol"], name, f"{entry['value']:.3f}", shown, floor, settings
-        )
+    table.add_column("chosen", overflow="fold")
+    for task, entries in by_task.items():
+        for name, entry in entries.items():
+            table.add_row(TITLES.get(task, task), *_score_cells(name, entry, shared[task]))
     return table
+
+
+def _score_cells(name: str, entry: Mapping[str, Any], shared: Mapping[str, Any]) -> list[str]:
+    if "reason" in entry:
+        return [NOTHING, name, NOTHING, NOTHING, NOTHING, str(entry["reason"])]
+    interval, untrained = entry.get("interval"), entry.get("untrained")
+    chosen = {key: value for key, value in entry["settings"].items() if key not in shared}
+    return [
+        entry["protocol"],
+        name,
+        f"{entry['value']:.3f}",
+        NOTHING if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
+        NOTHING if untrained is None else f"{untrained:.3f}",
+        _settings_text(chosen),
+    ]
+
+
+def _shared(settings: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings that are the same for all networks that have some."""
+    given = [each for each in settings if each]
+    first = given[0] if given else {}
+    return {key: value for key, value in first.items() if all(e.get(key) == value for e in given)}
+
+
+def _settings_text(settings: Mapping[str, Any]) -> str:
+    """In one line; figures by k or by shots are in ``summary.json`` only."""
+    return ", ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in settings.items()
+        if not isinstance(value, dict)
+    )
 
 
 def conclusion_lines(summary: Mapping[str, Any]) -> list[str]:

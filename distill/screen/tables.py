@@ -23,7 +23,10 @@ def scores_table(summary: Mapping[str, Any]) -> Table:
 
     A run whose images have no labels has no scores; the caption then gives the reason.
     """
-    table = Table(title="k-NN on held-out images, balanced accuracy", title_justify="left")
+    table = Table(
+        title="k-NN on held-out images, balanced accuracy (protocol quick, k = 5)",
+        title_justify="left",
+    )
     table.add_column("network")
     for heading in ("k-NN", "untrained", "gain", "loss"):
         table.add_column(heading, justify="right")

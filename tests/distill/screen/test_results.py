@@ -38,7 +38,15 @@ SUMMARY: dict[str, Any] = {
                 "settings": {"k": 20, "temperature": 0.07, "by_k": {"10": 0.6}},
             },
             "linear": {"reason": "too few"},
-        }
+        },
+        "large": {
+            "knn": {
+                "protocol": "dinov3",
+                "value": 0.8,
+                "interval": None,
+                "settings": {"k": 10, "temperature": 0.07},
+            },
+        },
     },
     "conclusion": {"text": "Every network is better.", "reason": "figures", "next": "Nothing."},
 }
@@ -75,9 +83,11 @@ def test_tasks_table__names_the_protocol_beside_each_figure() -> None:
     assert table is not None
     rows = [cells(line) for line in shown(table) if "│" in line]
     assert rows == [
-        ["k-NN", "dinov3", "small", "0.700", "0.650 to 0.750", "0.400", "k 20, temperature 0.07"],
+        ["k-NN", "dinov3", "small", "0.700", "0.650 to 0.750", "0.400", "k 20"],
+        ["k-NN", "dinov3", "large", "0.800", "-", "-", "k 10"],
         ["linear probe", "-", "small", "-", "-", "-", "too few"],
     ]
+    assert shown(table)[-1].strip() == "k-NN: temperature 0.07"
     assert tasks_table({"scores": {"small": {}}}) is None
 
 
