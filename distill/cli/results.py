@@ -52,7 +52,7 @@ def evaluate(
     over_steps: Annotated[
         bool,
         typer.Option(
-            "--over-steps", help="Score the teacher in every kept checkpoint; draw progress.png."
+            "--over-steps", help="Score students and a trained teacher in every kept checkpoint."
         ),
     ] = False,
     beside: Annotated[
@@ -192,16 +192,26 @@ def _test(protocol: "Protocol", *, as_json: bool) -> None:
 
 
 def _score_steps(runs: Sequence[Path], *, as_json: bool) -> None:
+    """Students by their closeness to the teacher, and the teacher itself where it was trained here."""
     from dataclasses import asdict
 
     from distill.report.over_steps import plot_progress, score_steps
+    from distill.report.students_over_steps import students_over_steps
 
-    scored = {}
+    scored, students = {}, dict[str, Any]()
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         for run in runs:
             require_run(run)
-            scored[run.name] = score_steps(run, say)
-        picture = plot_progress(scored, runs[0] / "progress.png")
-        say(f"wrote {picture}")
+            found = students_over_steps(run, say)
+            students |= {f"{run.name}.students": [asdict(each) for each in found]} if found else {}
+            try:
+                scored[run.name] = score_steps(run, say)
+            except UserError as error:
+                if not found:
+                    raise
+                sys.stderr.write(printable(f"no scores of the teacher: {error.message}") + "\n")
+        if scored:
+            say(f"wrote {plot_progress(scored, runs[0] / 'progress.png')}")
     if as_json:
-        print_json({name: [asdict(m) for m in moments] for name, moments in scored.items()})
+        moments = {name: [asdict(each) for each in steps] for name, steps in scored.items()}
+        print_json({**moments, **students})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from distill.evaluate.closeness import FEWEST_IMAGES, MUTUAL_K, closeness, effective_rank
@@ -198,12 +198,16 @@ def _between(labels: Tensor, rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tenso
     return rows[0], labels, rows[1]
 
 
+def spaced(count: int) -> Int64[Tensor, " rows"]:
+    """Positions of the images that closeness is computed on, evenly spaced among ``count``."""
+    return torch.linspace(0, count - 1, min(count, MOST_AGREEING)).round().long()
+
+
 class Nearness:
     """Features of the held-out images that closeness is computed on, network by network."""
 
     def __init__(self, images: Images, reference: str) -> None:
-        count = len(images.test.pixels)
-        self._rows = torch.linspace(0, count - 1, min(count, MOST_AGREEING)).round().long()
+        self._rows = spaced(len(images.test.pixels))
         self._images, self._reference = images, reference
         self._trained: dict[str, dict[str, Tensor]] = {}
         self._untrained: dict[str, dict[str, Tensor]] = {}
