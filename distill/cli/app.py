@@ -17,7 +17,7 @@ from distill.cli.bench import bench_app
 from distill.cli.data import data_app
 from distill.cli.export import export
 from distill.cli.recipes import recipes_app
-from distill.cli.report import compare, runs
+from distill.cli.report import compare, log, runs
 from distill.cli.report import report as report_page
 from distill.cli.results import evaluate
 from distill.cli.schema import explain, schema
@@ -132,5 +132,6 @@ app.command("eval", rich_help_panel=RESULTS)(evaluate)
 app.command("report", rich_help_panel=RESULTS)(report_page)
 app.command("runs", rich_help_panel=RESULTS)(runs)
 app.command("compare", rich_help_panel=RESULTS)(compare)
+app.command("log", rich_help_panel=RESULTS)(log)
 app.add_typer(bench_app, name="bench", rich_help_panel=TRAIN)
 app.command("export", rich_help_panel=RESULTS)(export)

@@ -1,11 +1,13 @@
-"""``distill report``, ``runs`` and ``compare``: what runs hold, as a page and as tables."""
+"""``distill report``, ``runs``, ``compare`` and ``log``: what runs hold, as a page, as tables and in trackers."""
 
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from distill.cli.options import DebugOption, JsonOption, print_json, require_run, say
+from distill.cli.options import DebugOption, JsonOption, RunArgument, print_json, require_run, say
 from distill.screen.console import make_console
 
 RunsArgument = Annotated[
@@ -85,3 +87,31 @@ def compare(
     console = make_console()
     for table in comparison_tables(found):
         console.print(table)
+
+
+def log(
+    run: RunArgument,
+    to: Annotated[
+        str, typer.Option("--to", metavar="[tensorboard|wandb|mlflow|trackio]", help="The tracker.")
+    ],
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Hand the metrics of a run to a tracker: rows that it has not had, in its run of before."""
+    import threading
+
+    from distill.errors import RecipeError
+    from distill.screen.follower import follow
+    from distill.screen.trackers import TRACKERS
+
+    require_run(run)
+    if to not in TRACKERS:
+        raise RecipeError(f"--to {to}: not a tracker", fix=f"Give one of: {', '.join(TRACKERS)}.")
+    stop = threading.Event()
+    stop.set()
+    with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        num_rows = follow(run, to, stop)
+    if as_json:
+        print_json({"run": str(run), "tracker": to, "rows": num_rows})
+    else:
+        say(f"{to} has {num_rows:,} rows more of {run}")

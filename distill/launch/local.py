@@ -25,6 +25,7 @@ from rich.console import Console
 from distill.errors import UserError
 from distill.launch.node import ranks_on_node
 from distill.launch.variables import is_launched, launched_rank
+from distill.launch.trackers import feeding
 from distill.runfolder.lock import run_lock
 from distill.runfolder.parked import PARKED_EXIT_CODE
 from distill.runfolder.requests import SAVE, STOP, forget, handling, is_requested, leave_request
@@ -149,7 +150,11 @@ def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -
             start_method=start_method,
             say=partial(console.print, soft_wrap=True),
         )
-        with _Signals(folder) as signals, _screen(folder, console, live=live, hint=SAVE_HINT):
+        with (
+            _Signals(folder) as signals,
+            feeding(folder, job.recipe.log),
+            _screen(folder, console, live=live, hint=SAVE_HINT),
+        ):
             failure = supervisor.run()
             if signals.num_interrupts > 1:
                 raise _ended_at_once(folder)
@@ -206,7 +211,7 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
         with rendezvous.failing_together():
             require_device(engine.device)
             lock.alone()
-            prepare(
+            job = prepare(
                 request,
                 num_ranks=here.num_ranks,
                 fresh=options.fresh,
@@ -216,7 +221,7 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
             forget_records(folder)
             lock.share()
             rendezvous.admit(folder, request.overrides)
-        with _screen(folder, console, live=False):
+        with feeding(folder, job.recipe.log), _screen(folder, console, live=False):
             entry(request.run_folder, None, rendezvous.store_of_ranks())
             code = _finalize(folder, None, was_interrupted=False)
         # torchrun would start all ranks again, only to end with the same students parked

@@ -193,6 +193,11 @@ class CheckpointSpec(Section):
         return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
 
 
+Tracker = Literal["jsonl", "tensorboard", "wandb", "mlflow", "trackio"]
+Log = Annotated[tuple[Tracker, ...], Strict(False)]
+LOG = "Trackers that get the metrics, each in a separate process. `metrics/NAME.jsonl`, which the default names, is always written."
+
+
 class FamilyRecipe(Section):
     """Distils every student from one frozen teacher, in one job."""
 
@@ -229,6 +234,7 @@ class FamilyRecipe(Section):
     checkpoint: CheckpointSpec = machine(
         CheckpointSpec(), description="How often the job is saved and how much is left on disk."
     )
+    log: Log = machine(("jsonl",), since=2, description=LOG)
     extensions: Extensions | None = extensions_key()
 
     def input_size_of(self, name: str) -> int:
@@ -273,6 +279,7 @@ class TeacherRecipe(Section):
     checkpoint: CheckpointSpec = machine(
         CheckpointSpec(), description="How often the job is saved and how much is left on disk."
     )
+    log: Log = machine(("jsonl",), since=2, description=LOG)
     extensions: Extensions | None = extensions_key()
 
     def at_stage(self, stage: StageSpec) -> "TeacherRecipe":

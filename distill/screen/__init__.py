@@ -1,1 +1,1 @@
-"""What people see of a run on a terminal: panel, lines, tables, words."""
+"""What people see of a run while it trains: panel, lines, tables and words on a terminal, rows in trackers."""

@@ -238,6 +238,7 @@ def test_recipe_hash__covers_science_and_not_machine(tmp_path: Path) -> None:
     path = write(tmp_path, FAMILY)
     base = recipe_hash(load_recipe(path))
     for machine in (
+        "log=[jsonl,tensorboard]",
         "name=other",
         "engine.processes=3",
         "checkpoint.keep=9",
