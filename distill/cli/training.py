@@ -4,9 +4,9 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,9 +27,10 @@ from distill.cli.options import (
     allow_code,
     print_json,
     require_run,
+    say,
     with_data,
 )
-from distill.errors import RecipeError
+from distill.errors import RecipeError, SetupError
 from distill.runfolder.parked import PARKED_EXIT_CODE
 from distill.screen.console import make_console
 
@@ -113,6 +114,12 @@ def accept_teacher(recipe: str, overrides: list[str]) -> None:
 def watch(
     run: RunArgument,
     plain: PlainOption = False,
+    web: Annotated[
+        bool, typer.Option("--web", help="Show the page of the run in a browser of this machine.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option("--port", min=0, max=65535, help="With --web; 0 takes a free one.")
+    ] = 0,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -122,6 +129,9 @@ def watch(
     from distill.screen.watch import watch as follow
 
     require_run(run)
+    if web:
+        _serve(run, port)
+        return
     if as_json:
         status = run / "status.json"
         print_json(json.loads(status.read_text()) if status.is_file() else None)
@@ -132,3 +142,17 @@ def watch(
         follow(run, live=is_live, console=console, stop=threading.Event())
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
+
+
+def _serve(run: Path, port: int) -> None:
+    """Shows the page of a run in a browser until Ctrl-C."""
+    from distill.report.live import LOOPBACK, open_page
+
+    try:
+        page = open_page(run, port=port)
+    except OSError as error:
+        fix = "Give another --port, or none."
+        raise SetupError(f"--port {port}: {LOOPBACK} cannot listen ({error})", fix=fix) from error
+    say(f"{page.address}   (this machine only; Ctrl-C ends the page, the job goes on)")
+    with suppress(KeyboardInterrupt):
+        page.serve()

@@ -85,3 +85,24 @@ SCRIPT = """
   document.addEventListener('mousemove', show);
 })();
 """
+
+LIVE_SCRIPT = """
+(function () {
+  'use strict';
+  var main = document.querySelector('main'), busy = false, again = false;
+  function renew() {
+    if (busy) { again = true; return; }
+    busy = true;
+    fetch('body').then(function (answer) {
+      if (!answer.ok) { throw new Error('no answer'); }
+      return answer.text();
+    }).then(function (text) {
+      main.innerHTML = text;  // escaped by the server, and no script may run but this one
+    }).catch(function () {}).then(function () {
+      busy = false;
+      if (again) { again = false; setTimeout(renew, 1000); }
+    });
+  }
+  new EventSource('events').onmessage = renew;
+})();
+"""
