@@ -116,7 +116,7 @@ def line_chart(title: str, curves: Sequence[Curve], *, may_be_log: bool = True) 
     y = axis_of([p[1] for p in everything], HEIGHT - BOTTOM, TOP, may_be_log=may_be_log)
     parts = [*_frame(title + (" (log)" if y.is_log else ""), x, y)]
     for curve, points in finite:
-        pixels = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in points)
+        pixels = " ".join(f"{x.at(a):.1f},{y.at(b):.2f}" for a, b in points)
         look: dict[str, Content] = {"stroke": curve.colour, "stroke_dasharray": curve.dash or None}
         if len(points) == 1:
             parts.append(_dot(x.at(points[0][0]), y.at(points[0][1]), curve.colour))

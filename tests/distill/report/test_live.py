@@ -2,7 +2,6 @@
 
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -14,7 +13,8 @@ from distill.report import live
 from distill.report.live import LivePage, open_page
 from distill.report.page import TITLES
 from distill.runfolder.status import StatusFile
-from tests.distill.report.test_page import BROWSER, Elements, browse, write_hostile_run
+from tests.distill.report.test_page import Elements, write_hostile_run
+from tests.support.browser import BROWSER, browsing
 from tests.support.command import Run
 from tests.support.run_folders import write_run
 from tests.support.status import STATUS
@@ -140,25 +140,30 @@ def test_watch__web_names_a_port_that_is_taken(tmp_path: Path, distill: Run) -> 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here")
-def test_browser__shows_news_without_an_error(tmp_path: Path) -> None:
+def test_browser__shows_news_without_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(live, "LOOK_S", 0.02)
     run = write_hostile_run(tmp_path / "mine")
     page = open_page(run)
     serving = threading.Thread(target=page.serve, daemon=True)
     serving.start()
-    over = threading.Event()
-
-    def change() -> None:
-        while not over.wait(0.5):
-            text = f"news <b>{time.time():.1f}</b><script>document.title='ran'</script>"
-            StatusFile(run).write(replace(STATUS, message=text))
-
-    writer = threading.Thread(target=change)
-    writer.start()
-    found = browse(page.address, tmp_path / "profile", "--dump-dom", "--timeout=15000")
-    over.set()
-    writer.join()
+    news = "new <script>document.title='ran'</script>"
+    with browsing(tmp_path / "profile") as tab:
+        tab.open(page.address)
+        assert tab.value("document.querySelectorAll('section').length") == len(TITLES)
+        for count in range(600):  # the first may come before the browser listens
+            StatusFile(run).write(replace(STATUS, message=f"{news} {count}"))
+            if "new <script>" in tab.value("document.getElementById('summary').textContent"):
+                break
+            tab.value("new Promise((done) => setTimeout(done, 100))")
+        assert count < 599
+        assert tab.value("document.title").endswith(" - distill")
+        assert tab.complaints() == []
+        assert {url.partition("?")[0] for url in tab.requests()} <= {
+            page.address,
+            f"{page.address}body",
+            f"{page.address}events",
+        }
     page.stop()
-    assert [line for line in found.stderr.splitlines() if "CONSOLE" in line] == []
-    elements = Elements(found.stdout)
-    assert [each["id"] for each in elements.named("section")] == list(TITLES)
-    assert "<title>ran" not in found.stdout
+    serving.join(60.0)

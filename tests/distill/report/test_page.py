@@ -7,10 +7,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,6 +21,7 @@ from distill.report.page import MOST_BYTES, TITLES, write_page
 from distill.runfolder.events import Event, note
 from distill.runfolder.metrics import MetricsWriter
 from distill.runfolder.status import NetworkStatus, StatusFile, write_json
+from tests.support.browser import BROWSER, browsing
 from tests.support.command import Run
 from tests.support.run_folders import with_summary, write_run
 from tests.support.status import ROW, STATUS
@@ -274,77 +271,45 @@ def test_report__names_what_it_wrote_and_what_is_wrong(tmp_path: Path, distill: 
     assert nowhere.code == 2 and "no folder" in nowhere.err and "Fix: Make it first." in nowhere.err
 
 
-BROWSER = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-
-
-@contextmanager
-def listening() -> Iterator[tuple[int, list[str]]]:
-    """A port, and the first line of whatever connects to it."""
-    lines: list[str] = []
-    server = socket.create_server(("127.0.0.1", 0))
-
-    def take() -> None:
-        while True:
-            try:
-                connection, _ = server.accept()
-            except OSError:
-                return
-            with connection, suppress(OSError):
-                connection.settimeout(5)
-                data = connection.recv(2000).decode(errors="replace")
-                lines.append(data.partition("\r\n")[0])
-
-    thread = threading.Thread(target=take, daemon=True)
-    thread.start()
-    try:
-        yield server.getsockname()[1], lines
-    finally:
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
-        thread.join()
-
-
-def browse(address: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """What a headless browser makes of a page: its elements on standard output, the console's lines on standard error."""
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run"]
-    options += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
-    options += [f"--user-data-dir={folder}", "--enable-logging=stderr", "--log-level=0"]
-    command = [str(BROWSER), *options, *words, address]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+LOSS = "document.querySelector('svg[aria-label=loss]')"
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here")
 def test_browser__shows_all_sections_without_an_error_or_a_request(tmp_path: Path) -> None:
     run, out = write_hostile_run(tmp_path / "hostile"), tmp_path / "page.html"
-    with listening() as (port, lines):
-        here = f"http://127.0.0.1:{port}"
-        for picture in (
-            f"<img src={here}/picture>",
-            f"</style><link rel=stylesheet href={here}/style>",
-        ):
-            note(run, Event("failed", picture))
-        write_page([run, write_run(tmp_path / "good")], out)
-        dom, script = tmp_path / "dom.html", f"<script src={here}/x></script>"
-        found = browse(
-            f"file://{out}",
-            tmp_path / "profile",
-            "--dump-dom",
-            f"--proxy-server={here}",
-            "--proxy-bypass-list=<-loopback>",
+    there = "http://127.0.0.1:9"
+    for text in (f"<img src={there}/a>", f"</style><link rel=stylesheet href={there}/b>"):
+        note(run, Event("failed", text))
+    write_page([run, write_run(tmp_path / "good")], out)
+    with browsing(tmp_path / "profile") as tab:
+        tab.open(f"file://{out}")
+        sections = "[...document.querySelectorAll('section')].map((each) => each.id)"
+        assert tab.value(sections) == list(TITLES)
+        assert tab.value("document.title").endswith(" - distill")
+        assert tab.value("[...document.images].every((each) => each.naturalWidth > 0)")
+        assert tab.complaints() == [] and tab.requests() == [f"file://{out}"]
+        # what a name could try had it become markup: the policy forbids it, and that shows here
+        tab.value(
+            f"document.body.insertAdjacentHTML('beforeend', '<img src={there}/c onerror=x()>')"
         )
-        leaks = [line for line in lines if f":{port}/" in line or "example" in line]
-        # the same browser does load what a page without the policy names
-        dom.write_text(
-            f"<!doctype html><title>open</title>{script}<script>console.log('shown')</script>"
-        )
-        loud = browse(f"file://{dom}", tmp_path / "other", "--dump-dom")
-    assert leaks == []
-    console = [line for line in found.stderr.splitlines() if "CONSOLE" in line]
-    assert console == []
-    elements = Elements(found.stdout)
-    assert [each["id"] for each in elements.named("section")] == list(TITLES)
-    assert "<title>ran</title>" not in found.stdout
-    assert any("/x" in line for line in lines) and "shown" in loud.stderr
+        tab.value("new Promise((done) => setTimeout(done, 300))")
+        assert "Content Security Policy" in str(tab.complaints())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here")
+def test_browser__shows_the_values_under_the_mouse(tmp_path: Path) -> None:
+    write_page([write_run(tmp_path / "mine")], tmp_path / "page.html")
+    with browsing(tmp_path / "profile") as tab:
+        tab.open(f"file://{tmp_path / 'page.html'}")
+        tab.value(f"{LOSS}.scrollIntoView()")
+        middle = f"(() => {{ const b = {LOSS}.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] }})()"
+        tab.move_mouse(*tab.value(middle))
+        step, curve = tab.value("document.getElementById('tip').textContent").split("\n")
+        count = int(step.removeprefix("step "))
+        assert count % 10 == 0 and 100 < count < 300
+        name, value = curve.split("  ")
+        assert name == "teacher" and float(value) == pytest.approx(9.0 - count / 100, abs=2e-3)
+        tab.move_mouse(1, 1)
+        assert tab.value("document.getElementById('tip').style.display") == "none"
