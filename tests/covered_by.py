@@ -2,7 +2,6 @@
 
 COVERED_BY = {
     "distill.cli.report": "tests/distill/report/test_page.py",
-    "distill.report.charts": "tests/distill/report/test_page.py",
     "distill.report.looks": "tests/distill/report/test_page.py",
     "distill.report.markup": "tests/distill/report/test_page.py",
     "distill.report.run_record": "tests/distill/report/test_page.py",

@@ -28,6 +28,7 @@ WIDTH, HEIGHT = 560, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 24, 30  # around the area of the curves
 MOST_POINTS = 40_000  # of all curves of a page
 LEAST_POINTS, USUAL_POINTS = 40, 400  # of a curve
+LETTER_WIDTH = 6.0  # of a name beside a point, about
 LOG_RATIO = 20.0  # between the largest and the smallest value, from which a log axis shows more
 
 
@@ -137,10 +138,33 @@ def scatter(
     x = axis_of([p[0] for p in points.values()], LEFT + 30, WIDTH - 90, may_be_log=True)
     y = axis_of([p[1] for p in points.values()], HEIGHT - BOTTOM - 10, TOP + 10, may_be_log=False)
     parts = [*_frame(title, x, y, x_label=x_label + (" (log)" if x.is_log else ""))]
+    taken: list[Box] = []
     for name, (value, score, colour) in points.items():
-        here = x.at(value), y.at(score)
-        parts += [_dot(*here, colour), _text(here[0] + 6, here[1] - 5, name, "start")]
+        across, down = x.at(value), y.at(score)
+        parts += [_dot(across, down, colour), _label(name, across, down, taken)]
     return _svg(WIDTH, HEIGHT, title, parts)
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def _label(name: str, across: float, down: float, taken: list[Box]) -> Html:
+    """A name beside its point: the first free position, which is then taken."""
+    width = LETTER_WIDTH * len(name)
+    options = [
+        (across + side if side > 0 else across + side - width, down + drop)
+        for drop in (-5, 12, -17, 24, -29, 36)
+        for side in (6, -6)
+    ]
+    inside = [(left, top) for left, top in options if left >= LEFT and left + width <= WIDTH]
+    boxes = [(left, top - 10, left + width, top + 2) for left, top in inside or options[:1]]
+    box = next((b for b in boxes if not any(_overlap(b, other) for other in taken)), boxes[0])
+    taken.append(box)
+    return _text(box[0], box[3] - 2, name, "start")
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def bars(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, float, str]]]]) -> Html:

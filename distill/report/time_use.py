@@ -19,6 +19,7 @@ from distill.report.markup import Html, element, joined, note, table
 from distill.report.run_record import RunRecord
 from distill.report.sections import NOT_COMPUTED, dash_of, measured_step_s
 from distill.runfolder.metrics import MetricsRow
+from distill.runfolder.status import TEACHER
 from distill.screen.words import duration
 
 MOST_RANK_ROWS = 40
@@ -35,9 +36,9 @@ Tracks = list[tuple[str, str, str, list[tuple[float, MetricsRow]]]]  # label, co
 
 
 def curves(runs: Sequence[RunRecord], colour_of: Mapping[str, str]) -> Html:
-    """Loss, its terms and rates of all networks, those of phases with the same networks in the same charts."""
+    """Loss, its terms and rates: the students of all runs in the same charts, teachers in training in others."""
     parts = []
-    for networks, tracks in _tracks(runs, colour_of).items():
+    for group, tracks in _tracks(runs, colour_of).items():
         terms = dict.fromkeys(n for *_, rows in tracks for _, row in rows for n in row.terms)
         count = len(tracks) * (1 + len(terms) + len(RATES))
         most = max(LEAST_POINTS, min(USUAL_POINTS, MOST_POINTS // max(1, count)))
@@ -51,7 +52,7 @@ def curves(runs: Sequence[RunRecord], colour_of: Mapping[str, str]) -> Html:
             _chart(title, tracks, most, value, may_be_log=name in LOG_RATES)
             for name, (title, value) in RATES.items()
         ]
-        parts.append(element("h3", ", ".join(networks)))
+        parts.append(element("h3", group))
         parts.append(legend([track[:3] for track in tracks]))
         parts.append(element("div", joined(c for c in charts if c), class_="charts"))
     return joined(parts) if parts else note(f"Curves: {NOT_COMPUTED}, no metrics yet.")
@@ -78,19 +79,20 @@ def _chart(
     return line_chart(title, found, may_be_log=may_be_log)
 
 
-def _tracks(
-    runs: Sequence[RunRecord], colour_of: Mapping[str, str]
-) -> dict[tuple[str, ...], Tracks]:
-    """The rows of each network over the steps of the phases that train it, by the networks of those phases."""
-    groups: dict[tuple[str, ...], Tracks] = {}
+def _tracks(runs: Sequence[RunRecord], colour_of: Mapping[str, str]) -> dict[str, Tracks]:
+    """The rows of each network over the steps of the phases that train it, those of a teacher and of heads apart from students."""
+    groups: dict[str, Tracks] = {}
     for index, run in enumerate(runs):
         left = dict(run.rows)
         for networks in dict.fromkeys(phase.networks for phase in run.phases):
-            before, offset = {}, 0
+            before, offset, group = {}, 0, "students"
+            if networks == (TEACHER,):
+                group = TEACHER
             for phase in run.phases:
                 if phase.networks == networks:
                     before[phase.name] = offset
                     offset += phase.steps
+                    group = phase.name if networks == (phase.name,) else group  # heads
             for name in networks:
                 rows = [
                     (float(before[row.phase] + row.step), row)
@@ -99,7 +101,7 @@ def _tracks(
                 ]
                 label = name if len(runs) == 1 else f"{run.name}/{name}"
                 look = colour_of.get(name, TEACHER_COLOUR), dash_of(index)
-                groups.setdefault(networks, []).append((label, *look, rows))
+                groups.setdefault(group, []).append((label, *look, rows))
     return {key: tracks for key, tracks in groups.items() if any(t[3] for t in tracks)}
 
 

@@ -134,6 +134,8 @@ def test_page__of_two_runs_has_their_differences(tmp_path: Path) -> None:
     assert "schedule.lr.peak" in found.words and "0.0005" in found.words
     names = {each["data-name"] for each in found.named("polyline")}
     assert {"one/small", "two/small", "two/teacher"} <= names
+    labels = [each["aria-label"] for each in found.named("svg") if "aria-label" in each]
+    assert labels.count("loss") == 2, "the students of both runs are in the same chart"
     dashes = {each["data-name"]: each.get("stroke-dasharray") for each in found.named("polyline")}
     assert dashes["one/small"] != dashes["two/small"]
 
