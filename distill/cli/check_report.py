@@ -8,6 +8,7 @@ from typing import Any
 
 from distill.cli.named_code import NamedCode
 from distill.listing.passed_over import PassedOver
+from distill.plan.copies import lacking_memory
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.here import THIS_CPU, device_here, estimate_basis, has_gpu_here
 from distill.plan.job import JobPlan
@@ -76,7 +77,10 @@ class CheckReport:
             shape = teacher_shape(self.recipe, self.teacher)
         recipes = [each for each in (self.recipe, self.teacher) if each is not None]
         counts = [self._count(each) for each in recipes]
-        here = list(self._of_machine())
+        here = [
+            *self._of_machine(),
+            *lacking_memory(self.recipe, self.plans, self.num_ranks, None),
+        ]
         if self.licence_warning is not None:
             here.append(self.licence_warning)
         return here + find_warnings(self.recipe, self.teacher, shape, counts)

@@ -37,6 +37,7 @@ from distill.listing.labels import label_lines
 from distill.listing.passed_over import PassedOver
 from distill.listing.source_paths import source_path
 from distill.listing.sources import Lister, list_source
+from distill.plan.copies import lacking_memory
 from distill.plan.from_recipe import on_nodes_of
 from distill.plan.here import device_here, timed_on
 from distill.plan.job import check_job
@@ -226,7 +227,8 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     checksums = read_checksums(run_folder)
     job = replace(job, teacher=_teacher_facts(job, checksums))
     refuse_another_teacher(job.teacher, resumed)
-    for line in (*describe_teacher(recipe), *describe_resume(job.networks, resumed)):
+    lacking = lacking_memory(recipe, plans, num_ranks, request.ranks_per_node)
+    for line in (*describe_teacher(recipe), *describe_resume(job.networks, resumed), *lacking):
         say(line)
     stored: dict[str, Any] = {"request": asdict(request), "data_fingerprint": fingerprint}
     make_folder(run_folder.resolve())  # a link may lead to a folder that is not there yet

@@ -322,15 +322,12 @@ class _Run:
         source = str(self.job.teacher_paths[0])
         fault_handler = FaultHandler(phase, self.job.run_folder, source)
         fault_handler.start(start_step, self.control)
-        finished = run_phase(
-            phase,
-            self.recorder,
-            self.saver,
-            fault_handler,
-            self.heartbeat,
-            start_step,
-            self.copies,
-        )
+        if start_step < phase.num_steps:
+            memory = self.saver.prepare(phase)
+            if self.copies is not None:
+                self.copies.prepare(phase.name, memory)
+        parts = self.recorder, self.saver, fault_handler, self.heartbeat
+        finished = run_phase(phase, *parts, start_step, self.copies)
         if finished and start_step < phase.num_steps:
             self.heartbeat.enter("saving", phase.num_steps)
             fault_handler.before_save(phase.num_steps)

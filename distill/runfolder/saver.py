@@ -212,6 +212,12 @@ class Saver:
             True  # the last save did not fail, as far as this rank knows; world rank 0 knows
         )
 
+    def prepare(self, phase: Saveable) -> Mapping[str, Mapping[str, Tensor]]:
+        """Makes and touches the memory of a phase's saves before its first step; it by file, as this rank writes them. Communication: gathers per group."""
+        self.wait()
+        self._gather(phase)
+        return self._copies
+
     def save(self, phase: Saveable, step: int) -> None:
         """Begins to save every network after ``step`` finished steps. Communication: gathers per group.
 
@@ -219,14 +225,7 @@ class Saver:
         """
         self.wait()
         self._recorder.saving()
-        if phase.name != self._copied_phase:
-            self._copies, self._copied_phase = {}, phase.name
-        for trainer in phase.trainers:
-            is_first = trainer.placement.first_rank == phase.world_rank
-            file = trainer.name + SUFFIX
-            state = trainer.state(collect=is_first, into=self._copies.get(file))
-            if is_first:
-                self._copies[file] = {name: each.cpu() for name, each in state.items()}
+        self._gather(phase)
         files = dict(self._copies)
         anchor = phase.teacher.anchor_state()
         if phase.world_rank == 0 and anchor:
@@ -235,6 +234,16 @@ class Saver:
             }
         self._begin(self._order_of(phase, step, files))
         self._recorder.show("training")
+
+    def _gather(self, phase: Saveable) -> None:
+        if phase.name != self._copied_phase:
+            self._copies, self._copied_phase = {}, phase.name
+        for trainer in phase.trainers:
+            is_first = trainer.placement.first_rank == phase.world_rank
+            file = trainer.name + SUFFIX
+            state = trainer.state(collect=is_first, into=self._copies.get(file))
+            if is_first:
+                self._copies[file] = {name: each.cpu() for name, each in state.items()}
 
     def report(self) -> None:
         """Reports, once, the result of a save that has ended. Raises what only a bug of ours can raise."""

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 
 from distill.errors import CheckpointError
+from distill.plan.copies import PREFIX, memory_folder
 from distill.runfolder import manifest as checkpoint
 from distill.runfolder.files import make_folder, read_back, remove
 from distill.runfolder.manifest import (
@@ -39,8 +40,6 @@ from distill.runfolder.manifest import (
 from distill.runfolder.saver import RECIPE_FILE, RECORDS_TIMEOUT_S, write_part
 from distill.runfolder.status import write_json
 
-MEMORY = "/dev/shm"  # a folder in it is made for this user alone, and checked
-VARIABLE = "DISTILL_MEMORY_FOLDER"  # another file system in memory, such as in a small container
 IDENTITY = "copies.json"  # in a run folder
 CHUNK_BYTES = 2**24
 
@@ -60,16 +59,11 @@ def gather_json(group: dist.ProcessGroup, value: Any) -> list[Any]:
     ]
 
 
-def memory_folder() -> Path:
-    """The file system in memory that copies lie in."""
-    return Path(os.environ.get(VARIABLE, MEMORY))
-
-
 def folder_here(run_folder: Path) -> Path:
     """Where this node holds copies of a run: a name that another node, user or run folder does not have."""
     where = f"{socket.gethostname()}:{run_folder.resolve()}"
     name = hashlib.sha256(where.encode()).hexdigest()[:16]
-    return memory_folder() / f"distill-copies-{os.getuid()}-{name}"
+    return memory_folder() / f"{PREFIX}{os.getuid()}-{name}"
 
 
 def remove_copies(run_folder: Path) -> None:

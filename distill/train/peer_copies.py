@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from threading import Thread
@@ -101,28 +101,32 @@ class PeerCopies:
         """Whether ``step`` finished steps of a phase are copied; the same on every rank."""
         return not self._is_paused and (step % self._every_steps == 0 or step == num_steps)
 
+    def prepare(self, phase: str, states: Mapping[str, Tensors]) -> None:
+        """Begins to make the memory of a phase's copies, for states like these by file, so that the first copy takes no longer than others."""
+        self.wait()
+        if self._is_paused:
+            return
+        self._slots, self._phase, self._problem = (Slot(), Slot()), phase, ""
+        self._begin(lambda: self._map_written(self._index, states))
+
     def copy(self, phase: Saveable, step: int) -> None:
         """Begins to copy every network after ``step`` finished steps; waits for the copy before it first. Communication: gathers per group."""
         self.wait()
         if self._is_paused:
             return
-        started, rank = time.monotonic(), phase.world_rank
-        if phase.name != self._phase:
-            self._slots, self._phase = (Slot(), Slot()), phase.name
-        written = [t.name + SUFFIX for t in phase.trainers if t.placement.first_rank == rank]
-        self._problem = ""
-        self._clear(rank, [*written, ANCHOR_FILE + SUFFIX] if rank == 0 else written)
+        assert phase.name == self._phase, "a phase is prepared"
+        started, slot = time.monotonic(), self._slots[self._index]
+        remove(self._folder(phase.world_rank, self._index) / MANIFEST)  # from here on it counts not
         for trainer in phase.trainers:
-            file = trainer.name + SUFFIX
-            into = self._tensors(file, None) if file in written else None
-            state = trainer.state(collect=file in written, into=into)
-            if file in written and into is None:
-                self._fill(file, state)
+            into = slot.tensors.get(trainer.name + SUFFIX)
+            trainer.state(collect=into is not None, into=into)
         anchor = phase.teacher.anchor_state()
-        if rank == 0 and anchor:
-            self._fill(ANCHOR_FILE + SUFFIX, anchor)
+        if phase.world_rank == 0 and anchor:
+            self._map_written(self._index, {ANCHOR_FILE + SUFFIX: anchor})
+            for name, tensor in slot.tensors.get(ANCHOR_FILE + SUFFIX, {}).items():
+                tensor.copy_(anchor[name])
         job = CopyJob(
-            self._slots[self._index],
+            slot,
             self._index,
             self._policy.manifest_of(phase, step),
             self._problem,
@@ -130,9 +134,8 @@ class PeerCopies:
             time.monotonic() - started,
             started - self._last_started,
         )
-        self._last_started, self._error = started, None
-        self._thread = Thread(target=self._run, args=(job,), daemon=True, name="peer copy")
-        self._thread.start()
+        self._last_started = started
+        self._begin(lambda: self._share(job))
 
     def wait(self) -> None:
         """Returns when no copy is under way; what went wrong with the last is reported."""
@@ -141,62 +144,58 @@ class PeerCopies:
         self._thread.join()
         self._thread = None
         if self._error is None:
-            self._index = 1 - self._index
-            if self._nodes.rank == 0 and self.cost is not None:
-                note_cost(self._policy.folder.parent, self._nodes.folder.name, asdict(self.cost))
-        elif isinstance(self._error, _NoCopyError):
-            self._is_paused = self._error.is_last
-            if self._nodes.rank == 0:
-                end = "no more until the next start" if self._is_paused else "the next one follows"
-                text = f"no copy in memory: {self._error}; {end}, checkpoints go on"
-                note(self._policy.folder.parent, Event("not copied", text))
-        else:
+            return
+        if not isinstance(self._error, _NoCopyError):
             raise self._error
+        self._is_paused = self._error.is_last
+        if self._nodes.rank == 0:
+            end = "no more until the next start" if self._is_paused else "the next one follows"
+            text = f"no copy in memory: {self._error}; {end}, checkpoints go on"
+            note(self._policy.folder.parent, Event("not copied", text))
 
     def remove(self, *, is_saved: bool) -> None:
         """Frees the memory of all nodes, where rank 0 has the state on disk. Communication: one gather."""
+        self.wait()
         if gather_json(self._group, is_saved)[0] and self._nodes.is_first_here:
             remove_copies(self._policy.folder.parent)
 
-    # The files, by the loop
+    def _begin(self, work: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:  # raised or reported by the thread that trains
+                self._error = error
+
+        self._error = None
+        self._thread = Thread(target=run, daemon=True, name="peer copies")
+        self._thread.start()
+
+    # The files
 
     def _folder(self, rank: int, index: int) -> Path:
         return self._nodes.folder / f"rank{rank}-{index}"
 
-    def _clear(self, rank: int, files: list[str]) -> None:
-        """From here on the older copy counts no more; files of another phase go."""
-        folder = self._folder(rank, self._index)
-        remove(folder / MANIFEST)
-        for path in folder.iterdir() if folder.is_dir() else ():
-            if path.name not in files:
-                remove(path)
-
-    def _tensors(self, file: str, like: Tensors | None) -> dict[str, Tensor] | None:
-        """The file's tensors in the copy that is written next; made like those of the other copy, or like others."""
-        slot, other = self._slots[self._index], self._slots[1 - self._index]
-        like = other.tensors.get(file, like)
-        if file in slot.tensors or like is None:
-            return slot.tensors.get(file)
-        header, order = header_of(like)
-        path = self._folder(self._nodes.rank, self._index) / file
-        try:
-            buffer = map_file(path, len(header) + num_bytes(like))
-        except OSError as error:
-            self._problem = self._describe(error, len(header) + num_bytes(like))
-            return None
-        buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
-        slot.files[path], start = buffer, len(header)
-        views = {}
-        for name in order:
-            stop = start + num_bytes({name: like[name]})
-            views[name] = buffer[start:stop].view(like[name].dtype).view(like[name].shape)
-            start = stop
-        slot.tensors[file] = views
-        return views
-
-    def _fill(self, file: str, state: Tensors) -> None:
-        for name, tensor in (self._tensors(file, state) or {}).items():
-            tensor.copy_(state[name])
+    def _map_written(self, index: int, states: Mapping[str, Tensors]) -> None:
+        """Maps the files that this rank writes into one of the two copies, of states like these; the older copy there counts no more."""
+        folder, slot = self._folder(self._nodes.rank, index), self._slots[index]
+        _empty(folder, {*states, *(path.name for path in slot.files)})
+        for file, like in states.items():
+            if file in slot.tensors:
+                continue
+            header, order = header_of(like)
+            size, start = len(header) + num_bytes(like), len(header)
+            try:
+                buffer = map_file(folder / file, size)
+            except OSError as error:
+                self._problem = self._describe(error, size)
+                return
+            buffer.zero_()  # the first touch, not by the loop
+            buffer[:start] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+            slot.files[folder / file], slot.tensors[file] = buffer, {}
+            for name in order:
+                stop = start + num_bytes({name: like[name]})
+                part = buffer[start:stop].view(like[name].dtype)
+                slot.tensors[file][name], start = part.view(like[name].shape), stop
 
     def _describe(self, error: OSError, size: int) -> str:
         host, folder = self._nodes.hosts[self._nodes.rank], self._nodes.folder.parent.parent
@@ -208,14 +207,8 @@ class PeerCopies:
 
     # The exchange, by the thread
 
-    def _run(self, job: CopyJob) -> None:
-        try:
-            self.cost = self._share(job)
-        except BaseException as error:  # reported by the thread that trains
-            self._error = error
-
-    def _share(self, job: CopyJob) -> CopyCost:
-        """Sends and receives, compares, and writes the manifests. Communication: five gathers, and the files of this rank to one other."""
+    def _share(self, job: CopyJob) -> None:
+        """Sends and receives, compares, writes the manifests, and makes the memory of the next copy. Communication: six gathers, and the files of this rank to one other."""
         rank, index = self._nodes.rank, job.index
         folder = self._folder(rank, index)
         files = {path.name: each for path, each in job.slot.files.items() if path.parent == folder}
@@ -250,7 +243,7 @@ class PeerCopies:
             replace_text(self._folder(writer, index) / MANIFEST, text)
         self._agree("")
         loop_s = max(row[1] for row in rows)
-        return CopyCost(
+        self.cost = CopyCost(
             job.manifest.phase,
             job.manifest.step,
             sum(sum(row[0].values()) for row in rows),
@@ -258,6 +251,11 @@ class PeerCopies:
             loop_s / max(job.interval_s, loop_s),
             time.monotonic() - job.started,
         )
+        if rank == 0:
+            note_cost(self._policy.folder.parent, self._nodes.folder.name, asdict(self.cost))
+        self._index = 1 - index
+        if not self._slots[self._index].tensors:  # the older copy is of another phase or start
+            self._map_written(self._index, job.slot.tensors)
 
     def _agree(self, problem: str, *, is_last: bool = False) -> None:
         """Raises the first rank's problem on all of them, if there is one. Communication: one gather."""
@@ -277,10 +275,7 @@ class PeerCopies:
         received = {}
         for writer in self._writers():
             folder = self._folder(writer, job.index)
-            remove(folder / MANIFEST)
-            for path in folder.iterdir() if folder.is_dir() else ():
-                if path.name not in sizes[writer]:
-                    remove(path)
+            _empty(folder, sizes[writer].keys())
             for name, size in sizes[writer].items():
                 mapped = job.slot.files.get(folder / name)
                 if mapped is None or mapped.numel() != size:
@@ -300,6 +295,14 @@ class PeerCopies:
             for name in sorted(theirs):
                 for part in theirs[name].split(SENT_AT_ONCE):
                     yield dist.irecv(part, writer, group=self._group)
+
+
+def _empty(folder: Path, names: Collection[str]) -> None:
+    """Removes the manifest of a copy, which counts no more, and the files of other names."""
+    remove(folder / MANIFEST)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name not in names:
+            remove(path)
 
 
 def map_file(path: Path, size: int) -> Tensor:

@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.plan.copies import VARIABLE
 from distill.runfolder.manifest import find_latest
 from distill.runfolder.saver import CheckpointPolicy
 from distill.runfolder.tensor_file import read_tensors
 from distill.train import held_copies, peer_copies
-from distill.train.held_copies import VARIABLE, Nodes, Target, find_copies, open_memory
+from distill.train.held_copies import Nodes, Target, find_copies, open_memory
 from distill.train.peer_copies import PeerCopies, map_file
 from tests.support.jobs import ENVIRONMENT, RUN, differing, status_of, wait_for_step, write_recipes
 from tests.support.spawn import on_ranks
@@ -56,7 +57,7 @@ def phase_at(step: int, networks: Mapping[str, int], rank: int) -> Any:
             state = state_of(placement.name, step)
             if into is not None:
                 state = {name: into[name].copy_(tensor) for name, tensor in state.items()}
-            return state if collect else {"step": state["step"]}
+            return state if collect else {"step": state["step"]}  # as the state of some rank
 
         return SimpleNamespace(name=placement.name, placement=placement, state=state)
 
@@ -84,9 +85,13 @@ def opened(folder: Path, ranks_per_node: int, run_hash: str = HASH) -> tuple[Nod
     return open_memory(run, target, world(), lines.append), lines
 
 
-def copies_of(folder: Path, nodes: Nodes) -> PeerCopies:
+def copies_of(folder: Path, nodes: Nodes, networks: Mapping[str, int]) -> PeerCopies:
+    """Prepared copies of the networks of a rank."""
     policy = CheckpointPolicy(folder / "run/checkpoints", HASH, {}, "name: tiny\n", 3, None)
-    return PeerCopies(policy, nodes, world(), 5)
+    copies = PeerCopies(policy, nodes, world(), 5)
+    written = [name for name, rank in networks.items() if rank == nodes.rank]
+    copies.prepare(PHASE, {f"{name}.safetensors": state_of(name, 0) for name in written})
+    return copies
 
 
 def copy_steps(
@@ -94,7 +99,7 @@ def copy_steps(
 ) -> Any:
     """Copies some steps; the last cost, and the files in this node's memory."""
     nodes, _ = opened(folder, ranks_per_node)
-    copies, rank = copies_of(folder, nodes), dist.get_rank()
+    copies, rank = copies_of(folder, nodes, networks), dist.get_rank()
     for step in steps:
         copies.copy(phase_at(step, networks, rank), step)
     copies.wait()
@@ -208,8 +213,9 @@ def copy_on_one_node(folder: Path) -> Any:
     sent: list[Any] = []
     dist.isend, isend = lambda *parts, **_: sent.append(parts), dist.isend
     try:
-        copies = copies_of(folder, nodes)
-        copies.copy(phase_at(5, {"small": 0, "large": 1, "last": 0}, nodes.rank), 5)
+        networks = {"small": 0, "large": 1, "last": 0}
+        copies = copies_of(folder, nodes, networks)
+        copies.copy(phase_at(5, networks, nodes.rank), 5)
         copies.remove(is_saved=False)
         copies.wait()
         files = len(list(nodes.folder.rglob("*.safetensors")))
@@ -227,13 +233,13 @@ def copy_on_one_node(folder: Path) -> Any:
 
 
 def test_copies__of_one_node_are_not_sent_and_go_when_the_state_is_on_disk(folder: Path) -> None:
-    assert on_ranks(2, copy_on_one_node, folder) == [(None, 0, 4, [])] * 2
+    assert on_ranks(2, copy_on_one_node, folder) == [(None, 0, 8, [])] * 2
 
 
 def copy_with_faults(folder: Path) -> Any:
     """Copies while something is wrong on rank 1; whether another one is due after each."""
     nodes, _ = opened(folder, 1)
-    copies, due = copies_of(folder, nodes), []
+    copies, due = copies_of(folder, nodes, NETWORKS), []
     map_file, facts_of = peer_copies.map_file, peer_copies._facts
 
     def full(path: Path, size: int) -> Tensor:
@@ -253,10 +259,9 @@ def copy_with_faults(folder: Path) -> Any:
     copy(10)
     peer_copies._facts = facts_of
     copy(15)
-    again = copies_of(folder, nodes)
-    copies = again  # maps its files anew
     if nodes.rank == 1:
         peer_copies.map_file = full
+    copies = copies_of(folder, nodes, NETWORKS)  # maps its files anew
     copy(20)
     copies.copy(phase_at(25, NETWORKS, nodes.rank), 25)
     peer_copies.map_file = map_file
