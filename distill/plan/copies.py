@@ -39,7 +39,7 @@ def lacking_memory(
     size = f"{wanted * 1.1:.0f}g" if wanted > 1 else f"{wanted * 1100:.0f}m"
     return [
         f"checkpoint.peer: the copies take {wanted:.2g} GiB of {memory_folder()} on a node, {free:.2g} are free here, "
-        f"so there will be none; docker gives more by --shm-size={size}"
+        f"where copies end when it is full; docker gives more by --shm-size={size}"
     ]
 
 

@@ -41,5 +41,8 @@ def test_lacking_memory__is_one_line_with_both_figures(
         return
     (line,) = lines
     assert line.startswith("checkpoint.peer: the copies take 0.00")
-    assert f"GiB of {tmp_path} on a node, 3.1e-05 are free here, so there will be none" in line
+    assert (
+        f"GiB of {tmp_path} on a node, 3.1e-05 are free here, where copies end when it is full"
+        in line
+    )
     assert line.endswith("--shm-size=1m")
