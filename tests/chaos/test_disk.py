@@ -3,10 +3,16 @@
 import importlib
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from distill.runfolder.files import write_file
+from distill.runfolder.manifest import checkpoints
+from distill.runfolder.saver import CheckpointPolicy, Saver
+from distill.runfolder.tensor_file import read_tensors
 from tests.chaos import bitflips, crashpoints, fuzz, resume, saves
 from tests.chaos.__main__ import KINDS
 from tests.support.full_disk import small_files
@@ -116,3 +122,33 @@ def test_save__milestones_are_the_first_at_or_past_each_multiple(tmp_path: Path)
         saves.save(tmp_path, step, keep=1, milestones=25)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["family-0000030", "family-0000050", "latest"]
+
+
+def test_save__writes_over_the_memory_of_the_one_before(tmp_path: Path) -> None:
+    """Its first touch takes many times longer than a copy into it."""
+    placement = SimpleNamespace(name="small", first_rank=0)
+    policy = CheckpointPolicy(tmp_path / "checkpoints", saves.HASH, {}, "name: tiny\n", 2, None)
+    recorder: Any = saves.Teller()
+    saver = Saver(policy, recorder, None)
+
+    def phase(step: int, name: str = saves.PHASE) -> Any:
+        return SimpleNamespace(
+            name=name,
+            world_rank=0,
+            trainers=[saves.StudentTrainer("small", placement, step, 1)],
+            plan=SimpleNamespace(placements=[placement], num_ranks=1),
+            teacher=SimpleNamespace(anchor_state=dict),
+        )
+
+    memory = saver.prepare(phase(0))["small.safetensors"]
+    for step in (1, 2):
+        saver.save(phase(step), step)
+        saver.wait()
+        assert all(
+            torch.equal(memory[n], each) for n, each in saves.state_of("small", step).items()
+        )
+    steps = []
+    for path, _ in checkpoints(policy.folder):
+        steps.append(int(read_tensors(path / "small.safetensors")["step"]))
+    assert steps == [2, 1]
+    assert saver.prepare(phase(0, "another"))["small.safetensors"] is not memory

@@ -4,11 +4,11 @@ import pytest
 
 from distill.errors import CheckpointError
 from distill.job.recipe_hash import recipe_hash
-from distill.job.resume import describe_resume, joining_steps
+from distill.job.resume import describe_resume, find_saved, joining_steps
 from distill.recipe.document import builtin_recipes
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_recipe
-from distill.runfolder.manifest import FORMAT_VERSION, Manifest, NetworkFacts
+from distill.runfolder.manifest import FORMAT_VERSION, ChangedError, Manifest, NetworkFacts
 
 LOADED = load_recipe(builtin_recipes()["family_vit"])
 assert isinstance(LOADED, FamilyRecipe)
@@ -75,3 +75,16 @@ def test_describe_resume__names_the_checkpoint_and_who_joined_or_left() -> None:
     assert describe_resume(NETWORKS, None) == []
     (line,) = describe_resume(NETWORKS, found(held, "heads"))
     assert line.endswith("(heads step 40)")
+
+
+def test_find_saved__where_all_is_damaged_copies_in_memory_may_be_left(tmp_path: Path) -> None:
+    assert find_saved(tmp_path, "hash", has_copies=False) is None
+    path = tmp_path / "family-0000040"
+    path.mkdir()
+    (path / "manifest.json").write_text(found(saved())[1].to_text())
+    with pytest.raises(ChangedError):
+        find_saved(tmp_path, "another", has_copies=True)
+    (path / "manifest.json").write_text("damaged")
+    assert find_saved(tmp_path, "hash", has_copies=True) is None
+    with pytest.raises(CheckpointError, match="every checkpoint in it is damaged"):
+        find_saved(tmp_path, "hash", has_copies=False)
