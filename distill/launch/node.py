@@ -11,6 +11,7 @@ import socket
 from collections.abc import Mapping
 
 from distill.errors import PlanError, SetupError
+from distill.launch.variables import LONGEST, is_number
 
 OF_THIS_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 OF_ALL_NODES = "SLURM_STEP_TASKS_PER_NODE"
@@ -59,9 +60,11 @@ def require_node_size(environment: Mapping[str, str], planned: int | None) -> No
 
 
 def _number(name: str, text: str, full: str | None = None) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not is_number(text) or int(text) < 1:
+        shown = repr(full or text)
+        shown = f"{shown[:LONGEST]}..." if len(shown) > LONGEST else shown
         raise SetupError(
-            f"{name} = {full or text!r}: must be a number of ranks, at least 1",
+            f"{name} = {shown}: must be a number of ranks, at least 1",
             fix="Unset it, or start the ranks with torchrun.",
         )
     return int(text)

@@ -63,6 +63,11 @@ def launched_rank(environment: Mapping[str, str], command: str) -> LaunchedRank:
     )
 
 
+def is_number(text: str) -> bool:
+    """Returns whether a variable holds an integer of 0 or more, of a size that ranks and ports have."""
+    return text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS
+
+
 def _missing(variables: Mapping[str, str]) -> str:
     missing = [name for name in (*OF_RANK, *OF_STORE) if not variables[name]]
     needed = ", ".join((*OF_RANK, *OF_STORE))
@@ -73,7 +78,7 @@ def _wrong_number(variables: Mapping[str, str]) -> str:
     for name, text in variables.items():
         if name == "MASTER_ADDR" or (name in OF_NODE and not text):
             continue
-        if not (text.isascii() and text.isdecimal() and len(text) <= MOST_DIGITS):
+        if not is_number(text):
             return f"{name} is not an integer of 0 or more"
     if not 1 <= int(variables["MASTER_PORT"]) <= LAST_PORT:
         return f"ports go from 1 to {LAST_PORT}"
@@ -112,19 +117,19 @@ def _values(variables: Mapping[str, str]) -> str:
 
 
 def _shortened(text: str) -> str:
-    return f"{text[:LONGEST]}..." if len(text) > LONGEST else text
+    shown = text if text.isprintable() else repr(text)  # on one line
+    return f"{shown[:LONGEST]}..." if len(shown) > LONGEST else shown
 
 
 def _line_to_type(variables: Mapping[str, str], command: str) -> str:
     """Both ways out, each as a line for a shell; ``RANK`` and so on with their values where these are possible."""
     rank, num_ranks = (
-        int(text) if text.isdecimal() and text.isascii() and len(text) <= MOST_DIGITS else -1
-        for text in (variables[name] for name in OF_RANK)
+        int(variables[name]) if is_number(variables[name]) else -1 for name in OF_RANK
     )
     num_ranks = num_ranks if num_ranks > 0 else max(rank + 1, 2)
     rank = rank if 0 <= rank < num_ranks else 0
     port = variables["MASTER_PORT"]
-    is_port = port.isdecimal() and len(port) <= MOST_DIGITS and 1 <= int(port) <= LAST_PORT
+    is_port = is_number(port) and 1 <= int(port) <= LAST_PORT
     host = variables["MASTER_ADDR"]
     host = EXAMPLE_HOST if not host or _wrong_address(variables) else host
     given = f"RANK={rank} WORLD_SIZE={num_ranks} MASTER_ADDR={shlex.quote(host)} "

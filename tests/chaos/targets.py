@@ -18,6 +18,8 @@ from distill.data.build_index import build_index
 from distill.data.dataset_report import take_report
 from distill.export.convert import convert
 from distill.job.resolved_yaml import resolved_yaml
+from distill.launch.node import ranks_on_node
+from distill.launch.variables import is_launched, launched_rank
 from distill.plan.job import check_job
 from distill.recipe.document import builtin_recipes
 from distill.recipe.reader import load_job
@@ -58,6 +60,7 @@ def targets(scratch: Path) -> list[Target]:
         weights_target(scratch / "weights"),
         manifest_target(scratch / "checkpoints"),
         tar_target(scratch / "tar"),
+        variables_target(),
     ]
 
 
@@ -77,6 +80,42 @@ def recipe_target() -> Target:
         check_job(recipe, teacher, 4, has_files=False)
 
     return Target("recipe", damage, read)
+
+
+def variables_target() -> Target:
+    """Variables of another launcher, in a file as an environment that a process is given."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    names += ("SLURM_STEP_TASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
+    usual = dict(
+        zip(names, ("1", "16", "gpu01", "29500", "1", "8", "8(x2)", "8", "8"), strict=True)
+    )
+
+    def damage(folder: Path, draw: Random) -> Path:
+        values = {name: text for name, text in usual.items() if draw.random() < 0.8}
+        for name in draw.sample(sorted(values), draw.randint(0, min(3, len(values)))):
+            texts = list(usual.values())
+            values[name] = draw.choice(
+                (
+                    draw.choice(("", "0", "-1", "1.5", "0x1f", "1e3", "16", "٣", " 1", "9" * 5000)),
+                    draw.choice(
+                        ("http://a:1", "::1", "..", "a" * 70, "a\nb", "\x1b]52;c;x\x07", "é")
+                    ),
+                    text_damaged(values[name], texts, draw).decode("utf-8", "surrogateescape"),
+                    str(draw.randint(0, 2**70)),
+                )
+            ).replace("\0", "")
+        file = folder / "variables.json"
+        file.write_text(json.dumps(values))
+        return file
+
+    def read(path: Path) -> None:
+        environment = json.loads(path.read_text())
+        if is_launched(environment):
+            here = launched_rank(environment, "distill train my.yaml")
+            assert 0 <= here.rank < here.num_ranks and 0 < here.port < 2**16, here
+        ranks_on_node(environment)
+
+    return Target("variables", damage, read)
 
 
 def weights_target(folder: Path) -> Target:

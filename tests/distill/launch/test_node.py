@@ -37,6 +37,8 @@ def test_ranks_on_node__as_each_launcher_says_it(
 def test_ranks_on_node__refuses_what_is_no_number_and_nodes_that_differ() -> None:
     with pytest.raises(SetupError, match=r"LOCAL_WORLD_SIZE = 'four': must be a number of ranks"):
         ranks_on_node({"LOCAL_WORLD_SIZE": "four"})
+    with pytest.raises(SetupError, match=r"LOCAL_WORLD_SIZE = '9{59}\.\.\.: must be"):
+        ranks_on_node({"LOCAL_WORLD_SIZE": "9" * 5000})
     with pytest.raises(SetupError, match=r"TASKS_PER_NODE = '8\(x2\),0': must be a number"):
         ranks_on_node({"SLURM_STEP_TASKS_PER_NODE": "8(x2),0"})
     with pytest.raises(PlanError, match=r"TASKS_PER_NODE = 8\(x2\),4: .* one number of ranks"):
