@@ -1,6 +1,7 @@
 """Two nodes under another launcher, each with host name, processes and rank to itself: who is named when one fails."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from distill.launch.board import MEMORY, PREFIX, all_records
 from distill.runfolder.heartbeat import BEAT_S, read_record
 from tests.support.jobs import ENVIRONMENT, RUN, status_of, wait_for_step, write_recipes
 
@@ -47,6 +49,9 @@ def nodes(recipe: Path) -> Iterator[Nodes]:
             process.wait()
             assert process.stdout is not None
             process.stdout.close()
+        for board in MEMORY.glob(f"{PREFIX}{os.getuid()}-*"):  # of killed ranks in other containers
+            if any(record.host in NODES for record in all_records(board)):
+                shutil.rmtree(board)
 
 
 def _start(recipe: Path, node: str, rank: int, port: int) -> "subprocess.Popen[str]":

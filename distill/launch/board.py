@@ -7,21 +7,24 @@ A node is where process numbers mean the same: one host, one start of it, one co
 """
 
 import hashlib
+import math
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from distill.errors import SetupError
 from distill.job.join import MeetingPlace
 from distill.job.prepare import launch_of
-from distill.runfolder.heartbeat import HeartbeatRecord, read_records
+from distill.runfolder.heartbeat import HeartbeatRecord, last_beat_unix, read_records
 from distill.runfolder.process_identity import ENDED, this_process
 
 MEMORY = Path("/dev/shm")  # the folder is this user's, and only they can enter it
 FAILED = "failed"  # a file: the job has failed, ranks that do not notice are to end
 PREFIX = "distill-"
 MOST_RANKS = 2**31
+SILENT_S = 86400.0  # of ranks in another container, whose processes cannot be looked up
 
 
 def board_of(run_folder: Path, store: MeetingPlace, *, has_launcher: bool) -> Path:
@@ -55,11 +58,12 @@ def leave_board(board: Path) -> None:
 
 
 def sweep_boards(board: Path) -> None:
-    """Removes what killed launches of this user left beside a board: their processes are gone."""
+    """Removes what killed launches of this user left beside a board: their processes are gone, or of a container and silent for long."""
     for other in board.parent.glob(f"{PREFIX}{os.getuid()}-*"):
         records = [] if other == board else all_records(other)
         states = {record.process.state() for record in records}
-        if states and states <= ENDED:
+        last_unix = last_beat_unix(other, math.inf)
+        if states and (states <= ENDED or time.time() - last_unix > SILENT_S):
             shutil.rmtree(other, ignore_errors=True)
 
 

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,3 +78,7 @@ def test_sweep_boards__what_a_killed_launch_left_goes(memory: Path, tmp_path: Pa
     mine.mkdir()
     sweep_boards(mine)
     assert {*memory.iterdir()} == {lives, far, mine}
+    long_ago = time.time() - boards.SILENT_S - 10.0
+    os.utime(far / "heartbeat/node-00000.json", (long_ago, long_ago))
+    sweep_boards(mine)
+    assert {*memory.iterdir()} == {lives, mine}

@@ -312,3 +312,12 @@ def test_inspect__says_what_differs_from_the_published(tmp_path: Path) -> None:
 def test_identify__a_training_file_has_heads_in_its_wrapper(tmp_path: Path) -> None:
     training = {"teacher": {**under("backbone.", META), **heads()}, "student": under("a.", OTHER)}
     assert inspect(saved(tmp_path / "of.pth", training)).what == "training file: backbone and heads"
+
+
+def test_zip__with_names_that_are_no_text_is_one_error(tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("data/é.pkl", b"x")
+    file.write_bytes(file.read_bytes().replace("é".encode(), b"\xf0\x28"))
+    with pytest.raises(CheckpointError, match=r"model\.pt"):
+        inspect(file, check_values=True)
