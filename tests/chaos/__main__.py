@@ -14,6 +14,7 @@ KINDS = (
     "stall",
     "corpus",
     "watcher",
+    "moments",
 )
 
 

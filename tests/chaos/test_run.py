@@ -9,6 +9,7 @@ RUNS = {
     "hang": "--count 1 --limit 5",
     "nan": "--count 6",
     "corpus": "--count 1000 --entries 20000",
+    "moments": "--count 1 --moments export",
     "watcher": "--nodes 16 --per-node 2 --seconds 20",
 }
 
