@@ -17,8 +17,15 @@ import torch.distributed as dist
 from distill.errors import SetupError
 from distill.job.join import join_ranks
 from distill.launch.local_ranks import OWNER, PREFIX, LocalRanks, remove_abandoned
-from distill.launch.loopback import loopback_interface, stay_on_loopback
 from distill.runfolder.process_identity import identity_of, this_process
+from distill.launch import loopback
+from distill.launch.loopback import (
+    VARIABLES,
+    connect_to_itself,
+    loopback_interface,
+    require_loopback,
+    stay_on_loopback,
+)
 from tests.support.jobs import is_running
 from tests.support.sockets import is_loopback, listening_addresses
 from tests.support.spawn import context_for
@@ -134,3 +141,16 @@ def test_loopback_interface__says_that_none_is_up(tmp_path: Path) -> None:
     assert "ip link set lo up" in caught.value.fix
     (tmp_path / "lo" / "flags").write_text("0x9\n")
     assert loopback_interface(tmp_path) == "lo"
+
+
+def test_require_loopback__tries_it_unless_the_user_names_interfaces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require_loopback({})
+    assert connect_to_itself("127.0.0.1") == ""
+    nowhere = "192.0.2.1"  # of no machine
+    assert "assign" in connect_to_itself(nowhere)
+    monkeypatch.setattr(loopback, "ADDRESSES", (nowhere,))
+    with pytest.raises(SetupError, match=r"192\.0\.2\.1 cannot be reached \(.*assign"):
+        require_loopback({"GLOO_SOCKET_IFNAME": "eth7"})
+    require_loopback(dict.fromkeys(VARIABLES, "eth7"))
