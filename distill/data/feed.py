@@ -193,7 +193,7 @@ class Feed:
         try:
             encoded = self._reader.read(location)
         except OSError as error:
-            if self._reader.storage.is_gone(location.container):
+            if self._reader.is_gone(location):
                 raise DataError(
                     f"{location.container}: the source is gone ({error.strerror or error})",
                     fix="Bring it back; the same command goes on from the last checkpoint.",

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from distill.data.decode import Rgb
 from distill.data.locations import Reader
-from distill.evaluate.images import BATCH, Preparation, Scored, decode
+from distill.evaluate.images import BATCH, PICTURE_LIMIT_S, Preparation, Scored, decode
 from teacher.batch import Features, normalise
 from teacher.gram import gram_sum
 
@@ -57,7 +57,7 @@ def compose(
     """Mosaics of a split's images, at the size the networks are scored at times ``TILES``, a multiple of the patch."""
     rng = np.random.default_rng(seed)
     side = -(-TILES * size // stride) * stride
-    reader, labels = Reader(), split.labels.numpy()
+    reader, labels = Reader(limit_s=PICTURE_LIMIT_S), split.labels.numpy()
     known = np.unique(labels)
     images = np.empty((count, 3, side, side), np.uint8)
     classes = np.empty((count, side, side), np.int64)

@@ -8,7 +8,6 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.data.split import why_nothing_is_held_out
 from distill.errors import UserError
+from distill.listing.limit import in_order
 from distill.weights.stated_inputs import PREPARATION, stated_inputs
 from teacher.batch import normalise
 
@@ -32,6 +32,10 @@ MOST_UNLABELLED = 2000  # evenly spaced
 MOST_BYTES = 4 << 30  # of pixels in memory, of each split
 REPORT_EVERY_S = 20.0
 POINT_SEED = 0
+PICTURE_LIMIT_S = (
+    60.0  # for which reading one may block, on a pipe or on a mount whose server is gone
+)
+READERS = 2  # files at a time
 BF16_FROM = (
     500_000_000  # parameters; from ViT-H+ on a GPU computes in bf16: a 7B takes 45 minutes in fp32
 )
@@ -187,17 +191,24 @@ def _resized(
 
 
 def read_split(
-    split: Scored, size: int, background: Rgb | None, others: Iterable[int] = ()
+    split: Scored,
+    size: int,
+    background: Rgb | None,
+    others: Iterable[int] = (),
+    *,
+    limit_s: float = PICTURE_LIMIT_S,
 ) -> ReadSplit:
-    """Decodes a split at ``size`` x ``size`` px; each image that cannot be decoded is left out and named in a warning.
+    """Decodes a split at ``size`` x ``size`` px; each image that cannot be used is left out and named in a warning.
 
     ``others``: further sides, which are taken from the same decoded image as far as memory goes. For the index of a
     large set only headers were read, so that damage behind one is met here first.
+    ``limit_s``: for which reading an image may block.
 
     Raises:
         UserError: a source is gone.
+        StorageError: its storage refuses an image for minutes, or answers for none.
     """
-    reader = Reader()
+    reader = Reader(limit_s=limit_s)
     sides = [size]
     for side in sorted({*others} - {size}):
         if 3 * len(split.locations) * sum(each**2 for each in (*sides, side)) <= MOST_BYTES:
@@ -208,18 +219,17 @@ def read_split(
             pixels = _pixels(reader, location, background)
             return [_resized(pixels, side) for side in sides]
         except OSError as error:
-            if reader.storage.is_gone(location.container):
+            if reader.is_gone(location):
                 raise UserError(
                     f"{location.container}: the source is gone, so nothing of it can be scored",
                     fix="bring it back.",
                 ) from error
             return LeftOut(str(location), reason_of(error))
 
-    with ThreadPoolExecutor(max_workers=2) as threads:
-        results = list(threads.map(attempt, split.locations))
+    results = list(in_order(attempt, split.locations, READERS))
     left_out = tuple(each for each in results if isinstance(each, LeftOut))
     for each in left_out:
-        log.warning("%s: left out of the scores, cannot be decoded (%s)", each.sample, each.reason)
+        log.warning("%s: left out of the scores, cannot be used (%s)", each.sample, each.reason)
     good = [i for i, each in enumerate(results) if not isinstance(each, LeftOut)]
     if left_out:
         locations = [split.locations[i] for i in good]
@@ -347,9 +357,10 @@ def decode_images(
     locations: Sequence[Location], preparation: Preparation, batch: int
 ) -> Iterator[UInt8[Tensor, "images 3 size size"]]:
     """Batches of decoded images, two files at a time (Pillow decodes without the lock)."""
-    reader, size, background = Reader(), preparation.size, preparation.background
-    with ThreadPoolExecutor(max_workers=2) as threads:
-        for start in range(0, len(locations), batch):
-            part = locations[start : start + batch]
-            images = threads.map(lambda at: decode(reader, at, size, background), part)
-            yield torch.stack(list(images))
+    reader, size = Reader(limit_s=PICTURE_LIMIT_S), preparation.size
+    for start in range(0, len(locations), batch):
+        part = locations[start : start + batch]
+        images = in_order(
+            lambda at: decode(reader, at, size, preparation.background), part, READERS
+        )
+        yield torch.stack(list(images))

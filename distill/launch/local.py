@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
-from distill.errors import UserError
+from distill.errors import StorageError, UserError
 from distill.launch.node import ranks_on_node
 from distill.launch.variables import is_launched, launched_rank
 from distill.launch.trackers import feeding
@@ -243,11 +243,14 @@ def _finalize(run_folder: Path, failure: "Failure | None", *, was_interrupted: b
         raise failure.to_error()
     if status is None or status.state != "exporting":
         return STOPPED_EXIT_CODE if was_interrupted else 0
+    missing = f"scores are missing: distill eval {run_folder}"
     with handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), _end_scoring)):
         try:
             summary = finish(run_folder)
+        except StorageError:
+            status_file.write(status.ended("stopped", missing))
+            raise
         except KeyboardInterrupt:
-            missing = f"scores are missing: distill eval {run_folder}"
             status_file.write(status.ended("stopped", missing))
             raise UserError(
                 f"{run_folder}: ended while it was scored; every student is trained and exported",

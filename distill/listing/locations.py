@@ -3,17 +3,20 @@
 Nothing is ever extracted: a member of a tar file is a name to show and a stretch to read.
 """
 
+import os
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from distill.listing.limit import BlockedError, LimitedCalls
 from distill.listing.storage import Storage, read_file, read_stretch
 
 IMAGE_COLUMNS = (
@@ -24,6 +27,7 @@ IMAGE_COLUMNS = (
     "png",
     "webp",
 )  # of a table, the first that is there
+T = TypeVar("T")
 OPEN_GROUPS = 4  # row groups kept in memory by one reader: a random row costs its full group
 
 
@@ -64,9 +68,10 @@ class Location:
 class Reader:
     """Reads images' bytes, again and again while their storage refuses them; safe from several threads."""
 
-    def __init__(self, storage: Storage | None = None) -> None:
-        """``storage``: reports what is waited for; without one, warnings do."""
-        self.storage = storage or Storage()
+    def __init__(self, storage: Storage | None = None, limit_s: float | None = None) -> None:
+        """``storage``: reports what is waited for; without one, warnings do. ``limit_s``: of one attempt to read, which may block for ever without."""
+        self._storage = storage or Storage()
+        self._limit = None if limit_s is None else LimitedCalls(limit_s)
         self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
         self._lock = Lock()
 
@@ -74,11 +79,25 @@ class Reader:
         """The encoded image.
 
         Raises:
+            BlockedError: reading blocks for longer than the limit.
             OSError: the file is wrong, or its container is shorter than it was.
             StorageError: the storage has refused it for minutes.
         """
         path = str(location) if location.kind is Kind.FILE else location.container
-        return self.storage.read(path, partial(self._attempt, location))
+        return self._try_again(path, partial(self._attempt, location))
+
+    def is_gone(self, location: Location) -> bool:
+        """What holds the image is not there, neither file nor folder."""
+        try:
+            self._try_again(location.container, partial(os.stat, location.container))
+        except OSError as error:
+            return not isinstance(error, BlockedError)
+        return False
+
+    def _try_again(self, path: str, attempt: Callable[[], T]) -> T:
+        if self._limit is not None:
+            attempt = partial(self._limit.run, attempt, path)
+        return self._storage.read(path, attempt)
 
     def _attempt(self, location: Location) -> NDArray[np.uint8]:
         if location.kind is Kind.FILE:

@@ -14,7 +14,6 @@ import stat
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -112,18 +111,6 @@ class Storage:
             else:
                 self._end_wait(path)
                 return result
-
-    def is_gone(self, path: str) -> bool:
-        """Nothing of this name is there.
-
-        Raises:
-            StorageError: the storage does not answer.
-        """
-        try:
-            self.read(path, partial(os.stat, path))
-        except OSError:
-            return True
-        return False
 
     def _report(self, path: str, reason: str, waited_s: float) -> None:
         with self._lock:

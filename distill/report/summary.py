@@ -16,7 +16,7 @@ from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
 from distill.errors import UserError
-from distill.evaluate.images import Preparation
+from distill.evaluate.images import PICTURE_LIMIT_S, Preparation
 from distill.evaluate.run import evaluate_run
 from distill.evaluate.scoring import Wanted
 from distill.evaluate.tasks import USUAL
@@ -194,9 +194,7 @@ def _left_out(summary: dict[str, Any]) -> list[str]:
         return []
     first, others = left_out[0], len(left_out) - 1
     more = f" and {others:,} more, see left_out_of_scores in summary.json" if others else ""
-    return [
-        f"left out of the scores, cannot be decoded: {first['sample']} ({first['reason']}){more}"
-    ]
+    return [f"left out of the scores, cannot be used: {first['sample']} ({first['reason']}){more}"]
 
 
 def _photographs(
@@ -214,7 +212,7 @@ def _photographs(
         turns = (range(start, len(index), step) for start in range(step))  # later ones: instead
         chosen = (index.location(image) for turn in turns for image in turn)
     images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
-    reader = Reader()
+    reader = Reader(limit_s=PICTURE_LIMIT_S)
     for location in chosen:
         try:
             images.append(decode_rgb(reader.read(location), background))

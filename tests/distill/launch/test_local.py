@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.errors import UserError
+from distill.errors import StorageError, UserError
 from distill.launch.local import STOPPED_EXIT_CODE, _finalize
 from distill.report import summary
 from distill.runfolder.requests import handling
@@ -39,3 +39,19 @@ def test_finalize__a_signal_ends_the_scoring_and_says_how_to_get_scores(
     assert status is not None and status.state == "stopped"
     assert status.message == f"scores are missing: distill eval {tmp_path}"
     assert status.networks["small"] == NetworkStatus((0, 1), "done")
+
+
+def test_finalize__storage_that_stays_away_while_scoring_leaves_a_run_to_score(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(_: Path) -> None:
+        raise StorageError("/a.png: the storage does not give it")
+
+    monkeypatch.setattr(summary, "finish", score)
+    file = StatusFile(tmp_path, interval_s=0.0)
+    file.write(STATUS.ended("exporting", ""))
+    with pytest.raises(StorageError) as ended:
+        _finalize(tmp_path, None, was_interrupted=False)
+    status = file.read()
+    assert ended.value.exit_code == 4 and status is not None and status.state == "stopped"
+    assert status.message == f"scores are missing: distill eval {tmp_path}"
