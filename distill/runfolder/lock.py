@@ -4,10 +4,15 @@ The launcher takes the lock alone to prepare the folder, then shares it with its
 go of it when a process ends, however it ends. The file lies beside the real folder, which ``--fresh``
 empties: a link to it, or another way to write its name, leads to the same file. Without a run folder it
 does not stay either.
+
+A file system without locks (Lustre without ``flock``, some in user space) does not keep a job from starting. There the
+heartbeats of ranks show that another job is at work, but not one that is still being prepared.
 """
 
 import errno
 import fcntl
+import logging
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -16,9 +21,12 @@ from pathlib import Path
 from typing import IO
 
 from distill.errors import UserError
+from distill.runfolder.heartbeat import BEAT_S, last_beat_unix
 
 WAIT_S = 30.0  # ranks whose launcher is gone end within a second, unless their disk hangs
-NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP})  # file systems without; then nothing is guarded
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP})  # of such
+BEATS_S = 3 * BEAT_S  # in which a rank that runs writes its record
+logger = logging.getLogger(__name__)
 
 
 class RunLock:
@@ -27,7 +35,7 @@ class RunLock:
     def __init__(self, run_folder: Path) -> None:
         real = Path(os.path.realpath(run_folder))
         self._run_folder, self._path = run_folder, real.with_name(f".{real.name}.lock")
-        self._made_parent = not self._path.parent.exists()
+        self._made_parent, self._lack = not self._path.parent.exists(), ""
         try:
             self._file = self._open()
         except OSError as error:
@@ -44,7 +52,13 @@ class RunLock:
         """
         deadline = time.monotonic() + wait_s
         while True:
-            if self._try(fcntl.LOCK_EX):
+            if self._try(fcntl.LOCK_EX) and not (self._lack and _is_beating(self._run_folder)):
+                if self._lack:
+                    logger.warning(
+                        "%s: no locks here (%s); until its ranks run, another job that starts in it is not noticed",
+                        self._run_folder,
+                        self._lack,
+                    )
                 if not self._was_removed():
                     return
             elif time.monotonic() > deadline:
@@ -97,7 +111,15 @@ class RunLock:
         except OSError as error:
             if error.errno not in NO_LOCKS:
                 raise
+            self._lack = error.strerror or str(error)
         return True
+
+
+def _is_beating(run_folder: Path) -> bool:
+    """A rank writes its record."""
+    before = last_beat_unix(run_folder, math.inf)
+    time.sleep(BEATS_S if before else 0.0)
+    return last_beat_unix(run_folder, before) > before
 
 
 @contextmanager

@@ -99,3 +99,18 @@ def test_storage__that_stays_away_ends_the_job_with_one_line_and_it_goes_on_late
     done = train(folder, "gone", environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_weights(folder / "good", run)
+
+
+@pytest.mark.skipif(
+    bool(storage_faults.why_no_strace()), reason=storage_faults.why_no_strace() or "strace works"
+)
+def test_storage__without_locks_a_job_starts_with_one_warning(folder: Path) -> None:
+    log, run = folder / "flock.txt", folder / "unlocked"
+    inject = ["-e", "trace=flock", "-e", "inject=flock:error=ENOSYS"]
+    before = ("strace", "-f", "-o", str(log), *inject)
+    done = train(folder, "unlocked", dict(jobs.ENVIRONMENT), before=before)
+    printed = done.stdout + done.stderr
+    assert done.returncode == 0, printed
+    assert printed.count(f"{run}: no locks here (Function not implemented)") == 1
+    assert log.read_text().count("INJECTED") >= 3  # the launcher's two, and the rank's
+    assert_same_weights(folder / "good", run)
