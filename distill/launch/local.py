@@ -24,8 +24,8 @@ from rich.console import Console
 
 from distill.errors import StorageError, UserError
 from distill.launch.node import ranks_on_node
-from distill.launch.variables import is_launched, launched_rank
 from distill.launch.trackers import feeding
+from distill.launch.variables import is_launched, launched_rank
 from distill.runfolder.lock import run_lock
 from distill.runfolder.parked import PARKED_EXIT_CODE
 from distill.runfolder.requests import SAVE, STOP, forget, handling, is_requested, leave_request

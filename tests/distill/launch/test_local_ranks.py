@@ -16,9 +16,8 @@ import torch.distributed as dist
 
 from distill.errors import SetupError
 from distill.job.join import join_ranks
-from distill.launch.local_ranks import OWNER, PREFIX, LocalRanks, remove_abandoned
-from distill.runfolder.process_identity import identity_of, this_process
 from distill.launch import loopback
+from distill.launch.local_ranks import OWNER, PREFIX, LocalRanks, remove_abandoned
 from distill.launch.loopback import (
     VARIABLES,
     connect_to_itself,
@@ -26,6 +25,7 @@ from distill.launch.loopback import (
     require_loopback,
     stay_on_loopback,
 )
+from distill.runfolder.process_identity import identity_of, this_process
 from tests.support.jobs import is_running
 from tests.support.sockets import is_loopback, listening_addresses
 from tests.support.spawn import context_for
