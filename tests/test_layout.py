@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "distill.__main__",
     "distill.cli",
-    "distill.bench",
     "distill.launch",
+    "distill.bench",
     "distill.report",
     "distill.export",
     "distill.evaluate",
@@ -55,7 +55,7 @@ SETS_FROM_OUTSIDE = {
 }
 # Writes without the one writer of distill/runfolder/files.py: files that write so, and why they may
 WRITES_PLAINLY = {
-    "distill/launch/local_ranks.py": "into a temporary folder that nobody else reads yet",
+    "distill/job/local_ranks.py": "into a temporary folder that nobody else reads yet",
     "distill/bench/loader.py": "images of a temporary folder",
     "distill/data/index.py": "inside a folder that gets its name when it is synced",
     "distill/data/photographs.py": "inside a folder that gets its name when it is synced",

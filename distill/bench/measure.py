@@ -50,9 +50,9 @@ from distill.job.build import (
     family_phase,
     freeze,
 )
+from distill.job.forkserver import choose_start_method
 from distill.job.join import join_ranks
-from distill.launch.forkserver import choose_start_method
-from distill.launch.local_ranks import LocalRanks
+from distill.job.local_ranks import LocalRanks
 from distill.plan.flops import DEFAULT_DEVICE
 from distill.plan.from_recipe import TeacherShape, on_nodes_of, plan_family
 from distill.plan.teacher_source import teacher_shape

@@ -168,7 +168,7 @@ def show(
     allow_code(allow, recipe)
     loaded, teacher = load_job(recipe, list(overrides or []), check_folders=True)
 
-    from distill.job.step_sheet import render_step
+    from distill.report.step_sheet import render_step
 
     rendered = render_step(loaded, teacher, step=step, num_images=images, stage=stage, out=out)
     say(f"wrote {rendered}")

@@ -217,7 +217,7 @@ def _picture(kind: str) -> Any:
 
 def _loopback() -> Finding:
     """Whether ranks of one machine can talk."""
-    from distill.launch.loopback import loopback_interface, require_loopback
+    from distill.job.loopback import loopback_interface, require_loopback
 
     def look() -> str:
         require_loopback({})
@@ -273,7 +273,7 @@ def _gloo() -> Finding:
         import torch.distributed as dist
         from torch._C._distributed_c10d import HashStore
 
-        from distill.launch.loopback import VARIABLES, stay_on_loopback
+        from distill.job.loopback import VARIABLES, stay_on_loopback
 
         before = {name: os.environ.get(name) for name in VARIABLES}
         stay_on_loopback(os.environ)

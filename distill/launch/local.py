@@ -118,9 +118,9 @@ def count_processes(wanted: int | str) -> int:
 
 def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -> int:
     """Starts all ranks on this machine, watches them and starts them again: the launcher ``local``."""
+    from distill.job.forkserver import choose_start_method
+    from distill.job.loopback import require_loopback
     from distill.job.prepare import prepare
-    from distill.launch.forkserver import choose_start_method
-    from distill.launch.loopback import require_loopback
     from distill.launch.supervisor import Supervisor
     from distill.train.device import require_device
 

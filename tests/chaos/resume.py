@@ -103,8 +103,8 @@ def report(num_ranks: int, whole: Trace, trace: Trace, num_steps: int) -> bool:
 
 def train(folder: Path, name: str, num_ranks: int, overrides: tuple[str, ...]) -> Trace:
     """Runs the job of that name to its end on some ranks, from whatever checkpoint it has."""
+    from distill.job.local_ranks import LocalRanks
     from distill.job.prepare import JobRequest, prepare
-    from distill.launch.local_ranks import LocalRanks
 
     run_folder, notes = folder / "runs" / name, folder / "notes" / name
     request = JobRequest(str(folder / "recipe.yaml"), overrides, str(run_folder), "")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from distill.job import forkserver
-from distill.launch.forkserver import choose_start_method
+from distill.job.forkserver import choose_start_method
 
 ASKS = """\
 import multiprocessing, os, signal, sys

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from distill.errors import SetupError
+from distill.job import loopback
 from distill.job.join import join_ranks
-from distill.launch import loopback
-from distill.launch.local_ranks import OWNER, PREFIX, LocalRanks, remove_abandoned
-from distill.launch.loopback import (
+from distill.job.local_ranks import OWNER, PREFIX, LocalRanks, remove_abandoned
+from distill.job.loopback import (
     VARIABLES,
     connect_to_itself,
     loopback_interface,
