@@ -25,7 +25,7 @@ HOST_ONLY = {
     "distill/data/feed.py",
     "distill/data/build_index.py",
     "distill/report/summary.py",  # writes the status
-    "distill/evaluate/images.py",
+    "distill/listing/limit.py",
     "distill/launch/local.py",
     "distill/launch/process.py",
     "distill/runfolder/heartbeat.py",

@@ -107,7 +107,8 @@ def test_storage__that_stays_away_ends_the_job_with_one_line_and_it_goes_on_late
 def test_storage__without_locks_a_job_starts_with_one_warning(folder: Path) -> None:
     log, run = folder / "flock.txt", folder / "unlocked"
     inject = ["-e", "trace=flock", "-e", "inject=flock:error=ENOSYS"]
-    before = ("strace", "-f", "-o", str(log), *inject)
+    locked = f"{folder}/.unlocked.lock"  # the store of torch, on a disk of its own, needs its lock
+    before = ("strace", "-f", "-o", str(log), "-P", locked, *inject)
     done = train(folder, "unlocked", dict(jobs.ENVIRONMENT), before=before)
     printed = done.stdout + done.stderr
     assert done.returncode == 0, printed
