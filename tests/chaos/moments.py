@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> bool:
             assert work is not None, "it was prepared"
             at, problem = kill_at(folder, case, moment, work, draw)
             struck[moment] += bool(at)
-            print(f"case {case}: {at or moment + ', not reached'}", flush=True)
+            print(f"case {case}: {at or moment + ', not reached'}: {problem or 'held'}", flush=True)
             if problem:
                 wrong.append(f"case {case}, {at or moment}: {problem}")
     counts = ", ".join(f"{struck[moment]} in {moment}" for moment in options.moments)
