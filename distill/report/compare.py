@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from distill.report.run_record import RunRecord
-from distill.report.sections import differences, number, score_text
+from distill.report.sections import differences, number
 from distill.runfolder.status import TEACHER
 from distill.screen.ending import SUMMARY_LINE
 from distill.screen.words import NOTHING, duration
@@ -107,3 +107,13 @@ def _with_gain(values: Sequence[Any]) -> list[str]:
         if isinstance(value, int | float) and isinstance(first, int | float):
             texts[index] += f"  {value - first:+.3f}"
     return texts
+
+
+def score_text(entry: Any) -> str:
+    """A value with its interval."""
+    if not isinstance(entry, Mapping):
+        return number(entry)
+    interval = entry.get("interval")
+    if isinstance(interval, list) and len(interval) == 2:
+        return f"{number(entry.get('value'))} ({number(interval[0])} to {number(interval[1])})"
+    return number(entry.get("value"))

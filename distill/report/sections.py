@@ -1,7 +1,7 @@
 """The parts of the page, each from what runs hold. What a run has not computed is named, not left out."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import requires
 from statistics import median
@@ -12,6 +12,7 @@ from distill.report.markup import Content, Html, element, facts, joined, note, t
 from distill.report.run_record import RunRecord
 from distill.runfolder.status import FINAL_STATES, TEACHER
 from distill.screen.ending import SUMMARY_LINE
+from distill.screen.results import Rows, agreement_rows, task_rows
 from distill.screen.tables import BASELINES, unfinished_students
 from distill.screen.words import duration
 
@@ -75,61 +76,40 @@ def time_text(unix: float) -> str:
 
 
 def family(run: RunRecord) -> Html:
-    """A row per network with all its scores, then what any network has to beat."""
-    scores = run.summary.get("scores")
-    scores = scores if isinstance(scores, Mapping) else {}
-    tasks = list(dict.fromkeys(t for of in scores.values() if isinstance(of, Mapping) for t in of))
+    """A row per network with k-NN beside what it has to beat, then its scores by task and protocol."""
     shown = "k-NN, balanced accuracy"
-    heads = ("network", "parameters", "steps", "last loss", shown, "untrained copy", *tasks)
+    heads = ("network", "parameters", "steps", "last loss", shown, "untrained copy")
     baselines = run.summary.get("baselines", {})
     rows: list[list[Content]] = []
-    for name in dict.fromkeys([TEACHER, *run.students, *scores]):
+    for name in dict.fromkeys([TEACHER, *run.students]):
         entry = run.summary.get("students", {}).get(name, {})
         loss, untrained = entry.get("loss"), baselines.get("untrained", {}).get(name)
         count = run.parameters.get(name)
         row: list[Content] = [name, "-" if count is None else value_text(count)]
         row += [entry.get("steps", "-"), number(loss), number(run.score(name)), number(untrained)]
-        of_network = scores.get(name)
-        of_network = of_network if isinstance(of_network, Mapping) else {}
-        rows.append([*row, *(score_text(of_network.get(task)) for task in tasks)])
+        rows.append(row)
     for key, label in BASELINES.items():
         if key in baselines:
-            empty = [""] * len(tasks)
-            rows.append([f"floor: {label}", "-", "-", "-", number(baselines[key]), "", *empty])
+            rows.append([f"floor: {label}", "-", "-", "-", number(baselines[key]), ""])
     parts = [table(heads, rows)]
     if not baselines:
         reason = run.summary.get("knn_reason")
         parts.append(note(f"Scores and floors: {NOT_COMPUTED}{f' ({reason})' if reason else ''}."))
-    if not scores:
-        parts.append(note(f"Scores by other protocols, with intervals: {NOT_COMPUTED}."))
-    parts += list(protocols(scores))
-    return joined(parts)
+    return joined([*parts, _rows_of(task_rows, run.summary, "Scores by task and protocol")])
 
 
-def protocols(scores: Mapping[str, Any]) -> Iterator[Html]:
-    """What each score is, once."""
-    known: dict[str, None] = {}
-    for of_network in scores.values():
-        for task, entry in of_network.items() if isinstance(of_network, Mapping) else ():
-            rest = entry if isinstance(entry, Mapping) else {}
-            text = ", ".join(
-                f"{key}: {brief(value)}"
-                for key, value in rest.items()
-                if key not in {"value", "interval"}
-            )
-            known.setdefault(f"{task}: {text}" if text else str(task), None)
-    yield from (note(line) for line in list(known)[:MOST_REMARKS])
-
-
-def score_text(entry: Any) -> str:
-    """A value with its interval."""
-    if not isinstance(entry, Mapping):
-        return number(entry)
-    interval = entry.get("interval")
-    if isinstance(interval, list | tuple) and len(interval) == 2:
-        return f"{number(entry.get('value'))} ({number(interval[0])} to {number(interval[1])})"
-    width = f" ± {number(interval)}" if isinstance(interval, int | float) else ""
-    return number(entry.get("value")) + width
+def _rows_of(
+    rows_of: Callable[[Mapping[str, Any]], Rows | None], found: Mapping[str, Any], what: str
+) -> Html:
+    """A table of the screen on the page; a line where there is none or another version has written it."""
+    try:
+        rows = rows_of(found)
+    except (AttributeError, KeyError, TypeError, ValueError, IndexError):
+        return note(f"{what}: cannot be read.")
+    if rows is None:
+        return note(f"{what}: {NOT_COMPUTED}.")
+    cells: list[list[Content]] = [list(row) for row in rows.rows[:MOST_TABLE_ROWS]]
+    return joined([note(rows.title), table(rows.headings, cells), *map(note, rows.notes)])
 
 
 def number(value: Any) -> str:
@@ -145,35 +125,15 @@ def brief(value: Any) -> str:
 
 
 def agreement(run: RunRecord) -> Html:
-    """How near each student's features are to the teacher's."""
+    """How near each network's features are to the teacher's, without labels."""
     found = run.summary.get("agreement")
-    if not isinstance(found, Mapping) or not found:
-        return note(f"Agreement with the teacher: {NOT_COMPUTED}.")
-    rows = list(leaves(found, ()))[:MOST_TABLE_ROWS]
-    columns = list(dict.fromkeys(key for _, values in rows for key in values))
-    cells = [
-        [", ".join(path) or "all", *(cell(values.get(column)) for column in columns)]
-        for path, values in rows
-    ]
-    return table(["student, features", *columns], cells)
-
-
-def leaves(
-    value: Mapping[str, Any], path: tuple[str, ...]
-) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
-    """The keys that lead to each group of plain values, and the group."""
-    plain = {str(key): each for key, each in value.items() if not isinstance(each, Mapping)}
-    if plain:
-        yield path, plain
-    for key, each in value.items():
-        if isinstance(each, Mapping):
-            yield from leaves(each, (*path, str(key)))
-
-
-def cell(value: Any) -> str:
-    """A number, or whatever else in one line."""
-    text = number(value)
-    return brief(value) if text == "-" and value is not None else text
+    if isinstance(found, Mapping) and "reason" in found:
+        return note(f"Agreement with the teacher: {NOT_COMPUTED} ({found['reason']}).")
+    return _rows_of(
+        lambda each: agreement_rows(each) if "networks" in each else None,
+        found or {},
+        "Agreement with the teacher",
+    )
 
 
 def cost(runs: Sequence[RunRecord], colour_of: Mapping[str, str]) -> Html:

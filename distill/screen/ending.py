@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.panel import Panel
 from rich.text import Text
 
+from distill.screen.results import conclusion_lines
 from distill.screen.tables import score_rows, score_text, scores_table, unfinished_students
 
 SUMMARY_LINE = "conclusion"  # of summary.json: text, reason, next
@@ -51,10 +52,10 @@ def ending_of(run_folder: Path, summary: Mapping[str, Any]) -> Ending:
 def ending_box(run_folder: Path, summary: Mapping[str, Any]) -> Panel:
     """Scores, folders and next commands."""
     ending = ending_of(run_folder, summary)
-    line = summary.get(SUMMARY_LINE)
-    text = str(line.get("text", "")) if isinstance(line, Mapping) else ""
-    heading = [Text(text, style="bold"), Text()] if text else []
-    body = Group(*heading, scores_table(summary), Text(), Text("\n".join(ending.lines())))
+    lines = [Text(line) for line in conclusion_lines(summary)]
+    if lines:
+        lines[0].stylize("bold")
+    body = Group(scores_table(summary), Text(), *lines, Text(), Text("\n".join(ending.lines())))
     title = Text(f" {run_folder.name} is finished ", style="bold")
     return Panel(body, title=title, title_align="left", border_style="green", expand=False)
 

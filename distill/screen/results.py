@@ -1,7 +1,7 @@
 """What was got, for people: closeness to the teacher first, scores by task, and the conclusion in words."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +10,7 @@ from rich.text import Text
 from distill.screen.tables import BASELINES, scores_table
 from distill.screen.words import NOTHING
 
+KINDS, UNTRAINED = ("class", "patch"), "  untrained"
 MEASURES = {"mutual_knn": "k-NN", "cka": "CKA", "cosine": "cosine"}
 TITLES = {
     "knn": "k-NN",
@@ -18,15 +19,20 @@ TITLES = {
     "linear": "linear probe",
     "retrieval": "retrieval",
 }
+SCORE_HEADINGS = (
+    "task",
+    "protocol",
+    "network",
+    "score",
+    "95% interval",
+    "untrained",
+    "chosen",
+)
 
 
 def print_results(console: Console, summary: Mapping[str, Any]) -> None:
     """Every table of ``summary.json``, and its conclusion."""
-    agreement = summary.get("agreement") or {}
-    if "networks" in agreement:
-        console.print(agreement_table(agreement))
-    elif "reason" in agreement:
-        console.print(f"no agreement: {agreement['reason']}", markup=False, soft_wrap=True)
+    print_agreement(console, summary)
     console.print(scores_table(summary))
     if (table := tasks_table(summary)) is not None:
         console.print(table)
@@ -34,28 +40,65 @@ def print_results(console: Console, summary: Mapping[str, Any]) -> None:
         console.print(Text(line), soft_wrap=True)
 
 
-def agreement_table(agreement: Mapping[str, Any]) -> Table:
+def print_agreement(console: Console, summary: Mapping[str, Any]) -> None:
+    """The table of closeness to the teacher, or why there is none."""
+    agreement = summary.get("agreement") or {}
+    if "networks" in agreement:
+        console.print(agreement_table(agreement))
+    elif "reason" in agreement:
+        console.print(f"no agreement: {agreement['reason']}", markup=False, soft_wrap=True)
+
+
+class Rows(NamedTuple):
+    """A table as text, for a terminal and for the page of a run; ``num_networks`` rows come before those of floors."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[list[str]]
+    num_networks: int
+    notes: list[str]
+
+
+def agreement_rows(agreement: Mapping[str, Any]) -> Rows:
     """A row per network, for class and patch features, with its untrained copy and raw pixels as floors."""
-    reference = agreement["reference"]
     part = {"held_out": "held-out", "train": "training"}.get(agreement["part"], agreement["part"])
-    table = Table(
-        title=f"agreement with {reference} on {agreement['images']:,} {part} images, no labels",
-        title_justify="left",
-        caption=f"k-NN: share of the {agreement['k']} nearest images in common, {agreement['chance']:.3f} by chance; "
-        "cosine: after the best linear map, on the other half of the images; rank: directions in use",
-        caption_justify="left",
-    )
-    table.add_column("network")
-    for kind in ("class", "patch"):
-        for heading in (*MEASURES.values(), "rank"):
-            table.add_column(f"{kind}\n{heading}", justify="right")
+    rows = []
     for name, entry in agreement["networks"].items():
-        table.add_row(name, *_cells(entry))
-        table.add_row("  untrained", *_cells(entry["untrained"]), style="dim")
-    table.add_section()
-    for name, entry in agreement["floors"].items():
-        table.add_row(BASELINES.get(name, name), *_cells(entry), style="dim")
+        rows += [[name, *_cells(entry)], [UNTRAINED, *_cells(entry["untrained"])]]
+    floors = [
+        [BASELINES.get(name, name), *_cells(each)] for name, each in agreement["floors"].items()
+    ]
+    figures = [f"{kind} {each}" for kind in KINDS for each in (*MEASURES.values(), "rank")]
+    return Rows(
+        f"agreement with {agreement['reference']} on {agreement['images']:,} {part} images, no labels",
+        ("network", *figures),
+        [*rows, *floors],
+        len(rows),
+        [
+            f"k-NN: share of the {agreement['k']} nearest images in common, {agreement['chance']:.3f} by chance; "
+            "cosine: after the best linear map, on the other half of the images; rank: directions in use"
+        ],
+    )
+
+
+def agreement_table(agreement: Mapping[str, Any]) -> Table:
+    """Returns ``agreement_rows`` for a terminal."""
+    found = agreement_rows(agreement)
+    table = _titled(found)
+    table.add_column("network")
+    for heading in found.headings[1:]:
+        table.add_column(heading.replace(" ", "\n", 1), justify="right")
+    for index, row in enumerate(found.rows):
+        if index == found.num_networks:
+            table.add_section()
+        is_floor = index >= found.num_networks or row[0] == UNTRAINED
+        table.add_row(*row, style="dim" if is_floor else "")
     return table
+
+
+def _titled(rows: Rows) -> Table:
+    notes = "\n".join(rows.notes)
+    return Table(title=rows.title, title_justify="left", caption=notes, caption_justify="left")
 
 
 def agreement_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -78,7 +121,7 @@ def agreement_lines(summary: Mapping[str, Any]) -> list[str]:
 
 def _cells(entry: Mapping[str, Any]) -> list[str]:
     cells = []
-    for kind in ("class", "patch"):
+    for kind in KINDS:
         figures = entry.get(kind, {})
         cells += [f"{figures[key]:.3f}" if key in figures else NOTHING for key in MEASURES]
         rank = figures.get("effective_rank")
@@ -86,7 +129,7 @@ def _cells(entry: Mapping[str, Any]) -> list[str]:
     return cells
 
 
-def tasks_table(summary: Mapping[str, Any]) -> Table | None:
+def task_rows(summary: Mapping[str, Any]) -> Rows | None:
     """A row per network and task, with the protocol's name and the interval; None where no task was computed.
 
     Settings that all networks share are below the table, a line per task; those that differ stand in the row.
@@ -102,20 +145,30 @@ def tasks_table(summary: Mapping[str, Any]) -> Table | None:
         for task, entries in by_task.items()
     }
     notes = [f"{TITLES.get(t, t)}: {_settings_text(each)}" for t, each in shared.items() if each]
-    table = Table(
-        title="scores with 95% intervals over held-out images or draws",
-        title_justify="left",
-        caption="\n".join(notes),
-        caption_justify="left",
-    )
-    for heading in ("task", "protocol", "network"):
-        table.add_column(heading)
-    for heading in ("score", "95% interval", "untrained"):
-        table.add_column(heading, justify="right")
-    table.add_column("chosen", overflow="fold")
-    for task, entries in by_task.items():
-        for name, entry in entries.items():
-            table.add_row(TITLES.get(task, task), *_score_cells(name, entry, shared[task]))
+    rows = [
+        [TITLES.get(task, task), *_score_cells(name, entry, shared[task])]
+        for task, entries in by_task.items()
+        for name, entry in entries.items()
+    ]
+    title = "scores with 95% intervals over held-out images or draws"
+    return Rows(title, SCORE_HEADINGS, rows, len(rows), notes)
+
+
+def tasks_table(summary: Mapping[str, Any]) -> Table | None:
+    """Returns ``task_rows`` for a terminal."""
+    found = task_rows(summary)
+    if found is None:
+        return None
+    table = _titled(found)
+    for heading in found.headings:
+        is_figure = heading in {"score", "95% interval", "untrained"}
+        table.add_column(
+            heading,
+            justify="right" if is_figure else "left",
+            overflow="fold" if heading == "chosen" else "ellipsis",
+        )
+    for row in found.rows:
+        table.add_row(*row)
     return table
 
 
@@ -123,9 +176,9 @@ def _score_cells(name: str, entry: Mapping[str, Any], shared: Mapping[str, Any])
     if "reason" in entry:
         return [NOTHING, name, NOTHING, NOTHING, NOTHING, str(entry["reason"])]
     interval, untrained = entry.get("interval"), entry.get("untrained")
-    chosen = {key: value for key, value in entry["settings"].items() if key not in shared}
+    chosen = {key: value for key, value in entry.get("settings", {}).items() if key not in shared}
     return [
-        entry["protocol"],
+        str(entry.get("protocol", NOTHING)),
         name,
         f"{entry['value']:.3f}",
         NOTHING if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}",
@@ -155,4 +208,6 @@ def conclusion_lines(summary: Mapping[str, Any]) -> list[str]:
     found = summary.get("conclusion")
     if not found:
         return []
-    return [found["text"], f"  why:  {found['reason']}", f"  next: {found['next']}"]
+    lines = [str(found.get("text", ""))]
+    lines += [f"  why:  {found['reason']}"] if found.get("reason") else []
+    return lines + ([f"  next: {found['next']}"] if found.get("next") else [])

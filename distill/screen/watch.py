@@ -24,7 +24,7 @@ from distill.screen.console import printable
 from distill.screen.ending import ending_box, ending_of
 from distill.screen.lines import Narrator
 from distill.screen.panel import render_panel
-from distill.screen.results import print_results
+from distill.screen.results import print_agreement
 from distill.screen.snapshot import RunFiles, RunSnapshot
 
 REFRESH_S = 0.25  # of the live panel and of looking for events
@@ -73,7 +73,7 @@ def _watch_live(
         screen.update(render_panel(snapshot, console.width, hint=""), refresh=True)
         log.write(narrator.lines(snapshot))
     if snapshot.summary is not None:
-        print_results(console, snapshot.summary)
+        print_agreement(console, snapshot.summary)
         console.print(ending_box(files.run_folder, snapshot.summary))
         log.write(ending_of(files.run_folder, snapshot.summary).lines())
     return snapshot.status

@@ -87,7 +87,7 @@ def test_page__names_what_was_not_computed(tmp_path: Path) -> None:
         "Summary line: not computed" in words
         and "Agreement with the teacher: not computed" in words
     )
-    assert "by other protocols, with intervals: not computed" in words
+    assert "by task and protocol: not computed" in words
 
 
 def test_page__shows_scores_agreement_and_the_summary_line_once_they_are_there(
@@ -95,18 +95,24 @@ def test_page__shows_scores_agreement_and_the_summary_line_once_they_are_there(
 ) -> None:
     scores = {
         "small": {"linear": {"value": 0.625, "interval": [0.5, 0.75], "protocol": "frozen"}},
-        "teacher": {"linear": {"value": 0.875, "interval": None}},
+        "teacher": {"linear": {"value": 0.875, "interval": None, "protocol": "frozen"}},
     }
+    near = {"class": {"cka": 0.4321, "effective_rank": 12}, "patch": {"cka": 0.1234}}
     agreement = {
-        "small": {"class": {"cka": 0.4321, "effective_rank": 12}, "patch": {"cka": 0.1234}},
-        "floors": {"random": {"cka": 0.0111}},
+        "reference": "teacher",
+        "images": 764,
+        "part": "held_out",
+        "k": 10,
+        "chance": 0.0131,
+        "networks": {"small": {**near, "untrained": near}},
+        "floors": {"pixels": {"class": {"cka": 0.0111}}},
     }
     line = {"text": "small beats its floors", "reason": "0.81 against 0.35", "next": "train longer"}
     run = with_summary(
         write_run(tmp_path / "mine"), scores=scores, agreement=agreement, conclusion=line
     )
     words = page_of(run).words
-    for text in ("0.625 (0.500 to 0.750)", "protocol: frozen", "small, class", "0.432", "12.000"):
+    for text in ("0.500 to 0.750", "frozen", "teacher on 764 held-out", "0.432", "12.0", "0.011"):
         assert text in words, text
     assert (
         "mine: small beats its floors" in words.replace("\n", "") and "Next: train longer" in words
@@ -205,8 +211,16 @@ def write_hostile_run(folder: Path) -> Path:
             "passed_over": {MARKUP: 1},
         },
         students={FILE_NAME: entry, MARKUP: {**entry, "parked": None}},
-        scores={MARKUP: {MARKUP: {"value": 1.0, "interval": MARKUP, "protocol": MARKUP}}},
-        agreement={MARKUP: {MARKUP: {MARKUP: MARKUP}}},
+        scores={MARKUP: {MARKUP: {"reason": MARKUP, "settings": {MARKUP: MARKUP}}}},
+        agreement={
+            "reference": MARKUP,
+            "images": 3,
+            "part": MARKUP,
+            "k": MARKUP,
+            "chance": 0.1,
+            "networks": {MARKUP: {"untrained": {}}},
+            "floors": {MARKUP: {}},
+        },
         conclusion={"text": MARKUP, "reason": MARKUP, "next": MARKUP},
         knn_reason=MARKUP,
     )
