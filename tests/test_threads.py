@@ -28,6 +28,9 @@ HOST_ONLY = {
     "distill/listing/limit.py",
     "distill/launch/local.py",
     "distill/launch/process.py",
+    "distill/launch/doctor.py",  # asks for the address of a host
+    "distill/launch/trackers.py",  # waits for the end of its process
+    "distill/train/peer_copies.py",  # sends host memory over gloo
     "distill/runfolder/heartbeat.py",
     "distill/train/masking.py",  # masks are drawn with NumPy; the caller copies them
 }

@@ -50,7 +50,7 @@ def save_checkpoint(folder: Path, step: int, weights: dict[str, dict[str, torch.
         is_milestone=False,
         recipe_hash="hash",
         networks={},
-        files=collect(staging, {f"{name}.safetensors": 0 for name in weights}, 1.0),
+        files=collect(staging, {f"{name}.safetensors": 0 for name in weights}, 1.0, {}),
     )
     commit(folder, staging, manifest, 9)
 
