@@ -22,6 +22,7 @@ from distill.runfolder.process_identity import ENDED, this_process
 
 MEMORY = Path("/dev/shm")  # the folder is this user's, and only they can enter it
 FAILED = "failed"  # a file: the job has failed, ranks that do not notice are to end
+GONE = "gone"  # a file: the run folder is gone for too long, with the line for people; all ranks are to end
 PREFIX = "distill-"
 MOST_RANKS = 2**31
 SILENT_S = 86400.0  # of ranks in another container, whose processes cannot be looked up

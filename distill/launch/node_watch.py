@@ -1,7 +1,7 @@
 """A rank's part in watching: ranks look at their node, and few of them at the job.
 
     every rank                       its record -> the board, twice a second; has the job failed? (the board)
-    the lowest rank that lives       the board -> one file of the run folder; is there a cause of failure?
+    the lowest rank that lives       the board -> one file of the run folder; is the folder still there? a cause of failure?
     it and the highest               judge the board: who is silent or stuck
     it, on the first and last node   the files of all nodes: which node is silent, does everybody wait
 
@@ -17,7 +17,8 @@ from contextlib import suppress
 from math import ceil
 from pathlib import Path
 
-from distill.launch.board import FAILED
+from distill.launch.board import FAILED, GONE
+from distill.launch.presence import FolderPresence
 from distill.launch.watchdog import StragglerReport, Watchdog, is_late
 from distill.runfolder.failure import FILE
 from distill.runfolder.heartbeat import (
@@ -32,6 +33,7 @@ from distill.runfolder.heartbeat import (
 
 TAKE_OVER_S = 3.0  # silence of lower ranks after which the next one does their part
 LOOKED_PER_S = 20.0  # for a cause of failure, by all nodes together
+FOLDERS_PER_S = 10.0  # looks whether the run folder is there, by all nodes together
 READ_PER_S = 3.0  # files of nodes, by each of the two that read them
 SPREAD = 0.618  # of an interval, between ranks that follow each other
 URGENT_S = 2.0  # between two of each where a rank stands for long, if seldom otherwise
@@ -51,6 +53,7 @@ class NodeWatch:
     ) -> None:
         self._run_folder, self._board = run_folder, board
         self._world_rank, self._num_ranks, self._clock = world_rank, num_ranks, clock
+        self._presence, self._gone = FolderPresence(run_folder, clock=clock), ""
         self._near: Watchdog | None = None
         self._far: Watchdog | None = None
         self._done_at: dict[str, float] = {}
@@ -60,6 +63,12 @@ class NodeWatch:
     def has_failed(self) -> bool:
         """Whether a rank of this node has found that the job failed."""
         return (self._board / FAILED).exists()
+
+    def gone_text(self) -> str:
+        """The line for people where the run folder is gone for too long; empty while it is not."""
+        with suppress(OSError):
+            self._gone = self._gone or (self._board / GONE).read_text(encoding="utf-8")
+        return self._gone
 
     def note_failure(self) -> None:
         """Lets the ranks of this node know that the job failed."""
@@ -90,6 +99,8 @@ class NodeWatch:
                 is_there = (self._run_folder / FILE).exists()
                 if is_there:
                     self.note_failure()
+            if self._is_due("folder", num_nodes / FOLDERS_PER_S):
+                self._look_for_folder()
         return self._find_stragglers(records, num_nodes, is_on_duty=is_on_duty)
 
     def leave(self) -> None:
@@ -109,6 +120,13 @@ class NodeWatch:
                 with suppress(OSError):
                     is_on_duty = now_unix - os.stat(path).st_mtime > TAKE_OVER_S  # noqa: PTH116
         return is_on_duty, is_highest
+
+    def _look_for_folder(self) -> None:
+        failure = self._presence.look()
+        if failure is not None:
+            self._gone = failure.message
+            with suppress(OSError):
+                (self._board / GONE).write_text(failure.message, encoding="utf-8")
 
     def _publish(self, records: Sequence[HeartbeatRecord], num_nodes: int) -> None:
         if self._is_due("publish", publish_every_s(num_nodes)):

@@ -1,8 +1,8 @@
 """Whether the run folder is still there: the folder that the job began in, under the name that it had then.
 
-Who trains into a folder that was deleted or renamed trains for nothing, and no file can show it. So every rank, and the
-launcher, hold the folder open and compare it with what its name leads to: another device or inode is another
-folder. A server of NFS may show it gone for a moment, hence the limit.
+Who trains into a folder that was deleted or renamed trains for nothing, and no file can show it. So a rank of each
+node, and the launcher, hold the folder open and compare it with what its name leads to: another device or inode is
+another folder. A server of NFS may show it gone for a moment, hence the limit.
 """
 
 import os

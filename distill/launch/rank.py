@@ -30,7 +30,6 @@ from distill.launch.board import board_of, leave_board, sweep_boards
 from distill.launch.disk import DiskWatch, send
 from distill.launch.node import require_node_size
 from distill.launch.node_watch import NodeWatch
-from distill.launch.presence import FolderPresence
 from distill.launch.process import end_with
 from distill.launch.watchdog import StragglerReport, end_ranks
 from distill.runfolder.events import Event, note
@@ -154,7 +153,6 @@ class RankMonitor:
         self._num_ranks, self._world_rank = int(os.environ["WORLD_SIZE"]), world_rank
         self._node = NodeWatch(run_folder, board, world_rank, self._num_ranks)
         self._failed_at: float | None = None
-        self._presence = FolderPresence(run_folder)
         is_first = not has_launcher and world_rank == 0
         self._disk = DiskWatch(run_folder, _print_line) if is_first else None
 
@@ -177,12 +175,12 @@ class RankMonitor:
 
     def look(self, requests: StopSaveRequests) -> None:
         """Reads requests, watches if that is this rank's part, and ends the process when there is nothing left to do."""
-        self._end_without_folder()
         if self._disk is not None:
             self._disk.look()
         if self._world_rank == 0:
             requests.look()
         stragglers = self._node.look()
+        self._end_without_folder()
         if stragglers is not None:
             self._end(stragglers)
         self._end_with_the_others()
@@ -216,12 +214,10 @@ class RankMonitor:
         end_ranks([record for record in records if record.world_rank in stragglers.world_ranks])
 
     def _end_without_folder(self) -> None:
-        failure = self._presence.look()
-        if (
-            failure is not None
-        ):  # no file can show it, and no other rank waits for this one for long
-            _print_line(failure.message)
-            os._exit(failure.exit_code)
+        gone = self._node.gone_text()
+        if gone:  # no file can show it, and no other rank waits for this one for long
+            _print_line(gone)
+            os._exit(LOST_EXIT_CODE)
 
     def _end_with_the_others(self) -> None:
         if self._failed_at is None:

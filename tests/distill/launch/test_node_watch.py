@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from distill.launch.board import FAILED
+from distill.launch.board import FAILED, GONE
 from distill.launch.node_watch import NodeWatch
+from distill.launch.presence import GONE_LIMIT_S
 from distill.launch.watchdog import StragglerReport
 from distill.runfolder.failure import FILE
 from distill.runfolder.heartbeat import (
@@ -206,3 +207,20 @@ def test_leave__publishes_how_ranks_ended(make_nodes: Callable[[int, int], Nodes
 def test_publish_every__as_a_beat_in_small_jobs_and_seldom_in_large_ones() -> None:
     assert publish_every_s(1) == publish_every_s(8) == BEAT_S
     assert publish_every_s(512) == 32.0
+
+
+def test_look__one_rank_of_each_node_finds_that_the_run_folder_is_gone_and_all_end(
+    make_nodes: Callable[[int, int], Nodes], tmp_path: Path
+) -> None:
+    nodes = make_nodes(2, 3)
+    nodes.run.rename(tmp_path / "elsewhere")
+    began = nodes.now
+    while not any(watch.gone_text() for watch in nodes.watches.values()):
+        nodes.beat()
+        assert nodes.now - began < GONE_LIMIT_S + 10.0
+    assert nodes.now - began >= GONE_LIMIT_S
+    nodes.beat()
+    for watch in nodes.watches.values():
+        assert watch.gone_text().startswith(f"{nodes.run}: the run folder is gone for ")
+    (nodes.boards[0] / GONE).unlink()
+    assert nodes.watches[0].gone_text(), "also where the memory of the node is full"
