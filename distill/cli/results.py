@@ -38,7 +38,7 @@ def evaluate(
     targets: Targets = None,
     tasks: Annotated[
         str,
-        typer.Option("--tasks", help="agreement, knn, logistic, fewshot, linear, retrieval."),
+        typer.Option("--tasks", help="agreement, knn, cost, logistic, fewshot, linear, retrieval."),
     ] = "agreement,knn",
     protocol: Annotated[str, typer.Option("--protocol", help="quick or dinov3.")] = "quick",
     data: Annotated[
@@ -101,15 +101,16 @@ def _wanted(tasks: str, protocol: str) -> tuple["Wanted", list[str]]:
     """What to compute, and a line for every task that is not known."""
     from distill.evaluate.score import PROTOCOLS
     from distill.evaluate.scoring import Wanted
-    from distill.evaluate.tasks import AGREEMENT, chosen_tasks
+    from distill.evaluate.tasks import AGREEMENT, COST, chosen_tasks
 
     known, unknown = chosen_tasks([name.strip() for name in tasks.split(",") if name.strip()])
     found = [each for each in PROTOCOLS if each == protocol]
     if not found:
         fix = f"Take one of {', '.join(PROTOCOLS)}."
         raise RecipeError(f"--protocol {protocol}: not known", fix=fix)
-    chosen = tuple(name for name in known if name != AGREEMENT)
-    return Wanted(chosen, "dinov3" if protocol == "dinov3" else "quick"), unknown
+    chosen = tuple(name for name in known if name not in {AGREEMENT, COST})
+    found_protocol: Protocol = "dinov3" if protocol == "dinov3" else "quick"
+    return Wanted(chosen, found_protocol, has_cost=COST in known), unknown
 
 
 def _score_runs(runs: Sequence[Path], wanted: "Wanted", *, as_json: bool) -> int:

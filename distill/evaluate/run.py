@@ -31,7 +31,7 @@ from distill.runfolder.status import TEACHER, write_json
 from distill.weights.load import shape_of
 from students.shapes import BackboneSpec
 
-FRESH = ("left_out_of_scores", "knn_reason", "scores", "agreement", "conclusion")
+FRESH = ("left_out_of_scores", "knn_reason", "scores", "agreement", "conclusion", "cost")
 
 
 def evaluate_run(
@@ -128,6 +128,7 @@ def in_common(networks: Sequence[Network], results: Results) -> dict[str, Any]:
         "agreement": results.agreement,
         "scores": results.scores,
         "conclusion": results.conclusion or None,
+        **({"cost": results.cost} if results.cost else {}),
     }
 
 

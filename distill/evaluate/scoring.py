@@ -19,6 +19,13 @@ from torch import Tensor
 
 from distill.evaluate.closeness import FEWEST_IMAGES, MUTUAL_K, closeness, effective_rank
 from distill.evaluate.conclusion import Voted, conclude_by_closeness, conclude_by_labels
+from distill.evaluate.cost import (
+    Cost,
+    costs_to_json,
+    describe_choice,
+    measure_cost,
+    sensible_choices,
+)
 from distill.evaluate.images import (
     Extracted,
     Preparation,
@@ -35,7 +42,7 @@ from distill.evaluate.knn import (
 )
 from distill.evaluate.score import CannotScoreError, Protocol, Sample, Score
 from distill.evaluate.tasks import TASKS
-from distill.runfolder.status import KNN_K
+from distill.runfolder.status import KNN_K, TEACHER
 from distill.weights.load import load_backbone
 from students.shapes import BackboneSpec
 from students.student import build_backbone
@@ -74,6 +81,7 @@ class Wanted:
     tasks: Sequence[str] = ()
     protocol: Protocol = "quick"
     k: int = KNN_K
+    has_cost: bool = False
 
 
 @dataclass
@@ -87,6 +95,8 @@ class Results:
     computed_in: dict[str, str] = field(default_factory=dict)
     agreement: dict[str, Any] = field(default_factory=dict)
     conclusion: dict[str, Any] = field(default_factory=dict)
+    costs: dict[str, Cost] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
 
 
 def score_networks(
@@ -124,6 +134,12 @@ def score_networks(
                 )
                 for part in parts
             ]
+            if is_trained and wanted.has_cost:
+                say(f"cost of {network.name}")
+                size = network.preparation.size
+                results.costs[network.name] = measure_cost(
+                    backbone, network.spec, size, device, dtype
+                )
             del backbone  # before the memory of the next is taken
             near.add(network.name, found[-1], is_trained=is_trained)
             if not images.reason:
@@ -138,7 +154,20 @@ def score_networks(
     say("agreement with the teacher" if networks[0].name == "teacher" else "agreement")
     results.agreement.update(near.to_json())
     results.conclusion.update(_conclude(results, images))
+    if wanted.has_cost:
+        results.cost.update(_cost(results, images, networks[0].name, device))
     return results
+
+
+def _cost(results: Results, images: Images, reference: str, device: torch.device) -> dict[str, Any]:
+    """Costs of all networks, and which to take of those beside the teacher."""
+    students = {
+        name: cost for name, cost in results.costs.items() if name != TEACHER or reference != name
+    }
+    labels, names, choice = images.test.split.labels, list[str](), ""
+    if results.knn and (names := sensible_choices(students, results.knn, labels)):
+        choice = describe_choice(names, results.costs, results.knn)
+    return costs_to_json(results.costs, device, names, choice)
 
 
 def _load(network: Network, device: torch.device, *, is_trained: bool) -> torch.nn.Module:

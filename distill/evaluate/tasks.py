@@ -15,6 +15,7 @@ from distill.evaluate.retrieval import score_retrieval
 from distill.evaluate.score import Run
 
 AGREEMENT = "agreement"  # wants no labels: distill.evaluate.closeness
+COST = "cost"  # wants none either: distill.evaluate.cost
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ TASKS: Mapping[str, Task] = {
     "linear": Task("linear probe", score_linear, is_quick=False),
     "retrieval": Task("retrieval", score_retrieval),
 }
-NAMES = (AGREEMENT, *TASKS)
+NAMES = (AGREEMENT, COST, *TASKS)
 USUAL = (AGREEMENT, "knn")
 
 

@@ -12,7 +12,7 @@ from distill.report.markup import Content, Html, element, facts, joined, note, t
 from distill.report.run_record import RunRecord
 from distill.runfolder.status import FINAL_STATES, TEACHER
 from distill.screen.ending import SUMMARY_LINE
-from distill.screen.results import Rows, agreement_rows, task_rows
+from distill.screen.results import Rows, agreement_rows, cost_rows, task_rows
 from distill.screen.tables import BASELINES, unfinished_students
 from distill.screen.words import duration
 
@@ -20,6 +20,7 @@ NOT_COMPUTED = "not computed"
 MOST_EVENTS, MOST_KEYS, MOST_REMARKS, MOST_TABLE_ROWS = 200, 200, 30, 400
 DISTRIBUTION = "distill-family"
 FAULT_KEYS = ("skipped", "rolled_back")
+Point = tuple[float, float, str]  # value, score, colour
 
 
 def colours_of(runs: Sequence[RunRecord]) -> dict[str, str]:
@@ -137,16 +138,35 @@ def agreement(run: RunRecord) -> Html:
 
 
 def cost(runs: Sequence[RunRecord], colour_of: Mapping[str, str]) -> Html:
-    """Score over size, a point per network."""
-    points = {}
+    """Score over size and over latency where that was measured, a point per network; the costs and what to take."""
+    sizes, times = dict[str, Point](), dict[str, Point]()
     for run in runs:
         for name in [TEACHER, *run.students]:
             score, count = run.score(name), run.parameters.get(name)
+            label = name if len(runs) == 1 else f"{run.name}/{name}"
+            colour, least_ms = colour_of.get(name, TEACHER_COLOUR), _least_ms(run, name)
             if score is not None and count:
-                label = name if len(runs) == 1 else f"{run.name}/{name}"
-                points[label] = float(count), score, colour_of.get(name, TEACHER_COLOUR)
-    chart = scatter("k-NN over parameters of the backbone", "parameters", points)
-    return chart or note(f"Score over size: {NOT_COMPUTED}, no network has both.")
+                sizes[label] = float(count), score, colour
+            if score is not None and least_ms is not None:
+                times[label] = least_ms, score, colour
+    over_size = scatter("k-NN over parameters of the backbone", "parameters", sizes)
+    over_time = scatter("k-NN over latency of one image", "ms", times)
+    parts = [over_size or note(f"Score over size: {NOT_COMPUTED}, no network has both.")]
+    parts += [over_time] if over_time else []
+    for run in runs:
+        if run.summary.get("cost"):
+            parts.append(_rows_of(cost_rows, run.summary, "Cost"))
+            parts.append(note(str(run.summary["cost"].get("choice", ""))))
+        else:
+            parts.append(note(f"Latency: {NOT_COMPUTED}; distill eval {run.name} --tasks cost,knn"))
+    return joined(parts)
+
+
+def _least_ms(run: RunRecord, name: str) -> float | None:
+    """The shortest latency of a network of a run."""
+    entries = (run.summary.get("cost") or {}).get("networks", {})
+    found = entries.get(name, {}).get("latency_ms", {}).values()
+    return min((float(each) for each in found if isinstance(each, int | float)), default=None)
 
 
 def measured_step_s(run: RunRecord, phase: str) -> float | None:

@@ -36,6 +36,9 @@ def print_results(console: Console, summary: Mapping[str, Any]) -> None:
     console.print(scores_table(summary))
     if (table := tasks_table(summary)) is not None:
         console.print(table)
+    if (costs := cost_rows(summary)) is not None:
+        console.print(_plain_table(costs, text_columns=1))
+        console.print(Text(summary["cost"]["choice"]), soft_wrap=True)
     for line in conclusion_lines(summary):
         console.print(Text(line), soft_wrap=True)
 
@@ -99,6 +102,47 @@ def agreement_table(agreement: Mapping[str, Any]) -> Table:
 def _titled(rows: Rows) -> Table:
     notes = "\n".join(rows.notes)
     return Table(title=rows.title, title_justify="left", caption=notes, caption_justify="left")
+
+
+def cost_rows(summary: Mapping[str, Any]) -> Rows | None:
+    """A row per network: size, work, and time on the machine that is named; None where it was not measured."""
+    cost = summary.get("cost")
+    if not cost:
+        return None
+    entries = cost["networks"]
+    timed = list(dict.fromkeys(key for each in entries.values() for key in each["latency_ms"]))
+    rows = [
+        [
+            name,
+            f"{each['parameters']:,}",
+            f"{each['gflop']:.3g}",
+            f"{each['megabytes']:.3g}",
+            *(_figure(each["latency_ms"].get(key)) for key in timed),
+            _figure(each["images_per_s"]),
+        ]
+        for name, each in entries.items()
+    ]
+    headings = ("network", "parameters", "GFLOP", "MB fp32", *(f"ms, {key}" for key in timed))
+    sizes = ", ".join(sorted({f"{each['size']} px" for each in entries.values()}))
+    notes = [
+        f"one image of {sizes}, median; images/s in batches of {cost['batch']}; decoding not included"
+    ]
+    title = f"cost on {cost['device']}"
+    return Rows(title, (*headings, "images/s"), rows, len(rows), notes)
+
+
+def _figure(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _plain_table(found: Rows, text_columns: int) -> Table:
+    """Rows as a table, figures to the right."""
+    table = _titled(found)
+    for index, heading in enumerate(found.headings):
+        table.add_column(heading, justify="left" if index < text_columns else "right")
+    for row in found.rows:
+        table.add_row(*row)
+    return table
 
 
 def agreement_lines(summary: Mapping[str, Any]) -> list[str]:

@@ -224,3 +224,15 @@ def test_evaluate_run__scores_have_the_protocol_and_an_interval(run_folder: Path
         "10",
         "20",
     }
+
+
+def test_evaluate_run__costs_are_measured_where_they_are_wanted_and_then_go(
+    run_folder: Path,
+) -> None:
+    summary = evaluate_run(run_folder, wanted=Wanted(has_cost=True))
+    networks = summary["cost"]["networks"]
+    assert networks.keys() == {"teacher", "vit", "conv"}
+    assert all(each["images_per_s"] > 0 for each in networks.values())
+    assert summary["cost"]["choices"] and "teacher" not in summary["cost"]["choices"]
+    assert summary["cost"]["choice"].startswith("Take ")
+    assert "cost" not in evaluate_run(run_folder)

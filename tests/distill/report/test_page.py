@@ -107,12 +107,37 @@ def test_page__shows_scores_agreement_and_the_summary_line_once_they_are_there(
         "networks": {"small": {**near, "untrained": near}},
         "floors": {"pixels": {"class": {"cka": 0.0111}}},
     }
+    cost = {
+        "device": "a CPU, 2 threads",
+        "batch": 32,
+        "choices": ["small"],
+        "choice": "Take small.",
+        "networks": {
+            "small": {
+                "size": 64,
+                "parameters": 1000,
+                "gflop": 0.5,
+                "megabytes": 0.004,
+                "latency_ms": {"1 thread": 1.25},
+                "images_per_s": 321.0,
+            }
+        },
+    }
     line = {"text": "small beats its floors", "reason": "0.81 against 0.35", "next": "train longer"}
     run = with_summary(
-        write_run(tmp_path / "mine"), scores=scores, agreement=agreement, conclusion=line
+        write_run(tmp_path / "mine"), scores=scores, agreement=agreement, conclusion=line, cost=cost
     )
     words = page_of(run).words
-    for text in ("0.500 to 0.750", "frozen", "teacher on 764 held-out", "0.432", "12.0", "0.011"):
+    for text in (
+        "0.500 to 0.750",
+        "frozen",
+        "teacher on 764 held-out",
+        "0.432",
+        "12.0",
+        "0.011",
+        "Take small.",
+        "1.25",
+    ):
         assert text in words, text
     assert (
         "mine: small beats its floors" in words.replace("\n", "") and "Next: train longer" in words
