@@ -5,6 +5,7 @@ and after a limit the caller goes on without it. The caller waits in a way that 
 """
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
@@ -29,19 +30,28 @@ class _Thread:
         threading.Thread(target=self._run, daemon=True, name="limited").start()
 
     def _run(self) -> None:
-        while (call := self.calls.get()) is not None:
-            try:
-                self.results.put((call(), None))
-            except BaseException as error:  # raised again where the result is awaited
-                self.results.put((None, error))
+        while self._make_call():
+            pass
+
+    def _make_call(self) -> bool:
+        """Waits for one call and makes it; no frame holds the last one meanwhile, and with it the reader that made it."""
+        call = self.calls.get()
+        if call is None:
+            return False
+        try:
+            self.results.put((call(), None))
+        except BaseException as error:  # raised again where the result is awaited
+            self.results.put((None, error))
+        return True
 
 
 class LimitedCalls:
-    """Makes calls that return within a limit; safe from several threads."""
+    """Makes calls that return within a limit; safe from several threads. Idle threads end with it."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
         self._idle = SimpleQueue[_Thread]()
+        weakref.finalize(self, _end_all, self._idle)
         self._num_blocked = 0  # in a row
 
     def run(self, call: Callable[[], T], path: str) -> T:
@@ -77,6 +87,11 @@ class LimitedCalls:
             return self._idle.get_nowait()
         except Empty:
             return _Thread()
+
+
+def _end_all(idle: "SimpleQueue[_Thread]") -> None:
+    while not idle.empty():
+        idle.get().calls.put(None)
 
 
 def in_order(work: Callable[[T], R], items: Sequence[T], num_threads: int) -> Iterator[R]:

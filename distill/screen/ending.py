@@ -43,7 +43,7 @@ def ending_of(run_folder: Path, summary: Mapping[str, Any]) -> Ending:
     commands = {f"distill report {run}": "the page of the run again, or of several beside it"}
     commands[export] = "files for Hugging Face; also timm, meta, onnx"
     if students:
-        commands[f"distill compare {run} OTHER"] = "recipe and scores beside another run's"
+        commands[f"distill compare {run} OTHER"] = "recipe and scores of both"
     else:
         commands[f"distill eval {run} --over-steps"] = "scores of every checkpoint that is left"
     return Ending(folders, commands)

@@ -89,7 +89,9 @@ def _watch_plain(
         lines = narrator.lines(snapshot)
         is_done = is_last or _is_done(snapshot)
         if is_done and snapshot.summary is not None:
-            lines += ending_of(files.run_folder, snapshot.summary).lines()
+            lines[-1:-1] = ending_of(
+                files.run_folder, snapshot.summary
+            ).lines()  # the state is last
         for line in lines:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         log.write(lines)

@@ -155,7 +155,7 @@ def out_of_memory(device: torch.device, sizes: Sizes) -> Figures:
             _, found = train(folder, device, sizes, change=spoil)
             parked = read_parked(folder, first)
         except StudentError as error:
-            message = error.message
+            message = str(error)
             _, found = train(folder, device, sizes)
     outcome = message if parked is None else parked.describe()
     compared = [first, *others] if parked is None else others

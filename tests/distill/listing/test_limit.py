@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,8 +21,9 @@ from tests.support.pictures import picture
 
 ROOT = Path(__file__).parents[3]
 BLOCKING = """
-import sys, torch
+import signal, sys, torch
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without
 from distill.evaluate.images import Scored, read_split
 from distill.listing import locations
 
@@ -97,6 +99,16 @@ def test_run__gives_what_a_call_gives_or_raises() -> None:
         with pytest.raises(KeyError, match="x"):
             calls.run(lambda: {}["x"], "a")
     assert calls.run(threading.get_ident, "a") == calls.run(threading.get_ident, "b")
+
+
+def test_run__its_idle_threads_end_with_it() -> None:
+    before = set(threading.enumerate())
+    calls = LimitedCalls(60.0)
+    calls.run(partial(id, calls), "a")  # a reader's calls lead to the reader
+    (idle,) = set(threading.enumerate()) - before
+    del calls
+    idle.join(20.0)
+    assert not idle.is_alive()
 
 
 def test_run__storage_that_answers_for_no_file_ends_it() -> None:

@@ -201,8 +201,8 @@ def test_watch__plain_has_one_line_per_event_and_no_escape_codes(run_folder: Pat
     console = Console(file=file, force_terminal=False, width=40)
     last = watch(run_folder, live=True, console=console, stop=threading.Event())
     assert last is not None and last.state == "finished"
-    *stamped, folder, other, first, second, third = file.getvalue().splitlines()
-    lines = [line.split("  ", 1)[1] for line in stamped]
+    *stamped, folder, other, first, second, third, ended = file.getvalue().splitlines()
+    lines = [line.split("  ", 1)[1] for line in (*stamped, ended)]
     assert folder == f"small is in {run_folder}/students/small"
     assert other.startswith("tiny is in ")
     assert all(line.startswith("next: distill ") for line in (first, second, third))
