@@ -500,7 +500,7 @@ def test_eval__an_unknown_task_is_one_line_and_the_rest_is_scored(
     ended = distill("eval", tmp_path, "--tasks", "retrieval,segg,knn")
     assert (ended.code, chosen) == (2, [("knn", "retrieval")]) and "0.900" in ended.out
     (line,) = ended.err.splitlines()
-    assert line.startswith("--tasks segg: not known, there are agreement, knn, logistic")
+    assert line.startswith("--tasks segg: not known, there are agreement, cost, knn, logistic")
     for words, message in (
         (("--tasks", "segg"), "--tasks segg: not known"),
         (("--protocol", "dinov4"), "--protocol dinov4: not known"),
