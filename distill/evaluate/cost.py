@@ -107,13 +107,12 @@ def sensible_choices(
 ) -> list[str]:
     """Names from the fastest on, each better than every faster one as far as these images can show; the reference is none of them."""
     timed = [name for name in costs if name in votes and costs[name].least_ms is not None]
-    found: list[str] = []
+    found: dict[str, Tensor] = {}
     for name in sorted(timed, key=lambda each: costs[each].least_ms or 0.0):
         scores = bootstrap(votes[name].right, labels)
-        rivals = [bootstrap(votes[each].right, labels) for each in found]
-        if all(interval_of(scores - rival)[0] > 0 for rival in rivals):
-            found.append(name)
-    return found
+        if all(interval_of(scores - rival)[0] > 0 for rival in found.values()):
+            found[name] = scores
+    return list(found)
 
 
 def describe_choice(

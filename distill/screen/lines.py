@@ -2,12 +2,9 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distill.runfolder.status import FINAL_STATES, Status
-
-if TYPE_CHECKING:
-    pass
 from distill.screen.results import agreement_lines, conclusion_lines
 from distill.screen.snapshot import RunSnapshot, silence_s
 from distill.screen.tables import BASELINES, score_rows, score_text, unfinished_students

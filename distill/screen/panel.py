@@ -1,7 +1,6 @@
 """The live panel of a run: where it is, how it does, a row per network."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel
@@ -11,9 +10,6 @@ from rich.text import Text
 
 from distill.runfolder.metrics import MetricsRow
 from distill.runfolder.status import FINAL_STATES, NetworkStatus, Status
-
-if TYPE_CHECKING:
-    pass
 from distill.screen.snapshot import RunSnapshot, silence_s
 from distill.screen.words import (
     NOTHING,

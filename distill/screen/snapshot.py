@@ -5,16 +5,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distill.runfolder.events import Event, read_events
 from distill.runfolder.heartbeat import last_beat_unix
 from distill.runfolder.metrics import MetricsReader, MetricsRow
 from distill.runfolder.status import FINAL_STATES, Status, StatusFile
-
-if TYPE_CHECKING:
-    pass
-
 
 SILENCE_S = (
     60.0  # without a new status (and ten steps' time) or a beat of any rank the job may be gone

@@ -11,15 +11,11 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
 
 from distill.runfolder.status import FINAL_STATES, Status
-
-if TYPE_CHECKING:
-    pass
 from distill.screen.console import printable
 from distill.screen.ending import ending_box, ending_of
 from distill.screen.lines import Narrator

@@ -4,11 +4,6 @@ import math
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from statistics import fmean
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 BARS = "▁▂▃▄▅▆▇█"
 NOTHING = "-"
