@@ -14,7 +14,7 @@ from distill.errors import RecipeError
 from distill.job.build import extra_terms
 from distill.job.recipe_hash import recipe_hash
 from distill.job.resolved_yaml import resolved_yaml
-from distill.recipe.extensions import ExtensionKind, find
+from distill.listing.extensions import ExtensionKind, find
 from distill.recipe.keys import FamilyRecipe, extension
 from distill.recipe.reader import load_job
 from tests.support.command import Run

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from distill.errors import CheckpointError
+from distill.export.save import ExportFacts, write_backbone
 from distill.job.stored_recipes import load_from_here
 from distill.plan.job import check_job
 from distill.plan.teacher_source import describe_teacher
 from distill.recipe.reader import load_job
-from distill.weights.save import ExportFacts, write_backbone
 from teacher.shapes import ViTSpec
 from tests.support.jobs import FAMILY, run_distill, write_images
 from tests.support.weights import random_weights, translate

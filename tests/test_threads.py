@@ -30,7 +30,7 @@ HOST_ONLY = {
     "distill/launch/process.py",
     "distill/launch/doctor.py",  # asks for the address of a host
     "distill/launch/trackers.py",  # waits for the end of its process
-    "distill/train/peer_copies.py",  # sends host memory over gloo
+    "distill/engine/peer_copies.py",  # sends host memory over gloo
     "distill/runfolder/heartbeat.py",
     "distill/train/masking.py",  # masks are drawn with NumPy; the caller copies them
 }

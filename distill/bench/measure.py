@@ -39,7 +39,10 @@ from distill.bench.stand_ins import (
 from distill.data.index import ImageIndex, make_index
 from distill.data.locations import Location
 from distill.data.sources import Found
+from distill.engine.device import take_device
 from distill.engine.engine import prepare_deepspeed
+from distill.engine.join import join_ranks
+from distill.engine.local_ranks import LocalRanks
 from distill.errors import PlanError, UserError
 from distill.job.build import (
     PhaseContext,
@@ -51,8 +54,6 @@ from distill.job.build import (
     freeze,
 )
 from distill.job.forkserver import choose_start_method
-from distill.job.join import join_ranks
-from distill.job.local_ranks import LocalRanks
 from distill.plan.flops import DEFAULT_DEVICE
 from distill.plan.from_recipe import TeacherShape, on_nodes_of, plan_family
 from distill.plan.teacher_source import teacher_shape
@@ -61,7 +62,6 @@ from distill.recipe.reader import load_job
 from distill.runfolder.heartbeat import Heartbeat
 from distill.screen.console import printable
 from distill.train.balance import Balancer
-from distill.train.device import take_device
 from distill.train.exchange import AllGather, Slices
 from distill.train.faults import FaultHandler
 from distill.train.groups import Groups, make_groups

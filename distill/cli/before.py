@@ -94,10 +94,10 @@ def _plans(
     recipe: "Recipe", teacher: "TeacherRecipe | None", num_ranks: int
 ) -> "tuple[JobPlan, ...]":
     """The plans of all parts, which fit this machine's GPU if it has one."""
+    from distill.engine.device import has_gpu
     from distill.plan.flops import find_device  # these import torch
     from distill.plan.from_recipe import on_nodes_of
     from distill.plan.job import check_job, require_fit
-    from distill.train.device import has_gpu
 
     plans = check_job(on_nodes_of(recipe, num_ranks), teacher, num_ranks)
     if has_gpu(recipe.engine.device):

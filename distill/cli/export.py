@@ -26,9 +26,9 @@ from distill.errors import RecipeError, UserError
 from distill.runfolder.parked import read_parked
 
 if TYPE_CHECKING:
+    from distill.export.card import Inputs
     from distill.export.export import Exported
     from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-    from distill.weights.card import Inputs
 
 
 class WeightLayout(StrEnum):
@@ -82,7 +82,7 @@ def export(
     from distill.export.exporter import Exporter
     from distill.job.origin import background_of
     from distill.job.stored_recipes import read_recipes
-    from distill.recipe.extensions import ExtensionKind, find
+    from distill.listing.extensions import ExtensionKind, find
 
     exporter: Exporter = find(ExtensionKind.EXPORTER, to, "--to")
     folders = _chosen(run, student or [])
@@ -197,8 +197,8 @@ def _teacher_folder(run: Path, recipe: "FamilyRecipe | TeacherRecipe") -> Path:
 
 
 def _inputs(recipe: "FamilyRecipe | TeacherRecipe", name: str) -> "Inputs":
+    from distill.export.card import Inputs
     from distill.recipe.keys import FamilyRecipe
-    from distill.weights.card import Inputs
 
     size = recipe.crops.input_size
     if isinstance(recipe, FamilyRecipe):

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.recipe.extensions import BUILTIN, ExtensionKind, require
+from distill.listing.extensions import BUILTIN, ExtensionKind, require
+from distill.listing.outside_code import LIBRARIES, path_of
 from distill.recipe.keys import FamilyRecipe, Recipe
-from distill.recipe.outside_code import LIBRARIES, path_of
 from distill.recipe.types import is_custom
 
 

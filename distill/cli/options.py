@@ -89,7 +89,7 @@ def allow_code(is_given: bool, recipe: str, *folders: Path) -> None:
     """
     if not is_given:
         return
-    from distill.recipe.outside_code import allow
+    from distill.listing.outside_code import allow
 
     allow()
     sys.path.extend(str(folder.absolute()) for folder in (Path(recipe).parent, *folders))

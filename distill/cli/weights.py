@@ -131,8 +131,8 @@ def convert_weights(
     import torch
 
     from distill.export.convert import convert
+    from distill.export.licences import pass_on
     from distill.screen.tables import inspection_table
-    from distill.weights.licences import pass_on
 
     refuse_other_kinds(source)
     kind = torch.bfloat16 if dtype == Precision.BF16 else torch.float32

@@ -1,1 +1,1 @@
-"""DeepSpeed behind one door. No other package names it."""
+"""The processes of a job: how they join, the groups and devices, DeepSpeed behind one door, copies of the state in memory."""

@@ -30,8 +30,8 @@ from distill.evaluate.images import Preparation, extract_all
 from distill.evaluate.score import Protocol
 from distill.evaluate.scoring import Wanted
 from distill.evaluate.tasks import TASKS
+from distill.export.save import ExportFacts, write_backbone
 from distill.weights.load import load_backbone
-from distill.weights.save import ExportFacts, write_backbone
 from teacher.shapes import ViTSpec
 
 PX = 16

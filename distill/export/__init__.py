@@ -1,1 +1,1 @@
-"""Exports of a finished network for other libraries, each verified by reading it back."""
+"""Write a finished network, with its card and the licence of its teacher; export it for other libraries and read it back."""

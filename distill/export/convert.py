@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from distill.errors import CheckpointError
+from distill.export.save import write_tensors
 from distill.runfolder.files import make_folder, replaced
 from distill.weights.hf_config import hf_config, preprocessor_config
 from distill.weights.identity import catalogue_name
 from distill.weights.inspect import Inspection, inspect
 from distill.weights.layouts import Layout, origins
 from distill.weights.load import CONFIG, load_backbone
-from distill.weights.save import write_tensors
 from distill.weights.stated_inputs import PREPARATION, stated_inputs
 from students.shapes import BackboneSpec
 

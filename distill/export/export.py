@@ -21,10 +21,7 @@ from typing import Any, Literal
 import torch
 
 from distill.errors import CheckpointError, UserError
-from distill.export.exporter import Exporter
-from distill.export.verify import TOLERANCE, Parity, verify
-from distill.runfolder.files import folder_while, remove, rename, replaced
-from distill.weights.card import (
+from distill.export.card import (
     Background,
     Form,
     Inputs,
@@ -33,11 +30,14 @@ from distill.weights.card import (
     model_card,
     read_inputs,
 )
+from distill.export.exporter import Exporter
+from distill.export.licences import CARD, CONFIG, RECORD, record_in, write_licences
+from distill.export.save import sha256_of
+from distill.export.verify import TOLERANCE, Parity, verify
+from distill.runfolder.files import folder_while, remove, rename, replaced
 from distill.weights.containers import read_object
 from distill.weights.hf_config import preprocessor_config
-from distill.weights.licences import CARD, CONFIG, RECORD, record_in, write_licences
 from distill.weights.load import load_backbone
-from distill.weights.save import sha256_of
 from distill.weights.stated_inputs import PREPARATION
 from students.shapes import BackboneSpec
 

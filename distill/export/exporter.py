@@ -1,6 +1,6 @@
 """What a format to export to has to say: how files are written, read back and described. One file per format.
 
-``distill export --to NAME`` finds a format by name (``distill.recipe.extensions``).
+``distill export --to NAME`` finds a format by name (``distill.listing.extensions``).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.export.card import transformers_usage
 from distill.export.convert import convert
 from distill.export.exporter import Exporter, Forward
-from distill.weights.card import transformers_usage
 
 
 def _write(name: str, source: Path, folder: Path, dtype: torch.dtype) -> None:  # noqa: ARG001  # the folder has it

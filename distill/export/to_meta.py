@@ -9,9 +9,9 @@ from torch import Tensor
 
 from distill.export.convert import convert
 from distill.export.exporter import Exporter, Forward
+from distill.export.save import sha256_of
 from distill.runfolder.files import rename
 from distill.weights.load import load_backbone
-from distill.weights.save import sha256_of
 from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec
 from teacher.shapes import ViTSpec
 

@@ -23,9 +23,9 @@ from distill.data.locations import Kind, Reader
 from distill.errors import DataError, SetupError
 from distill.job.prepare import Job
 from distill.job.teacher_files import files_of_weights
+from distill.listing.outside_code import path_of
 from distill.listing.storage import Storage
 from distill.recipe.keys import FamilyRecipe
-from distill.recipe.outside_code import path_of
 from distill.recipe.types import is_custom
 
 PACKAGES = ("distill", "teacher", "students")

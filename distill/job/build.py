@@ -18,12 +18,12 @@ from distill.data.locations import Reader
 from distill.engine.engine import Engine, EngineSettings
 from distill.errors import CheckpointError, RecipeError
 from distill.job.to_data import build_feed, build_loader
+from distill.listing.extensions import ExtensionKind, find
 from distill.listing.storage import Storage
 from distill.plan.by_step import PlanSchedule
 from distill.plan.crop_sizes import crop_schedule
 from distill.plan.from_recipe import Recipe, TeacherShape, heads_of_student, later_plans
 from distill.plan.plan import Placement, Plan
-from distill.recipe.extensions import ExtensionKind, find
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
 from distill.recipe.networks import StudentSpec
 from distill.recipe.schedules import ObjectiveSpec, StageSpec

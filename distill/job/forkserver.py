@@ -20,8 +20,8 @@ from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 
+from distill.engine.device import has_gpu
 from distill.engine.engine import DEEPSPEED_MODULES
-from distill.train.device import has_gpu
 
 PRELOADED = ["distill.job.run", "distill.data.pipeline", *DEEPSPEED_MODULES]
 ROOT = Path(__file__).parents[2]  # the folder that distill, students and teacher are imported from

@@ -10,12 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.data.index import ImageIndex
-from distill.job.recipe_hash import recipe_hash
-from distill.job.stored_recipes import Recipes
-from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-from distill.runfolder.files import is_full, make_folder, replace_text
-from distill.runfolder.status import TEACHER, write_json
-from distill.weights.card import (
+from distill.export.card import (
     DISTILLATION,
     KEEP_MARK,
     PRETRAINING,
@@ -24,10 +19,7 @@ from distill.weights.card import (
     model_card,
     read_inputs,
 )
-from distill.weights.containers import read_object
-from distill.weights.identity import catalogue_name
-from distill.weights.inspect import RELEASED
-from distill.weights.licences import (
+from distill.export.licences import (
     CARD,
     CONFIG,
     CONTRADICTION,
@@ -41,6 +33,14 @@ from distill.weights.licences import (
     record_in,
     write_licences,
 )
+from distill.job.recipe_hash import recipe_hash
+from distill.job.stored_recipes import Recipes
+from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+from distill.runfolder.files import is_full, make_folder, replace_text
+from distill.runfolder.status import TEACHER, write_json
+from distill.weights.containers import read_object
+from distill.weights.identity import catalogue_name
+from distill.weights.inspect import RELEASED
 from distill.weights.load import shape_of
 from distill.weights.stated_inputs import PREPARATION
 from students.shapes import BackboneSpec

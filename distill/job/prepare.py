@@ -20,6 +20,7 @@ from distill.data.build_index import build_index, source_name
 from distill.data.index import ImageIndex
 from distill.data.photographs import photograph_paths, write_tiles
 from distill.data.split import split, why_nothing_is_held_out
+from distill.engine.held_copies import remove_copies
 from distill.errors import CheckpointError, DataError
 from distill.job.changes import with_changes
 from distill.job.origin import licences_of_teacher, store_licences
@@ -33,6 +34,7 @@ from distill.job.teacher_files import (
     refuse_another_teacher,
     teacher_facts,
 )
+from distill.listing.extensions import BUILTIN, ExtensionKind, find
 from distill.listing.labels import label_lines
 from distill.listing.passed_over import PassedOver
 from distill.listing.source_paths import source_path
@@ -42,14 +44,12 @@ from distill.plan.from_recipe import on_nodes_of
 from distill.plan.here import device_here, timed_on
 from distill.plan.job import check_job
 from distill.plan.teacher_source import TRAINED_HEADS, describe_teacher, heads_file
-from distill.recipe.extensions import BUILTIN, ExtensionKind, find
 from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.runfolder.files import make_folder, remove
 from distill.runfolder.manifest import ChangedError, TeacherFacts
 from distill.runfolder.status import write_json
-from distill.train.held_copies import remove_copies
 
 CHECKPOINTS = "checkpoints"  # in a run folder
 IMAGES = "images.json"  # in data/ of a run folder: counts, and what was passed over

@@ -22,7 +22,13 @@ import torch
 import torch.distributed as dist
 
 from distill.data.index import ImageIndex
+from distill.engine.device import take_device
 from distill.engine.engine import prepare_deepspeed
+from distill.engine.held_copies import Target, open_memory
+from distill.engine.join import MeetingPlace, join_ranks
+from distill.engine.micro_batches import agreed_micro_batches
+from distill.engine.peer_copies import PeerCopies
+from distill.export.save import fingerprint, write_heads
 from distill.job.agreement import require_agreement
 from distill.job.build import (
     PhaseContext,
@@ -31,18 +37,17 @@ from distill.job.build import (
     load_teacher,
     shard_teacher,
 )
-from distill.job.join import MeetingPlace, join_ranks
 from distill.job.prepare import CHECKPOINTS, FITTED_HEADS, Job
 from distill.job.pretraining import HeadFitting, Pretraining
 from distill.job.resume import agreed_checkpoint, joining_steps
 from distill.job.write_networks import write_students, write_teacher
+from distill.listing.extensions import BUILTIN, ExtensionKind, find
 from distill.listing.storage import Storage
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.from_recipe import ONLINE, plan_family, plan_fitting, plan_stage
 from distill.plan.here import timed_as
 from distill.plan.teacher_source import teacher_shape
 from distill.recipe.document import RESOLVED
-from distill.recipe.extensions import BUILTIN, ExtensionKind, find
 from distill.recipe.keys import (
     FAMILY_PHASE,
     HEADS_PHASE,
@@ -58,16 +63,11 @@ from distill.runfolder.metrics import MetricSinks, SinkFactory
 from distill.runfolder.requests import StopSaveRequests
 from distill.runfolder.saver import CheckpointPolicy, Saver, restore, saved_anchor
 from distill.runfolder.status import PhaseStatus, note_time, write_json
-from distill.train.device import take_device
 from distill.train.faults import FaultHandler
 from distill.train.groups import make_control, make_groups
-from distill.train.held_copies import Target, open_memory
 from distill.train.loop import run_phase
-from distill.train.micro_batches import agreed_micro_batches
-from distill.train.peer_copies import PeerCopies
 from distill.train.phase import Phase
 from distill.train.recorder import Recorder, RecordPolicy
-from distill.weights.save import fingerprint, write_heads
 
 COLLECTIVE_TIMEOUT = timedelta(
     minutes=10

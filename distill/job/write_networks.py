@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 
 from distill.data.index import ImageIndex
+from distill.export.licences import Licences, Terms, licences_in
+from distill.export.save import ExportFacts, write_backbone, write_heads
 from distill.job.origin import LICENCES, pretrained_record, student_record
 from distill.job.prepare import Job
 from distill.plan.teacher_source import TRAINED_HEADS
@@ -11,8 +13,6 @@ from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.runfolder.files import remove
 from distill.runfolder.parked import read_parked
 from distill.train.phase import Phase
-from distill.weights.licences import Licences, Terms, licences_in
-from distill.weights.save import ExportFacts, write_backbone, write_heads
 from students.shapes import BackboneSpec
 
 

@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from distill.engine.join import MeetingPlace
 from distill.errors import SetupError
-from distill.job.join import MeetingPlace
 from distill.job.prepare import launch_of
 from distill.runfolder.heartbeat import HeartbeatRecord, last_beat_unix, read_records
 from distill.runfolder.process_identity import ENDED, this_process

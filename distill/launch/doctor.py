@@ -130,7 +130,7 @@ def _device() -> Finding:
     def look() -> str:
         import torch
 
-        from distill.train.device import has_gpu
+        from distill.engine.device import has_gpu
 
         if not has_gpu("auto"):
             return "no CUDA device; recipes run on the CPU"
@@ -217,7 +217,7 @@ def _picture(kind: str) -> Any:
 
 def _loopback() -> Finding:
     """Whether ranks of one machine can talk."""
-    from distill.job.loopback import loopback_interface, require_loopback
+    from distill.engine.loopback import loopback_interface, require_loopback
 
     def look() -> str:
         require_loopback({})
@@ -273,7 +273,7 @@ def _gloo() -> Finding:
         import torch.distributed as dist
         from torch._C._distributed_c10d import HashStore
 
-        from distill.job.loopback import VARIABLES, stay_on_loopback
+        from distill.engine.loopback import VARIABLES, stay_on_loopback
 
         before = {name: os.environ.get(name) for name in VARIABLES}
         stay_on_loopback(os.environ)

@@ -76,8 +76,8 @@ def run(recipe: str, overrides: list[str], options: Options) -> int:
         UserError: with the exit code of the failure: 1, or 4 where a rank died or hung.
     """
     from distill.job.prepare import JobRequest
+    from distill.listing.extensions import ExtensionKind, find
     from distill.recipe.document import builtin_recipes
-    from distill.recipe.extensions import ExtensionKind, find
     from distill.recipe.reader import load_job
 
     parsed, _ = load_job(recipe, overrides)
@@ -118,11 +118,11 @@ def count_processes(wanted: int | str) -> int:
 
 def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -> int:
     """Starts all ranks on this machine, watches them and starts them again: the launcher ``local``."""
+    from distill.engine.device import require_device
+    from distill.engine.loopback import require_loopback
     from distill.job.forkserver import choose_start_method
-    from distill.job.loopback import require_loopback
     from distill.job.prepare import prepare
     from distill.launch.supervisor import Supervisor
-    from distill.train.device import require_device
 
     console = make_console()
     live = console.is_terminal and not options.plain
@@ -191,11 +191,11 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
         RecipeError: the outer launch has not set which rank this is.
         SetupError: its ranks do not come together.
     """
+    from distill.engine.device import require_device
     from distill.job.prepare import prepare
     from distill.launch.rank import entry
     from distill.launch.rendezvous import Rendezvous, open_store
     from distill.runfolder.heartbeat import forget_records
-    from distill.train.device import require_device
 
     here = launched_rank(os.environ, request.resume_command)
     ranks_per_node = None if engine.ranks_per_node else ranks_on_node(os.environ)

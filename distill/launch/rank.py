@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from distill.engine.join import MeetingPlace
 from distill.errors import StorageError
-from distill.job.join import MeetingPlace
 from distill.job.prepare import read_job
 from distill.job.run import work
 from distill.launch.board import board_of, leave_board, sweep_boards

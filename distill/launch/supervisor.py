@@ -1,6 +1,6 @@
 """Keeps the local ranks of a job going: starts them, watches them, reports why they ended, starts them again.
 
-Each attempt is a start of new processes (``distill.job.local_ranks``). Between two attempts the cause
+Each attempt is a start of new processes (``distill.engine.local_ranks``). Between two attempts the cause
 is known, so what needs a person is not tried again, and a request to stop ends it.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from distill.job.local_ranks import LocalRanks
+from distill.engine.local_ranks import LocalRanks
 from distill.launch.disk import DiskWatch, receive
 from distill.launch.presence import FolderPresence
 from distill.launch.rank import GRACE_S, LauncherLink, entry

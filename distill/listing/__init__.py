@@ -1,1 +1,1 @@
-"""Find which images a source holds, where they lie, and what else lies there."""
+"""Find what a recipe names outside itself: the images of a source and where they lie, installed packages, code."""

@@ -6,18 +6,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from distill.engine.node_memory import PREFIX, memory_folder
 from distill.plan.job import JobPlan
 from distill.recipe.keys import Recipe
 
-MEMORY = "/dev/shm"  # a folder in it is made for this user alone, and checked
-VARIABLE = "DISTILL_MEMORY_FOLDER"  # another file system in memory
-PREFIX = "distill-copies-"
 NUM_COPIES = 2  # of which one is complete at any time
-
-
-def memory_folder() -> Path:
-    """The file system in memory that copies lie in."""
-    return Path(os.environ.get(VARIABLE, MEMORY))
 
 
 def copies_gib(plans: Sequence[JobPlan], num_nodes: int) -> float:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, create_model
 
 from distill.errors import RecipeError
-from distill.recipe.extensions import ExtensionKind, find, require
+from distill.listing.extensions import ExtensionKind, find, require
 from distill.recipe.types import Section, science, section_in
 
 Of = TypeVar("Of", bound=Section)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator
 
 from distill.errors import RecipeError
-from distill.recipe.outside_code import require_allowed
+from distill.listing.outside_code import require_allowed
 from distill.recipe.types import (
     Arch,
     CatalogueName,

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distill.errors import RecipeError
-from distill.recipe.extensions import ExtensionKind, require
+from distill.listing.extensions import ExtensionKind, require
 from distill.recipe.keys import RESERVED_PHASES
 from distill.recipe.networks import HEADS_MODES, RESERVED_NETWORKS, ArchSpec
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS, Loc, Problem, is_custom

@@ -15,11 +15,13 @@ from distill.data.decode import Rgb, decode_rgb
 from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
+from distill.engine.device import has_gpu
 from distill.errors import UserError
 from distill.evaluate.images import PICTURE_LIMIT_S, Preparation
 from distill.evaluate.run import evaluate_run
 from distill.evaluate.scoring import Wanted
 from distill.evaluate.tasks import USUAL
+from distill.export.licences import RECORD
 from distill.job.origin import complete_cards, stored_licences
 from distill.job.prepare import IMAGES, Job, read_job
 from distill.job.to_data import decoding_of
@@ -39,9 +41,7 @@ from distill.runfolder.status import (
     write_json,
 )
 from distill.screen.tables import unfinished_students
-from distill.train.device import has_gpu
 from distill.weights.containers import read_object
-from distill.weights.licences import RECORD
 from distill.weights.load import load_backbone
 
 NUM_PHOTOGRAPHS = 4  # rows of the picture

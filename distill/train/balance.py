@@ -14,9 +14,9 @@ from typing import Protocol, runtime_checkable
 import torch.distributed as dist
 
 from distill.data.loader import STEPS_AHEAD
+from distill.engine.delayed_reduce import DelayedAllReduce, gather_rows
 from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import rebalanced
-from distill.train.delayed_reduce import DelayedAllReduce, gather_rows
 from distill.train.student import Stopwatch
 
 SLOW = 1.15  # times the median time per image: a rank is called slow

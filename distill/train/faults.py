@@ -21,7 +21,7 @@ group. What was wrong is looked for only then: a few device syncs and one small 
 An exception on one rank of a larger group leaves the others inside a collective that gloo cannot
 leave. That student is parked by a file and the attempt ends; the next one, which the launcher starts
 at once, goes on without it from the last checkpoint. Alone on its rank it is parked in place. Out of memory, the
-attempt ends in both cases, because only a new process lets go of everything (``distill.train.micro_batches``).
+attempt ends in both cases, because only a new process lets go of everything (``distill.engine.micro_batches``).
 
 The last good state is refreshed at every save, before which each network shows that it is finite:
 what is saved can be gone on from. Parked networks are named in ``parked/<name>.json`` of the run
@@ -35,11 +35,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.engine.micro_batches import smaller_part, write_micro_batch
 from distill.errors import StudentError
 from distill.runfolder.events import Event, EventKind, note, read_events
 from distill.runfolder.failure import is_lost_connection
 from distill.runfolder.parked import Parked, is_parked, write_parked
-from distill.train.micro_batches import smaller_part, write_micro_batch
 from distill.train.phase import Phase, Trainer
 from distill.train.producers import Cause, PendingStep, Producers
 from distill.train.student import Attempt, Snapshot

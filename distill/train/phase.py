@@ -228,7 +228,7 @@ class StepSaver(Protocol):
 
 @runtime_checkable
 class StepCopies(Protocol):
-    """Copies the state into the memory of other nodes; ``distill.train.peer_copies``."""
+    """Copies the state into the memory of other nodes; ``distill.engine.peer_copies``."""
 
     def is_due(self, step: int, num_steps: int) -> bool:
         """Whether ``step`` finished steps of a phase are copied; the same on every rank."""

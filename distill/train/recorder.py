@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.bad_samples import count_bad
+from distill.engine.delayed_reduce import DelayedAllReduce
 from distill.errors import UserError
 from distill.runfolder.metrics import MetricSink, MetricsRow, MetricsWriter, SinkFactory, drop_after
 from distill.runfolder.requests import StopSaveRequests
@@ -32,7 +33,6 @@ from distill.runfolder.status import (
     networks_in,
     work_done,
 )
-from distill.train.delayed_reduce import DelayedAllReduce
 from distill.train.phase import Decision, Phase
 
 VOTE_S = 0.1  # between two votes: each step where steps take as long; a vote costs some 0.1 ms

@@ -1,1 +1,1 @@
-"""Files of weights in and out: layouts of other libraries, what a file is, model cards."""
+"""Files of weights: layouts of other libraries, what a file is, which networks it holds."""

@@ -103,7 +103,7 @@ def report(num_ranks: int, whole: Trace, trace: Trace, num_steps: int) -> bool:
 
 def train(folder: Path, name: str, num_ranks: int, overrides: tuple[str, ...]) -> Trace:
     """Runs the job of that name to its end on some ranks, from whatever checkpoint it has."""
-    from distill.job.local_ranks import LocalRanks
+    from distill.engine.local_ranks import LocalRanks
     from distill.job.prepare import JobRequest, prepare
 
     run_folder, notes = folder / "runs" / name, folder / "notes" / name
@@ -183,7 +183,7 @@ def read_trace(run_folder: Path, notes: Path) -> Trace:
 
 def write_inputs(folder: Path, num_steps: int) -> None:
     """Images, a teacher with heads, and a recipe for three students."""
-    from distill.weights.save import ExportFacts, write_backbone, write_heads
+    from distill.export.save import ExportFacts, write_backbone, write_heads
     from teacher.heads import Head, init_head_
     from teacher.shapes import HeadShape, ViTSpec
 

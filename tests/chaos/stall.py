@@ -18,9 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.engine.engine import to_host
+from distill.engine.held_copies import Nodes, folder_here
+from distill.engine.peer_copies import PeerCopies
 from distill.runfolder.saver import CheckpointPolicy, Saver
-from distill.train.held_copies import Nodes, folder_here
-from distill.train.peer_copies import PeerCopies
 from tests.chaos.saves import HASH, PHASE, Teller
 
 NUM_TENSORS = 600  # about what weights, two moments and the average of a ViT-S are

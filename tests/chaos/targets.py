@@ -17,6 +17,7 @@ from PIL import Image
 from distill.data.build_index import build_index
 from distill.data.dataset_report import take_report
 from distill.export.convert import convert
+from distill.export.save import ExportFacts, write_backbone, write_heads
 from distill.job.resolved_yaml import resolved_yaml
 from distill.launch.node import ranks_on_node
 from distill.launch.variables import is_launched, launched_rank
@@ -28,7 +29,6 @@ from distill.runfolder.tensor_file import SUFFIX, read_tensors
 from distill.weights.heads import load_heads
 from distill.weights.inspect import inspect
 from distill.weights.load import load_backbone
-from distill.weights.save import ExportFacts, write_backbone, write_heads
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.heads import Head, init_head_
 from teacher.shapes import HeadShape, ViTSpec

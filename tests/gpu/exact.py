@@ -43,7 +43,7 @@ def same_bits_twice(device: torch.device, sizes: Sizes) -> Figures:
 
 def count_different(device_type: str, sizes_name: str, kind: str) -> dict[str, int]:
     """Steps whose gradients are not those of the first, bit for bit, by network."""
-    from distill.train.device import take_device
+    from distill.engine.device import take_device
     from tests.gpu.networks import build_batch, build_prototypes, build_task, scalars
 
     device = take_device(device_type, is_deterministic=kind == "deterministic")

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import torch
 
-from distill.weights.card import Background, Inputs
-from distill.weights.licences import Licences
-from distill.weights.save import ExportFacts, write_backbone
+from distill.export.card import Background, Inputs
+from distill.export.licences import Licences
+from distill.export.save import ExportFacts, write_backbone
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.shapes import ViTSpec
 

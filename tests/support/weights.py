@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.export.save import ExportFacts, write_backbone
 from distill.weights.layouts import Layout, origins
-from distill.weights.save import ExportFacts, write_backbone
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.heads import Head, init_head_
 from teacher.shapes import HeadShape, ViTSpec

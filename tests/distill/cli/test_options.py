@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from distill.errors import UserError
-from distill.weights.save import ExportFacts, write_backbone
+from distill.export.save import ExportFacts, write_backbone
 from students.custom import probe
 from teacher.shapes import ViTSpec
 from tests.support.command import Run

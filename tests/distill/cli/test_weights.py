@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distill.cli import app as cli
-from distill.weights.save import write_heads
+from distill.export.save import write_heads
 from tests.support.weights import VIT, folder_of, heads, random_weights, translate
 
 

@@ -16,9 +16,12 @@ from safetensors import safe_open
 
 from distill.errors import CheckpointError, SetupError, UserError
 from distill.export import to_hf, to_meta, to_onnx, to_timm
+from distill.export.card import Background
 from distill.export.export import DTYPES, Dtype, Exported, export_network
 from distill.export.exporter import Exporter
+from distill.export.licences import Licences, Terms
 from distill.export.onnx import require_exporter, write_onnx
+from distill.export.save import ExportFacts, fingerprint, write_backbone
 from distill.export.verify import (
     TOLERANCE,
     Parity,
@@ -27,11 +30,8 @@ from distill.export.verify import (
     probes,
     verify,
 )
-from distill.recipe.extensions import BUILTIN, ExtensionKind, find
-from distill.weights.card import Background
-from distill.weights.licences import Licences, Terms
+from distill.listing.extensions import BUILTIN, ExtensionKind, find
 from distill.weights.load import load_backbone
-from distill.weights.save import ExportFacts, fingerprint, write_backbone
 from teacher.shapes import ViTSpec
 from tests.support.exports import BACKGROUND, CONVNEXT, GATED, INPUTS, VIT, names, write_network
 from tests.support.stand_ins import meta_convnext, meta_vit

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from distill.errors import RecipeError
+from distill.export.card import KEEP_MARK
+from distill.export.licences import licences_in
+from distill.export.save import ExportFacts, write_backbone
 from distill.job.origin import (
     LICENCES,
     background_of,
@@ -22,9 +25,6 @@ from distill.job.origin import (
 from distill.job.prepare import JobRequest, prepare
 from distill.job.recipe_hash import recipe_hash
 from distill.job.stored_recipes import load_from_here
-from distill.weights.card import KEEP_MARK
-from distill.weights.licences import licences_in
-from distill.weights.save import ExportFacts, write_backbone
 from tests.support.command import Run
 from tests.support.exports import INPUTS, VIT, write_network
 from tests.support.jobs import write_images

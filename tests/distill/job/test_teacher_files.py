@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from distill.errors import CheckpointError
+from distill.export.save import ExportFacts, write_backbone
 from distill.job import teacher_files
 from distill.job.prepare import CHECKPOINTS, Job, JobRequest, prepare, read_job
 from distill.job.teacher_files import (
@@ -27,7 +28,6 @@ from distill.runfolder.manifest import (
     read_manifest,
     staging_folder,
 )
-from distill.weights.save import ExportFacts, write_backbone
 from teacher.shapes import ViTSpec
 from tests.support.jobs import write_images
 

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from distill.engine import device
 from distill.errors import SetupError
 from distill.launch import doctor
 from distill.launch.doctor import Finding, examine
-from distill.train import device
 
 
 class Usage(NamedTuple):

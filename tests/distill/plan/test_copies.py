@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from distill.plan.copies import VARIABLE, copies_gib, lacking_memory
+from distill.engine.node_memory import VARIABLE
+from distill.plan.copies import copies_gib, lacking_memory
 from distill.plan.job import check_job
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job

@@ -9,6 +9,7 @@ import torch
 
 from distill.data.index import ImageIndex
 from distill.evaluate.run import evaluate_run
+from distill.export.save import ExportFacts, write_backbone
 from distill.recipe.keys import FamilyRecipe, Recipe
 from distill.recipe.reader import load_job
 from distill.report import students_over_steps as module
@@ -24,7 +25,6 @@ from distill.runfolder.manifest import (
     staging_folder,
 )
 from distill.runfolder.tensor_file import encode
-from distill.weights.save import ExportFacts, write_backbone
 from tests.support.jobs import write_recipes
 from tests.support.scored_run import MEAN, STD, write_run, write_splits
 

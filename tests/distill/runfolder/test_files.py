@@ -16,11 +16,11 @@ from distill.data import contact_sheet
 from distill.data.build_index import build_index
 from distill.data.pack import pack
 from distill.errors import UserError
+from distill.export.save import write_heads, write_tensors
 from distill.runfolder import files
 from distill.runfolder.files import folder_while, make_folder, replace_text, replaced, sync
 from distill.runfolder.metrics import drop_after, metrics_path
 from distill.runfolder.status import write_json
-from distill.weights.save import write_heads, write_tensors
 from tests.support.status import ROW
 
 Call = tuple[str, Path]

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from distill.engine.delayed_reduce import DelayedAllReduce
 from distill.runfolder.requests import STOP, StopSaveRequests, leave_request
 from distill.runfolder.status import PhaseStatus
 from distill.train import recorder as module
-from distill.train.delayed_reduce import DelayedAllReduce
 from distill.train.phase import Phase
 from distill.train.recorder import Recorder, RecordPolicy
 

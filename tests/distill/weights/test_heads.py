@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from distill.errors import CheckpointError
+from distill.export.save import write_heads
 from distill.weights.heads import has_heads, head_shapes_of, load_heads
-from distill.weights.save import write_heads
 from tests.support.weights import HEAD, folder_of, heads
 
 

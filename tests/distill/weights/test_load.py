@@ -17,11 +17,11 @@ from torch import Tensor
 
 from distill.errors import CheckpointError
 from distill.export.convert import convert
+from distill.export.save import write_backbone, write_heads, write_tensors
 from distill.weights.containers import read_object
 from distill.weights.hf_config import hf_config
 from distill.weights.inspect import inspect
 from distill.weights.load import load_backbone, shape_of
-from distill.weights.save import write_backbone, write_heads, write_tensors
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.shapes import ViTSpec
 from tests.support.memory import uninitialized_memory_is_nan

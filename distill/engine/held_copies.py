@@ -24,8 +24,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from distill.engine.node_memory import PREFIX, memory_folder
 from distill.errors import CheckpointError
-from distill.plan.copies import PREFIX, memory_folder
 from distill.runfolder import manifest as checkpoint
 from distill.runfolder.files import make_folder, read_back, remove
 from distill.runfolder.manifest import (

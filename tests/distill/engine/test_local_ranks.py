@@ -14,17 +14,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill.errors import SetupError
-from distill.job import loopback
-from distill.job.join import join_ranks
-from distill.job.local_ranks import OWNER, PREFIX, LocalRanks, remove_abandoned
-from distill.job.loopback import (
+from distill.engine import loopback
+from distill.engine.join import join_ranks
+from distill.engine.local_ranks import OWNER, PREFIX, LocalRanks, remove_abandoned
+from distill.engine.loopback import (
     VARIABLES,
     connect_to_itself,
     loopback_interface,
     require_loopback,
     stay_on_loopback,
 )
+from distill.errors import SetupError
 from distill.runfolder.process_identity import identity_of, this_process
 from tests.support.jobs import is_running
 from tests.support.sockets import is_loopback, listening_addresses

@@ -18,13 +18,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.plan.copies import VARIABLE
+from distill.engine import held_copies, peer_copies
+from distill.engine.held_copies import Nodes, Target, find_copies, open_memory
+from distill.engine.node_memory import VARIABLE
+from distill.engine.peer_copies import PeerCopies, map_file
 from distill.runfolder.manifest import find_latest
 from distill.runfolder.saver import CheckpointPolicy
 from distill.runfolder.tensor_file import read_tensors
-from distill.train import held_copies, peer_copies
-from distill.train.held_copies import Nodes, Target, find_copies, open_memory
-from distill.train.peer_copies import PeerCopies, map_file
 from tests.support.jobs import ENVIRONMENT, RUN, differing, status_of, wait_for_step, write_recipes
 from tests.support.spawn import on_ranks
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from distill.bench.measure import Bench, Request, family_of
 from distill.bench.report import OURS
+from distill.engine.device import take_device
 from distill.engine.engine import prepare_deepspeed
 from distill.errors import SetupError
 from distill.job.prepare import JobRequest, prepare, read_job
@@ -22,7 +23,6 @@ from distill.recipe.reader import load_recipe
 from distill.report.summary import finish
 from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.requests import StopSaveRequests
-from distill.train.device import take_device
 from distill.train.faults import IN_A_ROW
 from distill.train.groups import make_control
 from tests.support.jobs import HEADS, TINY, without_heads, write_recipes

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from distill.errors import CheckpointError
-from distill.weights.licence_names import slug_of, title_of_text
+from distill.export.licence_names import slug_of, title_of_text
 
 WORDS = (
     r"licen[sc]es?\d*|notices?|copying|copyright|unlicense|eula|(acceptable[_-]?)?use[_-]?policy"

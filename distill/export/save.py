@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from distill.export.card import Background, Inputs, folder_form, model_card
+from distill.export.licences import CARD, CONFIG, RECORD, Licences, write_licences
 from distill.runfolder.files import make_folder, replace_text, replaced
-from distill.weights.card import Background, Inputs, folder_form, model_card
 from distill.weights.hf_config import hf_config, preprocessor_config
-from distill.weights.licences import CARD, CONFIG, RECORD, Licences, write_licences
 from students.shapes import BackboneSpec
 
 LOCAL_NORM_PREFIX = (

@@ -24,12 +24,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.engine.held_copies import Nodes, gather_json, note_cost, remove_copies
 from distill.runfolder.events import Event, note
 from distill.runfolder.files import make_folder, remove, replace_text
 from distill.runfolder.manifest import MANIFEST, FileFacts, Manifest
 from distill.runfolder.saver import ANCHOR_FILE, CheckpointPolicy, Saveable
 from distill.runfolder.tensor_file import SUFFIX, header_of, num_bytes
-from distill.train.held_copies import Nodes, gather_json, note_cost, remove_copies
 
 SENT_AT_ONCE = 2**26  # bytes of one message
 Tensors = Mapping[str, Tensor]

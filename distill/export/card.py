@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distill.export.licences import Licences
 from distill.runfolder.status import KNN_K, TEACHER
 from distill.weights.containers import read_object
-from distill.weights.licences import Licences
 from students.shapes import BackboneSpec
 
 KEEP_MARK = (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distill.errors import RecipeError
-from distill.recipe.outside_code import ALLOWED, allow, path_of, require_allowed
+from distill.listing.outside_code import ALLOWED, allow, path_of, require_allowed
 
 LEAVES_A_MARK = "open(__file__ + '.ran', 'w')\n"
 

@@ -4,16 +4,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.weights.heads import load_heads
-from distill.weights.hf_config import hf_config
-from distill.weights.load import load_backbone
-from distill.weights.save import (
+from distill.export.save import (
     ExportFacts,
     fingerprint,
     write_backbone,
     write_heads,
     write_tensors,
 )
+from distill.weights.heads import load_heads
+from distill.weights.hf_config import hf_config
+from distill.weights.load import load_backbone
 from students.shapes import ConvNeXtSpec
 from teacher.heads import Head, init_head_
 from teacher.shapes import HeadShape, ViTSpec

@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from distill.job.loopback import stay_on_loopback
+from distill.engine.loopback import stay_on_loopback
 from distill.runfolder.process_identity import ENDED, ProcessIdentity, this_process
 
 PREFIX = "distill-"  # of the folder of a start, among temporary files

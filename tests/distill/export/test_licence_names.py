@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.weights.licence_names import (
+from distill.export.licence_names import (
     identifier_of_text,
     identifiers_of,
     slug_of,

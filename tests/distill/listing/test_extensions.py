@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from distill.errors import RecipeError
-from distill.recipe import extensions
-from distill.recipe.extensions import BUILTIN, ExtensionKind, find, names, require
+from distill.listing import extensions
+from distill.listing.extensions import BUILTIN, ExtensionKind, find, names, require
 
 
 @pytest.fixture
 def _table(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = {**BUILTIN, ExtensionKind.SINK: {"depth": "distill.recipe.extensions:GROUP_PREFIX"}}
+    table = {**BUILTIN, ExtensionKind.SINK: {"depth": "distill.listing.extensions:GROUP_PREFIX"}}
     monkeypatch.setattr(extensions, "BUILTIN", table)
 
 

@@ -10,11 +10,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from distill.export.export import export_network
-from distill.export.to_meta import EXPORTER as META
-from distill.export.to_onnx import EXPORTER as ONNX
-from distill.export.to_timm import EXPORTER as TIMM
-from distill.weights.card import (
+from distill.export.card import (
     Background,
     Inputs,
     folder_form,
@@ -22,7 +18,11 @@ from distill.weights.card import (
     model_card,
     read_inputs,
 )
-from distill.weights.licences import Licences, Terms
+from distill.export.export import export_network
+from distill.export.licences import Licences, Terms
+from distill.export.to_meta import EXPORTER as META
+from distill.export.to_onnx import EXPORTER as ONNX
+from distill.export.to_timm import EXPORTER as TIMM
 from students.shapes import BackboneSpec, CustomSpec
 from tests.support.exports import BACKGROUND, CONVNEXT, GATED, INPUTS, VIT, write_network
 

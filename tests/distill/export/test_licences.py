@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from distill.errors import CheckpointError
-from distill.weights.licences import (
+from distill.export.licences import (
     Licences,
     Stated,
     Terms,

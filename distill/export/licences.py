@@ -17,8 +17,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from distill.errors import CheckpointError
-from distill.runfolder.files import replace_text, replaced, write_file
-from distill.weights.licence_files import (
+from distill.export.licence_files import (
     IS_TERMS,
     decoded,
     licence_files,
@@ -28,7 +27,7 @@ from distill.weights.licence_files import (
     read_licence_files,
     title_of,
 )
-from distill.weights.licence_names import (
+from distill.export.licence_names import (
     IDENTIFIERS,
     OTHER,
     RECOGNISED,
@@ -37,6 +36,7 @@ from distill.weights.licence_names import (
     identifiers_of,
     slug_of,
 )
+from distill.runfolder.files import replace_text, replaced, write_file
 
 RECORD, CARD, CONFIG, SINGLE = "distill.json", "README.md", "config.json", "model.safetensors"
 KEY, CONTRADICTION = "teacher.licence", "contradicting statements"

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.engine.engine import prepare_deepspeed
+from distill.engine.micro_batches import agreed_micro_batches, smaller_part, write_micro_batch
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import make_plan
 from distill.runfolder.events import read_events
@@ -18,7 +19,6 @@ from distill.runfolder.parked import read_parked
 from distill.train.faults import FaultHandler
 from distill.train.groups import make_groups
 from distill.train.loop import run_phase
-from distill.train.micro_batches import agreed_micro_batches, smaller_part, write_micro_batch
 from distill.train.student import StudentTrainer
 from teacher.shapes import KOLEO_GROUP
 from tests.distill.train.test_ranks import Recorder
