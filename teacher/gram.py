@@ -27,13 +27,14 @@ def gram_sum(
             f"Gram loss: {student.shape[1]} student patches against {anchor.shape[1]} anchor patches; "
             "resize the anchor's map to the student's grid first"
         )
-    student_similarity, anchor_similarity = _similarity(student), _similarity(anchor)
+    student_similarity, anchor_similarity = cosines(student), cosines(anchor)
     return (student_similarity - anchor_similarity).square().mean(dim=(1, 2)).sum()
 
 
-def _similarity(
+def cosines(
     patches: Float[Tensor, "rows patches width"],
 ) -> Float[Tensor, "rows patches patches"]:
+    """Computes the cosine of every pair of patches of a crop, in fp32 (float64 stays)."""
     features = patches if patches.dtype == torch.float64 else patches.float()
     features = F.normalize(features, dim=-1)
     return features @ features.transpose(1, 2)

@@ -38,7 +38,7 @@ class Objective:
 
 
 LossTerm = Callable[[Features, Features, StudentBatch], Tensor]
-"""A loss term from outside: features of global crops [2 * images, image-major] and of local crops, and the batch, to a scalar.
+"""A loss term that is added to the objective: features of global crops [2 * images, image-major] and of local crops, and the batch, to a scalar.
 
 It is a sum over this rank's images divided by ``batch.images_global``, differentiable and without communication.
 """
@@ -46,16 +46,11 @@ It is a sum over this rank's images divided by ``batch.images_global``, differen
 
 @dataclass(frozen=True)
 class ExtraTerm:
-    """A loss term from outside and its weight; metrics have it as ``extra_NAME``."""
+    """A loss term that is added to the objective, its weight, and its name in metrics."""
 
-    name: str
+    key: str
     weight: float
     term: LossTerm
-
-    @property
-    def key(self) -> str:
-        """Its name in metrics."""
-        return f"extra_{self.name}"
 
 
 @dataclass(frozen=True)
@@ -170,7 +165,7 @@ class _GatherRows(torch.autograd.Function):
 def extra_parts(
     extra: Sequence[ExtraTerm], globals_: Features, locals_: Features, batch: StudentBatch
 ) -> dict[str, Tensor]:
-    """Computes the terms from outside, fp32, by the names that metrics have."""
+    """Computes the added terms, fp32, by the names that metrics have."""
     return {each.key: each.term(globals_, locals_, batch).float() for each in extra}
 
 

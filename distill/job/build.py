@@ -37,6 +37,7 @@ from distill.train.student import SinkhornTargets, Stopwatch, StudentTrainer, Ta
 from distill.weights.heads import load_heads
 from distill.weights.load import load_backbone
 from students.objective import FeatureNormalizer, FeatureTask, build_projectors
+from students.relational import relational_term
 from students.shapes import BackboneSpec, grid_of
 from students.student import build_backbone, build_heads, seeded
 from teacher.frozen import FrozenTeacher
@@ -111,12 +112,15 @@ def task_options(
 
 
 def extra_terms(recipe: FamilyRecipe) -> tuple[ExtraTerm, ...]:
-    """Loss terms of installed packages, made anew for one student, in the order of their names.
+    """Makes the added loss terms of one student: the relational one, then those of installed packages in the order of their names.
 
     Raises:
         RecipeError: one has parameters, which no optimizer would get.
     """
-    terms = []
+    terms, relational = [], recipe.objective.relational
+    if relational is not None:
+        term = relational_term(relational.form, relational.temperature)
+        terms.append(ExtraTerm("relational", relational.weight, term))
     for name, weight in sorted((recipe.objective.extra or {}).items()):
         make: Callable[[FamilyRecipe], LossTerm] = find(ExtensionKind.LOSS, name, "objective.extra")
         term = make(recipe)
@@ -125,7 +129,7 @@ def extra_terms(recipe: FamilyRecipe) -> tuple[ExtraTerm, ...]:
                 f"objective.extra = {name}: has parameters, and no optimizer would train them",
                 fix="Use a term without parameters; a student's network may have more of them.",
             )
-        terms.append(ExtraTerm(name, weight, term))
+        terms.append(ExtraTerm(f"extra_{name}", weight, term))
     return tuple(terms)
 
 

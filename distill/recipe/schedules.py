@@ -54,9 +54,27 @@ class ObjectiveSpec(Section):
     )
 
 
-class FamilyObjectiveSpec(ObjectiveSpec):
-    """A family's objective takes loss terms of installed packages, too."""
+class RelationalSpec(Section):
+    """Relational loss: similarities between the masked patches of a crop, the student's against the teacher's."""
 
+    weight: float = science(1.0, gt=0.0, description="Weight of the loss.")
+    form: Literal["softmax", "gram"] = science(
+        "softmax",
+        description="`softmax` is the KL divergence of each patch's similarities; `gram` their mean squared difference.",
+    )
+    temperature: float = science(
+        0.07, gt=0.0, description="Temperature of the softmax on both sides; not used by `gram`."
+    )
+
+
+class FamilyObjectiveSpec(ObjectiveSpec):
+    """A family's objective takes a relational loss and loss terms of installed packages, too."""
+
+    relational: RelationalSpec | None = science(
+        None,
+        since=2,
+        description="Relational loss, with and without heads; it sends nothing. Null means none.",
+    )
     extra: dict[str, Annotated[float, Field(gt=0.0)]] | None = science(
         None,
         since=2,

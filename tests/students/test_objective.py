@@ -159,7 +159,7 @@ def test_feature_task__a_term_from_outside_is_added_with_its_weight() -> None:
     batch = student_batch(taught)
     targets = FeatureNormalizer(16, CPU).build_targets(batch, 0.07, None)
     without = learner(batch, targets, SCALARS)
-    term = ExtraTerm("ones", 0.5, lambda globals_, _, __: globals_.class_token.square().sum())
+    term = ExtraTerm("extra_ones", 0.5, lambda globals_, _, __: globals_.class_token.square().sum())
     learner.options = replace(learner.options, extra=(term,))
     losses = learner(batch, targets, SCALARS)
     added = (losses.total - without.total).detach()

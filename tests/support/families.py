@@ -16,9 +16,10 @@ from distill.train.phase import Phase
 from distill.train.schedule import StepNumbers
 from distill.train.student import SinkhornTargets, Stopwatch, StudentTrainer, TargetBuilder
 from students.objective import FeatureNormalizer, FeatureTask, build_projectors
+from students.relational import relational_term
 from teacher.batch import CropBatch, PatchMasks
 from teacher.frozen import FrozenTeacher
-from teacher.losses import Objective
+from teacher.losses import ExtraTerm, Objective
 from teacher.task import DistillationTask, StepScalars, TaskOptions
 from tests.support.tiny import MEAN, STD, network, teacher
 
@@ -88,7 +89,9 @@ def make_pupil(
 ) -> StudentTrainer:
     placement = next(p for p in plan.placements if p.name == name)
     group, group_ranks = groups.by_network[name], len(placement.slices)
-    options = TaskOptions(masks_input=False, mean=MEAN, std=STD)
+    relational = ExtraTerm("relational", 0.5, relational_term("softmax", 0.07))
+    extra = () if ways.has_heads else (relational,)
+    options = TaskOptions(masks_input=False, mean=MEAN, std=STD, extra=extra)
     backbone, *heads = network(sum(map(ord, name)))
     task: nn.Module
     targets: TargetBuilder

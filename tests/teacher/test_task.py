@@ -176,7 +176,7 @@ def test_task__a_term_from_outside_is_added_with_its_weight() -> None:
     targets = assignments(batch, taught)
     scalars = StepScalars(Objective(1.0, 0.7, 0.1, 1.0), 1.0, 1.0)
     without = learner(batch, targets, scalars)
-    learner.options = replace(learner.options, extra=(ExtraTerm("spread", 0.25, spread),))
+    learner.options = replace(learner.options, extra=(ExtraTerm("extra_spread", 0.25, spread),))
     losses = learner(batch, targets, scalars)
     assert losses.parts.keys() - without.parts.keys() == {"extra_spread"}
     assert all(torch.equal(losses.parts[name], part) for name, part in without.parts.items())
