@@ -1,15 +1,15 @@
 """Custom students: a module of yours, a transformers backbone, a timm model.
 
     "package.module:factory"     factory(**args) returns the network; from the current folder or installed
-    "transformers:NAME"          a model type such as convnextv2, with args for its config, or a local folder
+    "transformers:NAME"          a model type such as convnextv2 or resnet, with args for its config, or a local folder
     "timm:NAME"                  timm.create_model(NAME, **args), where timm is installed
 
 A custom network is an ``nn.Module`` with ``width`` (features) and ``stride`` (pixels per patch side)
 whose forward pass takes images [rows, 3, height, width] and returns a class feature [rows, width] and
 a patch map [rows, width, height / stride, width / stride]. That is the full protocol.
 
-A network whose statistics move outside its parameters (BatchNorm) is refused: the EMA and the
-checkpoints hold parameters. Nothing is downloaded.
+BatchNorm is trained as in ``students.batch_norm``. Other buffers that training moves are refused: the
+EMA and the checkpoints would not hold them. Nothing is downloaded.
 """
 
 import difflib
@@ -24,8 +24,10 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
+from students.batch_norm import counting, group_norms
 from students.shapes import CustomSpec
 from teacher.batch import Features
 
@@ -48,7 +50,7 @@ class Adapted(nn.Module):
         masks: Bool[Tensor, "rows patches"] | None = None,
         *,
         rope_scale: float = 1.0,  # noqa: ARG002  # part of the protocol; there is no RoPE here
-        is_local: bool = False,  # noqa: ARG002  # part of the protocol; all crops are treated alike
+        is_local: bool = False,
     ) -> Features:
         """Class feature and patch map.
 
@@ -57,7 +59,8 @@ class Adapted(nn.Module):
         """
         if masks is not None:
             raise ValueError("a custom network has no mask token: it cannot see masked input")
-        class_feature, patch_map = self.network(pixels)
+        with counting(is_counted=not is_local):
+            class_feature, patch_map = self.network(pixels)
         grid_hw = (patch_map.shape[2], patch_map.shape[3])
         return Features(class_feature, patch_map.flatten(2).transpose(1, 2), grid_hw)
 
@@ -65,7 +68,9 @@ class Adapted(nn.Module):
 def build_custom(spec: CustomSpec) -> Adapted:
     """The network on the CPU, with the weights that its factory gives; code from outside may not stand the meta device."""
     with torch.device("cpu"):
-        return Adapted(spec, _make(spec.factory, json.loads(spec.args_json)))
+        network = Adapted(spec, _make(spec.factory, json.loads(spec.args_json)))
+        group_norms(network)
+        return network
 
 
 def init_custom_(network: Adapted, generator: torch.Generator) -> None:
@@ -88,14 +93,9 @@ def probe(factory: str, args_json: str) -> CustomSpec:
     with torch.random.fork_rng(devices=[]):
         network = _make(factory, args)
     width, stride = _facts(network, factory)
-    moving = [name for name, buffer in network.named_buffers() if buffer.is_floating_point()]
-    moving = [name for name in moving if name in network.state_dict()]
-    if moving:
-        raise ValueError(
-            f"{factory}: {moving[0]} is a buffer that training may move; use a norm without running statistics"
-        )
+    has_batch_norm = _has_batch_norm(network, factory)
     count = sum(parameter.numel() for parameter in network.parameters())
-    spec = CustomSpec(factory, args_json, width, stride, count)
+    spec = CustomSpec(factory, args_json, width, stride, count, has_batch_norm=has_batch_norm)
     height, across = (stride * patches for patches in PROBE_STRIDES)
     with torch.no_grad():
         found = network.eval()(torch.zeros(2, 3, height, across))
@@ -113,6 +113,26 @@ def probe(factory: str, args_json: str) -> CustomSpec:
     if not all(part.isfinite().all() for part in found):
         raise ValueError(f"{factory}: a black image gives numbers that are not finite")
     return spec
+
+
+def _has_batch_norm(network: nn.Module, factory: str) -> bool:
+    """Whether there is BatchNorm.
+
+    Raises:
+        ValueError: there are other buffers that training may move, or BatchNorm without running statistics.
+    """
+    norms = {name for name, module in network.named_modules() if isinstance(module, _BatchNorm)}
+    try:
+        group_norms(network)
+    except ValueError as error:
+        raise ValueError(f"{factory}: {error}") from error
+    for name, buffer in network.named_buffers():
+        is_state = buffer.is_floating_point() and name in network.state_dict()
+        if is_state and name.rpartition(".")[0] not in norms:
+            raise ValueError(
+                f"{factory}: {name} is a buffer that training may move; only those of BatchNorm are averaged and saved"
+            )
+    return bool(norms)
 
 
 @lru_cache(maxsize=256)
@@ -196,30 +216,46 @@ class _TransformersNetwork(nn.Module):
         except ImportError as error:
             raise ValueError(f"transformers:{name}: {error}; pip install transformers") from error
         try:
-            if "/" in name or "." in name:  # a local folder; the hub is never queried
-                backbone = library.AutoBackbone.from_pretrained(
-                    name, local_files_only=True, trust_remote_code=False, **args
-                )
-            else:
-                backbone = library.AutoBackbone.from_config(
-                    library.AutoConfig.for_model(name, **args)
-                )
+            backbone = _from_transformers(library, name, args)
         except (ValueError, OSError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"transformers:{name}: {reason}") from error
-        self.backbone = backbone
+        self.backbone = backbone.eval()  # what looks at the map must not move its statistics
         side = 224
         with torch.no_grad():
             last = self._map(torch.zeros(1, 3, side, side))
+        self.train()
         self.width, self.stride = int(last.shape[1]), side // int(last.shape[2])
 
     def _map(self, image: Tensor) -> Tensor:
-        maps: tuple[Tensor, ...] = self.backbone(image).feature_maps
-        return maps[-1]
+        found = self.backbone(image)
+        last: Tensor = (
+            found.feature_maps[-1] if hasattr(found, "feature_maps") else found.last_hidden_state
+        )
+        return last
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         patch_map = self._map(image)
         return patch_map.mean(dim=(2, 3)), patch_map
+
+
+def _from_transformers(library: Any, name: str, args: Mapping[str, Any]) -> nn.Module:
+    """A backbone of transformers, or the model itself where its last hidden state is a map (RegNet, MobileNet)."""
+    is_folder = "/" in name or "." in name  # a local folder; the hub is never queried
+    if is_folder:
+        config = library.AutoConfig.from_pretrained(
+            name, local_files_only=True, trust_remote_code=False
+        )
+    else:
+        config = library.AutoConfig.for_model(name, **args)
+    known = library.models.auto.modeling_auto.MODEL_FOR_BACKBONE_MAPPING_NAMES
+    kind = library.AutoBackbone if config.model_type in known else library.AutoModel
+    if is_folder:
+        network = kind.from_pretrained(name, local_files_only=True, trust_remote_code=False, **args)
+    else:
+        network = kind.from_config(config)
+    assert isinstance(network, nn.Module), "a model of transformers"
+    return network
 
 
 class _TimmNetwork(nn.Module):
@@ -233,10 +269,11 @@ class _TimmNetwork(nn.Module):
             raise ValueError(
                 f"timm:{name}: timm cannot be imported ({error}); pip install timm"
             ) from error
-        self.model = library.create_model(name, pretrained=False, num_classes=0, **args)
+        self.model = library.create_model(name, pretrained=False, num_classes=0, **args).eval()
         side = 224
         with torch.no_grad():
             class_feature, last = self(torch.zeros(1, 3, side, side))
+        self.train()
         self.width, self.stride = int(class_feature.shape[1]), side // int(last.shape[2])
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:

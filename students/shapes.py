@@ -62,6 +62,11 @@ class BackboneSpec(Protocol):
         ...
 
     @property
+    def has_batch_norm(self) -> bool:
+        """Whether images of a batch are normalised together."""
+        ...
+
+    @property
     def exported(self) -> "BackboneSpec":
         """The shape without what acts in training only and is not exported."""
         ...
@@ -149,6 +154,11 @@ class ConvNeXtSpec:
         return 1
 
     @property
+    def has_batch_norm(self) -> bool:
+        """False: its norms are of each pixel."""
+        return False
+
+    @property
     def exported(self) -> "ConvNeXtSpec":
         """The same shape: nothing acts in training only."""
         return self
@@ -209,6 +219,7 @@ class CustomSpec:
     stride: int
     parameters: int
     in_channels: int = 3
+    has_batch_norm: bool = False
 
     @property
     def unpublished(self) -> Mapping[str, tuple[float, float]]:

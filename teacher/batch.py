@@ -19,6 +19,7 @@ turns them into floats.
 """
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +29,8 @@ from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
 NUM_GLOBAL = 2
+# of the rows that a network in training sees: what normalises over images has to find them
+CROPS_PER_IMAGE: ContextVar[int] = ContextVar("crops_per_image", default=1)
 
 
 def onto(tensor: Tensor, device: torch.device) -> Tensor:

@@ -101,6 +101,11 @@ class ViTSpec:
         return self.depth
 
     @property
+    def has_batch_norm(self) -> bool:
+        """False: its norms are of each token."""
+        return False
+
+    @property
     def exported(self) -> "ViTSpec":
         """The same shape without the norm that acts in training only."""
         return replace(self, untie_local_norm=False)

@@ -5,7 +5,8 @@ by the number of ranks of the group, so that the gradient mean an engine takes o
 exact global mean, whatever the slice sizes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from teacher.batch import NUM_GLOBAL, Features, StudentBatch, normalise
+from teacher.batch import CROPS_PER_IMAGE, NUM_GLOBAL, Features, StudentBatch, normalise
 from teacher.drop_path import ActiveRows, active_rows
 from teacher.gram import gram_sum
 from teacher.heads import Head, SoftAssignment
@@ -151,7 +152,10 @@ def see_crops(
     globals_ = see_global_crops(backbone, batch, options, scalars)
     pixels = _pixels(batch.crops.local_crops, batch, options)
     depth = None if batch.active_rows is None else batch.active_rows[:, NUM_GLOBAL:]
-    locals_ = _see(backbone, pixels, depth, options, None, scalars.rope_scale_local, is_local=True)
+    with _crops_per_image(batch.crops.local_crops.shape[1]):
+        locals_ = _see(
+            backbone, pixels, depth, options, None, scalars.rope_scale_local, is_local=True
+        )
     return globals_, locals_
 
 
@@ -162,7 +166,19 @@ def see_global_crops(
     pixels = _pixels(batch.crops.global_crops, batch, options)
     masks = batch.masks.flags.flatten(0, 1) if options.masks_input else None
     depth = None if batch.active_rows is None else batch.active_rows[:, :NUM_GLOBAL]
-    return _see(backbone, pixels, depth, options, masks, scalars.rope_scale_global, is_local=False)
+    with _crops_per_image(NUM_GLOBAL):
+        return _see(
+            backbone, pixels, depth, options, masks, scalars.rope_scale_global, is_local=False
+        )
+
+
+@contextmanager
+def _crops_per_image(crops: int) -> Iterator[None]:
+    before = CROPS_PER_IMAGE.set(crops)
+    try:
+        yield
+    finally:
+        CROPS_PER_IMAGE.reset(before)
 
 
 def _pixels(crops: Tensor, batch: StudentBatch, options: TaskOptions) -> Tensor:

@@ -46,7 +46,7 @@ def write_backbone(
     """Writes config, weights (fp32), preprocessor, licences, model card and ``distill.json``; the weights last; each is complete or as it was."""
     make_folder(folder)
     contiguous = {
-        name: tensor.detach().float().cpu().contiguous()
+        name: (tensor.float() if tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in weights.items()
         if not name.startswith(LOCAL_NORM_PREFIX)
     }

@@ -34,7 +34,7 @@ from distill.plan.memory import (
     wire_shape,
 )
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import RANKS_PER_NODE, Plan, PlanOptions, make_plan, without
+from distill.plan.plan import RANKS_PER_NODE, Placement, Plan, PlanOptions, make_plan, without
 from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import HeadsSpec, StudentSpec
 from distill.recipe.schedules import StageSpec
@@ -207,9 +207,11 @@ def _plan_family(
     recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device, *, is_sharded: bool
 ) -> Plan:
     shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
-    works = []
+    works, normed = [], set()
     for student in recipe.students:
         spec, scaled = student.backbone_spec(), shapes.scaled(student.crop_scale)
+        if spec.has_batch_norm:
+            normed.add(student.label)
         if is_custom(student.arch):
             _require_full_patches(recipe, student, spec)
         if shape.heads is None:
@@ -227,12 +229,15 @@ def _plan_family(
             unit=recipe.engine.teacher_micro_batch,
             has_even_shares=recipe.engine.exchange == "all_gather",
             is_teacher_sharded=is_sharded,
-            has_full_groups=recipe.engine.micro_batch is not None,
+            has_full_groups=recipe.engine.micro_batch is not None or bool(normed),
             ranks_per_node=recipe.engine.ranks_per_node or RANKS_PER_NODE,
         ),
     )
     if recipe.objective.koleo and shape.heads is not None:
         require_full_groups(recipe, plan)
+    for placement in plan.placements:
+        if placement.name in normed:
+            _require_uncut_groups(recipe, placement)
     ends = [f"{s.label} is finished at step {s.steps:,}" for s in recipe.students if s.steps]
     return replace(plan, notes=(*plan.notes, *ends))
 
@@ -256,6 +261,19 @@ def require_full_groups(recipe: Recipe, plan: Plan) -> None:
                 f"engine.micro_batch = {micro_batch}: the slices of {placement.name} are not multiples of the KoLeo group of {KOLEO_GROUP} images",
                 fix=f"Write schedule.batch: {near} (a multiple of {unit}), or leave micro_batch out.",
             )
+
+
+def _require_uncut_groups(recipe: FamilyRecipe, placement: Placement) -> None:
+    """BatchNorm normalises groups of images, which neither ranks nor micro-batches may cut."""
+    micro_batch, num_ranks = recipe.engine.micro_batch, len(placement.slices)
+    parts = [placement.parts_of(rank, micro_batch) for rank in placement.world_ranks]
+    starts = [each.start for each in placement.slices] + [p.start for each in parts for p in each]
+    if any(start % KOLEO_GROUP for start in starts):
+        raise PlanError(
+            f"students.{placement.name}: its BatchNorm normalises groups of {KOLEO_GROUP} images, which {num_ranks} ranks "
+            f"or micro-batches cut at schedule.batch = {recipe.schedule.batch}",
+            fix=f"Use a batch that is a multiple of {KOLEO_GROUP * num_ranks} and micro-batches of {KOLEO_GROUP} or more, or give it ranks: 1.",
+        )
 
 
 def _require_full_patches(recipe: FamilyRecipe, student: StudentSpec, spec: BackboneSpec) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from distill.engine.engine import Engine, StateSnapshot
 from distill.plan.plan import Placement
 from distill.train.schedule import StepNumbers
+from students.batch_norm import RunningStatistics
 from teacher.batch import StudentBatch
 from teacher.heads import Head, sinkhorn
 from teacher.losses import KoleoGradient, Losses
@@ -22,6 +23,7 @@ from teacher.shapes import KOLEO_GROUP
 from teacher.task import DistillationTask, SoftAssignments
 
 TARGETS_PREFIX = "targets/"  # of a target maker's tensors in a network's state
+NORMS_PREFIX = "norms/"  # of the running statistics of its BatchNorm
 
 
 @runtime_checkable
@@ -88,10 +90,10 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank holds of a network and of its targets' state, to go back to."""
+    """What one rank holds of a network, of its targets' state and its running statistics, to go back to."""
 
     engine: StateSnapshot
-    targets: dict[str, Tensor]
+    beside: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -174,14 +176,14 @@ class StudentTrainer:
         self._parts, self.stop_step = parts, num_steps
         self.name, self.placement, self.engine = name, placement, engine
         self.images = placement.slices[dist.get_rank(engine.group)]
-        self.targets = targets
+        self.targets, self.norms = targets, RunningStatistics(engine.module)
         self.training = Stopwatch(next(engine.module.parameters()).device)
         self._sums: dict[str, Tensor] = {}
         self._num_steps = 0
 
     def train_step(self, batch: StudentBatch, numbers: StepNumbers) -> Attempt:
-        """One step of this network; a skipped one changes nothing. Collective over its group: targets, KoLeo where cut, gradients."""
-        terms, before = dict[str, Tensor](), self.targets.state()
+        """One step of this network; a skipped one changes nothing. Collective over its group: targets, KoLeo where cut, gradients, running statistics."""
+        terms, before = dict[str, Tensor](), self._state_beside()
         group = self.group if dist.get_world_size(self.group) > 1 else None
         batch = self._prepare(batch, numbers.run_step)
         with self.training.running():
@@ -196,10 +198,10 @@ class StudentTrainer:
                 losses: Losses = self.engine.forward(part, its_targets, numbers.scalars, *shares)
                 self.engine.backward_and_step(losses.total, numbers.rates[self.name])
                 _add(terms, {"loss": losses.total.detach(), **losses.parts})
-            is_applied, after = self.engine.is_applied, self.targets.state()
-            self.targets.load_state(
-                {k: torch.where(is_applied, after[k], before[k]) for k in after}
-            )
+            if self.norms:
+                self.norms.update(group, numbers.rates[self.name].ema_momentum)
+            is_applied, after = self.engine.is_applied, self._state_beside()
+            self._load_beside({k: torch.where(is_applied, after[k], before[k]) for k in after})
             counted = {k: torch.where(is_applied, value, 0.0) for k, value in terms.items()}
             _add(self._sums, {"applied": is_applied, **counted})
         self._num_steps += 1
@@ -219,11 +221,9 @@ class StudentTrainer:
 
     @property
     def least_part(self) -> int:
-        """Images of the smallest micro-batch with the same gradient: under ZeRO 3 weights are gathered in one order only, so a KoLeo group is not cut."""
-        is_free = not (
-            self.engine.shards_weights and isinstance(self.engine.module, DistillationTask)
-        )
-        return 1 if is_free else KOLEO_GROUP
+        """Images of the smallest micro-batch with the same gradient: BatchNorm's groups are not cut, and under ZeRO 3, where weights are gathered in one order only, KoLeo's neither."""
+        is_bound = self.engine.shards_weights and isinstance(self.engine.module, DistillationTask)
+        return KOLEO_GROUP if is_bound or self.norms else 1
 
     @property
     def largest_part(self) -> int:
@@ -238,12 +238,12 @@ class StudentTrainer:
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
         """A copy in host memory of what this rank holds of the network; ``into`` is overwritten. No communication."""
         engine = self.engine.snapshot(None if into is None else into.engine)
-        return Snapshot(engine, {k: v.clone() for k, v in self.targets.state().items()})
+        return Snapshot(engine, {k: v.clone() for k, v in self._state_beside().items()})
 
     def restore_snapshot(self, snapshot: Snapshot) -> None:
         """Goes back to a snapshot, on every rank of the group together. One all-gather per parameter group."""
         self.engine.restore_snapshot(snapshot.engine)
-        self.targets.load_state(snapshot.targets)
+        self._load_beside(snapshot.beside)
 
     def is_finite(self) -> bool:
         """All state of the network is finite. Waits for the device; one all-reduce over the group."""
@@ -283,32 +283,37 @@ class StudentTrainer:
         return self.engine.steps_applied()
 
     def ema(self, *, collect: bool = True) -> dict[str, Tensor]:
-        """The average of the weights by name, fp32 in host memory; nothing without ``collect``. Communication: gathers over its group."""
-        return self.engine.full("ema", collect=collect)
+        """The average of the weights and running statistics by name, fp32 in host memory; nothing without ``collect``. Communication: gathers over its group."""
+        weights = self.engine.full("ema", collect=collect)
+        return {**weights, **self.norms.averaged()} if collect else weights
 
     def state(
         self, *, collect: bool = True, into: Mapping[str, Tensor] | None = None
     ) -> dict[str, Tensor]:
         """Everything needed to go on, independent of the layout; parts of it without ``collect``. Communication and ``into`` as ``Engine.state``."""
-        state = self.targets.state()
-        target_state = {
-            TARGETS_PREFIX + name: tensor.clone()
-            if into is None
-            else into[TARGETS_PREFIX + name].copy_(tensor)
-            for name, tensor in state.items()
+        beside = {
+            name: tensor.clone() if into is None else into[name].copy_(tensor)
+            for name, tensor in self._state_beside().items()
         }
-        return {**self.engine.state(collect=collect, into=into), **target_state}
+        return {**self.engine.state(collect=collect, into=into), **beside}
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """The reverse of ``state``, for any number of ranks. No communication."""
         self.engine.load_state(tensors)
-        self.targets.load_state(
-            {
-                name.removeprefix(TARGETS_PREFIX): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(TARGETS_PREFIX)
-            }
-        )
+        self._load_beside(tensors)
+
+    def _state_beside(self) -> dict[str, Tensor]:
+        """What is saved of this network beside its parameters, the same on every rank of the group."""
+        return {
+            prefix + name: tensor
+            for prefix, part in ((TARGETS_PREFIX, self.targets), (NORMS_PREFIX, self.norms))
+            for name, tensor in part.state().items()
+        }
+
+    def _load_beside(self, tensors: Mapping[str, Tensor]) -> None:
+        for prefix, part in ((TARGETS_PREFIX, self.targets), (NORMS_PREFIX, self.norms)):
+            named = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            part.load_state(named)
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

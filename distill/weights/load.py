@@ -28,6 +28,7 @@ from distill.weights.identity import Identity, identify
 from distill.weights.layouts import Origin, origins
 from distill.weights.stored_values import masked, with_stored_values
 from distill.weights.timm_config import TimmArgs, read_timm_args
+from students.batch_norm import NUM_TRACKED
 from students.foreign import ForeignError
 from students.shapes import BackboneSpec
 from students.student import build_empty
@@ -96,6 +97,7 @@ def _require_floats(container: Container, identity: Identity) -> None:
         for name in sorted(wanted)
         if (stored := identity.stored_name(name)) in container.dtypes
         and container.dtypes[stored] not in FLOATS
+        and not name.endswith(NUM_TRACKED)
     }
     if odd:
         name, dtype = next(iter(odd.items()))
@@ -148,7 +150,7 @@ def load_backbone(
 def read_parameter(container: Container, identity: Identity, origin: Origin, name: str) -> Tensor:
     """One tensor of our layout, checked."""
     made: Tensor = origin.make(*(masked(container, identity, part) for part in origin.sources))
-    if not made.is_floating_point():
+    if not made.is_floating_point() and not name.endswith(NUM_TRACKED):
         raise CheckpointError(
             f"{container.path}: {name} holds {str(made.dtype).removeprefix('torch.')} numbers",
             fix="Give weights in fp32, fp16 or bf16.",

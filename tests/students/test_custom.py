@@ -94,6 +94,9 @@ def test_count_flops__equals_the_hand_count(
             },
         ),
         ("swin", {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 4}),
+        ("resnet", {"depths": [1, 1], "hidden_sizes": [8, 16], "embedding_size": 8}),
+        ("regnet", {"depths": [1, 1], "hidden_sizes": [8, 16], "groups_width": 8}),
+        ("mobilenet_v2", {"depth_multiplier": 0.1}),
     ],
 )
 def test_probe__transformers_backbones(model_type: str, args: dict[str, object]) -> None:
@@ -123,8 +126,12 @@ NETS = {
         "numbers that are not finite",
     ),
     "running statistics": (
-        "        self.norm = nn.BatchNorm2d(4)\n    def forward(self, x):\n        m = self.norm(self.conv(x))\n        return m.mean((2, 3)), m\n",
-        "norm without running statistics",
+        "        self.norm = nn.InstanceNorm2d(4, track_running_stats=True)\n    def forward(self, x):\n        m = self.norm(self.conv(x))\n        return m.mean((2, 3)), m\n",
+        "norm.running_mean is a buffer that training may move; only those of BatchNorm",
+    ),
+    "statistics of the batch": (
+        "        self.norm = nn.BatchNorm2d(4, track_running_stats=False)\n    def forward(self, x):\n        m = self.norm(self.conv(x))\n        return m.mean((2, 3)), m\n",
+        "norm: BatchNorm without running statistics",
     ),
     "no stride": (
         "        del self.stride\n    def forward(self, x):\n        return x\n",

@@ -15,8 +15,11 @@ from distill.train.masking import DrawnMasks
 from distill.train.phase import Phase
 from distill.train.schedule import StepNumbers
 from distill.train.student import SinkhornTargets, Stopwatch, StudentTrainer, TargetBuilder
+from students.batch_norm import group_norms
+from students.custom import Adapted
 from students.objective import FeatureNormalizer, FeatureTask, build_projectors
 from students.relational import relational_term
+from students.shapes import CustomSpec
 from teacher.batch import CropBatch, PatchMasks
 from teacher.frozen import FrozenTeacher
 from teacher.losses import ExtraTerm, Objective
@@ -71,9 +74,10 @@ def take(tensor: Tensor, parts: tuple[range, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Ways:
-    """How a family is trained, apart from what it learns; ``ends``: students that finish early."""
+    """How a family is trained, apart from what it learns; ``ends``: students that finish early; ``has_norms``: students have BatchNorm."""
 
     has_heads: bool = True
+    has_norms: bool = False
     lookahead: int = 0
     is_published: bool = False
     is_sharded: bool = False
@@ -82,6 +86,29 @@ class Ways:
 
 
 WHOLE = Ways()
+
+
+class Normed(nn.Module):
+    """The smallest custom network with BatchNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 16, 8, 8, bias=False), nn.BatchNorm2d(16), nn.GELU(), nn.Conv2d(16, 16, 1)
+        )
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        patch_map = self.layers(image)
+        return patch_map.mean(dim=(2, 3)), patch_map
+
+
+def normed_backbone(seed: int) -> Adapted:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        spec = CustomSpec("tests:Normed", "{}", 16, 8, 0, has_batch_norm=True)
+        backbone = Adapted(spec, Normed())
+    group_norms(backbone)
+    return backbone
 
 
 def make_pupil(
@@ -93,6 +120,8 @@ def make_pupil(
     extra = () if ways.has_heads else (relational,)
     options = TaskOptions(masks_input=False, mean=MEAN, std=STD, extra=extra)
     backbone, *heads = network(sum(map(ord, name)))
+    if ways.has_norms:
+        backbone = normed_backbone(sum(map(ord, name)))
     task: nn.Module
     targets: TargetBuilder
     if ways.has_heads:

@@ -340,6 +340,27 @@ def test_family__without_heads_many_processes_equal_one() -> None:
             torch.testing.assert_close(tensor, alone["targets"][name][key], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("num_ranks", "zero", "micro_batch"), [(1, 1, 16), (2, 1, None), (2, 3, 16)]
+)
+def test_family__with_batch_norm_ranks_and_micro_batches_equal_one(
+    num_ranks: int, zero: int, micro_batch: int | None
+) -> None:
+    works, ways = [NetworkCost("a", 1.0, num_ranks)], Ways(has_norms=True)
+    alone = on_ranks(1, train_family, [NetworkCost("a", 1.0)], 4, 1, "fp32", None, ways)[0]
+    cut = replace(ways, micro_batch=micro_batch)
+    results = on_ranks(num_ranks, train_family, works, 4, zero, "fp32", None, cut)
+    assert merged(results, "losses", "a") == pytest.approx(alone["losses"]["a"], rel=2e-6)
+    found = merged(results, "ema", "a")
+    assert found.keys() == alone["ema"]["a"].keys()
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, alone["ema"]["a"][key], rtol=0, atol=2e-5)
+    norm = "backbone.network.layers.1"
+    assert found[f"{norm}.num_batches_tracked"] == 4
+    assert found[f"{norm}.running_mean"].abs().max() > 1e-2
+
+
 def one_student(num_steps: int) -> tuple[Phase, Groups, Trainer]:
     """A phase of one student on all ranks."""
     prepare_deepspeed("cpu")

@@ -22,6 +22,7 @@ from distill.weights.containers import read_object
 from distill.weights.hf_config import hf_config
 from distill.weights.inspect import inspect
 from distill.weights.load import load_backbone, shape_of
+from students.custom import probe
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.shapes import ViTSpec
 from tests.support.memory import uninitialized_memory_is_nan
@@ -43,6 +44,21 @@ def outputs(path: Path, spec: BackboneSpec) -> Tensor:
     shape = (2, spec.in_channels, 2 * spec.stride, 3 * spec.stride)
     found = backbone(torch.randn(shape, generator=generator))
     return torch.cat([found.class_token, found.patch_tokens.flatten(1)], dim=1)
+
+
+def test_load_backbone__brings_back_the_running_statistics_of_batch_norm(tmp_path: Path) -> None:
+    args = {"depths": [1], "layer_type": "basic", "hidden_sizes": [8], "embedding_size": 8}
+    spec = probe("transformers:resnet", json.dumps(args))
+    network = spec.build()
+    spec.init_(network, torch.Generator().manual_seed(0))
+    weights = network.state_dict()
+    for name, tensor in weights.items():
+        tensor.copy_(torch.full_like(tensor, 3 if name.endswith("tracked") else 0.5))
+    write_backbone(tmp_path / "resnet", weights, spec, FACTS)
+    loaded, _ = load_backbone(tmp_path / "resnet", spec=spec)
+    assert loaded.state_dict().keys() == weights.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == weights[name].dtype and torch.equal(tensor, weights[name]), name
 
 
 @pytest.mark.parametrize("kind", ["mlp", "swiglu", "convnext"])
