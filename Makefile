@@ -2,6 +2,7 @@
 #   make quickstart   photographs -> teacher -> family of students -> scores and a picture
 #   make test         format, lint, types, tests; the commit that passed is in .test-passed
 #   make test-slow    the tests marked slow: whole jobs, large counts, the pretended GPU
+#   make docs         the site of docs/, in docs/_build; a warning is an error
 #   make gpu          what one GPU shows in ten minutes, in gpu.json; GPU_PYTHON=python3 takes an interpreter as it is
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +13,7 @@ COMMIT := $(shell git rev-parse --verify HEAD 2>/dev/null)
 # Two workers; the tests of a file stay together, since they share what its fixtures trained.
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup quickstart quickstart-short test test-slow gpu format lint types unit clean
+.PHONY: setup quickstart quickstart-short test test-slow docs gpu format lint types unit clean
 
 setup: $(READY)
 
@@ -39,6 +40,10 @@ test: format lint types unit
 test-slow: setup
 	$(PYTEST) -m slow
 
+docs: setup
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . docs/_build
+	@echo docs/_build/index.html
+
 # With GPU_PYTHON nothing is installed: packages may be missing, and each that is costs the checks that import it.
 ifdef GPU_PYTHON
 gpu:
@@ -61,4 +66,4 @@ unit: setup
 	$(PYTEST) -m "not slow"
 
 clean:
-	rm -rf $(VENV) runs .test-passed .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs docs/_build .test-passed .pytest_cache .mypy_cache .ruff_cache

@@ -1,9 +1,22 @@
-"""Links of the pages, and the log of experiments that the dated figures point to."""
+"""Links, commands and snippets of the pages, the site made of them, and the log that the dated figures point to."""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from tests.support import cli_page
+from tests.support.command_lines import (
+    blocks,
+    named_commands,
+    problem_with,
+    problem_with_names,
+    shown_commands,
+    unknown_keys,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -63,3 +76,122 @@ def test_log__is_newest_first_and_every_entry_is_whole() -> None:
 
 def test_log__holds_what_led_to_nothing() -> None:
     assert any("Result, **negative**:" in text for text in entries().values())
+
+
+def test_log__entries_are_linked_from_a_page_or_name_none() -> None:
+    pages = [page.read_text() for page in PAGES if page != LOG]
+    unlinked = []
+    for heading, text in entries().items():
+        anchor = re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        is_linked = any(f"log.md#{anchor})" in page for page in pages)
+        unlinked += [] if is_linked or "- Page: none" in text else [heading]
+    assert unlinked == []
+
+
+COMMAND_PAGES = [page for page in PAGES if page.name not in ("cli.md", "CHANGELOG.md")]
+
+
+@pytest.mark.parametrize("page", COMMAND_PAGES, ids=lambda page: page.name)
+def test_commands__of_a_block_can_be_typed(page: Path) -> None:
+    problems = [problem_with(words) for words in shown_commands(page.read_text())]
+    assert [text for text in problems if text] == []
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in COMMAND_PAGES if page != LOG], ids=lambda page: page.name
+)
+def test_commands__within_a_text_have_these_verbs_and_options(page: Path) -> None:
+    problems = [problem_with_names(words) for words in named_commands(page.read_text())]
+    assert [text for text in problems if text] == []
+
+
+@pytest.mark.parametrize("page", COMMAND_PAGES, ids=lambda page: page.name)
+def test_snippets__have_keys_that_exist_and_compile(page: Path) -> None:
+    text = page.read_text()
+    assert [key for snippet in blocks(text, "yaml") for key in unknown_keys(snippet)] == []
+    for snippet in blocks(text, "python"):
+        compile(snippet, page.name, "exec")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("distill trian quickstart", "no command trian"),
+        ("distill train quickstart --gpu 2", "No such option"),
+        ("distill train quickstart schedule.stepz=2", "schedule.stepz"),
+        ("distill train quickstart teacher:stages.0.stepz=2", "stepz"),
+        ("distill check my.yaml schedule.stepz=2", "schedule.stepz"),
+        ("distill bench quickstart --slep 1", "No such option"),
+        ("distill plan quickstart --ranks many", "integer"),
+        ("torchrun -m distill train quickstart --gpu 2", "No such option"),
+        ("make tset", "no target"),
+        ("python -m tests.chaoss", "no module"),
+        ("pytest tests/test_nothing.py", "no file"),
+        ("pip install distill-family[nothing]", "no extra"),
+    ],
+)
+def test_problem_with__finds_what_cannot_be_typed(command: str, words: str) -> None:
+    assert words in problem_with(command.split())
+
+
+def test_blocks__are_found_and_read() -> None:
+    page = "```\ndistill runs   # what is there\n$ output\ndistill check a.yaml && make test\n```\n"
+    assert shown_commands(page) == [
+        ["distill", "runs"],
+        ["distill", "check", "a.yaml"],
+        ["make", "test"],
+    ]
+    assert "no nothing" in problem_with_names(["data", "nothing"])
+    assert "--nothing" in problem_with_names(["train", "RECIPE", "--nothing"])
+    assert unknown_keys("schedule: {stepz: 1}\nstudents: [{arch: vit, hedas: 1}]") == [
+        "schedule.stepz",
+        "students.hedas",
+    ]
+
+
+def test_questions__are_25_and_each_names_another_public_thread() -> None:
+    page = (ROOT / "docs" / "faq.md").read_text()
+    titles = re.findall(r"^### (\d+)\. (.+)$", page, re.MULTILINE)
+    assert [int(index) for index, _ in titles] == list(range(1, 26))
+    answers = re.split(r"^### .+$", page, flags=re.MULTILINE)[1:]
+    thread = r"^\[([\w.-]+/[\w.-]+) #(\d+)\]\(https://github\.com/\1/issues/\2\)\.$"
+    threads = [re.findall(thread, answer, re.MULTILINE) for answer in answers]
+    assert all(len(found) == 1 for found in threads)
+    assert len({found[0] for found in threads}) == 25
+
+
+def test_command_line__page_is_what_the_commands_print() -> None:
+    assert cli_page.PAGE.read_text() == cli_page.page(), "python -m tests.support.cli_page"
+
+
+def test_index__leads_to_every_page() -> None:
+    linked = set(re.findall(r"\]\(([\w./-]+\.md)", (ROOT / "docs" / "index.md").read_text()))
+    pages = {page.name if page.parent != ROOT else f"../{page.name}" for page in PAGES}
+    assert linked == pages - {"index.md"}
+
+
+def test_site__is_built_without_a_warning(tmp_path: Path) -> None:
+    """What ``make docs`` does, of a copy of the pages: Sphinx finds more than the links above."""
+    for page in PAGES:
+        (tmp_path / page.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(page, tmp_path / page.relative_to(ROOT))
+    hidden = shutil.ignore_patterns("_build")
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=hidden, dirs_exist_ok=True)
+    shutil.copy(ROOT / "LICENSE", tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "-W",
+        "--keep-going",
+        "-q",
+        "-c",
+        "docs",
+        ".",
+        "site",
+    ]
+    built = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert built.returncode == 0, built.stderr
+    page = (tmp_path / "site" / "docs" / "glossary.html").read_text()
+    assert "look-ahead" in page, "the table of architecture.md is on the page of the site"
+    assert 'url=docs/index.html"' in (tmp_path / "site" / "index.html").read_text()
