@@ -1,5 +1,6 @@
-"""Files that people look for: licences, citation, issue forms, what a wheel holds."""
+"""Files that people look for: licences, citation, issue forms, what a wheel holds, and that it runs by itself."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests.support import third_party
+from tests.support.jobs import ENVIRONMENT
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("distill", "students", "teacher", "recipes")
@@ -115,3 +117,54 @@ def test_wheel__holds_its_licences_and_says_linux(wheel: zipfile.ZipFile) -> Non
     assert f"\nVersion: {PROJECT['version']}\n" in metadata
     systems = re.findall(r"^Classifier: Operating System :: (.+)$", metadata, re.MULTILINE)
     assert systems == ["POSIX :: Linux"]
+
+
+FEW_STEPS = (
+    "schedule.steps=2",
+    "schedule.batch=32",
+    "teacher:schedule.batch=32",
+    "teacher:stages.0.steps=2",
+    "teacher:stages.1.steps=2",
+    "teacher:stages.1.gram.teacher=base@1",
+    "teacher:stages.1.gram.refresh=1",
+    "crops.eval_size=32",  # a quarter of the patches to score
+    "teacher:crops.eval_size=32",
+)
+
+
+@pytest.fixture(scope="module")
+def program(wheel: zipfile.ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``distill`` of a fresh environment with the wheel; what it depends on is that of this interpreter."""
+    folder = tmp_path_factory.mktemp("fresh")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True, timeout=60)
+    packages = next(folder.glob("lib/python*/site-packages"))
+    outer = [path for path in sys.path if Path(path).name == "site-packages"]
+    (packages / "outer.pth").write_text("".join(f"{path}\n" for path in outer))
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install"]
+    install = [*pip, "--quiet", "--no-index", "--no-deps", "--force-reinstall"]
+    done = subprocess.run([*install, str(wheel.filename)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (packages / "recipes" / "quickstart.yaml").is_file()
+    return folder / "bin" / "distill"
+
+
+def run_outside(program: Path, folder: Path, *words: str) -> str:
+    """What the command prints in a folder that holds nothing of this repository."""
+    environment = {key: text for key, text in ENVIRONMENT.items() if key != "PYTHONPATH"}
+    ended = subprocess.run(
+        [program, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.mark.slow  # a fresh environment, and a whole job
+def test_wheel__trains_the_quickstart_outside_the_repository(program: Path, tmp_path: Path) -> None:
+    assert "quickstart " in run_outside(program, tmp_path, "recipes", "list")
+    run_outside(program, tmp_path, "recipes", "copy", "quickstart", "my.yaml")
+    assert (tmp_path / "my.yaml").is_file() and (tmp_path / "quickstart_teacher.yaml").is_file()
+    run_outside(program, tmp_path, "train", "quickstart", "--plain", *FEW_STEPS)
+    run = tmp_path / "runs" / "quickstart"
+    students = json.loads((run / "summary.json").read_text())["students"]
+    assert students.keys() == {"small", "gated", "convnext"}
+    assert (run / "students" / "small" / "model.safetensors").is_file()
