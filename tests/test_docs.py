@@ -1,5 +1,6 @@
 """Links, commands and snippets of the pages, the site made of them, and the log that the dated figures point to."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -8,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import cli_page
+from distill.screen.snapshot import RunSnapshot
+from tests.support import cli_page, readme_pictures
 from tests.support.command_lines import (
     blocks,
     named_commands,
@@ -17,6 +19,7 @@ from tests.support.command_lines import (
     shown_commands,
     unknown_keys,
 )
+from tests.support.status import ROW, STATUS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -195,3 +198,25 @@ def test_site__is_built_without_a_warning(tmp_path: Path) -> None:
     page = (tmp_path / "site" / "docs" / "glossary.html").read_text()
     assert "look-ahead" in page, "the table of architecture.md is on the page of the site"
     assert 'url=docs/index.html"' in (tmp_path / "site" / "index.html").read_text()
+
+
+def test_readme__shows_three_small_pictures() -> None:
+    shown = re.findall(r"^!\[.+\]\((.+)\)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert shown == ["docs/family.png", "docs/panel.svg", "docs/timeline.png"]
+    assert all((ROOT / name).stat().st_size < 200_000 for name in shown)
+
+
+def test_panel__of_the_readme_loads_nothing_from_elsewhere() -> None:
+    rows = {name: [ROW] for name in STATUS.networks}
+    made = readme_pictures.panel(RunSnapshot("mine", STATUS, rows, None, STATUS.updated_unix))
+    for text in (made, (ROOT / "docs" / "panel.svg").read_text()):
+        assert "@font-face" not in text and "url(http" not in text and "href=" not in text
+    assert "distill&#160;train&#160;mine" in made or "distill train mine" in made
+
+
+def test_pictures__of_the_readme_can_be_made_again(tmp_path: Path) -> None:
+    report = json.loads((ROOT / "docs" / "bench" / "family_vit_sleep_8ranks.json").read_text())
+    readme_pictures.timeline(report, tmp_path / "timeline.png")
+    readme_pictures.family((ROOT / "docs" / "quickstart.md").read_text(), tmp_path / "family.png")
+    assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 2

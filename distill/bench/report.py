@@ -246,7 +246,7 @@ def plot_report(report: dict[str, Any], path: Path) -> None:
         axes.invert_yaxis()
     axes.set_xlabel("seconds")
     entries = {"teaching": TEACHING, **training, "loading": LOADING, "waiting": WAITING}
-    entries["following, saving"] = REST
+    entries["post-step, saving"] = REST
     handles = [Patch(color=colour, label=label) for label, colour in entries.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
