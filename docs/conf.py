@@ -21,6 +21,8 @@ html_title = "distill"
 html_copy_source = False
 html_additional_pages = {"index": "to_docs.html"}  # the address of the site itself
 pygments_style = "friendly"
+highlight_language = "text"  # of blocks without a language, which show commands and output
+smartquotes = False  # options begin with two hyphens
 
 
 def _with_sidebar(_: Sphinx, name: str, source: list[str]) -> None:

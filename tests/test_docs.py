@@ -197,6 +197,8 @@ def test_site__is_built_without_a_warning(tmp_path: Path) -> None:
     assert built.returncode == 0, built.stderr
     page = (tmp_path / "site" / "docs" / "glossary.html").read_text()
     assert "look-ahead" in page, "the table of architecture.md is on the page of the site"
+    page = (tmp_path / "site" / "docs" / "cli.html").read_text()
+    assert "unless --allow-code is given" in page, "no dashes in place of hyphens"
     assert 'url=docs/index.html"' in (tmp_path / "site" / "index.html").read_text()
 
 
