@@ -5,19 +5,30 @@ torch, so that the command line starts fast.
 """
 
 import difflib
+import math
 import re
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict, WithJsonSchema
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    WithJsonSchema,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from students.shapes import CATALOG
 
 ARCHITECTURES = tuple(CATALOG)
 FREE_SIZES = ("vit", "convnext")
+LARGEST_INT = 2**63 - 1  # a plan multiplies up to ten numbers of a recipe, and floats end at 1e308
+LARGEST_FLOAT = 1e30
 RECIPE_FORMAT = 2  # the newest; a release that adds a key or changes a default has the next
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
 Loc = tuple[str | int, ...]
@@ -105,6 +116,24 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
+    @field_validator("*")
+    @classmethod
+    def _is_bounded(cls, value: Any) -> Any:
+        """Refuses numbers that no plan can be computed with."""
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, int) and abs(each) > LARGEST_INT:
+                raise ValueError(
+                    f"a number of about {_num_digits(each)} digits: at most {LARGEST_INT:,} is allowed"
+                )
+            if isinstance(each, float) and abs(each) > LARGEST_FLOAT:
+                raise ValueError(f"{each}: at most {LARGEST_FLOAT:g} is allowed")
+        return value
+
+
+def _num_digits(number: int) -> int:
+    """Digits of a number that may be too long to be written out."""
+    return int((abs(number).bit_length() - 1) * math.log10(2)) + 1
+
 
 def is_custom(arch: str) -> bool:
     """A network from outside: ``package.module:factory``, ``transformers:NAME`` or ``timm:NAME``."""
@@ -147,6 +176,8 @@ def _duration(value: object) -> object:
             raise ValueError(
                 f"{value!r}: write a duration such as '30min', '90s' or '2h', or a number of steps"
             )
+        if float(match[1]) > LARGEST_FLOAT:
+            raise ValueError(f"a duration of {len(match[1])} digits: write one such as '30min'")
     elif not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(
             f"{value!r}: write a duration such as '30min', or a number of steps, at least 1"
@@ -161,7 +192,7 @@ def rank_range(text: str) -> range:
         ValueError: the text is something else.
     """
     match = re.fullmatch(r"(\d+)-(\d+)", text)
-    if match is None or int(match[1]) > int(match[2]):
+    if match is None or len(text) > 40 or int(match[1]) > int(match[2]):
         raise ValueError(f"{text!r}: write a number of ranks, FIRST-LAST such as '8-15', or auto")
     return range(int(match[1]), int(match[2]) + 1)
 

@@ -8,14 +8,15 @@ that what is mapped does not pile up.
 import json
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from distill.errors import CheckpointError
+from distill.errors import CheckpointError, UserError
 from distill.weights.file_kinds import NUM_BYTES, ZIP, describe_folder, refuse_other_kinds
 
 REFUSED = "Weights only load failed"  # how torch begins when it meets anything but tensors
@@ -48,15 +49,12 @@ class _Safetensors:
         self._file_of: dict[str, Path] = {}
         for file in [path] if files is None else sorted(set(files.values())):
             refuse_other_kinds(file, _start_of(file))
-            try:
-                with safe_open(file, "pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118  # not a mapping
-                        part = opened.get_slice(name)
-                        self.shapes[name] = tuple(part.get_shape())
-                        self.dtypes[name] = part.get_dtype().lower()
-                        self._file_of[name] = file
-            except (SafetensorError, OSError) as error:
-                raise broken_file(file, error) from error
+            with reading(file), safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # not a mapping
+                    part = opened.get_slice(name)
+                    self.shapes[name] = tuple(part.get_shape())
+                    self.dtypes[name] = part.get_dtype().lower()
+                    self._file_of[name] = file
         absent = sorted(set(files or ()) - self.shapes.keys())
         if absent:
             raise CheckpointError(
@@ -65,12 +63,10 @@ class _Safetensors:
             )
 
     def read(self, name: str) -> Tensor:
-        try:
-            with safe_open(self._file_of[name], "pt") as opened:
-                tensor: Tensor = opened.get_tensor(name)
-                return tensor
-        except (SafetensorError, OSError) as error:
-            raise broken_file(self._file_of[name], error) from error
+        file = self._file_of[name]
+        with reading(file), safe_open(file, "pt") as opened:
+            tensor: Tensor = opened.get_tensor(name)
+            return tensor
 
 
 class _Pickled:
@@ -133,6 +129,21 @@ def broken_file(path: Path, error: Exception) -> CheckpointError:
     )
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever a damaged file leads its reader to becomes one clear line; an error of ours stays as it is.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise broken_file(path, error) from error
+
+
 def open_weights(path: Path) -> Container:
     """A folder, a ``.safetensors`` file or a ``.pth`` file, opened; no tensor is read yet.
 
@@ -165,11 +176,8 @@ def _open_file(path: Path) -> Container:
 
 
 def _start_of(path: Path) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(NUM_BYTES)
-    except OSError as error:
-        raise broken_file(path, error) from error
+    with reading(path), path.open("rb") as file:
+        return file.read(NUM_BYTES)
 
 
 def _has_header(start: bytes) -> bool:
@@ -213,10 +221,8 @@ def read_json(path: Path) -> Any:
         CheckpointError: it is damaged.
     """
     refuse_other_kinds(path, _start_of(path))
-    try:
+    with reading(path):
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise broken_file(path, error) from error
 
 
 def read_object(path: Path) -> dict[str, Any]:

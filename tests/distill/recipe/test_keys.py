@@ -952,3 +952,38 @@ def test_background__a_colour_the_mean_or_as_stored(
 def test_background__what_is_none_of_them(written: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"write mean, stored, '#rrggbb' in quotes, or \[red, gr"):
         load_recipe(write(tmp_path, FAMILY), [f"data.background={written}"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("width: 64", f"width: 1{'0' * 400}", "students.1.width: a number of about 400 digits"),
+        ("batch: 32", f"batch: {2**63}", "schedule.batch: a number of about 19 digits: at most"),
+        ("name: test", f"name: test\nseed: {'9' * 30}", "seed: a number of about 30 digits"),
+        ("peak: 2e-4", "peak: 1e200", "schedule.lr.peak: 1e+200: at most 1e+30 is allowed"),
+        ("scale: [0.3, 1.0]", "scale: [0.3, 1e200]", "crops.global.scale: 1e+200: at most"),
+        (
+            "data: {",
+            f"checkpoint: {{every: {'9' * 400}h}}\ndata: {{",
+            "checkpoint.every: a duration of 400 digits",
+        ),
+        (
+            "name: tiny,",
+            f"name: tiny, ranks: 0-{'9' * 400},",
+            "students.1.ranks: '0-999",
+        ),
+    ],
+)
+def test_load_job__numbers_that_no_plan_can_be_computed_with(
+    before: str, after: str, message: str, tmp_path: Path
+) -> None:
+    text = FAMILY.replace("data:", "crops: {global: {scale: [0.3, 1.0]}}\ndata:")
+    assert before in text
+    with pytest.raises(RecipeError, match=re.escape(message)) as caught:
+        load_job(str(write(tmp_path, text.replace(before, after))))
+    assert "\n1 problem in" in caught.value.message
+
+
+def test_load_job__takes_a_seed_of_64_bits(tmp_path: Path) -> None:
+    recipe, _ = load_job(str(write(tmp_path, f"seed: {2**63 - 1}\n{FAMILY}")))
+    assert recipe.seed == 2**63 - 1

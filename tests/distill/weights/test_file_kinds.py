@@ -15,7 +15,7 @@ from torch import Tensor
 from distill.errors import CheckpointError
 from distill.export.convert import convert
 from distill.job.teacher_files import files_of_weights
-from distill.weights.containers import is_finite, open_weights
+from distill.weights.containers import is_finite, open_weights, reading
 from distill.weights.inspect import inspect
 from distill.weights.load import identify_layout, load_backbone
 from tests.support.command import exit_code_of
@@ -321,3 +321,30 @@ def test_zip__with_names_that_are_no_text_is_one_error(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes().replace("é".encode(), b"\xf0\x28"))
     with pytest.raises(CheckpointError, match=r"model\.pt"):
         inspect(file, check_values=True)
+
+
+def test_open_weights__a_zip_that_states_a_version_no_reader_has_is_one_line(
+    tmp_path: Path,
+) -> None:
+    path = saved(tmp_path / "w.pth", META)
+    data = bytearray(path.read_bytes())
+    central = data.rindex(b"PK\x01\x02")
+    data[central + 6 : central + 8] = (111).to_bytes(2, "little")  # version needed: 11.1
+    path.write_bytes(data)
+    with pytest.raises(NotImplementedError):
+        zipfile.ZipFile(path)
+    try:  # torch's reader may take it
+        open_weights(path)
+    except CheckpointError as error:
+        assert "cannot be read" in error.message
+
+
+@pytest.mark.parametrize("kind", [NotImplementedError, MemoryError, EOFError, OverflowError])
+def test_reading__whatever_a_reader_raises_is_one_line(
+    kind: type[Exception], tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(CheckpointError, match=r"f: cannot be read \(the first"),
+        reading(tmp_path / "f"),
+    ):
+        raise kind("the first line\nand more")
