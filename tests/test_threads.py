@@ -32,6 +32,7 @@ HOST_ONLY = {
     "distill/launch/trackers.py",  # waits for the end of its process
     "distill/engine/peer_copies.py",  # sends host memory over gloo
     "distill/runfolder/heartbeat.py",
+    "distill/train/student.py",  # judges a state in host memory; a device judges its
     "distill/train/masking.py",  # masks are drawn with NumPy; the caller copies them
 }
 ON_DEVICE = {"distill/data/loader.py": 2, "distill/launch/rank.py": 1}  # threads they start

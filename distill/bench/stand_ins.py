@@ -13,7 +13,7 @@ from distill.data.crops import NUM_GLOBAL
 from distill.errors import CheckpointError
 from distill.plan.plan import Placement
 from distill.recipe.keys import FamilyRecipe
-from distill.runfolder.saver import CheckpointPolicy, Saveable, Saver
+from distill.runfolder.saver import NONE_HELD, CheckpointPolicy, Saveable, Saver, States
 from distill.runfolder.status import RunState
 from distill.train.phase import Decision, Phase
 from distill.train.schedule import StepNumbers
@@ -123,8 +123,9 @@ class Unsaved:
     def report(self) -> None:
         """No save has ended."""
 
-    def save(self, phase: Saveable, step: int) -> None:
+    def save(self, phase: Saveable, step: int, held: States = NONE_HELD) -> None:
         """Is never called: the recorder beside it requests no save."""
+        del held
         raise AssertionError(f"{phase.name}: a save at step {step} without a request")
 
     def wait(self) -> None:
@@ -140,9 +141,9 @@ class TimedSaver(Saver):
         )
         self.returned_s = 0.0
 
-    def save(self, phase: Saveable, step: int) -> None:
+    def save(self, phase: Saveable, step: int, held: States = NONE_HELD) -> None:
         """As the saver's."""
-        super().save(phase, step)
+        super().save(phase, step, held)
         self.returned_s = time.monotonic()
 
 
@@ -263,7 +264,16 @@ class SleepingStudent:
 
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
         """Nothing to copy."""
-        return into or Snapshot([], {})
+        return into or Snapshot({}, [], {})
+
+    @property
+    def is_alone(self) -> bool:
+        """It has nothing that could be held."""
+        return False
+
+    def judged_snapshot(self, into: Snapshot | None) -> tuple[Snapshot, bool]:
+        """Nothing to judge."""
+        return self.snapshot(into), True
 
     def restore_snapshot(self, snapshot: Snapshot) -> None:
         """There is nothing to go back to."""

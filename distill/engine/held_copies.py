@@ -72,6 +72,14 @@ def remove_copies(run_folder: Path) -> None:
         remove(folder_here(run_folder))
 
 
+def remove_where_saved(run_folder: Path, control: dist.ProcessGroup, *, is_saved: bool) -> None:
+    """Frees what earlier starts of a run left in the memory of its nodes, where rank 0 has the state on disk. Communication: one gather over ``control``."""
+    rows = gather_json(control, [is_saved, f"{socket.gethostname()}:{memory_folder()}"])
+    nodes = [node for _, node in rows]
+    if rows[0][0] and nodes.index(nodes[dist.get_rank()]) == dist.get_rank():
+        remove_copies(run_folder)
+
+
 @dataclass(frozen=True)
 class Nodes:
     """Which ranks share a memory, and where this rank's node holds copies.

@@ -3,14 +3,17 @@
     loop     gather full tensors, copy them into files that lie in memory     (training waits for this)
     thread   send the files to the next node; compare checksums; write the manifests
 
-The steps are those that a number divides, and the last of a phase, so every rank knows them without
-agreeing. There are two copies: the one before stays as it is until the new one is complete on all nodes,
+What is lost with a node are the steps since the last complete copy began: the distance of two copies and
+the steps while one is under way. So that these together are at most ``every_steps``, copies are nearer
+by the steps that the last one took, down to half the distance; the ranks have agreed on that by
+the time the next one begins. The last step of a phase is copied too. There are two copies: the one before stays as it is until the new one is complete on all nodes,
 which ends the thread. A node is lost together with its memory, and its files lie in that of the next
 one; on a single node nothing is sent, and the copy outlives the ranks but not the machine. Memory that
 is full ends the copies, in one line, and never the run.
 """
 
 import hashlib
+import math
 import os
 import shutil
 import time
@@ -66,6 +69,7 @@ class CopyJob:
     started: float
     loop_s: float
     interval_s: float
+    num_steps: int  # since the copy before
 
 
 class _NoCopyError(Exception):
@@ -92,6 +96,7 @@ class PeerCopies:
         self._index = 0 if nodes.newest_slot is None else 1 - nodes.newest_slot
         self._slots, self._phase = (Slot(), Slot()), ""
         self._is_paused, self._problem = False, ""
+        self._lag_steps, self._last_step = every_steps, 0  # nothing is known of the first one
         self._thread: Thread | None = None
         self._error: BaseException | None = None
         self._last_started = time.monotonic()
@@ -99,11 +104,14 @@ class PeerCopies:
 
     def is_due(self, step: int, num_steps: int) -> bool:
         """Whether ``step`` finished steps of a phase are copied; the same on every rank."""
-        return not self._is_paused and (step % self._every_steps == 0 or step == num_steps)
+        distance = copy_distance(self._every_steps, self._lag_steps)
+        is_far = step - self._last_step >= distance
+        return not self._is_paused and (is_far or step == num_steps)
 
-    def prepare(self, phase: str, states: Mapping[str, Tensors]) -> None:
-        """Begins to make the memory of a phase's copies, for states like these by file, so that the first copy takes no longer than others."""
+    def prepare(self, phase: str, states: Mapping[str, Tensors], start_step: int = 0) -> None:
+        """Begins to make the memory of a phase's copies, for states like these by file, so that the first copy takes no longer than others. ``start_step``: that the phase goes on from."""
         self.wait()
+        self._last_started, self._last_step = time.monotonic(), start_step
         if self._is_paused:
             return
         self._slots, self._phase, self._problem = (Slot(), Slot()), phase, ""
@@ -133,8 +141,9 @@ class PeerCopies:
             started,
             time.monotonic() - started,
             started - self._last_started,
+            step - self._last_step,
         )
-        self._last_started = started
+        self._last_started, self._last_step = started, step
         self._begin(lambda: self._share(job))
 
     def wait(self) -> None:
@@ -241,7 +250,9 @@ class PeerCopies:
         text = job.manifest.model_copy(update={"files": facts}).to_text()
         for writer in {*(received), *([rank] if files else [])}:
             replace_text(self._folder(writer, index) / MANIFEST, text)
-        self._agree("")
+        seconds = time.monotonic() - job.started
+        lag = math.ceil(seconds / max(job.interval_s, 1e-9) * job.num_steps)
+        self._lag_steps = max(gather_json(self._group, lag))
         loop_s = max(row[1] for row in rows)
         self.cost = CopyCost(
             job.manifest.phase,
@@ -295,6 +306,11 @@ class PeerCopies:
             for name in sorted(theirs):
                 for part in theirs[name].split(SENT_AT_ONCE):
                     yield dist.irecv(part, writer, group=self._group)
+
+
+def copy_distance(every_steps: int, lag_steps: int) -> int:
+    """Steps from one copy to the next, so that with those while a copy is under way at most ``every_steps`` are lost; never less than half of them."""
+    return max(every_steps - lag_steps, (every_steps + 1) // 2)
 
 
 def _empty(folder: Path, names: Collection[str]) -> None:

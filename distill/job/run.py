@@ -24,7 +24,7 @@ import torch.distributed as dist
 from distill.data.index import ImageIndex
 from distill.engine.device import take_device
 from distill.engine.engine import prepare_deepspeed
-from distill.engine.held_copies import Target, open_memory
+from distill.engine.held_copies import Target, open_memory, remove_where_saved
 from distill.engine.join import MeetingPlace, join_ranks
 from distill.engine.micro_batches import agreed_micro_batches
 from distill.engine.peer_copies import PeerCopies
@@ -207,14 +207,19 @@ class _Run:
             return self.recorder.show("stopped", message=text)
         if self.family is not None and not self._train_family():
             return self._stopped()
-        if self.copies is not None:
-            self.copies.remove(is_saved=True)
+        self._remove_copies(is_saved=True)
         self.recorder.show("exporting")
         return None
 
-    def _stopped(self) -> None:
+    def _remove_copies(self, *, is_saved: bool) -> None:
+        """Frees the memory of the nodes, also of what a start with ``checkpoint.peer`` left. Collective over the world."""
         if self.copies is not None:
-            self.copies.remove(is_saved=self.saver.is_saved)
+            self.copies.remove(is_saved=is_saved)
+        else:
+            remove_where_saved(self.job.run_folder, self.control, is_saved=is_saved)
+
+    def _stopped(self) -> None:
+        self._remove_copies(is_saved=self.saver.is_saved)
         text = "saved" if self.saver.is_saved else self.recorder.status.message
         self.recorder.show("stopped", message=f"{text}; run the same command to go on")
 
@@ -321,17 +326,18 @@ class _Run:
         self.recorder.start(phase, start_step)
         source = str(self.job.teacher_paths[0])
         fault_handler = FaultHandler(phase, self.job.run_folder, source)
-        fault_handler.start(start_step, self.control)
+        held = fault_handler.start(start_step, self.control)
         if start_step < phase.num_steps:
-            memory = self.saver.prepare(phase)
+            memory = self.saver.prepare(phase, held)
             if self.copies is not None:
-                self.copies.prepare(phase.name, memory)
+                self.copies.prepare(phase.name, memory, start_step)
         parts = self.recorder, self.saver, fault_handler, self.heartbeat
         finished = run_phase(phase, *parts, start_step, self.copies)
         if finished and start_step < phase.num_steps:
             self.heartbeat.enter("saving", phase.num_steps)
-            fault_handler.before_save(phase.num_steps)
-            self.saver.save(phase, phase.num_steps)
+            self.saver.wait()
+            held = fault_handler.before_save(phase.num_steps)
+            self.saver.save(phase, phase.num_steps, held)
         self.saver.wait()
         if self.copies is not None:
             self.copies.wait()

@@ -176,7 +176,13 @@ class CheckpointSpec(Section):
         description="Copy the state into memory (/dev/shm) of two nodes; it takes four checkpoints there.",
     )
     peer_every: int = machine(
-        50, since=2, ge=1, description="Steps between copies; so many are lost at most."
+        50,
+        since=2,
+        ge=1,
+        description=(
+            "Steps that are lost at most: copies are so far apart, less the steps that one takes until it "
+            "is complete, but never nearer than half of it."
+        ),
     )
 
     @property

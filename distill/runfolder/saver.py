@@ -2,7 +2,7 @@
 
     loop      gather full tensors, copy them to host memory        (training waits for this; the
               memory of the save before is written over, since the first touch of new memory takes
-              longer than the copy)
+              longer than the copy; what the caller holds in host memory is not copied again)
     writer    every rank: hash, write, sync, leave a record         (a thread; training goes on)
     committer world rank 0: wait for all records, commit            (the same thread, after its files)
 
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
+from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -31,6 +32,8 @@ ANCHOR_FILE = (
     "gram-anchor"  # not a legal network name: those have no file of this name in a checkpoint
 )
 RECIPE_FILE = "recipe.yaml"
+States = Mapping[str, Mapping[str, Tensor]]  # by network
+NONE_HELD: States = MappingProxyType({})
 RECORDS_TIMEOUT_S = 600.0  # for all ranks to have written; a stalled network file system recovers
 
 
@@ -212,21 +215,20 @@ class Saver:
             True  # the last save did not fail, as far as this rank knows; world rank 0 knows
         )
 
-    def prepare(self, phase: Saveable) -> Mapping[str, Mapping[str, Tensor]]:
-        """Makes and touches the memory of a phase's saves before its first step; it by file, as this rank writes them. Communication: gathers per group."""
+    def prepare(self, phase: Saveable, held: States = NONE_HELD) -> States:
+        """Makes and touches the memory of a phase's saves before its first step; it by file, as this rank writes them. ``held`` as for ``save``. Communication: gathers per group."""
         self.wait()
-        self._gather(phase)
-        return self._copies
+        return self._gather(phase, held)
 
-    def save(self, phase: Saveable, step: int) -> None:
+    def save(self, phase: Saveable, step: int, held: States = NONE_HELD) -> None:
         """Begins to save every network after ``step`` finished steps. Communication: gathers per group.
 
-        Returns as soon as the state is in host memory; waits for the save before it first.
+        Returns as soon as the state is in host memory; waits for the save before it first. ``held``: states of
+        networks that this rank trains alone, in host memory that stays as it is until the save has ended.
         """
         self.wait()
         self._recorder.saving()
-        self._gather(phase)
-        files = dict(self._copies)
+        files = self._gather(phase, held)
         anchor = phase.teacher.anchor_state()
         if phase.world_rank == 0 and anchor:
             files[ANCHOR_FILE + SUFFIX] = {
@@ -235,15 +237,19 @@ class Saver:
         self._begin(self._order_of(phase, step, files))
         self._recorder.show("training")
 
-    def _gather(self, phase: Saveable) -> None:
+    def _gather(self, phase: Saveable, held: States) -> dict[str, Mapping[str, Tensor]]:
+        """The states that this rank writes, by file."""
         if phase.name != self._copied_phase:
             self._copies, self._copied_phase = {}, phase.name
         for trainer in phase.trainers:
+            if trainer.name in held:
+                continue
             is_first = trainer.placement.first_rank == phase.world_rank
             file = trainer.name + SUFFIX
             state = trainer.state(collect=is_first, into=self._copies.get(file))
             if is_first:
                 self._copies[file] = {name: each.cpu() for name, each in state.items()}
+        return {**self._copies, **{name + SUFFIX: state for name, state in held.items()}}
 
     def report(self) -> None:
         """Reports, once, the result of a save that has ended. Raises what only a bug of ours can raise."""

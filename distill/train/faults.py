@@ -24,7 +24,9 @@ at once, goes on without it from the last checkpoint. Alone on its rank it is pa
 attempt ends in both cases, because only a new process lets go of everything (``distill.engine.micro_batches``).
 
 The last good state is refreshed at every save, before which each network shows that it is finite:
-what is saved can be gone on from. Parked networks are named in ``parked/<name>.json`` of the run
+what is saved can be gone on from. Of a network that one rank trains there is one copy for both: it is
+made in the memory that holds no good state, judged meanwhile, saved, and if it is good it is the state to go
+back to from then on. Parked networks are named in ``parked/<name>.json`` of the run
 folder; a person may delete that file to have one tried again.
 """
 
@@ -79,6 +81,7 @@ class _Record:
     applied: AppliedFlag = field(default_factory=AppliedFlag)
     pending: PendingStep | None = None
     snapshot: Snapshot | None = None
+    spare: Snapshot | None = None  # memory of the next one, where one rank trains the network
     snapshot_step: int = 0
     in_a_row: int = 0
     num_skipped: int = 0
@@ -87,6 +90,12 @@ class _Record:
     has_moved: bool = False
     is_parked: bool = False
     blamed: set[int] = field(default_factory=set)  # ranks whose features were not finite once
+
+    def count_from(self, phase_step: int) -> None:
+        """Notes that the snapshot is of this step."""
+        if self.has_moved:
+            self.num_roll_backs = 0
+        self.snapshot_step, self.has_moved = phase_step, False
 
 
 class FaultHandler:
@@ -100,8 +109,8 @@ class FaultHandler:
         self._producers = Producers(phase, run_folder, teacher_source)
         self._records = {trainer.name: _Record() for trainer in phase.trainers}
 
-    def start(self, phase_step: int, control: dist.ProcessGroup) -> None:
-        """Keeps the states to go back to, and learns who was parked before. One all-reduce over the world."""
+    def start(self, phase_step: int, control: dist.ProcessGroup) -> dict[str, dict[str, Tensor]]:
+        """Keeps the states to go back to, and learns who was parked before; states as ``before_save`` returns them. One all-reduce over the world."""
         names = [placement.name for placement in self._phase.plan.placements]
         flags = torch.tensor([float(is_parked(self._run_folder, n)) for n in names])
         dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=control)
@@ -109,6 +118,9 @@ class FaultHandler:
             record = self._records[trainer.name]
             record.is_parked = bool(flags[names.index(trainer.name)])
             self._take_snapshot(trainer, phase_step)
+            if trainer.is_alone:
+                record.spare = trainer.snapshot()
+        return self._held_states()
 
     def is_training(self, trainer: Trainer, phase_step: int) -> bool:
         """The network is neither finished nor parked; called before each step, after which the last one is resolved. Collective over its group."""
@@ -169,19 +181,40 @@ class FaultHandler:
         if record.in_a_row == IN_A_ROW:
             self._roll_back(trainer, step, f"{IN_A_ROW} skipped steps in a row")
 
-    def before_save(self, phase_step: int, *, takes_snapshot: bool = True) -> None:
-        """Makes every network's state one that can be gone on from, and keeps it where a snapshot is taken. Collective over each network's group."""
+    def before_save(
+        self, phase_step: int, *, takes_snapshot: bool = True
+    ) -> dict[str, dict[str, Tensor]]:
+        """Makes every network's state one that can be gone on from, and keeps it where a snapshot is taken. Collective over each network's group.
+
+        Returns, where a snapshot is taken, the states of the networks that this rank trains alone, by name, in
+        host memory that stays as it is until the next call: call it when no save is under way.
+        """
+        skipping = dict[str, dict[str, Tensor]]()
         for trainer in self._phase.trainers:
             self.resolve_pending(trainer)
             record = self._records[trainer.name]
             if record.is_parked:
                 continue
-            if not trainer.is_finite():
+            if trainer.is_alone and takes_snapshot:
+                copied, is_finite = trainer.judged_snapshot(record.spare)
+                if not is_finite:
+                    record.spare = copied
+                    self._roll_back(trainer, phase_step, "its state is not finite")
+                elif record.in_a_row:
+                    record.spare, skipping[trainer.name] = copied, copied.state
+                else:
+                    record.snapshot, record.spare = copied, record.snapshot
+                    record.count_from(phase_step)
+            elif not trainer.is_finite():
                 self._roll_back(trainer, phase_step, "its state is not finite")
             elif takes_snapshot and not record.in_a_row:
-                if record.has_moved:
-                    record.num_roll_backs = 0
                 self._take_snapshot(trainer, phase_step)
+        return {**self._held_states(), **skipping} if takes_snapshot else {}
+
+    def _held_states(self) -> dict[str, dict[str, Tensor]]:
+        """The states to go back to of the networks that this rank trains alone."""
+        records = {t.name: self._records[t.name] for t in self._phase.trainers if t.is_alone}
+        return {name: each.snapshot.state for name, each in records.items() if each.snapshot}
 
     def counts(self) -> list[float]:
         """Of every network of the phase: steps skipped, times rolled back, parked (1). Zero for those of other ranks.
@@ -197,8 +230,8 @@ class FaultHandler:
 
     def _take_snapshot(self, trainer: Trainer, phase_step: int) -> None:
         record = self._records[trainer.name]
-        record.snapshot, record.snapshot_step = trainer.snapshot(record.snapshot), phase_step
-        record.has_moved = False
+        record.snapshot = trainer.snapshot(record.snapshot)
+        record.count_from(phase_step)
 
     def _roll_back(self, trainer: Trainer, phase_step: int, reason: str) -> None:
         record = self._records[trainer.name]

@@ -70,8 +70,8 @@ def run_phase(
             copies.copy(phase, phase_step + 1)
         if decision.save or decision.stop:
             heartbeat.enter("saving", phase_step)
-            fault_handler.before_save(phase_step + 1)
-            saver.save(phase, phase_step + 1)
+            saver.wait()  # what it writes is written over next
+            saver.save(phase, phase_step + 1, fault_handler.before_save(phase_step + 1))
         if decision.stop:
             return False
     return True

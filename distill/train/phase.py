@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Placement, Plan
-from distill.runfolder.saver import Saveable
+from distill.runfolder.saver import NONE_HELD, Saveable, States
 from distill.train.exchange import Exchange
 from distill.train.masking import DrawnMasks
 from distill.train.schedule import StepNumbers
@@ -131,8 +131,17 @@ class Trainer(Protocol):
         """Means since the last call, None without a step. Collective over its group."""
         ...
 
+    @property
+    def is_alone(self) -> bool:
+        """No other rank trains it."""
+        ...
+
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
         """A copy of its state in host memory. No communication."""
+        ...
+
+    def judged_snapshot(self, into: Snapshot | None) -> tuple[Snapshot, bool]:
+        """A snapshot, and whether it is finite, of a network that trains on this rank alone."""
         ...
 
     def restore_snapshot(self, snapshot: Snapshot) -> None:
@@ -221,7 +230,11 @@ class StepSaver(Protocol):
         """Reports how a finished save ended."""
         ...
 
-    def save(self, phase: Saveable, step: int) -> None:
+    def wait(self) -> None:
+        """Returns when no save is under way."""
+        ...
+
+    def save(self, phase: Saveable, step: int, held: States = NONE_HELD) -> None:
         """Begins to save after ``step`` finished steps of the phase. Collective."""
         ...
 
@@ -257,8 +270,8 @@ class Faults(Protocol):
         """Sends for the flag of a step. No waiting."""
         ...
 
-    def before_save(self, phase_step: int, *, takes_snapshot: bool = True) -> None:
-        """Makes every state one that can be saved. Collective."""
+    def before_save(self, phase_step: int, *, takes_snapshot: bool = True) -> States:
+        """Makes every state one that can be saved; those that are in host memory then, by network. Collective."""
         ...
 
     def counts(self) -> list[float]:

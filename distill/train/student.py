@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -90,8 +91,13 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What one rank holds of a network, of its targets' state and its running statistics, to go back to."""
+    """What one rank holds of a network, of its targets' state and its running statistics, to go back to.
 
+    ``state``: of a network that trains on this rank alone, all of it as it is saved; of another one nothing,
+    and this rank's shards are in ``engine``.
+    """
+
+    state: dict[str, Tensor]
     engine: StateSnapshot
     beside: dict[str, Tensor]
 
@@ -235,15 +241,38 @@ class StudentTrainer:
         """The ranks that train this network."""
         return self.engine.group
 
+    @property
+    def is_alone(self) -> bool:
+        """This rank alone trains the network, so what it holds is all that is saved."""
+        return dist.get_world_size(self.group) == 1
+
     def snapshot(self, into: Snapshot | None = None) -> Snapshot:
         """A copy in host memory of what this rank holds of the network; ``into`` is overwritten. No communication."""
+        if self.is_alone:
+            return Snapshot(self.state(into=None if into is None else into.state), [], {})
         engine = self.engine.snapshot(None if into is None else into.engine)
-        return Snapshot(engine, {k: v.clone() for k, v in self._state_beside().items()})
+        return Snapshot({}, engine, {k: v.clone() for k, v in self._state_beside().items()})
+
+    def judged_snapshot(self, into: Snapshot | None) -> tuple[Snapshot, bool]:
+        """A snapshot, and whether what is in it and what the network computes with is finite, judged while it is copied: by the device, on a CPU by another thread.
+
+        Waits for the device. No communication: a network that trains on this rank alone.
+        """
+        if next(self.engine.module.parameters()).device.type != "cpu":
+            flag = self.is_finite_here()
+            return self.snapshot(into), bool(flag)
+        with ThreadPoolExecutor(1) as judge:
+            found = judge.submit(self.is_finite_here)
+            return self.snapshot(into), bool(found.result())
 
     def restore_snapshot(self, snapshot: Snapshot) -> None:
         """Goes back to a snapshot, on every rank of the group together. One all-gather per parameter group."""
-        self.engine.restore_snapshot(snapshot.engine)
-        self._load_beside(snapshot.beside)
+        if self.is_alone:
+            self.engine.restore_state(snapshot.state)
+            self._load_beside(snapshot.state)
+        else:
+            self.engine.restore_snapshot(snapshot.engine)
+            self._load_beside(snapshot.beside)
 
     def is_finite(self) -> bool:
         """All state of the network is finite. Waits for the device; one all-reduce over the group."""

@@ -183,7 +183,10 @@ class NoSaver:
     def report(self) -> None:
         pass
 
-    def save(self, phase: object, step: int) -> None:
+    def wait(self) -> None:
+        pass
+
+    def save(self, phase: object, step: int, held: object) -> None:
         pass
 
 

@@ -95,7 +95,10 @@ class Witness:
     def report(self) -> None:
         """Nothing is saved."""
 
-    def save(self, phase: Any, step: int) -> None:
+    def wait(self) -> None:
+        """Nothing is saved."""
+
+    def save(self, phase: Any, step: int, held: object) -> None:
         raise AssertionError(f"{phase.name}: nothing asked for a save at step {step}")
 
     def record(self, phase: Any, _: int, __: object) -> Decision:

@@ -84,7 +84,7 @@ class Parts:
     def close(self) -> None:
         pass
 
-    def save(self, phase: Phase, step: int) -> None:
+    def save(self, phase: Phase, step: int, held: object) -> None:
         raise AssertionError(f"{phase.name}: nothing asked for a save at step {step}")
 
     def after_step(self, phase_step: int) -> None:
