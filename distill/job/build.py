@@ -32,7 +32,7 @@ from distill.train.exchange import AllGather, Slices
 from distill.train.groups import Groups
 from distill.train.masking import StepMasks
 from distill.train.phase import Phase, Teacher, Trainer
-from distill.train.schedule import RateSchedule, StepSchedule
+from distill.train.schedule import RateSchedule, StepSchedule, lr_factors
 from distill.train.student import SinkhornTargets, Stopwatch, StudentTrainer, TargetBuilder
 from distill.weights.heads import load_heads
 from distill.weights.load import load_backbone
@@ -301,7 +301,8 @@ def family_phase(
         if context.groups.world_rank not in placement.world_ranks:
             continue
         task, targets = _student(context, student, teacher, shape)
-        engine, parts = build_engine(context, name, task), context.parts_of(name)
+        factors = lr_factors(recipe.schedule, student.backbone_spec())
+        engine, parts = build_engine(context, name, task, factors), context.parts_of(name)
         rates[name] = _student_rates(recipe, student, first_steps[name])
         trainers.append(
             StudentTrainer(name, placement, engine, targets, parts=parts, num_steps=student.steps)
@@ -375,6 +376,6 @@ def _student_rates(recipe: FamilyRecipe, student: StudentSpec, first_step: int) 
         steps,
         lr_steps=steps,
         weight_decay=(settings.weight_decay, None),
-        ema=(settings.ema, 1.0),
+        ema=(settings.ema, settings.ema_end),
         freeze_prototypes=settings.freeze_prototypes,
     )

@@ -5,7 +5,6 @@ stages that go on with the same engine; ``HeadFitting`` learns heads on a frozen
 same losses.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,9 +34,8 @@ from distill.runfolder.files import make_folder, replaced, write_file
 from distill.runfolder.tensor_file import encode, read_tensors
 from distill.train.groups import Groups
 from distill.train.phase import Phase
-from distill.train.schedule import RateSchedule
+from distill.train.schedule import RateSchedule, lr_factors
 from distill.train.student import SinkhornTargets, StudentTrainer
-from students.shapes import BackboneSpec
 from students.student import build_empty, build_heads, build_network, seeded
 from teacher.batch import StudentBatch
 from teacher.frozen import FrozenTeacher, shard_blocks
@@ -73,7 +71,7 @@ class Pretraining:
         self._survival = 1.0 - recipe.schedule.drop_path
         options = task_options(recipe, masks_input=True, survival=self._survival)
         self._task = build_task(context, ONLINE, online, options)
-        self.engine = build_engine(context, ONLINE, self._task, lr_factors(recipe, spec))
+        self.engine = build_engine(context, ONLINE, self._task, lr_factors(recipe.schedule, spec))
         self._is_sharded = recipe.engine.zero == 3 and groups.num_ranks > 1
         # after the engine, which has left this rank its part of the online network
         backbone, *copies = build_network(
@@ -195,26 +193,6 @@ class Pretraining:
         if self._is_sharded:
             shard_blocks(backbone, self._groups.teacher, device)
         return backbone
-
-
-def lr_factors(recipe: TeacherRecipe, spec: BackboneSpec) -> Callable[[str], float]:
-    """A parameter's share of the learning rate by its name: less for every block further from the output, less for the patch embedding.
-
-    Heads and the final norms learn at the full rate, block i of n at decay ** (n - i), the embeddings
-    one step below the first block. Source: BEiT (Bao et al. 2022), appendix; DINOv3 report, section 3.
-    """
-    settings, depth = recipe.schedule, spec.equal_blocks
-
-    def factor(name: str) -> float:
-        if name.startswith("backbone.embeddings."):
-            rate = settings.patch_embed_lr if ".patch_embeddings." in name else 1.0
-            return rate * settings.layer_decay ** (depth + 1)
-        if name.startswith("backbone.layer."):
-            block = int(name.split(".")[2])
-            return float(settings.layer_decay ** (depth - block))
-        return 1.0
-
-    return factor
 
 
 class HeadFitting:

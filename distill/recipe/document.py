@@ -27,6 +27,9 @@ RESOLVED_FACTOR = 20  # a resolved recipe has defaults and origins written out: 
 MAX_VALUES = 10_000  # a few nested YAML aliases stand for billions of values
 KEY = "<key>"  # ends a place that means the key itself, not its value
 OVERRIDE = "override"
+RENAMED = {
+    "family_published": "family_reported (as in the report) or family_released (as in the file)"
+}
 RESOLVED = "recipe.resolved.yaml"  # in a run folder, which is read from then on
 RESOLVED_TEACHER = "teacher.resolved.yaml"  # beside it, where the recipe names one
 
@@ -75,6 +78,8 @@ def find_recipe(recipe: str) -> Path:
     matches = difflib.get_close_matches
     close = matches(path.stem, builtin, n=1) or matches(recipe, beside, n=1, cutoff=0.8)
     hint = f" - did you mean {close[0]!r}?" if close else ""
+    if recipe in RENAMED:
+        hint = f"; it was renamed: {RENAMED[recipe]}"
     raise RecipeError(
         f"{recipe}: no such recipe file or built-in recipe{hint}",
         fix=f"Give a file, or one of: {', '.join(builtin)}.",

@@ -158,7 +158,24 @@ def _read_fields(path: Path, overrides: Sequence[str], *, loads_sections: bool =
         del by_place[loc]
     problems += [(loc, explain(kind, loc, entries, document)) for loc, entries in by_place.items()]
     parts = dict(_valid_parts(kind, values, (), {*by_place, *unread}))
+    if path.name not in {RESOLVED, RESOLVED_TEACHER}:  # a prepared job goes on
+        problems += _unused_ends(document, parts)
     return Reading(document, kind, None if problems else recipe, parts, tuple(problems))
+
+
+def _unused_ends(document: Document, parts: Parts) -> Iterator[Problem]:
+    """Given keys of a decay where the rate stays at its peak."""
+    for loc in [loc for loc, value in parts.items() if loc[-1] == "decay" and value == "constant"]:
+        given: Any = document.values
+        for part in loc[:-1]:
+            given = given[part]
+        for key in sorted({"end", "decay_steps"} & given.keys()):
+            here = (*loc[:-1], key)
+            line = document.lines[document.marks[here][0]] if here in document.marks else ""
+            is_default = line.endswith("# default") and here not in document.overridden
+            if parts.get(here) is not None and not is_default:
+                text = f"{parts[here]:g}: not used, since decay is constant - add decay: cosine, or leave {key} out"
+                yield here, text
 
 
 def _unread(kind: Kind, by_place: Mapping[Loc, Any], values: Mapping[Any, Any]) -> set[Loc]:

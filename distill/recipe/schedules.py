@@ -1,6 +1,6 @@
 """Keys that say how networks are trained, step by step: loss weights, rates, stages."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
@@ -145,11 +145,17 @@ class LrSpec(Section):
         "constant",
         description="Shape after the warm-up; `constant` stays at the peak, as published.",
     )
-    scale: Literal["none", "sqrt_1024"] = science(
+    decay_steps: int | None = science(
+        None,
+        since=2,
+        ge=1,
+        description="Last steps that a cosine decay takes. Null means all after the warm-up.",
+    )
+    scale: Literal["none", "sqrt_1024", "sqrt_1024_peak"] = science(
         "none",
         description=(
-            "Factor of the rates: `sqrt_1024` is 4 * sqrt(batch / 1024), the released rule. The "
-            "default takes the rates as written."
+            "Factor of the rates: `sqrt_1024` is 4 * sqrt(batch / 1024), the released rule, "
+            "`sqrt_1024_peak` the same for `peak` alone. The default takes the rates as written."
         ),
     )
 
@@ -209,9 +215,8 @@ class ScheduleSpec(Section):
         ge=0.0,
         le=1.0,
         description=(
-            "Momentum per step of the network's average, which is what is exported; a student's "
-            "rises to 1 along a cosine, a teacher's goes to `ema_end`. The default is the "
-            "published one."
+            "Momentum per step of the network's average, which is what is exported; it goes to "
+            "`ema_end`. The default is the published one."
         ),
     )
     teacher_temperature: TemperatureSpec = science(
@@ -234,12 +239,50 @@ class ScheduleSpec(Section):
     )
 
 
+def _ema_end(default: float | None, since: int) -> Any:
+    return science(
+        default,
+        since=since,
+        ge=0.0,
+        le=1.0,
+        description=(
+            "Momentum of the average at the last step, reached along a cosine. Null means constant."
+        ),
+    )
+
+
+def _layer_decay(since: int) -> Any:
+    return science(
+        1.0,
+        since=since,
+        gt=0.0,
+        le=1.0,
+        description=(
+            "Factor of the rate from each block of a ViT to the one before it. The default 1 "
+            "gives all blocks the same rate."
+        ),
+    )
+
+
+def _patch_embed_lr(since: int) -> Any:
+    return science(
+        1.0,
+        since=since,
+        gt=0.0,
+        le=1.0,
+        description="Further factor of the patch embedding's rate. The default 1 changes nothing.",
+    )
+
+
 class FamilyScheduleSpec(ScheduleSpec):
     """A family's schedule has a length; a teacher's stages have theirs."""
 
     steps: int = science(
         ge=1, description="Steps of the family; every student ends here unless it names fewer."
     )
+    ema_end: float | None = _ema_end(1.0, since=2)
+    layer_decay: float = _layer_decay(since=2)
+    patch_embed_lr: float = _patch_embed_lr(since=2)
 
 
 class TeacherScheduleSpec(ScheduleSpec):
@@ -250,15 +293,7 @@ class TeacherScheduleSpec(ScheduleSpec):
         ge=0.0,
         description="Weight decay at the last step, reached along a cosine. Null means constant.",
     )
-    ema_end: float | None = science(
-        None,
-        ge=0.0,
-        le=1.0,
-        description=(
-            "Momentum of the average at the last step, reached along a cosine. Null means constant."
-        ),
-    )
-
+    ema_end: float | None = _ema_end(None, since=1)
     drop_path: float = science(
         0.0,
         ge=0.0,
@@ -267,21 +302,8 @@ class TeacherScheduleSpec(ScheduleSpec):
             "Probability that a row skips a residual branch. The default 0 is no stochastic depth."
         ),
     )
-    layer_decay: float = science(
-        1.0,
-        gt=0.0,
-        le=1.0,
-        description=(
-            "Factor of the rate from each block to the one before it. The default 1 gives all "
-            "blocks the same rate."
-        ),
-    )
-    patch_embed_lr: float = science(
-        1.0,
-        gt=0.0,
-        le=1.0,
-        description="Further factor of the patch embedding's rate. The default 1 changes nothing.",
-    )
+    layer_decay: float = _layer_decay(since=1)
+    patch_embed_lr: float = _patch_embed_lr(since=1)
 
 
 class StageCropsSpec(Section):

@@ -5,13 +5,18 @@
 
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from distill.data.crops import CropSchedule
 from distill.engine.engine import StepRates
-from distill.recipe.schedules import LrSpec, ScheduleSpec
+from distill.recipe.schedules import (
+    FamilyScheduleSpec,
+    LrSpec,
+    ScheduleSpec,
+    TeacherScheduleSpec,
+)
 from students.shapes import BackboneSpec, grid_of
 from teacher.losses import Objective
 from teacher.task import StepScalars
@@ -22,10 +27,12 @@ SQRT_RULE_IMAGES = 1024
 def learning_rate(lr: LrSpec, step: int, num_steps: int, images_global: int) -> float:
     """Warm-up to the peak along a line or half a cosine, then constant or a cosine to ``end`` at the last step.
 
+    The cosine takes the last ``decay_steps`` steps, the peak holds until then.
     ``scale: sqrt_1024`` multiplies by 4 * sqrt(images_global / 1024), the rule of the released
-    configurations.
+    configurations, which leaves the end as it is in those of ImageNet-1k (``sqrt_1024_peak``).
     """
-    scale = 4.0 * math.sqrt(images_global / SQRT_RULE_IMAGES) if lr.scale == "sqrt_1024" else 1.0
+    scale = 1.0 if lr.scale == "none" else 4.0 * math.sqrt(images_global / SQRT_RULE_IMAGES)
+    end = lr.end / scale if lr.scale == "sqrt_1024_peak" else lr.end
     if step < lr.warmup:
         risen = (step + 1) / lr.warmup
         if lr.ramp == "cosine":
@@ -33,9 +40,10 @@ def learning_rate(lr: LrSpec, step: int, num_steps: int, images_global: int) -> 
         return scale * lr.peak * risen
     if lr.decay == "constant":
         return scale * lr.peak
-    progress = (step - lr.warmup) / max(1, num_steps - 1 - lr.warmup)
+    start = max(lr.warmup, num_steps - (lr.decay_steps or num_steps))
+    progress = (step - start) / max(1, num_steps - 1 - start)
     return scale * (
-        lr.end + (lr.peak - lr.end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        end + (lr.peak - end) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, max(0.0, progress))))
     )
 
 
@@ -52,6 +60,29 @@ def cosine(start: float, end: float | None, step: int, num_steps: int) -> float:
     if end is None:
         return start
     return end - (end - start) * 0.5 * (1.0 + math.cos(math.pi * step / max(1, num_steps)))
+
+
+def lr_factors(
+    settings: FamilyScheduleSpec | TeacherScheduleSpec, spec: BackboneSpec
+) -> Callable[[str], float]:
+    """A parameter's share of the learning rate by its name: less for every block further from the output, less for the patch embedding.
+
+    Heads and the final norms learn at the full rate, block i of n at decay ** (n - i), the embeddings
+    one step below the first block; a network without ViT blocks learns at the full rate. Source: BEiT
+    (Bao et al. 2022), appendix; DINOv3 report, section 3.
+    """
+    depth = spec.equal_blocks
+
+    def factor(name: str) -> float:
+        if name.startswith("backbone.embeddings."):
+            rate = settings.patch_embed_lr if ".patch_embeddings." in name else 1.0
+            return rate * settings.layer_decay ** (depth + 1)
+        if name.startswith("backbone.layer."):
+            block = int(name.split(".")[2])
+            return float(settings.layer_decay ** (depth - block))
+        return 1.0
+
+    return factor
 
 
 def rope_scales(bounds: tuple[float, float] | None, seed: int, step: int) -> tuple[float, float]:

@@ -288,16 +288,16 @@ def test_plan__needs_no_gpu_and_trains_nothing(distill: Run) -> None:
     assert all(name in shown for name in ("small", "gated", "convnext", "teaching"))
 
 
-def test_plan__the_published_launch(distill: Run) -> None:
+def test_plan__the_reported_launch(distill: Run) -> None:
     """48/48/80/120 of 296 ranks, batch 1920: METHOD section 5."""
-    plan = json.loads(distill("plan", "family_published", "--ranks", "296", *H100, "--json").out)
+    plan = json.loads(distill("plan", "family_reported", "--ranks", "296", *H100, "--json").out)
     assert list(plan["ranks"].values()) == [48, 48, 80, 120]
     assert plan["utilisation_even_barrier"] == pytest.approx(0.851, abs=0.004)
     assert plan["utilisation"] == pytest.approx(1.0)
     assert plan["exchange_bytes_max"] < 32e6
     assert plan["exchange_bytes_all_gather"] > 3.4e9
     assert plan["memory_gib_max"] < 80
-    shown = distill("plan", "family_published", "--ranks", "296", *H100).out
+    shown = distill("plan", "family_reported", "--ranks", "296", *H100).out
     assert "busy 100%" in shown
 
 
@@ -360,8 +360,8 @@ def test_plan__says_what_does_not_fit(distill: Run) -> None:
 
 
 def test_plan__a_missing_teacher_is_only_planned_for(distill: Run) -> None:
-    assert distill("check", "family_published", "--gpus", "296").code == 2
-    assert distill("plan", "family_published", "--ranks", "296", *H100).code == 0
+    assert distill("check", "family_reported", "--gpus", "296").code == 2
+    assert distill("plan", "family_reported", "--ranks", "296", *H100).code == 0
 
 
 def test_train__passes_options_and_overrides_in_any_order(

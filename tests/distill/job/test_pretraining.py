@@ -16,7 +16,6 @@ from distill.data.build_index import build_index
 from distill.data.depth import draw_active
 from distill.data.mask_counts import mask_counts
 from distill.data.masks import draw_masks
-from distill.job.pretraining import lr_factors
 from distill.job.to_data import build_feed, build_loader
 from distill.plan.crop_sizes import crop_schedule
 from distill.plan.from_recipe import shape_of_recipe
@@ -177,7 +176,7 @@ def plain(recipe: TeacherRecipe, images: Path) -> tuple[list[float], dict[str, T
         f"{names[int(key.split('.')[0])]}.{key.partition('.')[2]}": p
         for key, p in online.named_parameters()
     }
-    factor = lr_factors(recipe, shape.spec)
+    factor = schedule.lr_factors(recipe.schedule, shape.spec)
     optimizer = torch.optim.AdamW(
         [{"params": [p], "name": name} for name, p in named.items()], lr=0.0, betas=(0.9, 0.99)
     )

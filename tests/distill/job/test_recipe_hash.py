@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 from distill.job.recipe_hash import recipe_hash
-from distill.recipe.document import builtin_recipes
+from distill.recipe.document import RESOLVED, builtin_recipes
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job
 from distill.recipe.types import Section
 
-STORED = json.loads((Path(__file__).parents[2] / "fixtures/recipe-hashes-0.1.0.json").read_text())
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+STORED = json.loads((FIXTURES / "recipe-hashes-0.1.0.json").read_text())
+RENAMED = {"family_published"}
 
 
 def sections(part: Section) -> Iterator[tuple[str, Section]]:
@@ -23,7 +25,8 @@ def sections(part: Section) -> Iterator[tuple[str, Section]]:
 
 
 def hashes(name: str) -> dict[str, str]:
-    recipe, teacher = load_job(name)
+    before = FIXTURES / "recipes-0.1.0" / name / RESOLVED  # of recipes that say something else now
+    recipe, teacher = load_job(str(before) if before.is_file() else name)
     found = {"": recipe_hash(recipe)}
     if isinstance(recipe, FamilyRecipe):
         found["shared"] = recipe_hash(recipe.model_copy(update={"students": ()}))
@@ -38,4 +41,4 @@ def test_recipe_hash__is_that_of_0_1_0(name: str) -> None:
 
 
 def test_recipe_hash__every_built_in_recipe_of_0_1_0_is_still_there() -> None:
-    assert STORED.keys() <= builtin_recipes().keys()
+    assert STORED.keys() - RENAMED <= builtin_recipes().keys()

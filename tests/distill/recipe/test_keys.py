@@ -17,7 +17,7 @@ from distill.errors import RecipeError
 from distill.job.recipe_hash import recipe_hash
 from distill.job.resolved_yaml import resolved_yaml
 from distill.job.to_data import decoding_of, pools_of
-from distill.recipe.document import builtin_recipes, find_recipe
+from distill.recipe.document import RESOLVED, builtin_recipes, find_recipe
 from distill.recipe.extension_keys import Unread
 from distill.recipe.keys import CheckpointSpec, FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import ArchSpec
@@ -99,6 +99,8 @@ def test_load_recipe__numbers_are_numbers(tmp_path: Path) -> None:
         (FAMILY, "schedule:", "checkpoint: {every: often}\nschedule:", "'often': write a duration"),
         (FAMILY, "schedule:", "checkpoint: {every: 0}\nschedule:", "0: write a duration such as '30min', or a number of steps"),
         (FAMILY, "peak: 2e-4}", "peak: 2e-4}, rope_rescale: [2, 1]", "schedule.rope_rescale: .2.0, 1.0.: must satisfy"),
+        (FAMILY, "peak: 2e-4}", "peak: 2e-4, end: 1e-6}", "schedule.lr.end: 1e-06: not used, since decay is constant - add decay: cosine, or leave end out"),
+        (FAMILY, "peak: 2e-4}", "peak: 2e-4, decay_steps: 5}", "schedule.lr.decay_steps: 5: not used, since decay is constant"),
         (FAMILY, "name: test\n", "", "r.yaml:1:1: name: is missing"),
         (TEACHER, "base@10", "base@21", "'base@21': stage 'base' has steps 1 to 20"),
         (TEACHER, "base@10", "gram@1", "'gram' is not an earlier stage .earlier: base"),
@@ -114,6 +116,24 @@ def test_load_recipe__says_what_is_wrong(
     with pytest.raises(RecipeError) as caught:
         load_recipe(write(tmp_path, text.replace(old, new, 1)))
     assert re.search(expected, caught.value.message), caught.value.message
+
+
+def test_load_recipe__an_unused_end_is_found_in_stages_and_overrides(tmp_path: Path) -> None:
+    stage = TEACHER.replace("name: gram", "name: gram, lr: {peak: 1e-4, end: 0}")
+    with pytest.raises(RecipeError, match=r"stages.1.lr.end: 0: not used"):
+        load_recipe(write(tmp_path, stage))
+    recipe = write(tmp_path, FAMILY)
+    with pytest.raises(RecipeError, match=r"schedule.lr.end': 1e-06: not used"):
+        load_recipe(recipe, ["schedule.lr.end=1e-6"])
+    load_recipe(recipe, ["schedule.lr.end=1e-6", "schedule.lr.decay=cosine"])
+    resolved = tmp_path / RESOLVED  # where every default is written out
+    resolved.write_text(FAMILY.replace("peak: 2e-4}", "peak: 2e-4, end: 1e-6}"))
+    load_recipe(resolved)
+
+
+def test_load_job__names_what_a_recipe_was_renamed_to() -> None:
+    with pytest.raises(RecipeError, match=r"was renamed: family_reported .* or family_released"):
+        load_job("family_published")
 
 
 def test_load_recipe__all_problems_at_once_with_places(tmp_path: Path) -> None:

@@ -1,9 +1,20 @@
 import math
+from functools import partial
+from typing import cast
 
 import pytest
 
+from distill.recipe.keys import FamilyRecipe
+from distill.recipe.reader import load_job
 from distill.recipe.schedules import LrSpec, ScheduleSpec, TemperatureSpec
-from distill.train.schedule import cosine, learning_rate, rope_scales, teacher_temperature
+from distill.train.schedule import (
+    cosine,
+    learning_rate,
+    lr_factors,
+    rope_scales,
+    teacher_temperature,
+)
+from students.shapes import CATALOG
 
 
 def test_learning_rate__warms_up_then_stays() -> None:
@@ -27,6 +38,70 @@ def test_learning_rate__cosine_ends_at_the_end() -> None:
         and values[110] == pytest.approx(0.1)
     )
     assert values[10:] == sorted(values[10:], reverse=True)
+
+
+def test_learning_rate__stays_then_falls_over_the_last_steps() -> None:
+    lr = LrSpec(peak=1.0, end=0.1, warmup=10, decay="cosine", decay_steps=21)
+    values = [learning_rate(lr, step, 111, 1024) for step in range(111)]
+    assert values[9:91] == [1.0] * 82
+    assert values[100] == pytest.approx(0.55) and values[110] == pytest.approx(0.1)
+    longer = lr.model_copy(update={"decay_steps": 500})  # no longer than the run
+    whole = lr.model_copy(update={"decay_steps": None})
+    assert [learning_rate(longer, step, 111, 1024) for step in range(111)] == [
+        learning_rate(whole, step, 111, 1024) for step in range(111)
+    ]
+
+
+def test_learning_rate__the_rule_for_the_peak_alone_ends_at_the_end() -> None:
+    for scale, end in (("sqrt_1024", 8e-6), ("sqrt_1024_peak", 1e-6)):
+        lr = LrSpec.model_validate({"peak": 1e-3, "end": 1e-6, "decay": "cosine", "scale": scale})
+        assert learning_rate(lr, 0, 50, 4096) == pytest.approx(8e-3)
+        assert learning_rate(lr, 49, 50, 4096) == pytest.approx(end)
+
+
+def test_recipes__family_reported_and_released_have_the_published_rates() -> None:
+    reported, released = (
+        cast(FamilyRecipe, load_job(name)[0]) for name in ("family_reported", "family_released")
+    )
+    at = partial(_rate, reported)
+    top = 2e-4 * 4 * math.sqrt(1920 / 1024)
+    assert at(10_000) == at(999_999) == pytest.approx(top)
+    assert at(1_125_000) == pytest.approx(top / 2, rel=0.01) and at(1_249_999) < top / 150
+    at = partial(_rate, released)
+    assert at(0) < 1e-11 and at(6_249) == pytest.approx(2.634e-4 / 2)
+    assert at(12_499) == at(24_999) == pytest.approx(5e-5 * 4 * math.sqrt(1776 / 1024), rel=1e-3)
+    settings = released.schedule
+    assert settings.teacher_temperature.start == settings.teacher_temperature.end == 0.07
+    assert (settings.ema, settings.ema_end, settings.beta2) == (0.994, 1.0, 0.999)
+    assert settings.rope_rescale == (0.5, 2.0)
+
+
+def _rate(recipe: FamilyRecipe, step: int) -> float:
+    settings = recipe.schedule
+    return learning_rate(settings.lr, step, settings.steps, settings.batch)
+
+
+@pytest.mark.parametrize("name", ["family_vit", "family_all"])
+def test_recipes__a_family_anneals(name: str) -> None:
+    recipe = cast(FamilyRecipe, load_job(name)[0])
+    assert _rate(recipe, recipe.schedule.steps - 1) < _rate(recipe, 20_000) / 150
+
+
+def test_recipes__teacher_vitl_in1k_ends_at_the_released_rate() -> None:
+    recipe, _ = load_job("teacher_vitl_in1k")
+    assert learning_rate(recipe.schedule.lr, 124_999, 125_000, 2048) == pytest.approx(1e-6)
+
+
+def test_lr_factors__of_a_family() -> None:
+    recipe, _ = load_job("family_released")
+    vit = lr_factors(recipe.schedule, CATALOG["vits16"])
+    assert vit("backbone.layer.11.norm1.weight") == pytest.approx(0.99)
+    assert vit("backbone.layer.0.norm1.weight") == pytest.approx(0.99**12)
+    assert vit("backbone.embeddings.patch_embeddings.weight") == pytest.approx(0.2 * 0.99**13)
+    assert vit("backbone.embeddings.cls_token") == pytest.approx(0.99**13)
+    assert vit("backbone.norm.weight") == vit("dino_head.layers.0.weight") == 1.0
+    convnext = lr_factors(recipe.schedule, CATALOG["convnext_tiny"])
+    assert convnext("backbone.stages.0.layers.0.gamma") == 1.0
 
 
 def test_learning_rate__square_root_rule() -> None:
