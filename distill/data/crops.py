@@ -4,7 +4,7 @@ All parameters of a sample come from its hash, so the pipeline that executes the
 with state.
 
 Values: METHOD section 2 (two global and N local crops, colour jitter 0.4/0.4/0.2/0.1 with p 0.8,
-grayscale p 0.2, blur p 1.0 / 0.1 / 0.5 with sigma 0.1-2.0, solarise p 0.2 on the second global
+grayscale p 0.2, blur p 1.0 / 0.1 / 0.5 (a key) with sigma 0.1-2.0, solarise p 0.2 on the second global
 crop, threshold 128).
 """
 
@@ -24,7 +24,7 @@ ASPECT = (3 / 4, 4 / 3)
 WINDOW_TRIES = 10  # as torchvision's RandomResizedCrop; the fallback is a central crop
 JITTER_PROBABILITY, GRAY_PROBABILITY = 0.8, 0.2
 BRIGHTNESS, CONTRAST, SATURATION, HUE_DEGREES = 0.4, 0.4, 0.2, 36.0
-BLUR_PROBABILITY_GLOBAL, BLUR_PROBABILITY_LOCAL = (1.0, 0.1), 0.5
+BLUR_PROBABILITIES = (1.0, 0.1, 0.5)  # first global, second global, local
 SOLARISE_PROBABILITY = (0.0, 0.2)
 DRAWS = 4 * WINDOW_TRIES + 10
 
@@ -43,6 +43,7 @@ class CropSpec:
     anchor_size: int | None
     flip_probability: float
     blur_sigma: tuple[float, float]
+    blur: tuple[float, float, float] = BLUR_PROBABILITIES
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -163,9 +164,8 @@ def _photometric(draws: NDArray[np.float64], spec: CropSpec) -> NDArray[np.float
         1.0 + jitters * span * (2.0 * draws[..., 2 + i] - 1.0) for i, span in enumerate(spans)
     )
     hue = jitters * HUE_DEGREES * (2.0 * draws[..., 5] - 1.0)
-    blur_probability = np.array(
-        [*BLUR_PROBABILITY_GLOBAL, *[BLUR_PROBABILITY_LOCAL] * spec.num_local]
-    )
+    *of_globals, of_locals = spec.blur
+    blur_probability = np.array([*of_globals, *[of_locals] * spec.num_local])
     low, high = spec.blur_sigma
     sigma = low + (high - low) * draws[..., 7]
     blur = np.where(draws[..., 6] < blur_probability, sigma, 0.0)

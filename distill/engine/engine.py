@@ -35,17 +35,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.engine.clipping import CLIPPED_AS, divisors, gradients_of, part_of, squared_norms
 from distill.engine.deepspeed_private import count_from, require_private_names
 from distill.engine.group_as_world import GroupAsWorld, GroupLayout
 from distill.engine.layouts import shards_of
-from teacher.peers import waiting_for_peers
 
 StateSnapshot = list[
     dict[str, Tensor]
 ]  # of every parameter group this rank's part of each kind of state
 STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 BETA1 = 0.9
-CLIP_EPS = 1e-6  # as torch and DeepSpeed have it
 ONE_GROUP = 10**12  # numbers; a parameter group is never split
 MOST_AT_ONCE = 500_000_000  # gradients that are reduced together, DeepSpeed's limit
 
@@ -57,7 +56,8 @@ class EngineSettings:
     A step's gradient is the sum of ``num_parts`` micro-batches', added up in fp32. In bf16 that takes
     stage 2 in place of 1, which adds up in bf16, where late micro-batches round away.
     ``lr_factor``: of a parameter's learning rate, by its name. ``first_id``: where stage 3 counts this
-    network's parameters from, the same on every rank, another for every network.
+    network's parameters from, the same on every rank, another for every network. ``clip_by``: "network",
+    or "module" for a norm of the backbone and one of each head.
     """
 
     zero_stage: int
@@ -68,6 +68,7 @@ class EngineSettings:
     beta2: float = 0.99
     lr_factor: Callable[[str], float] = lambda _: 1.0
     first_id: int = 0
+    clip_by: str = "network"
 
 
 @dataclass(frozen=True)
@@ -122,12 +123,15 @@ class Engine:
         device = next(module.parameters()).device
         self._world = GroupAsWorld(comm.cdb, group, device)
         self._adamw: Any = torch.optim.AdamW(
-            _parameter_groups(module, settings.lr_factor),
+            _parameter_groups(module, settings),
             lr=0.0,
             betas=(BETA1, settings.beta2),
             fused=True,
         )
         self._clip, self._judges = settings.gradient_clip, settings.zero_stage != 3
+        self._divides = self._judges or settings.clip_by == "module"
+        self._divisors: dict[str, Tensor] = {}
+        self._adamw.register_step_pre_hook(self._take_divisor)
         with self._as_world():
             if settings.zero_stage == 3:
                 count_from(settings.first_id)
@@ -193,7 +197,7 @@ class Engine:
                 self.poison_if_nonfinite(loss) * self._num_parts
             )  # DeepSpeed divides by it
             is_last = self._engine.is_gradient_accumulation_boundary()
-            if is_last and self._judges:
+            if is_last and self._divides:
                 self.reduce_grad_norm()
             self._engine.step()
         if not is_last:
@@ -207,17 +211,20 @@ class Engine:
 
     @torch.no_grad()
     def reduce_grad_norm(self) -> None:
-        """The gradients' global norm, and from it what AdamW will do with them. One all-reduce of one number over the group."""
-        gradients = [g for each in self._zero.averaged_gradients.values() for g in each]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients]
-        square = torch.stack(norms).square().sum()
-        if dist.get_world_size(self.group) > 1:
-            with waiting_for_peers(square.device):
-                dist.all_reduce(square, group=self.group)
-        self.grad_norm = square.sqrt().float()
+        """The gradients' global norm, and from those of its parts what AdamW will do with them. One all-reduce over the group."""
+        groups = self._zero.optimizer.param_groups
+        squares = squared_norms(gradients_of(self._zero, groups), self.group)
+        self._divisors = divisors(squares, self._clip)
+        self.grad_norm = torch.stack([*squares.values()]).sum().sqrt().float()
         self.is_applied = self.grad_norm.isfinite()
-        self._adamw.grad_scale = ((self.grad_norm + CLIP_EPS) / self._clip).clamp(min=1.0)
-        self._adamw.found_inf = (~self.is_applied).float()
+        if self._judges:
+            self._adamw.found_inf = (~self.is_applied).float()
+
+    def _take_divisor(self, adamw: Any, *_: object) -> None:
+        """Before a parameter group is stepped, of which there is one at a time."""
+        for each in adamw.param_groups:
+            if each["params"] and each[CLIPPED_AS] in self._divisors:
+                adamw.grad_scale = self._divisors[each[CLIPPED_AS]]
 
     @torch.no_grad()
     def _update_ema(self, momentum: float) -> None:
@@ -349,24 +356,21 @@ def to_host(tensor: Tensor, into: Tensor | None) -> Tensor:
     return tensor.to("cpu", copy=True) if into is None else into.copy_(tensor)
 
 
-def _parameter_groups(module: nn.Module, lr_factor: Callable[[str], float]) -> list[dict[str, Any]]:
-    """Trained parameters in as few groups as differ: matrices, vectors (no weight decay), prototypes (separate learning rate while frozen), each by its factor."""
-    kinds: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
+def _parameter_groups(module: nn.Module, settings: EngineSettings) -> list[dict[str, Any]]:
+    """Trained parameters in as few groups as differ: matrices, vectors (no weight decay), prototypes (separate learning rate while frozen), each by its factor and what it is clipped with."""
+    kinds: dict[tuple[bool, bool, float, str], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         is_prototypes = ".prototypes." in name
         is_decayed = parameter.ndim > 1 and not name.endswith(("_token", "_tokens"))
-        kind = (is_prototypes, is_decayed, lr_factor(name))
+        clipped_as = part_of(name, settings.clip_by)
+        kind = (is_prototypes, is_decayed, settings.lr_factor(name), clipped_as)
         kinds.setdefault(kind, []).append(parameter)
+    keys = "is_prototypes", "is_decayed", "lr_factor", CLIPPED_AS
     return [
-        {
-            "params": parameters,
-            "is_prototypes": is_prototypes,
-            "is_decayed": is_decayed,
-            "lr_factor": factor,
-        }
-        for (is_prototypes, is_decayed, factor), parameters in kinds.items()
+        {"params": parameters, **dict(zip(keys, kind, strict=True))}
+        for kind, parameters in kinds.items()
     ]
 
 
@@ -388,7 +392,9 @@ def _config(settings: EngineSettings, num_parameters: int) -> dict[str, Any]:
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": max(1, settings.images_per_rank),
         "gradient_accumulation_steps": settings.num_parts,
-        "gradient_clipping": settings.gradient_clip if settings.zero_stage == 3 else 0.0,
+        "gradient_clipping": settings.gradient_clip
+        if settings.zero_stage == 3 and settings.clip_by == "network"
+        else 0.0,
         "zero_optimization": zero,
     }
     if settings.precision == "bf16":

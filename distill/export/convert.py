@@ -2,22 +2,27 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from distill.errors import CheckpointError
 from distill.export.save import write_tensors
 from distill.runfolder.files import make_folder, replaced
+from distill.weights.containers import open_weights
 from distill.weights.hf_config import hf_config, preprocessor_config
 from distill.weights.identity import catalogue_name
 from distill.weights.inspect import Inspection, inspect
 from distill.weights.layouts import Layout, origins
-from distill.weights.load import CONFIG, load_backbone
+from distill.weights.load import CONFIG, identify_layout, load_backbone
 from distill.weights.stated_inputs import PREPARATION, stated_inputs
-from students.shapes import BackboneSpec
+from students.shapes import BackboneSpec, ConvNeXtSpec
 
+META_STAGES = 4  # of its ConvNeXt, whatever its arguments
+WITH_LOCAL_NORM = "vit7b16"  # the one that Meta's hub builds with a norm of local class tokens
 USUAL_SIZE = 224  # pixels, of the published folders
 TIMM_NAMES = {
     "vits16": "vit_small_patch16_dinov3_qkvb",
@@ -59,6 +64,8 @@ def convert(
         name: origin.make(*(state[part] for part in origin.sources)).detach().clone().contiguous()
         for name, origin in origins(spec, "hf", layout).items()
     }
+    if layout == "meta":
+        tensors |= _local_norm(source, prefix, spec, tensors)
     make_folder(target.parent)
     with replaced(target) as aside:
         if layout == "meta":
@@ -73,8 +80,34 @@ def convert(
     return inspect(target)
 
 
+def _local_norm(
+    source: Path, prefix: str | None, spec: BackboneSpec, tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The norm of local class tokens, which Meta's 7B will not load without; the final norm stands for it where the source has none.
+
+    It acts in training only.
+    """
+    if catalogue_name(spec) != WITH_LOCAL_NORM:
+        return {}
+    container = open_weights(source)
+    identity, found = identify_layout(container, None, prefix), {}
+    for kind in ("weight", "bias"):
+        stored = identity.stored_name(f"local_cls_norm.{kind}")
+        norm = tensors[f"norm.{kind}"]
+        is_there = stored in container.shapes
+        found[f"local_cls_norm.{kind}"] = (
+            container.read(stored).to(norm.dtype) if is_there else norm
+        ).clone()
+    return found
+
+
 def _require_room(spec: BackboneSpec, layout: Layout) -> None:
-    """Refuses a network whose norms are not those that the layout's code has: its files do not name them."""
+    """Refuses a network whose stages or norms are not those that the layout's code has: its files do not name them."""
+    if layout == "meta" and isinstance(spec, ConvNeXtSpec) and len(spec.depths) != META_STAGES:
+        raise CheckpointError(
+            f"a ConvNeXt of {len(spec.depths)} stages: Meta's class has {META_STAGES}",
+            fix="Use --to hf or --to onnx, which take any number of stages.",
+        )
     if layout != "hf" and "norm epsilon" in spec.unpublished:
         value, published = spec.unpublished["norm epsilon"]
         raise CheckpointError(

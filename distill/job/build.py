@@ -167,6 +167,7 @@ def build_engine(
         num_parts=len(parts),
         beta2=context.recipe.schedule.beta2,
         lr_factor=lr_factor,
+        clip_by=context.recipe.schedule.clip_by,
         first_id=IDS_PER_NETWORK * [p.name for p in context.plan.placements].index(name),
     )
     device = context.rank_context.device

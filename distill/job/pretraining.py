@@ -156,8 +156,7 @@ class Pretraining:
         reference = f"{stage.name}@{step}"
         if reference in {s.gram.teacher for s in self.recipe.stages if s.gram}:
             self._write_snapshot(reference)
-        gram = stage.gram
-        if gram and step % gram.refresh == 0 and step // gram.refresh <= gram.max_refreshes:
+        if step in refresh_steps(stage):
             self.ema.refresh_anchor()
 
     def _write_snapshot(self, reference: str) -> None:
@@ -193,6 +192,13 @@ class Pretraining:
         if self._is_sharded:
             shard_blocks(backbone, self._groups.teacher, device)
         return backbone
+
+
+def refresh_steps(stage: StageSpec) -> range:
+    """Steps after which the anchor is replaced; not after the last one, where no step is left to look at it."""
+    if stage.gram is None:
+        return range(0)
+    return range(stage.gram.refresh, stage.steps, stage.gram.refresh)[: stage.gram.max_refreshes]
 
 
 class HeadFitting:

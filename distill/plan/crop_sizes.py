@@ -26,6 +26,7 @@ def crop_schedule(
             anchor_size=None if times is None else round(times * global_size),
             flip_probability=crops.flip,
             blur_sigma=crops.blur_sigma,
+            blur=crops.blur,
         )
         for global_size, local_size, _ in kinds
     ]

@@ -57,6 +57,10 @@ def _lengths(recipe: Recipe) -> Iterator[str]:
         if stage.lr is not None and stage.lr.warmup >= stage.steps:
             key = f"stages.{position}"
             yield _too_long(f"{key}.lr.warmup", stage.lr.warmup, f"{key}.steps", stage.steps)
+        times, rest = divmod(stage.steps, stage.gram.refresh) if stage.gram else (0, 1)
+        if stage.gram and not rest and times <= stage.gram.max_refreshes:
+            text = f"stages.{position}.gram.refresh = {stage.gram.refresh:,}: the refresh at the stage's last step"
+            yield f"{text} ({stage.steps:,}) never acts; give the stage more steps"
 
 
 def _warmups(key: str, schedule: ScheduleSpec, steps: int) -> Iterator[str]:

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Strict
 
 from distill.recipe.types import (
     Pair,
+    Probabilities,
     Section,
     Triple,
     machine,
@@ -109,6 +110,14 @@ class CropsSpec(Section):
         description=(
             "Smallest and largest standard deviation of the blur, in pixels of the crop. The "
             "default suits crops of about 256 px."
+        ),
+    )
+    blur: Probabilities = science(
+        (1.0, 0.1, 0.5),
+        since=2,
+        description=(
+            "Probabilities that the first and second global crop and a local crop are blurred. The default "
+            "is the papers'; the released networks had [0, 0.9, 0.5]."
         ),
     )
     eval_size: int | None = machine(

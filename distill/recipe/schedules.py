@@ -210,6 +210,11 @@ class ScheduleSpec(Section):
             "the published one."
         ),
     )
+    clip_by: Literal["network", "module"] = science(
+        "network",
+        since=2,
+        description="What `clip` is the norm of: all of a network, or its backbone and each head by itself, as released.",
+    )
     ema: float = science(
         0.994,
         ge=0.0,

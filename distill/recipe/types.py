@@ -243,6 +243,8 @@ CatalogueName = Annotated[
 Name = Annotated[str, AfterValidator(_safe_name)]
 Pair = Annotated[tuple[float, float], Strict(False)]
 Triple = Annotated[tuple[float, float, float], Strict(False)]
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Probabilities = Annotated[tuple[Probability, Probability, Probability], Strict(False)]
 Ints = Annotated[tuple[Annotated[int, Field(ge=1)], ...], Strict(False)]
 Every = Annotated[int | str, AfterValidator(_duration)]
 

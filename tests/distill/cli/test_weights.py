@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.cli import app as cli
 from distill.export.save import write_heads
+from students.shapes import ConvNeXtSpec
 from tests.support.weights import VIT, folder_of, heads, random_weights, translate
 
 
@@ -91,6 +92,38 @@ def test_convert__bf16_is_half_the_size(run: Any, tmp_path: Path) -> None:
 def test_convert__a_free_size_has_no_name_in_timm(run: Any, tmp_path: Path) -> None:
     code, _, err = run("convert", folder_of(tmp_path / "f"), tmp_path / "t", "--to", "timm")
     assert code == 1 and "free size" in err and not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("depths", [(1, 1), (1, 1, 1), (1, 1, 1, 1, 1)])
+def test_convert__a_convnext_that_metas_class_has_no_place_for(
+    depths: tuple[int, ...], run: Any, tmp_path: Path
+) -> None:
+    spec = ConvNeXtSpec(depths, (8,) * len(depths))
+    code, _, err = run(
+        "convert", folder_of(tmp_path / "f", spec), tmp_path / "f.pth", "--to", "meta"
+    )
+    assert code == 1 and not (tmp_path / "f.pth").exists()
+    assert f"a ConvNeXt of {len(depths)} stages: Meta's class has 4" in err and "--to hf" in err
+
+
+def test_convert__the_local_norm_of_a_7b_survives(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meta's class does not load without it; a folder has none, and the final norm stands for it."""
+    monkeypatch.setattr("distill.export.convert.catalogue_name", lambda _: "vit7b16")
+    source = tmp_path / "7b.pth"
+    stored = translate(random_weights(VIT), VIT, "hf", "meta")
+    local = {f"local_cls_norm.{kind}": torch.randn(16) for kind in ("weight", "bias")}
+    torch.save(stored | local, source)
+    assert run("convert", source, tmp_path / "copy.pth", "--to", "meta")[0] == 0
+    copy = torch.load(tmp_path / "copy.pth")
+    assert copy.keys() == stored.keys() | local.keys()
+    assert all(torch.equal(copy[name], tensor) for name, tensor in local.items())
+    folder = folder_of(tmp_path / "f")
+    assert run("convert", folder, tmp_path / "new.pth", "--to", "meta", "--dtype", "bf16")[0] == 0
+    new = torch.load(tmp_path / "new.pth")
+    assert torch.equal(new["local_cls_norm.bias"], new["norm.bias"])
+    assert new["local_cls_norm.bias"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("verb", ["inspect", "convert"])

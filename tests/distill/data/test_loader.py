@@ -552,6 +552,17 @@ def test_draw_parameters__have_the_published_ranges_and_rates() -> None:
     assert abs(solarised[1] - 0.2) < 0.02 and not solarised[[0, 2, 3]].any()
 
 
+def test_draw_parameters__blur_has_the_probabilities_of_the_recipe() -> None:
+    """Those of the released networks, which a slip gave to the other crop."""
+    positions = np.arange(4000)
+    spec = replace(SPEC, blur=(0.0, 0.9, 0.5))
+    hw = np.full((4000, 2), 64, np.int32)
+    drawn = draw_parameters(spec, seed=0, step=0, positions=positions, sample_ids=positions, hw=hw)
+    blurred = (drawn.photometric[..., 4] > 0).mean(axis=0)
+    assert blurred[0] == 0.0
+    assert blurred[1:] == pytest.approx([0.9, 0.5, 0.5], abs=0.03)
+
+
 def test_draw_parameters__fall_back_to_the_centre_of_extreme_shapes() -> None:
     hw = np.array([[10, 1000], [1000, 10], [1, 1]], np.int32)
     ids = np.arange(3)

@@ -16,10 +16,12 @@ from distill.data.build_index import build_index
 from distill.data.depth import draw_active
 from distill.data.mask_counts import mask_counts
 from distill.data.masks import draw_masks
+from distill.job.pretraining import refresh_steps
 from distill.job.to_data import build_feed, build_loader
 from distill.plan.crop_sizes import crop_schedule
 from distill.plan.from_recipe import shape_of_recipe
 from distill.recipe.keys import TeacherRecipe
+from distill.recipe.reader import load_job
 from distill.recipe.schedules import StageSpec
 from distill.train import schedule
 from students.student import build_network, seeded
@@ -156,6 +158,18 @@ def test_pretraining__the_anchor_changes_only_at_its_refresh_steps(alone: dict[s
     assert not same(anchors[7], anchors[8])  # the next stage has its own
     with_gram = ["gram" in terms for terms in alone["terms"]]
     assert with_gram == [False] * 4 + [True] * 8
+
+
+@pytest.mark.parametrize("name", ["teacher_7b", "teacher_small", "quickstart_teacher"])
+def test_refresh_steps__all_that_a_shipped_recipe_asks_for_act(name: str) -> None:
+    recipe, _ = load_job(name)
+    assert isinstance(recipe, TeacherRecipe)
+    for stage in recipe.stages:
+        steps = refresh_steps(stage)
+        assert len(steps) == (stage.gram.max_refreshes if stage.gram else 0)
+        assert all(step < stage.steps for step in steps)  # a later step looks at it
+    if name == "teacher_7b":
+        assert list(refresh_steps(recipe.stages[1])) == [10_000, 20_000, 30_000]
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -140,6 +140,7 @@ WARNINGS = [
     ("f.yaml", "teacher:heads.dino.prototypes=64", "teacher:heads.dino.prototypes = 64: 0.16 images for each; heads.dino={hidden: 64, bottleneck: 16, prototypes: 8} has one"),
     ("f.yaml", "students.0.head_widths.dino_hidden=4096", "small: its heads have 17.1 million parameters, 152 times"),
     ("t.yaml", "stages.1.lr={peak: 1e-4, warmup: 5}", "stages.1.lr.warmup = 5: not shorter than the run"),
+    ("t.yaml", "stages.1.gram={teacher: base@5, refresh: 5}", "stages.1.gram.refresh = 5: the refresh at the stage's last step (5) never acts"),
     ("t.yaml", "stages.1.batch=12", "stages.1.batch = 12: more than the 10 images"),
     ("t.yaml", "stages.0.objective={smooth_l1: 1.0}", "stages.0.objective.smooth_l1 = 1: has no effect"),
 ]  # fmt: skip

@@ -91,6 +91,7 @@ def test_load_recipe__numbers_are_numbers(tmp_path: Path) -> None:
         (FAMILY, "path: /data", "path: builtin:cats", "the only built-in images are 'builtin:photographs'"),
         (FAMILY, "schedule:", "crops: {global: 100}\nschedule:", "crops.global.size: 100 is not a multiple of 16 .* did you mean 96?"),
         (FAMILY, "schedule:", "crops: {blur_sigma: [2, 1]}\nschedule:", "crops.blur_sigma: .2.0, 1.0.: must satisfy 0 < low <= high"),
+        (FAMILY, "schedule:", "crops: {blur: [1, 0.1, 1.5]}\nschedule:", "crops.blur"),
         (FAMILY, "schedule:", "crops: {eval_size: 40}\nschedule:", "crops.eval_size: 40 is not a multiple of 16 .* did you mean"),
         (FAMILY, "schedule:", "crops: {local: {scale: [0.5, 0.1]}}\nschedule:", "crops.local.scale: .0.5, 0.1.: must satisfy 0 < low <= high <= 1"),
         (FAMILY, "schedule:", "masks: {ratio: [0.5, 0.1]}\nschedule:", "masks.ratio: .0.5, 0.1.: must satisfy"),
