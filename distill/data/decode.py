@@ -91,7 +91,7 @@ def decode_picture(encoded: NDArray[np.uint8], background: Rgb | None) -> Pictur
     assert not ImageFile.LOAD_TRUNCATED_IMAGES, "truncated images must be errors here"
     try:
         with Image.open(stream_of(encoded)) as image:
-            raw = _raw_mode(image)
+            raw = raw_mode(image)
             image.load()
             turn = TURNS.get(orientation_of(image))
             rgb, opacity = _rgb(image), _opacity(image, raw)
@@ -143,7 +143,7 @@ def reason_of(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0].strip() or type(error).__name__
 
 
-def _raw_mode(image: Any) -> str:
+def raw_mode(image: Any) -> str:
     """How samples lie in the file, in Pillow's words; known before the pixels are read only."""
     arguments: Any = image.tile[0].args if image.tile else ""
     return arguments if isinstance(arguments, str) else ""
