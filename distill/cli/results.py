@@ -38,12 +38,17 @@ def evaluate(
     targets: Targets = None,
     tasks: Annotated[
         str,
-        typer.Option("--tasks", help="agreement, knn, cost, logistic, fewshot, linear, retrieval."),
+        typer.Option(
+            "--tasks",
+            help="agreement, knn, cost, logistic, fewshot, linear, retrieval; with --data seg, depth, correspondence.",
+        ),
     ] = "agreement,knn",
     protocol: Annotated[str, typer.Option("--protocol", help="quick or dinov3.")] = "quick",
     data: Annotated[
         Path | None,
-        typer.Option("--data", metavar="SRC", help="Score on these images, class folders."),
+        typer.Option(
+            "--data", metavar="SRC", help="Score on these: class folders, pictures with maps."
+        ),
     ] = None,
     self_test: Annotated[
         bool,
@@ -78,6 +83,8 @@ def evaluate(
     if over_steps:
         return _score_steps([*paths, *(beside or [])], as_json=as_json)
     wanted, unknown = _wanted(tasks, protocol)
+    if data is None:
+        unknown += [f"--tasks {name}: give its pictures with --data SRC" for name in wanted.dense]
     for line in unknown:
         sys.stderr.write(printable(line) + "\n")
     if data is not None:
@@ -99,18 +106,19 @@ def _require_run(run: Path) -> None:
 
 def _wanted(tasks: str, protocol: str) -> tuple["Wanted", list[str]]:
     """What to compute, and a line for every task that is not known."""
+    from distill.evaluate.dense_tasks import DENSE
     from distill.evaluate.score import PROTOCOLS
     from distill.evaluate.scoring import Wanted
-    from distill.evaluate.tasks import AGREEMENT, COST, chosen_tasks
+    from distill.evaluate.tasks import COST, TASKS, chosen_tasks
 
     known, unknown = chosen_tasks([name.strip() for name in tasks.split(",") if name.strip()])
     found = [each for each in PROTOCOLS if each == protocol]
     if not found:
         fix = f"Take one of {', '.join(PROTOCOLS)}."
         raise RecipeError(f"--protocol {protocol}: not known", fix=fix)
-    chosen = tuple(name for name in known if name not in {AGREEMENT, COST})
+    chosen, dense = (tuple(n for n in known if n in among) for among in (TASKS, DENSE))
     found_protocol: Protocol = "dinov3" if protocol == "dinov3" else "quick"
-    return Wanted(chosen, found_protocol, has_cost=COST in known), unknown
+    return Wanted(chosen, found_protocol, has_cost=COST in known, dense=dense), unknown
 
 
 def _score_runs(runs: Sequence[Path], wanted: "Wanted", *, as_json: bool) -> int:
@@ -180,7 +188,7 @@ def _print(summary: dict[str, Any], heading: str) -> None:
 
 def _test(protocol: "Protocol", *, as_json: bool) -> None:
     """Prints every check; exit code 1 where one fails."""
-    from distill.evaluate.self_test import self_test
+    from distill.bench.self_test import self_test
 
     checks = self_test(_progress, protocol)
     if as_json:

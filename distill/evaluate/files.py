@@ -10,11 +10,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from distill.data.build_index import build_index
 from distill.data.decode import background_of
 from distill.data.split import split, why_nothing_is_held_out
+from distill.evaluate.dense_tasks import DenseTasks, open_dense
 from distill.evaluate.images import (
     Preparation,
     Scored,
@@ -50,8 +52,11 @@ def evaluate_files(
     """
     networks = [_network(name, path, spec, say) for name, path, spec in _named(_given(paths))]
     say("listing and decoding images")
-    images = _read_images(source, networks, wanted.k)
-    results = score_networks(networks, images, wanted, say, device=device)
+    rgb = background_of("mean", networks[0].preparation.mean)
+    networks = [replace(n, preparation=replace(n.preparation, background=rgb)) for n in networks]
+    dense = open_dense(wanted.dense, source, wanted.protocol, rgb) if wanted.dense else None
+    images = _read_images(source, networks, wanted.k, dense)
+    results = score_networks(networks, images, wanted, say, device=device, dense=dense)
     summary: dict[str, Any] = {
         "data": str(source),
         "images": {"train": len(images.train.pixels), images.part: len(images.test.pixels)},
@@ -64,8 +69,9 @@ def evaluate_files(
         if network.name in results.computed_in:
             entry["knn_in"] = results.computed_in[network.name]
         summary["students"][network.name] = entry
-    if left_out := [asdict(each) for each in (*images.train.left_out, *images.test.left_out)]:
-        summary["left_out_of_scores"] = left_out
+    left_out = [*images.train.left_out, *images.test.left_out, *(dense.left_out if dense else ())]
+    if left_out:
+        summary["left_out_of_scores"] = [asdict(each) for each in left_out]
     if images.reason:
         summary["knn_reason"] = images.reason
     return summary
@@ -107,8 +113,15 @@ def _network(
     return Network(name, path, spec, preparation)
 
 
-def _read_images(source: Path, networks: list[Network], k: int) -> Images:
-    index = build_index([source], max_bad_fraction=0.01)
+def _read_images(
+    source: Path, networks: Sequence[Network], k: int, dense: DenseTasks | None
+) -> Images:
+    """Training and held-out images by their class folders; no map is an image."""
+    index = build_index([dense.folder if dense else source], max_bad_fraction=0.01)
+    if dense and dense.maps:
+        paths = (str(index.location(image)) for image in range(len(index)))
+        is_picture = [path not in dense.maps for path in paths]
+        index = index.subset(np.flatnonzero(is_picture))
     train, test = split(index, HELD_OUT)
     scored: tuple[Scored, Scored, str]
     if train.labels is None or test is None:
@@ -118,9 +131,6 @@ def _read_images(source: Path, networks: list[Network], k: int) -> Images:
         scored = splits_of(train, test, k)
         if scored[2]:
             scored = scored[0], unlabelled(index), scored[2]
-    rgb = background_of("mean", networks[0].preparation.mean)
-    for turn, network in enumerate(networks):
-        prepared = replace(network.preparation, background=rgb)
-        networks[turn] = replace(network, preparation=prepared)
     part = "images" if scored[2] else "held_out"
-    return decode_for(networks, scored[:2], k, part=part, reason=scored[2])
+    pictures = dense.pictures if dense else None
+    return decode_for(networks, scored[:2], k, part=part, reason=scored[2], pictures=pictures)

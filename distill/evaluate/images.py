@@ -39,6 +39,7 @@ READERS = 2  # files at a time
 BF16_FROM = (
     500_000_000  # parameters; from ViT-H+ on a GPU computes in bf16: a 7B takes 45 minutes in fp32
 )
+Pixels = Callable[[Location], np.ndarray]
 log = logging.getLogger(__name__)
 
 
@@ -167,7 +168,7 @@ def decode(
         UserError: the file is missing or is no image.
     """
     try:
-        return _resized(_pixels(reader, location, background), size)
+        return resized(read_pixels(reader, location, background), size)
     except OSError as error:
         raise UserError(
             f"{location}: cannot be decoded ({error})",
@@ -175,17 +176,20 @@ def decode(
         ) from error
 
 
-def _pixels(
+def read_pixels(
     reader: Reader, location: Location, background: Rgb | None
 ) -> UInt8[np.ndarray, "height width 3"]:
+    """The image upright in RGB, as ``decode_rgb``."""
     return decode_rgb(reader.read(location), background)
 
 
-def _resized(
-    pixels: UInt8[np.ndarray, "height width 3"], size: int
-) -> UInt8[Tensor, "3 size size"]:
-    if pixels.shape[:2] != (size, size):
-        image = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
+def resized(
+    pixels: UInt8[np.ndarray, "height width 3"], size: int, width: int | None = None
+) -> UInt8[Tensor, "3 size new_width"]:
+    """A picture of this height and width, bilinear; a square without ``width``."""
+    wide = size if width is None else width
+    if pixels.shape[:2] != (size, wide):
+        image = Image.fromarray(pixels).resize((wide, size), Image.Resampling.BILINEAR)
         pixels = np.asarray(image)
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
@@ -197,12 +201,13 @@ def read_split(
     others: Iterable[int] = (),
     *,
     limit_s: float = PICTURE_LIMIT_S,
+    pictures: Pixels | None = None,
 ) -> ReadSplit:
     """Decodes a split at ``size`` x ``size`` px; each image that cannot be used is left out and named in a warning.
 
     ``others``: further sides, which are taken from the same decoded image as far as memory goes. For the index of a
     large set only headers were read, so that damage behind one is met here first.
-    ``limit_s``: for which reading an image may block.
+    ``limit_s``: for which reading an image may block. ``pictures``: where other tasks look for decoded ones.
 
     Raises:
         UserError: a source is gone.
@@ -216,8 +221,8 @@ def read_split(
 
     def attempt(location: Location) -> list[UInt8[Tensor, "3 side side"]] | LeftOut:
         try:
-            pixels = _pixels(reader, location, background)
-            return [_resized(pixels, side) for side in sides]
+            pixels = pictures(location) if pictures else read_pixels(reader, location, background)
+            return [resized(pixels, side) for side in sides]
         except OSError as error:
             if reader.is_gone(location):
                 raise UserError(

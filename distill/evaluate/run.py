@@ -17,6 +17,7 @@ import torch
 from distill.data.decode import background_of
 from distill.errors import UserError
 from distill.evaluate.images import (
+    Pixels,
     Preparation,
     Scored,
     log,
@@ -87,13 +88,21 @@ def _read_images(run_folder: Path, networks: Sequence[Network], k: int) -> Image
 
 
 def decode_for(
-    networks: Sequence[Network], splits: tuple[Scored, Scored], k: int, *, part: str, reason: str
+    networks: Sequence[Network],
+    splits: tuple[Scored, Scored],
+    k: int,
+    *,
+    part: str,
+    reason: str,
+    pictures: Pixels | None = None,
 ) -> Images:
     """Training and held-out images, decoded once for all networks."""
     train, test = splits
     sides = [network.preparation.size for network in networks]
     rgb = networks[0].preparation.background
-    known, query = (read_split(each, BASELINE_PX, rgb, sides) for each in (train, test))
+    known, query = (
+        read_split(each, BASELINE_PX, rgb, sides, pictures=pictures) for each in (train, test)
+    )
     num_train, num_test = len(known.pixels), len(query.pixels)
     if not reason and (num_train < k or not num_test):
         counts = f"{num_train} training and {num_test} held-out images can be decoded"

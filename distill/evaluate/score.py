@@ -83,6 +83,18 @@ def bootstrap(
     return torch.stack(scores)
 
 
+def bootstrap_sums(
+    rows: Float64[Tensor, "images figures"],
+    score: Callable[[Float64[Tensor, "resamples figures"]], Float64[Tensor, " resamples"]],
+) -> Float64[Tensor, " resamples"]:
+    """A score of sums over images, of as many images drawn again with replacement, once per resample."""
+    random = torch.Generator().manual_seed(SEED)
+    drawn = torch.randint(len(rows), (RESAMPLES, len(rows)), generator=random)
+    counts = torch.zeros(RESAMPLES, len(rows), dtype=torch.float64)
+    counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    return score(counts @ rows)
+
+
 def interval_of(scores: Float64[Tensor, " resamples"]) -> tuple[float, float]:
     """The middle ``CONFIDENCE`` of some scores."""
     tail = (1 - CONFIDENCE) / 2

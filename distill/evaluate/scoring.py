@@ -26,6 +26,7 @@ from distill.evaluate.cost import (
     measure_cost,
     sensible_choices,
 )
+from distill.evaluate.dense_tasks import DENSE, DenseTasks
 from distill.evaluate.images import (
     Extracted,
     Preparation,
@@ -40,6 +41,7 @@ from distill.evaluate.knn import (
     knn_votes,
     pixel_rows,
 )
+from distill.evaluate.map_set import PatchNetwork
 from distill.evaluate.score import CannotScoreError, Protocol, Sample, Score
 from distill.evaluate.tasks import TASKS
 from distill.runfolder.status import KNN_K, TEACHER
@@ -76,12 +78,13 @@ class Images:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to compute. k-NN by the usual protocol (``k``) and closeness come with every evaluation."""
+    """What to compute: ``tasks`` by class labels, ``dense`` ones by maps and key points. k-NN by the usual protocol (``k``) and closeness come with every evaluation."""
 
     tasks: Sequence[str] = ()
     protocol: Protocol = "quick"
     k: int = KNN_K
     has_cost: bool = False
+    dense: Sequence[str] = ()
 
 
 @dataclass
@@ -106,6 +109,7 @@ def score_networks(
     say: Callable[[str], None],
     *,
     device: torch.device,
+    dense: DenseTasks | None = None,
 ) -> Results:
     """Scores of every network; closeness is to the first of them."""
     results = Results()
@@ -140,17 +144,14 @@ def score_networks(
                 results.costs[network.name] = measure_cost(
                     backbone, network.spec, size, device, dtype
                 )
-            del backbone  # before the memory of the next is taken
             near.add(network.name, found[-1], is_trained=is_trained)
             if not images.reason:
-                sample = Sample(
-                    found[0],
-                    images.train.split.labels,
-                    found[1],
-                    images.test.split.labels,
-                    wanted.protocol,
-                )
-                _score(results, network.name, sample, wanted, say, is_trained=is_trained)
+                _score(results, network.name, images, found, wanted, say, is_trained=is_trained)
+            if dense is not None and (is_trained or wanted.protocol == "quick"):
+                prepared, stride = network.preparation, network.spec.stride
+                given = PatchNetwork(backbone, prepared, stride, device, dtype)
+                _score_dense(results, network.name, given, dense, say, is_trained=is_trained)
+            del backbone  # before the memory of the next is taken
     say("agreement with the teacher" if networks[0].name == "teacher" else "agreement")
     results.agreement.update(near.to_json())
     results.conclusion.update(_conclude(results, images))
@@ -181,12 +182,15 @@ def _load(network: Network, device: torch.device, *, is_trained: bool) -> torch.
 def _score(
     results: Results,
     name: str,
-    sample: Sample,
+    images: Images,
+    found: Sequence[Extracted],
     wanted: Wanted,
     say: Callable[[str], None],
     *,
     is_trained: bool,
 ) -> None:
+    labels = images.train.split.labels, images.test.split.labels
+    sample = Sample(found[0], labels[0], found[1], labels[1], wanted.protocol)
     votes = knn_votes(
         sample.train.class_token,
         sample.train_labels,
@@ -209,6 +213,27 @@ def _score(
             entries[task] = entry
         else:
             entries[task]["untrained"] = entry.get("value")
+
+
+def _score_dense(
+    results: Results,
+    name: str,
+    network: PatchNetwork,
+    dense: DenseTasks,
+    say: Callable[[str], None],
+    *,
+    is_trained: bool,
+) -> None:
+    entries = results.scores.setdefault(name, {})
+    for task, opened in dense.tasks.items():
+        what = f"{DENSE[task]} of {name}" + ("" if is_trained else ", untrained copy")
+        say(what)
+        score = opened.run(network, count_images(say, what, opened.pictures))
+        if is_trained:
+            entries[task] = score.to_json()
+        else:
+            entries[task]["untrained"] = score.value
+    entries.update({task: {"reason": reason} for task, reason in dense.reasons.items()})
 
 
 def baseline_votes(images: Images, k: int) -> dict[str, Voted]:

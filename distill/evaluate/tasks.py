@@ -1,4 +1,4 @@
-"""The tasks that want labels: name, what is printed, and what computes them. A task is added by one entry here.
+"""The tasks that want class labels: name, what is printed, and what computes them. A task is added by one entry here.
 
 Each is a function of a ``Sample`` alone, so that the features of a network are computed once for all of them.
 """
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distill.errors import RecipeError
+from distill.evaluate.dense_tasks import DENSE
 from distill.evaluate.few_shot import score_few_shot
 from distill.evaluate.knn_protocols import score_knn
 from distill.evaluate.linear import score_linear
@@ -34,7 +35,7 @@ TASKS: Mapping[str, Task] = {
     "linear": Task("linear probe", score_linear, is_quick=False),
     "retrieval": Task("retrieval", score_retrieval),
 }
-NAMES = (AGREEMENT, COST, *TASKS)
+NAMES = (AGREEMENT, COST, *TASKS, *DENSE)
 USUAL = (AGREEMENT, "knn")
 
 

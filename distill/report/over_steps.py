@@ -1,7 +1,7 @@
 """How a run's features changed while it trained: scores of the EMA in every checkpoint that was kept.
 
     k-NN    on class features of held-out images (``distill.evaluate.knn``)
-    dense   mean IoU of a linear segmentation from patch features (``distill.evaluate.dense``)
+    dense   mean IoU of a linear segmentation from patch features (``distill.report.mosaics``)
     drift   mean squared change of patch similarities since the first checkpoint
 
 Several runs side by side show what a change of the recipe does at equal steps.
@@ -17,13 +17,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import UserError
-from distill.evaluate.dense import DenseProbe, drift
 from distill.evaluate.images import Preparation, extract, read_split, read_splits
 from distill.evaluate.knn import BASELINE_PX, knn
 from distill.job.prepare import CHECKPOINTS, read_job
 from distill.job.to_data import decoding_of
 from distill.plan.from_recipe import ONLINE
 from distill.recipe.keys import TeacherRecipe
+from distill.report.mosaics import DenseProbe, drift
 from distill.runfolder.manifest import checkpoints
 from distill.runfolder.status import KNN_K, write_json
 from distill.runfolder.tensor_file import SUFFIX

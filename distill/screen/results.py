@@ -18,6 +18,9 @@ TITLES = {
     "fewshot": "few-shot",
     "linear": "linear probe",
     "retrieval": "retrieval",
+    "seg": "seg, mIoU",
+    "depth": "depth, RMSE m",
+    "correspondence": "PCK@0.1",
 }
 SCORE_HEADINGS = (
     "task",

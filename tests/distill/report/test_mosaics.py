@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from distill.data.locations import Location
-from distill.evaluate.dense import DenseProbe, Mosaics, compose, drift, mean_iou, segmentation_score
 from distill.evaluate.images import Preparation, Scored
+from distill.report.mosaics import DenseProbe, Mosaics, compose, drift, mean_iou, segmentation_score
 from teacher.shapes import ViTSpec
 
 SIZE, STRIDE = 16, 8

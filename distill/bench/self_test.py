@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from distill.bench import dense_self_test
 from distill.evaluate.files import evaluate_files
 from distill.evaluate.images import Preparation, extract_all
+from distill.evaluate.map_set import PatchNetwork
 from distill.evaluate.score import Protocol
 from distill.evaluate.scoring import Wanted
 from distill.evaluate.tasks import TASKS
@@ -79,7 +80,33 @@ def self_test(say: Callable[[str], None], protocol: Protocol = "quick") -> list[
         mixed = mix_folders(data, folder / "mixed")
         summary = evaluate_files(networks[:1], mixed, wanted, say, device=cpu)
         checks += [_missed(each) for each in right_scores(summary) if "agreement" not in each.name]
-        return checks + norm_checks(networks[0])
+        return checks + norm_checks(networks[0]) + dense_checks(folder, say)
+
+
+def dense_checks(folder: Path, say: Callable[[str], None]) -> list[Check]:
+    """The tasks of patch features, by the protocol ``quick``: one network has to see a picture once."""
+    network = write_network(folder / "dense", dense_self_test.SIDE)
+    data = dense_self_test.write_dense(folder / "maps")
+    say("pictures with maps and points")
+    found = dense_self_test.found_scores(network, data, say)
+    checks = [
+        Check(f"{name} (quick)", right, found[name], dense_self_test.is_right(name, found[name]))
+        for name, right in dense_self_test.RIGHT.items()
+    ]
+    setups = (
+        ("masks reduced by nearest", dense_self_test.reduce_masks, ("seg",)),
+        ("maps and points shuffled", dense_self_test.mix_maps, ("seg", "depth", "corr")),
+        ("depth in another unit", dense_self_test.change_unit, ("depth RMSE",)),
+    )
+    for turn, (what, change, tasks) in enumerate(setups):
+        say(f"the same with {what}")
+        found = dense_self_test.found_scores(network, change(data, folder / f"wrong-{turn}"), say)
+        for name, right in dense_self_test.RIGHT.items():
+            if name.startswith(tasks):
+                is_caught = not dense_self_test.is_right(name, found[name])
+                title = f"{name} (quick), {what}"
+                checks.append(Check(title, right, found[name], is_caught, is_wrong_setup=True))
+    return checks
 
 
 def right_scores(summary: dict[str, Any]) -> list[Check]:
@@ -122,28 +149,30 @@ def norm_checks(network: Path) -> list[Check]:
     for is_wrong in (False, True):
         if is_wrong:
             backbone.add_module("norm", nn.Identity())
-        spread = class_variance(backbone, images.to(torch.uint8))
-        is_right = abs(spread - 1) < NORM_TOLERANCE
         what = "without the final norm" if is_wrong else "with the final norm"
-        checks.append(
-            Check(f"variance of class tokens {what}", 1.0, spread, is_right != is_wrong, is_wrong)
-        )
+        for kind, spread in variances(backbone, images.to(torch.uint8)).items():
+            is_right = abs(spread - 1) < NORM_TOLERANCE
+            name = f"variance of {kind} {what}"
+            checks.append(Check(name, 1.0, spread, is_right != is_wrong, is_wrong))
     return checks
 
 
-def class_variance(backbone: nn.Module, images: Tensor) -> float:
-    """Over the width, averaged over images."""
-    preparation = Preparation(PX, MEAN, STD)
-    found = extract_all(backbone, [images], preparation, device=torch.device("cpu"))
-    rows: Float[Tensor, "images width"] = found.class_token
-    return float(rows.var(1, correction=0).mean())
+def variances(backbone: nn.Module, images: Tensor) -> dict[str, float]:
+    """Over the width, averaged over images: of class tokens and of the patch features that dense tasks read."""
+    preparation, cpu = Preparation(PX, MEAN, STD), torch.device("cpu")
+    rows = extract_all(backbone, [images], preparation, device=cpu).class_token
+    patches = PatchNetwork(backbone, preparation, SPEC.patch, cpu).patches(images)
+    return {
+        kind: float(found.var(1, correction=0).mean())
+        for kind, found in (("class tokens", rows), ("patch features", patches))
+    }
 
 
-def write_network(folder: Path) -> Path:
-    """A small ViT with initial weights, the same every time."""
+def write_network(folder: Path, px: int = PX) -> Path:
+    """A small ViT with initial weights, the same every time, that wants pictures of ``px``."""
     backbone = SPEC.build()
     SPEC.init_(backbone, torch.Generator().manual_seed(0))
-    write_backbone(folder, backbone.state_dict(), SPEC, ExportFacts(PX, MEAN, STD, {}))
+    write_backbone(folder, backbone.state_dict(), SPEC, ExportFacts(px, MEAN, STD, {}))
     return folder
 
 

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from distill.data.decode import Rgb
 from distill.data.locations import Reader
 from distill.evaluate.images import BATCH, PICTURE_LIMIT_S, Preparation, Scored, decode
+from distill.evaluate.linear_maps import solve_ridge
 from teacher.batch import Features, normalise
 from teacher.gram import gram_sum
 
 REGIONS = 6  # per mosaic
 TILES = 2  # mosaic side in images; a region is filled by mirrored copies of one
 NUM_TRAIN, NUM_TEST = 192, 96  # mosaics
-RIDGE = 1e-2  # of the mean squared feature
 SEED = 0
 
 
@@ -111,9 +111,7 @@ def segmentation_score(
         torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1).double() for rows in (train, test)
     )
     wanted = nn.functional.one_hot(train_classes, num_classes).double()
-    moments = known.T @ known
-    ridge = RIDGE * moments.diagonal().mean() * torch.eye(len(moments), dtype=torch.float64)
-    predicted = (query @ torch.linalg.solve(moments + ridge, known.T @ wanted)).argmax(dim=1)
+    predicted = (query @ solve_ridge(known.T @ known, known.T @ wanted)).argmax(dim=1)
     return mean_iou(predicted, test_classes)
 
 
