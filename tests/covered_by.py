@@ -1,6 +1,9 @@
 """Modules whose test has another name than theirs: which test covers them. ``tests.test_layout`` checks that it reaches them."""
 
 COVERED_BY = {
+    "distill.recipe.init_keys": "tests/distill/job/test_initial.py",
+    "distill.export.network_names": "tests/distill/job/test_origin.py",
+    "distill.export.licence_chain": "tests/distill/job/test_initial.py",
     "distill.cli.report": "tests/distill/report/test_page.py",
     "distill.report.looks": "tests/distill/report/test_page.py",
     "distill.report.markup": "tests/distill/report/test_page.py",

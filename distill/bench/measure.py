@@ -253,7 +253,10 @@ class Bench:
         folder = self.request.index
         index = _no_images() if folder is None else ImageIndex.load(Path(folder))
         rank_context = RankContext(self.device, Path(folder or ""), index)
-        context = PhaseContext(recipe, plan, groups, rank_context, self.shape.spec, self._report)
+        labels = frozenset(student.label for student in recipe.students)  # no weights are read
+        context = PhaseContext(
+            recipe, plan, groups, rank_context, self.shape.spec, self._report, labels
+        )
         if self.scale is None:
             assert self.teacher is not None, "only sleeps need no teacher"
             starts = dict.fromkeys((student.label for student in recipe.students), 0)

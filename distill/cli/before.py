@@ -66,6 +66,7 @@ def check(
         recipes = (loaded,) if teacher is None else (loaded, teacher)
         code = [] if allow else [named for each in recipes for named in code_named_by(each)]
 
+        from distill.job.initial import check_inits
         from distill.job.origin import licence_warning
         from distill.job.prepare import check_data
         from distill.listing.passed_over import PassedOver
@@ -75,6 +76,7 @@ def check(
             () if any(named.is_network for named in code) else _plans(loaded, teacher, num_ranks)
         )
         passed: dict[str, PassedOver] = {}
+        starts = check_inits((loaded, teacher)) if plans else []
         facts = check_data(loaded, teacher, runs_code=allow, passed_over=passed)
         licence = licence_warning(loaded, teacher)
     except DataError as error:  # to a check, data that is not there is a wrong recipe
@@ -86,7 +88,7 @@ def check(
     if as_json:
         print_json(report.to_json())
         return
-    for line in report.lines():
+    for line in (*(each.describe() for each in starts), *report.lines()):
         say(line)
 
 

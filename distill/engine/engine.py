@@ -55,9 +55,10 @@ class EngineSettings:
 
     A step's gradient is the sum of ``num_parts`` micro-batches', added up in fp32. In bf16 that takes
     stage 2 in place of 1, which adds up in bf16, where late micro-batches round away.
-    ``lr_factor``: of a parameter's learning rate, by its name. ``first_id``: where stage 3 counts this
-    network's parameters from, the same on every rank, another for every network. ``clip_by``: "network",
-    or "module" for a norm of the backbone and one of each head.
+    ``lr_factor``: of a parameter's learning rate, by its name. ``freezes_backbone``: some steps do not train
+    what is named ``backbone.``. ``first_id``: where stage 3 counts this network's parameters from, the same
+    on every rank, another for every network. ``clip_by``: "network", or "module" for a norm of the backbone
+    and one of each head.
     """
 
     zero_stage: int
@@ -69,16 +70,18 @@ class EngineSettings:
     lr_factor: Callable[[str], float] = lambda _: 1.0
     first_id: int = 0
     clip_by: str = "network"
+    freezes_backbone: bool = False
 
 
 @dataclass(frozen=True)
 class StepRates:
-    """Learning rate, its value for the prototypes (0 while frozen), weight decay and EMA momentum of one step."""
+    """Learning rate, its value for the prototypes (0 while frozen), weight decay and EMA momentum of one step; whether the backbone learns."""
 
     lr: float
     lr_prototypes: float
     weight_decay: float
     ema_momentum: float
+    is_backbone_frozen: bool = False
 
 
 # what DeepSpeed imports by the first step; the last one brings torch's compiler, 3 s
@@ -189,6 +192,8 @@ class Engine:
         """
         for param_group in self._zero.optimizer.param_groups:
             lr = rates.lr_prototypes if param_group["is_prototypes"] else rates.lr
+            if rates.is_backbone_frozen and param_group["is_backbone"]:
+                lr = 0.0
             param_group["lr"] = lr * param_group["lr_factor"]
             param_group["weight_decay"] = rates.weight_decay if param_group["is_decayed"] else 0.0
         skipped_before = self._engine.skipped_steps
@@ -357,17 +362,18 @@ def to_host(tensor: Tensor, into: Tensor | None) -> Tensor:
 
 
 def _parameter_groups(module: nn.Module, settings: EngineSettings) -> list[dict[str, Any]]:
-    """Trained parameters in as few groups as differ: matrices, vectors (no weight decay), prototypes (separate learning rate while frozen), each by its factor and what it is clipped with."""
-    kinds: dict[tuple[bool, bool, float, str], list[nn.Parameter]] = {}
+    """Trained parameters in as few groups as differ: matrices, vectors (no weight decay), prototypes and a frozen backbone (separate learning rate), each by its factor and what it is clipped with."""
+    kinds: dict[tuple[bool, bool, bool, float, str], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         is_prototypes = ".prototypes." in name
         is_decayed = parameter.ndim > 1 and not name.endswith(("_token", "_tokens"))
+        is_backbone = settings.freezes_backbone and name.startswith("backbone.")
         clipped_as = part_of(name, settings.clip_by)
-        kind = (is_prototypes, is_decayed, settings.lr_factor(name), clipped_as)
+        kind = (is_prototypes, is_decayed, is_backbone, settings.lr_factor(name), clipped_as)
         kinds.setdefault(kind, []).append(parameter)
-    keys = "is_prototypes", "is_decayed", "lr_factor", CLIPPED_AS
+    keys = "is_prototypes", "is_decayed", "is_backbone", "lr_factor", CLIPPED_AS
     return [
         {"params": parameters, **dict(zip(keys, kind, strict=True))}
         for kind, parameters in kinds.items()

@@ -210,11 +210,18 @@ def _origin(record: Mapping[str, Any], method: str) -> list[str]:
     data = f"{count} from {', '.join(names)}" if isinstance(names, list) else count
     return [
         *([f"teacher: {_teacher(record)}"] if method == DISTILLATION else []),
+        *([f"started from: {_start(record)}"] if isinstance(record.get("init"), dict) else []),
         f"data: {data} (fingerprint {_known(record, 'data')})",
         f"recipe: {_known(record, 'recipe')} (hash {_known(record, 'recipe_hash')}, "
         f"{_known(record, 'steps')} steps)",
         *([f"parked {record['parked']}"] if "parked" in record else []),
     ]
+
+
+def _start(record: Mapping[str, Any]) -> str:
+    """The weights that training began with."""
+    init = record["init"]
+    return f"{_known(init, 'name')} (sha256 of its weights {_known(init, 'sha256')})"
 
 
 def _teacher(record: Mapping[str, Any]) -> str:

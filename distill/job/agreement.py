@@ -20,13 +20,16 @@ import torch.distributed as dist
 
 from distill.data.index import ImageIndex
 from distill.data.locations import Kind, Reader
-from distill.errors import DataError, SetupError
+from distill.errors import CheckpointError, DataError, SetupError
+from distill.job.initial import inits_of
 from distill.job.prepare import Job
-from distill.job.teacher_files import files_of_weights
 from distill.listing.outside_code import path_of
 from distill.listing.storage import Storage
+from distill.recipe.init_keys import InitSpec
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.types import is_custom
+from distill.weights.initial import find_initial, init_key
+from distill.weights.teacher_files import files_of_weights
 
 PACKAGES = ("distill", "teacher", "students")
 DISTRIBUTION = "distill-family"
@@ -39,8 +42,8 @@ COMPUTING = (
     "timm",
     "transformers",
 )
-ROW_BYTES = 2048  # of what a rank sends
-LONGEST = 200  # letters of one value, of 8
+ROW_BYTES = 2304  # of what a rank sends
+LONGEST = 200  # letters of one value, of 9
 BLOCKS, BLOCK_BYTES = 32, 2**16  # of a large file, evenly spread: a teacher of 28 GB costs 2 MB
 ENTRIES, PICTURES = 64, 4  # of an index, evenly spread: compared, and read
 NAMED = 4  # ranks, or groups of them, in a line
@@ -55,6 +58,7 @@ FIXES: Mapping[str, str] = {
     "images": "Give every node the same images at the paths of data.sources.",
     "teacher.weights": "Give every node the same files there.",
     "teacher.heads": "Give every node the same file there.",
+    "init": "Give every node the same files there.",
 }
 
 
@@ -88,7 +92,21 @@ def facts_of(job: Job) -> dict[str, str]:
             facts["teacher.weights"] = f"{weights}, {_hash(map(_sample, files))}"
             if heads is not None and job.recipe.teacher.heads_mode == "file":
                 facts["teacher.heads"] = f"{heads}, {_hash([_sample(heads)])}"
+    starts = [
+        _files_of_init(name, init)
+        for name, init in inits_of((job.recipe, job.teacher_recipe)).items()
+    ]
+    if starts:
+        facts["init"] = _hash(_sample(path) for files in starts for path in files)
     return facts
+
+
+def _files_of_init(name: str, init: InitSpec) -> list[Path]:
+    """The files that a network starts from; none where they are gone, which a resume does not need."""
+    with suppress(OSError, CheckpointError):
+        found = find_initial(init_key(name), init)
+        return [*files_of_weights(found.weights), *([found.parts] if found.parts else [])]
+    return []
 
 
 def require_agreement(job: Job, control: dist.ProcessGroup) -> None:

@@ -24,6 +24,7 @@ from distill.plan.by_step import PlanSchedule
 from distill.plan.crop_sizes import crop_schedule
 from distill.plan.from_recipe import Recipe, TeacherShape, heads_of_student, later_plans
 from distill.plan.plan import Placement, Plan
+from distill.recipe.init_keys import InitSpec
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
 from distill.recipe.networks import StudentSpec
 from distill.recipe.schedules import ObjectiveSpec, StageSpec
@@ -35,6 +36,7 @@ from distill.train.phase import Phase, Teacher, Trainer
 from distill.train.schedule import RateSchedule, StepSchedule, lr_factors
 from distill.train.student import SinkhornTargets, Stopwatch, StudentTrainer, TargetBuilder
 from distill.weights.heads import load_heads
+from distill.weights.initial import init_key, load_initial
 from distill.weights.load import load_backbone
 from students.objective import FeatureNormalizer, FeatureTask, build_projectors
 from students.relational import relational_term
@@ -65,7 +67,8 @@ class RankContext:
 class PhaseContext:
     """What the parts of a phase are built from, on one rank.
 
-    ``teacher_spec`` is the teacher's backbone; ``report`` takes events that people should read.
+    ``teacher_spec`` is the teacher's backbone; ``report`` takes events that people should read;
+    ``restored``: networks whose weights a checkpoint gives, so that none are read to start from.
     """
 
     recipe: Recipe
@@ -74,6 +77,7 @@ class PhaseContext:
     rank_context: RankContext
     teacher_spec: BackboneSpec
     report: Callable[[str], None]
+    restored: frozenset[str] = frozenset()
 
     def placement(self, name: str) -> Placement:
         """Where a network trains."""
@@ -152,8 +156,9 @@ def build_engine(
     name: str,
     task: nn.Module,
     lr_factor: Callable[[str], float] = lambda _: 1.0,
+    init: InitSpec | None = None,
 ) -> Engine:
-    """A task on its group, wrapped by an engine. Collective over the group."""
+    """A task on its group, wrapped by an engine; ``init``: what it starts from. Collective over the group."""
     groups, parts = context.groups, context.parts_of(name)
     if context.recipe.engine.activation_checkpointing:
         for module in task.modules():
@@ -169,6 +174,7 @@ def build_engine(
         lr_factor=lr_factor,
         clip_by=context.recipe.schedule.clip_by,
         first_id=IDS_PER_NETWORK * [p.name for p in context.plan.placements].index(name),
+        freezes_backbone=init is not None and init.freeze_backbone > 0,
     )
     device = context.rank_context.device
     return Engine(task.to(device), groups.by_network[name], groups.alone, settings)
@@ -302,8 +308,11 @@ def family_phase(
         if context.groups.world_rank not in placement.world_ranks:
             continue
         task, targets = _student(context, student, teacher, shape)
+        if student.init is not None and name not in context.restored:
+            load_initial(init_key(name), student.init, student.backbone_spec(), task)
         factors = lr_factors(recipe.schedule, student.backbone_spec())
-        engine, parts = build_engine(context, name, task, factors), context.parts_of(name)
+        engine = build_engine(context, name, task, factors, student.init)
+        parts = context.parts_of(name)
         rates[name] = _student_rates(recipe, student, first_steps[name])
         trainers.append(
             StudentTrainer(name, placement, engine, targets, parts=parts, num_steps=student.steps)
@@ -379,4 +388,5 @@ def _student_rates(recipe: FamilyRecipe, student: StudentSpec, first_step: int) 
         weight_decay=(settings.weight_decay, None),
         ema=(settings.ema, settings.ema_end),
         freeze_prototypes=settings.freeze_prototypes,
+        freeze_backbone=0 if student.init is None else student.init.freeze_backbone,
     )

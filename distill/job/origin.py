@@ -4,12 +4,12 @@
 have them wherever the teacher's folder is by then.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distill.data.index import ImageIndex
+from distill.errors import CheckpointError
 from distill.export.card import (
     DISTILLATION,
     KEEP_MARK,
@@ -19,9 +19,9 @@ from distill.export.card import (
     model_card,
     read_inputs,
 )
+from distill.export.licence_chain import together
 from distill.export.licences import (
     CARD,
-    CONFIG,
     CONTRADICTION,
     RECORD,
     Licences,
@@ -33,14 +33,15 @@ from distill.export.licences import (
     record_in,
     write_licences,
 )
+from distill.export.network_names import HUB_NAME, base_model, teacher_name
 from distill.job.recipe_hash import recipe_hash
 from distill.job.stored_recipes import Recipes
+from distill.recipe.init_keys import InitSpec, LicenceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-from distill.runfolder.files import is_full, make_folder, replace_text
+from distill.runfolder.files import is_full, make_folder, remove, replace_text
 from distill.runfolder.status import TEACHER, write_json
-from distill.weights.containers import read_object
 from distill.weights.identity import catalogue_name
-from distill.weights.inspect import RELEASED
+from distill.weights.initial import BESIDE, NO_HEADS, find_initial
 from distill.weights.load import shape_of
 from distill.weights.stated_inputs import PREPARATION
 from students.shapes import BackboneSpec
@@ -49,9 +50,6 @@ if TYPE_CHECKING:
     from distill.job.prepare import Job
 
 LICENCES = "licences"  # in a run folder
-HUB_CACHE = re.compile(r"^models--([\w.-]+?)--([\w.-]+)$")  # a folder of Hugging Face's cache
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-RELEASED_FILE = re.compile(r"(dinov3_\w+_pretrain_\w+)-([0-9a-f]{8})\.pth")
 
 
 def licences_of_teacher(
@@ -63,18 +61,66 @@ def licences_of_teacher(
         CheckpointError: a licence file cannot be read.
     """
     if isinstance(recipe, TeacherRecipe):
-        return Licences((Terms(recipe.name, is_pretrained=True),))
-    source, spec = recipe.teacher, recipe.teacher.licence
-    stated = Stated()
-    if spec is not None:
-        file = None if spec.file is None else Path(spec.file).expanduser()
-        stated = Stated(spec.name or "", spec.link or "", file)
+        init = recipe.model.init
+        pretrained = Licences((Terms(recipe.name, is_pretrained=True),))
+        return pretrained if init is None else licences_of_init(init)
+    source, stated = recipe.teacher, _stated(recipe.teacher.licence)
+    if teacher_recipe is not None and teacher_recipe.model.init is not None:
+        of_init = licences_of_init(teacher_recipe.model.init)
+        named = licences_of(None, teacher_recipe.name, stated)
+        return of_init if stated == Stated() else together(named, of_init)
     if source.weights is None:
         name = "the teacher" if teacher_recipe is None else teacher_recipe.name
         return licences_of(None, name, stated)
     weights = Path(source.weights)
     heads = Path(str(source.heads)).parent if source.heads_mode == "file" and source.heads else None
     return licences_of(weights, teacher_name(weights), stated, heads)
+
+
+def _stated(spec: LicenceSpec | None) -> Stated:
+    """What the recipe states of a licence."""
+    if spec is None:
+        return Stated()
+    file = None if spec.file is None else Path(spec.file).expanduser()
+    return Stated(spec.name or "", spec.link or "", file)
+
+
+def licences_of_init(init: InitSpec) -> Licences:
+    """The licences of what a network starts from, and of those before it.
+
+    Raises:
+        CheckpointError: there are no such weights, or a licence file cannot be read.
+    """
+    weights = find_initial("init", init).weights
+    heads = Path(init.heads).parent if init.heads not in (None, NO_HEADS, BESIDE) else None
+    return licences_of(weights, teacher_name(weights), _stated(init.licence), heads)
+
+
+def licences_of_students(
+    recipe: FamilyRecipe | TeacherRecipe, of_teacher: Licences
+) -> dict[str, Licences]:
+    """The licences of each student that starts from weights: the teacher's and theirs.
+
+    Raises:
+        CheckpointError: as ``licences_of_init``.
+    """
+    students = recipe.students if isinstance(recipe, FamilyRecipe) else ()
+    return {
+        student.label: together(of_teacher, licences_of_init(student.init))
+        for student in students
+        if student.init is not None
+    }
+
+
+def init_record(init: InitSpec | None) -> dict[str, Any]:
+    """What ``distill.json`` records of what a network started from; nothing where it started fresh."""
+    if init is None:
+        return {}
+    try:
+        name = teacher_name(find_initial("init", init).weights)
+    except CheckpointError:  # gone since
+        name = Path(init.from_).name
+    return {"init": {"name": name, "sha256": init.fingerprint or "unknown"}}
 
 
 def licence_warning(
@@ -85,21 +131,44 @@ def licence_warning(
     Raises:
         CheckpointError: a licence file cannot be read.
     """
-    problems = licences_of_teacher(recipe, teacher_recipe).problems
-    if not problems:
-        return None
-    fix = "state it in teacher.licence (name, file, link)"
-    if any(CONTRADICTION in problem for problem in problems):
-        fix = "find out which holds and correct the others"
-    return f"licence of the teacher unknown, and so in every card: {'; '.join(problems)}; {fix}"
+    trained = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
+    key = "model.init" if trained is not None and trained.model.init is not None else "teacher"
+    found = {key: licences_of_teacher(recipe, teacher_recipe)}
+    for student in recipe.students if isinstance(recipe, FamilyRecipe) else ():
+        if student.init is not None:
+            found[f"students.{student.label}.init"] = licences_of_init(student.init)
+    lines = []
+    for key, licences in found.items():
+        problems = licences.problems
+        fix = f"state it in {key}.licence (name, file, link)"
+        if any(CONTRADICTION in problem for problem in problems):
+            fix = "find out which holds and correct the others"
+        whose = (
+            "the teacher unknown, and so in every card" if key == "teacher" else f"{key} unknown"
+        )
+        if problems:
+            lines.append(f"licence of {whose}: {'; '.join(problems)}; {fix}")
+    return "; ".join(lines) or None
 
 
-def store_licences(run_folder: Path, licences: Licences) -> None:
-    """Writes ``RUN/licences``: the files, then their list."""
-    folder = run_folder.resolve() / LICENCES
-    make_folder(folder)
-    write_licences(folder, licences)
-    write_json(folder / RECORD, {"licences": licences.to_json()})
+def store_licences(
+    run_folder: Path, licences: Licences, of_students: Mapping[str, Licences] | None = None
+) -> None:
+    """Writes ``RUN/licences``: the files, then their list; a folder inside for each student that has further ones."""
+    folder, further = run_folder.resolve() / LICENCES, of_students or {}
+    for old in folder.glob("*/"):
+        if old.name not in further:
+            remove(old)
+    for path, each in ((folder, licences), *((folder / name, of) for name, of in further.items())):
+        make_folder(path)
+        write_licences(path, each)
+        write_json(path / RECORD, {"licences": each.to_json()})
+
+
+def licences_of_network(run_folder: Path, name: str) -> Licences:
+    """What ``store_licences`` wrote for one of the run's networks."""
+    folder = run_folder / LICENCES
+    return licences_in(folder / name if (folder / name).is_dir() else folder)
 
 
 def stored_licences(
@@ -151,38 +220,10 @@ def pretrained_record(
     job: "Job", recipe: TeacherRecipe, num_images: int, steps: int
 ) -> dict[str, Any]:
     """``distill.json`` of a teacher that the run trained."""
-    return {"method": PRETRAINING, **_facts(recipe, job.data_fingerprint, num_images, steps)}
-
-
-def teacher_name(weights: Path) -> str:
-    """Returns what people call a teacher: its name on the Hub, its recipe where distill pretrained it, its folder or file."""
-    hub = base_model(weights)
-    record = record_in(folder_of(weights))
-    if record.get("method") == DISTILLATION or "teacher_fingerprint" in record:
-        folder = folder_of(weights) or weights
-        return f"{folder.name} of {record.get('recipe', 'unknown')}"
-    return hub or str(record.get("recipe") or weights.name or weights.absolute().name)
-
-
-def base_model(weights: Path, sha256: str = "") -> str:
-    """The name on the Hugging Face Hub of a network that was not trained here; empty where nothing shows one.
-
-    Its folder in the Hub's cache has the name, ``config.json`` may; a released ``.pth`` has its checksum.
-    """
-    for part in reversed(weights.absolute().parts):
-        cached = HUB_CACHE.match(part)
-        if cached is not None:
-            return f"{cached[1]}/{cached[2]}"
-    released = RELEASED_FILE.fullmatch(weights.name)
-    if released is not None and released[2] in RELEASED and sha256.startswith(released[2]):
-        return f"facebook/{released[1].replace('_', '-')}"
-    folder = folder_of(weights)
-    config = folder / CONFIG if folder is not None else None
-    name = (
-        "" if config is None or not config.is_file() else read_object(config).get("_name_or_path")
-    )
-    is_name = isinstance(name, str) and HUB_NAME.fullmatch(name) and not Path(name).exists()
-    return str(name) if is_name else ""
+    found = {"method": PRETRAINING, **_facts(recipe, job.data_fingerprint, num_images, steps)}
+    found |= init_record(recipe.model.init)
+    name = found.get("init", {}).get("name", "")
+    return {**found, **({"base_model": name} if HUB_NAME.fullmatch(name) else {})}
 
 
 def background_of(

@@ -10,7 +10,7 @@ import platform
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distributions
 from pathlib import Path
@@ -23,17 +23,11 @@ from distill.data.split import split, why_nothing_is_held_out
 from distill.engine.held_copies import remove_copies
 from distill.errors import CheckpointError, DataError
 from distill.job.changes import with_changes
-from distill.job.origin import licences_of_teacher, store_licences
+from distill.job.initial import check_inits, describe_starts, note_inits, with_fingerprints
+from distill.job.origin import licences_of_students, licences_of_teacher, store_licences
 from distill.job.recipe_hash import recipe_hash
 from distill.job.resume import describe_resume, find_saved, joining_steps
 from distill.job.stored_recipes import load_from_here, read_recipes, write_recipes
-from distill.job.teacher_files import (
-    CHECKSUMS,
-    Checksums,
-    read_checksums,
-    refuse_another_teacher,
-    teacher_facts,
-)
 from distill.listing.extensions import BUILTIN, ExtensionKind, find
 from distill.listing.labels import label_lines
 from distill.listing.passed_over import PassedOver
@@ -43,16 +37,24 @@ from distill.plan.copies import lacking_memory
 from distill.plan.from_recipe import on_nodes_of
 from distill.plan.here import device_here, timed_on
 from distill.plan.job import check_job
-from distill.plan.teacher_source import TRAINED_HEADS, describe_teacher, heads_file
+from distill.plan.teacher_source import describe_teacher, heads_file
 from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.runfolder.files import make_folder, remove
 from distill.runfolder.manifest import ChangedError, TeacherFacts
-from distill.runfolder.status import write_json
+from distill.runfolder.status import TRAINED_HEADS, write_json
+from distill.weights.teacher_files import (
+    CHECKSUMS,
+    Checksums,
+    read_checksums,
+    refuse_another_teacher,
+    teacher_facts,
+)
 
 CHECKPOINTS = "checkpoints"  # in a run folder
 IMAGES = "images.json"  # in data/ of a run folder: counts, and what was passed over
+BEFORE_CHECKPOINT = ("status.json", "timing.json")  # what an earlier start left before its first
 FITTED_HEADS = "heads/teacher.safetensors"  # in a run folder
 
 
@@ -203,9 +205,12 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
         RecipeError, PlanError, DataError, CheckpointError: with one clear line; an existing run is
         not touched.
     """
-    recipe, teacher_recipe = load_from_here(request.recipe, request.overrides, check_folders=True)
+    run_folder, checksums = Path(request.run_folder), read_checksums(Path(request.run_folder))
+    recipes = load_from_here(request.recipe, request.overrides, check_folders=True)
+    recipes, gone = with_fingerprints(recipes, None if fresh else run_folder, checksums)
+    recipe, teacher_recipe = recipes
     plans = check_job(on_nodes_of(recipe, request.ranks_per_node), teacher_recipe, num_ranks)
-    run_folder = Path(request.run_folder)
+    starts = check_inits(recipes, gone)
     _refuse_foreign_folder(run_folder)
     tiles = run_folder.parent / ".photographs"
     train, held_out, facts = _indices(recipe.data, tiles, say)
@@ -214,45 +219,48 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
         teacher_train, _, facts["teacher"] = _indices(teacher_recipe.data, tiles, say)
     fingerprint = f"{train.fingerprint}-{teacher_train.fingerprint}"
     job = Job(request, recipe, teacher_recipe, fingerprint)
-    licences = licences_of_teacher(recipe, teacher_recipe)
+    licences = None if gone else licences_of_teacher(recipe, teacher_recipe)
     if fresh and run_folder.exists():
         _empty(run_folder)
     try:
         resumed = find_saved(run_folder / CHECKPOINTS, job.hash, has_copies=recipe.checkpoint.peer)
         joining_steps(job.recipe, job.networks, resumed)
     except ChangedError as error:
-        parts = {"train": train, "held_out": held_out}
-        parts |= {} if teacher_train is train else {"teacher": teacher_train}
-        raise with_changes(error, run_folder, (recipe, teacher_recipe), parts) from error
-    checksums = read_checksums(run_folder)
+        changed = {"train": train, "held_out": held_out}
+        changed |= {} if teacher_train is train else {"teacher": teacher_train}
+        raise with_changes(error, run_folder, recipes, changed) from error
     job = replace(job, teacher=_teacher_facts(job, checksums))
     refuse_another_teacher(job.teacher, resumed)
     lacking = lacking_memory(recipe, plans, num_ranks, request.ranks_per_node)
-    for line in (*describe_teacher(recipe), *describe_resume(job.networks, resumed), *lacking):
-        say(line)
+    resumes = [*describe_resume(job.networks, resumed), *describe_starts(starts, resumed)]
+    _say_all(say, (*describe_teacher(recipe), *resumes, *lacking))
     stored: dict[str, Any] = {"request": asdict(request), "data_fingerprint": fingerprint}
     make_folder(run_folder.resolve())  # a link may lead to a folder that is not there yet
     marker = run_folder / "job.json"
     if not marker.exists():  # first: a start that is killed from here on leaves a folder of ours
         write_json(marker, {**stored, "request": asdict(replace(request, launch=""))})
-    indices = {"train": train, "teacher": teacher_train, "held_out": held_out}
-    _write_images(run_folder.resolve() / "data", indices, facts)
-    (run_folder / "failure.json").unlink(missing_ok=True)
-    if (
-        resumed is None and not recipe.checkpoint.peer
-    ):  # what an earlier start left before its first checkpoint
-        for name in ("status.json", "timing.json"):
-            (run_folder / name).unlink(missing_ok=True)
-    write_recipes(run_folder, request.recipe, request.overrides, (recipe, teacher_recipe))
+    parts = {"train": train, "teacher": teacher_train, "held_out": held_out}
+    _write_images(run_folder.resolve() / "data", parts, facts)
+    is_first = resumed is None and not recipe.checkpoint.peer
+    for name in ("failure.json", *(BEFORE_CHECKPOINT if is_first else ())):
+        (run_folder / name).unlink(missing_ok=True)
+    write_recipes(run_folder, request.recipe, request.overrides, recipes)
     device = device_here(recipe.engine.device, request.ranks_per_node or num_ranks)
     write_json(run_folder / "plan.json", timed_on(plans[-1].to_json(), device))
     write_json(run_folder / "env.json", _environment())
     write_json(run_folder / CHECKSUMS, checksums)
-    store_licences(run_folder, licences)
+    if licences is not None:  # what stands there holds for files that are gone
+        store_licences(run_folder, licences, licences_of_students(recipe, licences))
+    note_inits(run_folder, starts)
     if job.teacher is not None:
         stored["teacher"] = job.teacher.model_dump()
     write_json(marker, stored)
     return job
+
+
+def _say_all(say: Callable[[str], None], lines: Iterable[str]) -> None:
+    for line in lines:
+        say(line)
 
 
 def _write_images(

@@ -28,6 +28,7 @@ from distill.job.build import (
 )
 from distill.plan.from_recipe import ONLINE, TeacherShape, plan_stage, shape_of_recipe
 from distill.plan.plan import Plan
+from distill.recipe.init_keys import INIT
 from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
 from distill.recipe.schedules import LrSpec, ObjectiveSpec, StageSpec
 from distill.runfolder.files import make_folder, replaced, write_file
@@ -36,6 +37,7 @@ from distill.train.groups import Groups
 from distill.train.phase import Phase
 from distill.train.schedule import RateSchedule, lr_factors
 from distill.train.student import SinkhornTargets, StudentTrainer
+from distill.weights.initial import init_key, initial_backbone, load_initial
 from students.student import build_empty, build_heads, build_network, seeded
 from teacher.batch import StudentBatch
 from teacher.frozen import FrozenTeacher, shard_blocks
@@ -60,8 +62,15 @@ class Pretraining:
     the other two are gathered block by block for their forward passes.
     """
 
-    def __init__(self, recipe: TeacherRecipe, groups: Groups, rank_context: RankContext) -> None:
-        """Builds the networks; collective over the world."""
+    def __init__(
+        self,
+        recipe: TeacherRecipe,
+        groups: Groups,
+        rank_context: RankContext,
+        *,
+        is_restored: bool = False,
+    ) -> None:
+        """Builds the networks; ``is_restored``: a checkpoint gives their weights. Collective over the world."""
         self.recipe, self.shape = recipe, shape_of_recipe(recipe)
         assert self.shape.heads is not None, "a pretrained teacher has heads"
         self._groups, self._rank_context = groups, rank_context
@@ -70,8 +79,12 @@ class Pretraining:
         context = self._context(recipe.stages[0])
         self._survival = 1.0 - recipe.schedule.drop_path
         options = task_options(recipe, masks_input=True, survival=self._survival)
-        self._task = build_task(context, ONLINE, online, options)
-        self.engine = build_engine(context, ONLINE, self._task, lr_factors(recipe.schedule, spec))
+        self._task, init = build_task(context, ONLINE, online, options), recipe.model.init
+        if init is not None and not is_restored:
+            load_initial(init_key(ONLINE), init, spec, self._task)
+        self.engine = build_engine(
+            context, ONLINE, self._task, lr_factors(recipe.schedule, spec), init
+        )
         self._is_sharded = recipe.engine.zero == 3 and groups.num_ranks > 1
         # after the engine, which has left this rank its part of the online network
         backbone, *copies = build_network(
@@ -122,7 +135,7 @@ class Pretraining:
 
     def _rates(self, stage: StageSpec) -> RateSchedule:
         """Over all stages; where the stage sets a learning rate it goes over the stage, an EMA momentum stays as set."""
-        settings = self.recipe.at_stage(stage).schedule
+        settings, init = self.recipe.at_stage(stage).schedule, self.recipe.model.init
         steps = range(sum(s.steps for s in self.recipe.stages))
         first_step = self.recipe.first_step(stage)
         stage_steps = range(first_step, first_step + stage.steps)
@@ -134,6 +147,7 @@ class Pretraining:
             weight_decay=(settings.weight_decay, settings.weight_decay_end),
             ema=(settings.ema, None if stage.ema is not None else settings.ema_end),
             freeze_prototypes=settings.freeze_prototypes,
+            freeze_backbone=0 if init is None else init.freeze_backbone,
         )
 
     def _with_depth(self, batch: StudentBatch, step: int) -> StudentBatch:
@@ -173,6 +187,9 @@ class Pretraining:
             write_file(aside, encode(backbone))
 
     def _read_snapshot(self, reference: str) -> dict[str, Tensor]:
+        init = self.recipe.model.init
+        if reference == INIT and init is not None:
+            return initial_backbone(init_key(ONLINE), init, self.shape.spec)
         path = self._snapshot(reference)
         if not path.is_file():
             raise CheckpointError(

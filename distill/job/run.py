@@ -228,7 +228,9 @@ class _Run:
         assert recipe is not None, "pretraining without a teacher recipe"
         plan = plan_stage(recipe, recipe.stages[0], self.num_ranks)
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
-        pretraining = Pretraining(recipe, groups, self._rank_context("teacher"))
+        pretraining = Pretraining(
+            recipe, groups, self._rank_context("teacher"), is_restored=self.saved is not None
+        )
         for stage in recipe.stages:
             if stage.name not in names:
                 continue
@@ -281,8 +283,15 @@ class _Run:
             before = json.loads(path.read_text()) if path.is_file() else {}
             write_json(path, timed_as(plan.to_json(), before))
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
+        names = self.saved[1].networks if self.saved is not None else ()
         context = PhaseContext(
-            recipe, plan, groups, self._rank_context("train"), shape.spec, self._report
+            recipe,
+            plan,
+            groups,
+            self._rank_context("train"),
+            shape.spec,
+            self._report,
+            frozenset(names),
         )
         shard_teacher(context, teacher)
         phase = family_phase(context, teacher, shape, self.first_steps)

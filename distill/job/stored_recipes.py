@@ -7,18 +7,22 @@ teacher.resolved.yaml   the same of the recipe that ``teacher.train`` names
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distill.job.resolved_yaml import resolved_yaml
 from distill.listing.source_paths import source_path
 from distill.plan.teacher_source import with_teacher_stats
 from distill.recipe.document import RESOLVED, RESOLVED_TEACHER, find_recipe
+from distill.recipe.init_keys import LicenceSpec
 from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+from distill.recipe.networks import ArchSpec
 from distill.recipe.reader import TEACHER_PREFIX, load_job, teacher_recipe_of
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.runfolder.files import replace_text
+from distill.weights.initial import BESIDE, NO_HEADS
 
+Network = TypeVar("Network", bound=ArchSpec)
 Recipes = tuple[FamilyRecipe | TeacherRecipe, TeacherRecipe | None]
 
 
@@ -35,14 +39,16 @@ def load_from_here(
     """
     loaded, teacher = load_job(recipe, overrides, check_folders=check_folders)
     if teacher is not None:
-        teacher = teacher.model_copy(update={"data": _absolute_data(teacher.data)})
+        theirs = {"data": _absolute_data(teacher.data), "model": _absolute_init(teacher.model)}
+        teacher = teacher.model_copy(update=theirs)
     update: dict[str, Any] = {"data": _absolute_data(loaded.data)}
-    if isinstance(loaded, FamilyRecipe):
+    if isinstance(loaded, TeacherRecipe):
+        update["model"] = _absolute_init(loaded.model)
+    else:
+        update["students"] = tuple(map(_absolute_init, loaded.students))
         source = loaded.teacher
         paths: dict[str, Any] = {"weights": _absolute(source.weights)}
-        if source.licence is not None and source.licence.file is not None:
-            file = _absolute(str(Path(source.licence.file).expanduser()))
-            paths["licence"] = source.licence.model_copy(update={"file": file})
+        paths["licence"] = _absolute_licence(source.licence)
         if source.heads_mode == "file":
             paths["heads"] = _absolute(source.heads)
         update["teacher"] = source.model_copy(update=paths)
@@ -81,6 +87,24 @@ def _absolute_data(data: DataSpec) -> DataSpec:
         for source in data.sources
     )
     return data.model_copy(update={"sources": sources, "index": _absolute(data.index)})
+
+
+def _absolute_init(network: Network) -> Network:
+    """A network whose initial weights are named by absolute paths."""
+    init = network.init
+    if init is None:
+        return network
+    heads = init.heads if init.heads in (NO_HEADS, BESIDE) else _absolute(init.heads)
+    paths: dict[str, Any] = {"from_": _absolute(init.from_), "heads": heads}
+    paths["licence"] = _absolute_licence(init.licence)
+    return network.model_copy(update={"init": init.model_copy(update=paths)})
+
+
+def _absolute_licence(licence: LicenceSpec | None) -> LicenceSpec | None:
+    if licence is None or licence.file is None:
+        return licence
+    file = _absolute(str(Path(licence.file).expanduser()))
+    return licence.model_copy(update={"file": file})
 
 
 def _absolute(path: str | None) -> str | None:

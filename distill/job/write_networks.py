@@ -6,12 +6,18 @@ import torch.distributed as dist
 from distill.data.index import ImageIndex
 from distill.export.licences import Licences, Terms, licences_in
 from distill.export.save import ExportFacts, write_backbone, write_heads
-from distill.job.origin import LICENCES, pretrained_record, student_record
+from distill.job.origin import (
+    LICENCES,
+    init_record,
+    licences_of_network,
+    pretrained_record,
+    student_record,
+)
 from distill.job.prepare import Job
-from distill.plan.teacher_source import TRAINED_HEADS
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.runfolder.files import remove
 from distill.runfolder.parked import read_parked
+from distill.runfolder.status import TRAINED_HEADS
 from distill.train.phase import Phase
 from students.shapes import BackboneSpec
 
@@ -29,7 +35,9 @@ def write_teacher(
         recipe.data.mean,
         recipe.data.std,
         pretrained_record(job, recipe, _num_images(job, "teacher"), steps),
-        Licences((Terms(recipe.name, is_pretrained=True),)),
+        Licences((Terms(recipe.name, is_pretrained=True),))
+        if recipe.model.init is None
+        else licences_in(job.run_folder / LICENCES),
     )
     folder = job.run_folder / "teacher"
     write_heads(folder / TRAINED_HEADS, weights)
@@ -44,7 +52,8 @@ def write_students(
     teacher_fingerprint: str,
 ) -> None:
     """Writes every student's EMA, by the first rank of its group; none of a student that was never trained. Collective over the world."""
-    licences, num_images = licences_in(job.run_folder / LICENCES), _num_images(job, "train")
+    num_images = _num_images(job, "train")
+    inits = {student.label: student.init for student in recipe.students}
     specs = {student.label: student.backbone_spec() for student in recipe.students}
     mean, std = recipe.data.mean, recipe.data.std
     for trainer in phase.trainers:
@@ -57,9 +66,11 @@ def write_students(
             remove(folder)  # of an earlier student of this name
             continue
         provenance = student_record(job, teacher_spec, teacher_fingerprint, num_images, steps)
+        provenance |= init_record(inits[name])
         parked = read_parked(job.run_folder, name)
         if parked is not None:
             provenance["parked"] = parked.describe()
+        licences = licences_of_network(job.run_folder, name)
         facts = ExportFacts(recipe.input_size_of(name), mean, std, provenance, licences)
         write_backbone(folder, _backbone_only(weights), specs[name], facts)
     dist.barrier()

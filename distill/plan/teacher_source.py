@@ -7,11 +7,11 @@ from distill.errors import CheckpointError
 from distill.plan.from_recipe import TeacherShape, head_shapes, shape_of_recipe
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import TeacherSource
+from distill.runfolder.status import TRAINED_HEADS
 from students.shapes import CATALOG
 
 IMAGE_CHANNELS = 3
 SAME_STATS = 5e-4  # two means or deviations that differ by less are one, written with other digits
-TRAINED_HEADS = "heads.safetensors"  # beside the weights of a teacher
 
 
 def teacher_shape(
@@ -114,11 +114,9 @@ def heads_file(source: TeacherSource, weights: Path) -> Path:
     if source.heads is not None:
         return Path(source.heads)
 
-    from distill.weights.heads import has_heads  # who only plans reads no file
+    from distill.weights.heads import heads_beside  # who only plans reads no file
 
-    if weights.is_file() and has_heads(weights):
-        return weights  # a training file holds both
-    beside = (weights if weights.is_dir() else weights.parent) / TRAINED_HEADS
+    beside = heads_beside(weights)
     if source.weights is not None and not beside.is_file():
         raise CheckpointError(
             f"teacher.weights = {weights}: no {TRAINED_HEADS} beside them (released teachers have none)",

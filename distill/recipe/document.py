@@ -199,6 +199,10 @@ def _write_out(values: dict[str, Any], marks: dict[Loc, tuple[int, int]]) -> Non
     sources = data.get("sources") if isinstance(data, dict) else None
     if isinstance(sources, list):
         slots += [(sources, ("data", "sources", index), "path") for index in range(len(sources))]
+    networks: list[tuple[Loc, Any]] = [(("model",), values.get("model"))]
+    if isinstance(students, list):
+        networks += [(("students", index), each) for index, each in enumerate(students)]
+    slots += [(each, (*loc, "init"), "from") for loc, each in networks if isinstance(each, dict)]
     for holder, key_path, key in slots:
         here = key_path[-1]
         is_there = isinstance(holder, list) or here in holder

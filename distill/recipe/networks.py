@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BeforeValidator
 
 from distill.errors import RecipeError
 from distill.listing.outside_code import require_allowed
+from distill.recipe.init_keys import Init, Licence
 from distill.recipe.types import (
     Arch,
     CatalogueName,
@@ -112,6 +113,11 @@ class ArchSpec(Section):
     args: dict[str, Any] | None = science(
         None,
         description="Keyword arguments for the factory of a network from outside. Null means none.",
+    )
+    init: Init | None = science(
+        None,
+        since=2,
+        description="Weights that the network starts from; a bare text is where they are. Null means fresh ones.",
     )
 
     @property
@@ -300,25 +306,6 @@ class FitSpec(Section):
 
 
 HeadsMode = Literal["file", "fit", "none"]
-
-
-class LicenceSpec(Section):
-    """What the user knows of a teacher's licence; it goes with everything that is made from the teacher."""
-
-    name: str | None = machine(None, since=2, description="Its name: `apache-2.0`. Null: none.")
-    file: str | None = machine(
-        None, since=2, description="File of its text, copied beside every student. Null: none."
-    )
-    link: str | None = machine(None, since=2, description="Web address of its text. Null: none.")
-
-
-def _licence_mapping(value: object) -> object:
-    return {"name": value} if isinstance(value, str) else value
-
-
-Licence = Annotated[
-    LicenceSpec, BeforeValidator(_licence_mapping, json_schema_input_type=LicenceSpec | str)
-]
 
 
 class TeacherSource(Section):

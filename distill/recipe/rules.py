@@ -6,12 +6,12 @@ hide what is wrong with its neighbours.
 
 import difflib
 import math
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distill.errors import RecipeError
 from distill.listing.extensions import ExtensionKind, require
+from distill.recipe.init_keys import gram_rules
 from distill.recipe.keys import RESERVED_PHASES
 from distill.recipe.networks import HEADS_MODES, RESERVED_NETWORKS, ArchSpec
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS, Loc, Problem, is_custom
@@ -273,11 +273,13 @@ def _teacher_rules(parts: Parts) -> Iterator[Problem]:
             yield from _stage_crop_rules(parts, index, str(arch), stride)
     before: dict[str, int | None] = {}
     is_complete = True
+    has_init = parts.get(("model", "init")) is not None or ("model", "init", "from") in parts
     for index in items_of(parts, "stages"):
         name = parts.get(("stages", index, "name"))
         reference = parts.get(("stages", index, "gram", "teacher"))
         if reference is not None and is_complete:
-            yield from _gram_rules(("stages", index, "gram", "teacher"), reference, before)
+            key_path: Loc = ("stages", index, "gram", "teacher")
+            yield from gram_rules(key_path, reference, before, has_init=has_init)
         if name is None:
             is_complete = False
             continue
@@ -330,7 +332,10 @@ def _arch_rules(parts: Parts, key_path: Loc) -> Iterator[Problem]:
             f"arch {arch!r} is a free size: it needs {', '.join(map(repr, absent))}",
         )
     for key in ArchSpec.model_fields:
-        if key not in ("arch", *needed, *optional) and parts.get((*key_path, key)) is not None:
+        if (
+            key not in ("arch", "init", *needed, *optional)
+            and parts.get((*key_path, key)) is not None
+        ):
             yield (*key_path, key), f"{key!r} does not apply to arch {arch!r}"
     width, heads = parts.get((*key_path, "width")), parts.get((*key_path, "heads"))
     if arch == "vit" and width and heads and (width % heads or width // heads % 4):
@@ -377,23 +382,3 @@ def _crop_rules(parts: Parts, key: str, strides: Mapping[str, int]) -> Iterator[
             key_path,
             f"{size} is not a multiple of {patches} - did you mean {near}?",
         )
-
-
-def _gram_rules(
-    key_path: Loc, reference: str, before: Mapping[str, int | None]
-) -> Iterator[Problem]:
-    match = re.fullmatch(r"([^@]+)@([0-9]+)", reference)
-    if match is None:
-        yield (
-            key_path,
-            f"{reference!r}: write an earlier stage and a step of it, such as 'base@200'",
-        )
-        return
-    name, step = match[1], int(match[2])
-    if name not in before:
-        earlier = ", ".join(before) or "none"
-        yield key_path, f"{reference!r}: {name!r} is not an earlier stage (earlier: {earlier})"
-        return
-    num_steps = before[name]
-    if num_steps is not None and not 1 <= step <= num_steps:
-        yield key_path, f"{reference!r}: stage {name!r} has steps 1 to {num_steps}"

@@ -39,6 +39,7 @@ TRAINED: frozenset[RunState] = frozenset({"exporting", "evaluating", "finished"}
 FINAL_STATES: frozenset[RunState] = frozenset({"finished", "stopped", "failed"})
 KNN_K = 5  # of the scores in ``summary.json``
 TEACHER = "teacher"  # its name beside those of students
+TRAINED_HEADS = "heads.safetensors"  # beside the weights of a teacher
 STATUS_INTERVAL_S = 0.5  # an eye sees no difference below; a network disk does
 
 

@@ -100,7 +100,7 @@ class RateSchedule:
 
     ``steps``: of all of the network's run, which weight decay and momentum go over; ``lr_steps``: where
     the learning rate's schedule begins and ends. ``weight_decay`` and ``ema``: first and last value, a last
-    one of None for a constant. ``freeze_prototypes``: steps in which the prototypes' rate is zero.
+    one of None for a constant. ``freeze_prototypes``, ``freeze_backbone``: steps in which their rate is zero.
     """
 
     lr: LrSpec
@@ -110,6 +110,7 @@ class RateSchedule:
     weight_decay: tuple[float, float | None]
     ema: tuple[float, float | None]
     freeze_prototypes: int
+    freeze_backbone: int = 0
 
     def at(self, run_step: int) -> StepRates:
         """The rates of one step."""
@@ -122,6 +123,7 @@ class RateSchedule:
             0.0 if step < self.freeze_prototypes else lr,
             cosine(*self.weight_decay, step, num_steps),
             cosine(*self.ema, step, num_steps),
+            is_backbone_frozen=step < self.freeze_backbone,
         )
 
 

@@ -5,27 +5,47 @@ from pathlib import Path
 import torch
 
 from distill.errors import CheckpointError
+from distill.runfolder.status import TRAINED_HEADS
 from distill.weights.containers import Container, is_finite, open_weights
+from distill.weights.identity import FIRST, NO_WEIGHTS, words_of
 from teacher.heads import Head
 from teacher.shapes import HeadShape
 
 LARGEST_HEAD = 2**20  # rows or columns of a head's matrices; more is not a head
 _HEADS = ("dino_head", "ibot_head")
+PROTOTYPES = "prototypes.weight"
 
 
 def _head_names(container: Container) -> dict[str, dict[str, str]]:
     """For each head, our name of every tensor and its name in the file; only complete heads."""
-    found: dict[str, dict[str, str]] = {}
-    needed = {f"mlp.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")}
+    needed = [f"mlp.{layer}.{kind}" for layer in (0, 2, 4) for kind in ("weight", "bias")]
+    found = {}
     for head in _HEADS:
-        names_of: dict[str, str] = {}
-        for name in container.shapes:
-            before, separator, rest = name.partition(f"{head}.")
-            if separator and "student" not in before:
-                names_of["prototypes.weight" if rest == "last_layer.weight" else rest] = name
-        if needed | {"prototypes.weight"} <= names_of.keys():
+        names = {name: stored_name(container, f"{head}.{name}") for name in (*needed, PROTOTYPES)}
+        names_of = {name: stored for name, stored in names.items() if stored is not None}
+        if names_of.keys() == names.keys():
             found[head] = names_of
     return found
+
+
+def stored_name(container: Container, name: str) -> str | None:
+    """The name in a file of a tensor outside the backbone; the teacher's or an average's first, never a student's or an optimizer's."""
+    ends = (name, name.replace(PROTOTYPES, "last_layer.weight"))
+    found = [
+        (words_of(stored.removesuffix(end)), stored)
+        for stored in container.shapes
+        for end in dict.fromkeys(ends)
+        if stored.endswith(end) and stored.removesuffix(end)[-1:] in ("", ".", "/")
+    ]
+    usable = [each for each in found if not each[0] & NO_WEIGHTS]
+    return min(usable, key=lambda each: not each[0] & FIRST)[1] if usable else None
+
+
+def heads_beside(weights: Path) -> Path:
+    """The file in which the heads of a network should be: its training file, or ``heads.safetensors`` beside the weights."""
+    if weights.is_file() and has_heads(weights):
+        return weights
+    return (weights if weights.is_dir() else weights.parent) / TRAINED_HEADS
 
 
 def has_heads(path: Path) -> bool:

@@ -150,16 +150,17 @@ def _prefixes(found: Shapes) -> list[str]:
         else stem
         for stem in stems
     ]
-    of_weights = [prefix for prefix in prefixes if not _words(prefix) & NO_WEIGHTS]
+    of_weights = [prefix for prefix in prefixes if not words_of(prefix) & NO_WEIGHTS]
     if prefixes:
-        return of_weights or [each for each in prefixes if "student" in _words(each)] or prefixes
+        return of_weights or [each for each in prefixes if "student" in words_of(each)] or prefixes
     other = describe_foreign(found)
     if other is not None:
         raise ForeignError(*other)
     raise ValueError("no backbone in it: neither a class token nor the blocks of a ConvNeXt")
 
 
-def _words(prefix: str) -> set[str]:
+def words_of(prefix: str) -> set[str]:
+    """The words in what stands before a name in a file."""
     return set(re.split(r"[._/]", prefix))
 
 
@@ -175,7 +176,7 @@ def _choose(prefixes: list[str], wanted: str | None) -> tuple[str, tuple[str, ..
             if prefix.rstrip("./") == wanted.rstrip("./"):
                 return prefix, ()
         raise ValueError(f"no backbone under {wanted!r}; it has {shown}")
-    first = [prefix for prefix in prefixes if _words(prefix) & FIRST]
+    first = [prefix for prefix in prefixes if words_of(prefix) & FIRST]
     if len(prefixes) == 1:
         return prefixes[0], ()
     if len(first) != 1:

@@ -9,6 +9,7 @@ costs the network's size and one tensor (``distill.weights.containers``).
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -137,14 +138,28 @@ def load_backbone(
     container = open_weights(path)
     identity = identify_layout(container, spec, prefix)
     backbone = build_empty(identity.spec.build, device, dtype)
-    table = origins(identity.spec, identity.layout, "hf")
-    with torch.no_grad():
-        for name, target in backbone.state_dict().items():
-            if name in table:  # not the norm that acts in training only
-                target.copy_(read_parameter(container, identity, table[name], name))
+    copy_backbone(container, identity, backbone, lambda _, tensor: tensor)
     for parameter in backbone.parameters():
         parameter.requires_grad_(True)
     return backbone.eval(), identity.spec
+
+
+@torch.no_grad()
+def copy_backbone(
+    container: Container,
+    identity: Identity,
+    backbone: nn.Module,
+    change: Callable[[str, Tensor], Tensor],
+) -> None:
+    """Writes a file's backbone into a network, tensor by tensor, each through ``change`` with its name here.
+
+    Raises:
+        CheckpointError: as ``load_backbone``.
+    """
+    table = origins(identity.spec, identity.layout, "hf")
+    for name, target in backbone.state_dict().items():
+        if name in table:  # not the norm that acts in training only
+            target.copy_(change(name, read_parameter(container, identity, table[name], name)))
 
 
 def read_parameter(container: Container, identity: Identity, origin: Origin, name: str) -> Tensor:

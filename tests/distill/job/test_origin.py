@@ -10,17 +10,16 @@ import pytest
 from distill.errors import RecipeError
 from distill.export.card import KEEP_MARK
 from distill.export.licences import licences_in
+from distill.export.network_names import base_model, teacher_name
 from distill.export.save import ExportFacts, write_backbone
 from distill.job.origin import (
     LICENCES,
     background_of,
-    base_model,
     complete_cards,
     licence_warning,
     licences_of_teacher,
     stored_licences,
     student_record,
-    teacher_name,
 )
 from distill.job.prepare import JobRequest, prepare
 from distill.job.recipe_hash import recipe_hash

@@ -26,6 +26,7 @@ from distill.recipe.schedules import StageSpec
 from distill.train import schedule
 from students.student import build_network, seeded
 from teacher.batch import CropBatch, normalise
+from teacher.shapes import ViTSpec
 from teacher.vit import ViT, rope_angles
 from tests.support.pretraining import (
     GENTLE,
@@ -34,6 +35,7 @@ from tests.support.pretraining import (
     write_pretraining,
 )
 from tests.support.spawn import on_ranks
+from tests.support.weights import folder_of, random_weights
 
 
 @pytest.fixture(scope="module")
@@ -352,3 +354,33 @@ def plain_vit(
         tokens = tokens + flags[:, 1] * block.layer_scale2(block.mlp(block.norm2(tokens)))
     normed = vit.norm(tokens)
     return normed[:, 0], normed[:, 5:]
+
+
+@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_pretraining__starts_from_weights_and_is_anchored_to_them(
+    zero: int, images: Path, tmp_path: Path
+) -> None:
+    """While the backbone is frozen it is the source, bit for bit, in the average and in the anchor; heads learn."""
+    spec = ViTSpec(32, 2, 2, 128, patch=8)
+    folder_of(tmp_path / "source", spec)
+    source = random_weights(spec)
+    words = [
+        f"model.init={{from: '{tmp_path / 'source'}', freeze_backbone: 3}}",
+        "stages=[{name: base, steps: 3, gram: {teacher: init, max_refreshes: 0}}]",
+        f"engine.zero={zero}",
+    ]
+    found = on_ranks(2, pretrain, images, tmp_path, *words)[0]
+    assert np.isfinite(found["losses"]).all()
+    for name, tensor in source.items():
+        assert torch.equal(found["ema"][f"backbone.{name}"], tensor), name
+        assert torch.equal(found["anchors"][-1][name], tensor), name
+    shape = shape_of_recipe(recipe_of(images))
+    assert shape.heads is not None
+    fresh = build_network(spec, shape.heads, seeded(0, "teacher"))[1].state_dict()["mlp.0.weight"]
+    assert not torch.equal(found["ema"]["dino_head.mlp.0.weight"], fresh)
+    if zero == 3:  # from the step on where the backbone learns, too, it moves
+        words[0] = words[0].replace("freeze_backbone: 3", "freeze_backbone: 2")
+        moved = on_ranks(2, pretrain, images, tmp_path, *words)[0]
+        name = "layer.0.mlp.up_proj.weight"
+        assert moved["losses"][:2] == found["losses"][:2]
+        assert not torch.equal(moved["ema"][f"backbone.{name}"], source[name])

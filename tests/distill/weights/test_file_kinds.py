@@ -14,10 +14,10 @@ from torch import Tensor
 
 from distill.errors import CheckpointError
 from distill.export.convert import convert
-from distill.job.teacher_files import files_of_weights
 from distill.weights.containers import is_finite, open_weights, reading
 from distill.weights.inspect import inspect
 from distill.weights.load import identify_layout, load_backbone
+from distill.weights.teacher_files import files_of_weights
 from tests.support.command import exit_code_of
 from tests.support.weights import VIT, folder_of, heads, random_weights, translate
 

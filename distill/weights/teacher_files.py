@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from distill.errors import CheckpointError
-from distill.plan.teacher_source import TRAINED_HEADS
 from distill.runfolder.files import read_back
 from distill.runfolder.manifest import Manifest, TeacherFacts
+from distill.runfolder.status import TRAINED_HEADS
 from distill.weights.containers import PICKLED
 
 CHECKSUMS = "teacher_checksums.json"  # in a run folder

@@ -10,14 +10,7 @@ import torch
 
 from distill.errors import CheckpointError
 from distill.export.save import ExportFacts, write_backbone
-from distill.job import teacher_files
 from distill.job.prepare import CHECKPOINTS, Job, JobRequest, prepare, read_job
-from distill.job.teacher_files import (
-    CHECKSUMS,
-    read_checksums,
-    refuse_another_teacher,
-    teacher_facts,
-)
 from distill.runfolder.files import make_folder
 from distill.runfolder.manifest import (
     FORMAT_VERSION,
@@ -27,6 +20,13 @@ from distill.runfolder.manifest import (
     commit,
     read_manifest,
     staging_folder,
+)
+from distill.weights import teacher_files
+from distill.weights.teacher_files import (
+    CHECKSUMS,
+    read_checksums,
+    refuse_another_teacher,
+    teacher_facts,
 )
 from teacher.shapes import ViTSpec
 from tests.support.jobs import write_images
