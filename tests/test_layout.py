@@ -50,6 +50,7 @@ SETS_FROM_OUTSIDE = {
     "distill/engine/device.py": "switches of torch",
     "distill/train/faults.py": "a plain record of the same module",
     "distill/export/onnx.py": "a graph of onnx",
+    "distill/export/graphs.py": "options of onnxruntime",
     "teacher/heads.py": "the context of an autograd function",
     "teacher/losses.py": "the context of an autograd function",
 }

@@ -19,7 +19,9 @@ from distill.cli.options import (
     DebugOption,
     JsonOption,
     allow_code_of,
+    progress,
     require_run,
+    require_there,
     say,
 )
 from distill.errors import RecipeError, UserError
@@ -27,6 +29,7 @@ from distill.runfolder.parked import read_parked
 
 if TYPE_CHECKING:
     from distill.export.card import Inputs
+    from distill.export.choice import Choice
     from distill.export.export import Exported
     from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 
@@ -46,18 +49,38 @@ class Precision(StrEnum):
     BF16 = "bf16"
 
 
+HeadOption = Annotated[
+    str | None,
+    typer.Option("--with-head", help="Add a classifier, knn or linear, fitted on --labels."),
+]
+LabelsOption = Annotated[
+    Path | None,
+    typer.Option("--labels", metavar="SRC", help="Class folders, or a table or shards."),
+]
+ProtocolOption = Annotated[
+    str, typer.Option("--protocol", help="Of the classifier's score: quick or dinov3.")
+]
+Int8Option = Annotated[
+    bool, typer.Option("--int8", help="With --to onnx: a graph in int8 beside it, measured.")
+]
+CalibrateOption = Annotated[
+    Path | None,
+    typer.Option("--calibrate", metavar="SRC", help="With --int8: images, not the run's."),
+]
+
+
 def export(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="A run folder, such as runs/quickstart.")
     ],
     to: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--to",
             metavar="[hf|timm|meta|onnx|NAME]",
             help="The library that is to read the files, or a format that an installed package adds.",
         ),
-    ],
+    ] = None,
     student: Annotated[
         list[str] | None,
         typer.Option(
@@ -73,45 +96,73 @@ def export(
             "--out", metavar="DIR", help="Folder for the results; by default RUN/export/FORMAT."
         ),
     ] = None,
+    with_head: HeadOption = None,
+    labels: LabelsOption = None,
+    protocol: ProtocolOption = "quick",
+    int8: Int8Option = False,
+    calibrate: CalibrateOption = None,
     allow: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Write a student for Hugging Face, timm, Meta or ONNX, and verify the outputs agree."""
-    from distill.export.export import export_network
-    from distill.export.exporter import Exporter
-    from distill.job.origin import background_of
-    from distill.job.stored_recipes import read_recipes
-    from distill.listing.extensions import ExtensionKind, find
+    from distill.evaluate.export_choice import require
+    from distill.export.choice import Choice
 
-    exporter: Exporter = find(ExtensionKind.EXPORTER, to, "--to")
+    choice = Choice(to, with_head, labels, protocol, int8, calibrate, dtype.value)
     folders = _chosen(run, student or [])
-    exporter.require()
+    formats = require(choice)
+    require_there([each for each in (labels, calibrate) if each is not None])
     allow_code_of(run, allow)
 
-    target = out or run / "export" / to
-    recipes, scores = read_recipes(run), _read_json(run / "summary.json")
-    finished: list[Exported] = []
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
-        for name, folder in folders.items():
-            background = background_of(run, name, folder, recipes, scores)
-            inputs = _inputs(recipes[0], name)
-            done = export_network(
-                name, folder, target / name, exporter, dtype.value, background, inputs
-            )
-            finished.append(done)
-            if not as_json:
-                _show(done, background.record)
+        finished = _export_all(run, folders, choice, out, is_quiet=as_json)
     if as_json:
-        summary: dict[str, Any] = {"run": str(run), "to": to, "dtype": dtype.value}
+        summary: dict[str, Any] = {"run": str(run), "to": formats, "dtype": dtype.value}
         summary["exported"] = [each.to_json() for each in finished]
         sys.stdout.write(json.dumps(summary, indent=2) + "\n")
+
+
+def _export_all(
+    run: Path, folders: Mapping[str, Path], choice: "Choice", out: Path | None, *, is_quiet: bool
+) -> "list[Exported]":
+    """Every network in every format, each complete or not there."""
+    from distill.evaluate.export_choice import exporters
+    from distill.evaluate.images import Preparation
+    from distill.export.export import export_network
+    from distill.job.origin import background_of
+    from distill.job.stored_recipes import read_recipes
+    from distill.job.to_data import decoding_of
+
+    recipes, scores = read_recipes(run), _read_json(run / "summary.json")
+    clear, finished = decoding_of(recipes[0].data).background, list["Exported"]()
+    for name, folder in folders.items():
+        background, inputs = (
+            background_of(run, name, folder, recipes, scores),
+            _inputs(recipes[0], name),
+        )
+        usual = Preparation(inputs.size, inputs.mean, inputs.std, clear)
+        for exporter in exporters(choice, run, (name, folder), usual, progress):
+            target = _target(run, out, exporter.name, has_head=choice.head is not None) / name
+            given = (name, folder, target, exporter, choice.dtype, background, inputs)
+            finished.append(export_network(*given))
+            if not is_quiet:
+                _show(finished[-1], background.record)
+    return finished
 
 
 def _show(done: "Exported", record: Mapping[str, Any]) -> None:
     parked = f"; parked {record['parked']}" if "parked" in record else ""
     size = done.num_bytes / 1e6
     say(f"{done.name}: {done.folder}, {size:.1f} MB; {done.parity.describe()}{parked}")
+    for line in (done.measured.clause, *done.measured.warnings):
+        if line:
+            say(f"  {line}")
+
+
+def _target(run: Path, out: Path | None, form: str, *, has_head: bool) -> Path:
+    """Folder of the networks of a format; with a classifier there are several formats."""
+    return (out / form if has_head else out) if out else run / "export" / form
 
 
 def _chosen(run: Path, requested: Sequence[str]) -> dict[str, Path]:

@@ -10,7 +10,7 @@ import typer
 
 from distill.cli.override_words import check_form
 from distill.errors import RecipeError
-from distill.screen.console import make_console
+from distill.screen.console import make_console, printable
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")
@@ -61,6 +61,11 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 def print_json(value: Any) -> None:
     """One JSON object on standard output."""
     sys.stdout.write(json.dumps(value, indent=2) + "\n")
+
+
+def progress(text: str) -> None:
+    """A line for people beside the output."""
+    sys.stderr.write(printable(text) + "\n")
 
 
 def say(text: str) -> None:

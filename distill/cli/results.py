@@ -14,6 +14,7 @@ from distill.cli.options import (
     JsonOption,
     allow_code_of,
     print_json,
+    progress,
     require_run,
     require_there,
     say,
@@ -169,13 +170,9 @@ def _score_files(paths: list[Path], data: Path, wanted: "Wanted", *, as_json: bo
     require_there([data])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with redirect_stdout(sys.stderr):
-        summary = evaluate_files(paths, data, wanted, _progress, device=device)
+        summary = evaluate_files(paths, data, wanted, progress, device=device)
     print_json(summary) if as_json else _print(summary, "")
     return 0
-
-
-def _progress(text: str) -> None:
-    sys.stderr.write(printable(text) + "\n")
 
 
 def _print(summary: dict[str, Any], heading: str) -> None:
@@ -190,7 +187,7 @@ def _test(protocol: "Protocol", *, as_json: bool) -> None:
     """Prints every check; exit code 1 where one fails."""
     from distill.bench.self_test import self_test
 
-    checks = self_test(_progress, protocol)
+    checks = self_test(progress, protocol)
     if as_json:
         print_json([each.to_json() for each in checks])
     else:

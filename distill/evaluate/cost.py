@@ -5,6 +5,8 @@
     choice        from the fastest on, each network that is better than every faster one, by the same
                   interval over held-out images as in the conclusion
 
+Graphs of onnx that were exported beside a network or in its run are timed in onnxruntime on the CPU in the same way.
+
 Decoding and preparing the image are not in the times, and nothing is compiled: they compare networks, and are no
 promise for another runtime. A network of which one image would take minutes is not timed.
 """
@@ -12,7 +14,8 @@ promise for another runtime. A network of which one image would take minutes is 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,6 +25,9 @@ from torch import Tensor, nn
 
 from distill.evaluate.conclusion import Voted
 from distill.evaluate.score import bootstrap, interval_of
+from distill.export.graphs import Graph
+from distill.export.int8 import INT8_FILE
+from distill.export.licences import record_in
 from students.shapes import BackboneSpec
 
 BATCH = 32
@@ -31,8 +37,26 @@ BYTES_FP32 = 4
 
 
 @dataclass(frozen=True)
+class GraphCost:
+    """Of an exported graph on the CPU: its file, and times as those of ``Cost``, or the reason why there are none.
+
+    ``knn``: of an int8 graph, as its export measured it on the held-out images of the run.
+    """
+
+    megabytes: float
+    latency_ms: Mapping[str, float]
+    images_per_s: float | None
+    reason: str = ""
+    knn: float | None = None
+
+
+@dataclass(frozen=True)
 class Cost:
-    """Of one network at ``size`` x ``size`` px. ``latency_ms``: by threads on a CPU, else by the device; empty where it is not timed."""
+    """Of one network at ``size`` x ``size`` px.
+
+    ``latency_ms``: by threads on a CPU, else by the device; empty where it is not timed. ``graphs``: of each exported
+    graph, by what tables call it.
+    """
 
     size: int
     parameters: int
@@ -40,6 +64,7 @@ class Cost:
     megabytes: float
     latency_ms: Mapping[str, float]
     images_per_s: float | None
+    graphs: Mapping[str, GraphCost] = field(default_factory=dict)
 
     @property
     def least_ms(self) -> float | None:
@@ -62,10 +87,57 @@ def measure_cost(
     if device.type != "cpu":
         return Cost(*facts, {device.type: 1e3 * run(pixels[:1])}, BATCH / run(pixels))
     latency = {}
-    for count in sorted({1, torch.get_num_threads()}):
+    for count in _thread_counts():
         with _threads(count):
-            latency[f"{count} thread{'s' if count > 1 else ''}"] = 1e3 * run(pixels[:1])
+            latency[_words(count)] = 1e3 * run(pixels[:1])
     return Cost(*facts, latency, BATCH / run(pixels))
+
+
+def measure_graphs(
+    paths: Mapping[str, Path], spec: BackboneSpec, size: int
+) -> dict[str, GraphCost]:
+    """Times graphs in onnxruntime at ``size`` x ``size`` px, by the same names; without times where it is missing or fails."""
+    found = {}
+    for name, path in paths.items():
+        files = [path, path.with_name(f"{path.name}.data")]
+        megabytes = sum(each.stat().st_size for each in files if each.is_file()) / 1e6
+        if spec.flops(size) / 1e9 > MOST_GFLOP_ON_CPU:
+            found[name] = GraphCost(megabytes, {}, None, "too large to time on a CPU")
+            continue
+        try:
+            found[name] = _time_graph(path, spec, size, megabytes)
+        except Exception as error:  # whatever the library raises, the graph is not timed
+            first = (str(error).splitlines() or [type(error).__name__])[0]
+            found[name] = GraphCost(megabytes, {}, None, first)
+    return {name: replace(each, knn=_knn_of(paths[name])) for name, each in found.items()}
+
+
+def _knn_of(graph: Path) -> float | None:
+    """k-NN of an int8 graph in the record beside it."""
+    if graph.name != INT8_FILE:
+        return None
+    measured = record_in(graph.parent).get("export", {}).get("int8", {})
+    return measured.get("knn", {}).get("int8")
+
+
+def _time_graph(path: Path, spec: BackboneSpec, size: int, megabytes: float) -> GraphCost:
+    pixels = torch.rand(
+        BATCH, spec.in_channels, size, size, generator=torch.Generator().manual_seed(0)
+    )
+    latency, run = {}, None
+    for count in _thread_counts():
+        run = _Timed(Graph(path, spec.stride, count), torch.device("cpu"), torch.float32)
+        latency[_words(count)] = 1e3 * run(pixels[:1])
+    assert run is not None, "there is one number of threads at least"
+    return GraphCost(megabytes, latency, BATCH / run(pixels))
+
+
+def _thread_counts() -> list[int]:
+    return sorted({1, torch.get_num_threads()})
+
+
+def _words(threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
 class _Timed:

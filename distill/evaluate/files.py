@@ -50,12 +50,12 @@ def evaluate_files(
     Raises:
         UserError: weights or images cannot be read.
     """
-    networks = [_network(name, path, spec, say) for name, path, spec in _named(_given(paths))]
+    networks = [network_of(name, path, spec, say) for name, path, spec in _named(_given(paths))]
     say("listing and decoding images")
-    rgb = background_of("mean", networks[0].preparation.mean)
-    networks = [replace(n, preparation=replace(n.preparation, background=rgb)) for n in networks]
+    networks = with_one_background(networks)
+    rgb = networks[0].preparation.background
     dense = open_dense(wanted.dense, source, wanted.protocol, rgb) if wanted.dense else None
-    images = _read_images(source, networks, wanted.k, dense)
+    images, _ = read_source(source, networks, wanted.k, dense)
     results = score_networks(networks, images, wanted, say, device=device, dense=dense)
     summary: dict[str, Any] = {
         "data": str(source),
@@ -101,9 +101,10 @@ def _named(
     return [(name if counts[name] == 1 else str(path), path, spec) for name, path, spec in found]
 
 
-def _network(
+def network_of(
     name: str, path: Path, spec: BackboneSpec | None, say: Callable[[str], None]
 ) -> Network:
+    """A network to score, with the preparation that its files state, or the usual one and a line."""
     spec = spec or shape_of(path)
     usual = Preparation(USUAL_PX // spec.stride * spec.stride, USUAL_MEAN, USUAL_STD)
     preparation = read_preparation(path, spec.stride, usual)
@@ -113,10 +114,22 @@ def _network(
     return Network(name, path, spec, preparation)
 
 
-def _read_images(
-    source: Path, networks: Sequence[Network], k: int, dense: DenseTasks | None
-) -> Images:
-    """Training and held-out images by their class folders; no map is an image."""
+def with_one_background(networks: Sequence[Network]) -> list[Network]:
+    """The networks with the background of the first, so that all of them get the same pictures."""
+    rgb = background_of("mean", networks[0].preparation.mean)
+    return [replace(n, preparation=replace(n.preparation, background=rgb)) for n in networks]
+
+
+def read_source(
+    source: Path, networks: Sequence[Network], k: int, dense: DenseTasks | None = None
+) -> tuple[Images, tuple[str, ...]]:
+    """Images of a source, training and held-out, and the names of their classes; no map is an image.
+
+    The images hold the reason where they have no scores.
+
+    Raises:
+        UserError: they cannot be read.
+    """
     index = build_index([dense.folder if dense else source], max_bad_fraction=0.01)
     if dense and dense.maps:
         paths = (str(index.location(image)) for image in range(len(index)))
@@ -133,4 +146,5 @@ def _read_images(
             scored = scored[0], unlabelled(index), scored[2]
     part = "images" if scored[2] else "held_out"
     pictures = dense.pictures if dense else None
-    return decode_for(networks, scored[:2], k, part=part, reason=scored[2], pictures=pictures)
+    images = decode_for(networks, scored[:2], k, part=part, reason=scored[2], pictures=pictures)
+    return images, index.class_names

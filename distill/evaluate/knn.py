@@ -19,6 +19,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from distill.evaluate.images import ReadSplit
+from distill.export.classifiers import count_votes
 from distill.runfolder.status import KNN_K
 
 BASELINE_PX = (
@@ -68,9 +69,7 @@ def knn_votes(
     for rows in torch.split(test, SIMILARITY_ROWS):
         similarity = rows @ train.T if measure == "cosine" else -torch.cdist(rows, train)
         nearest, index = similarity.topk(k, dim=1)
-        votes_by_class = torch.nn.functional.one_hot(train_labels[index], num_classes).double()
-        votes = votes_by_class.sum(1)  # [test, classes]
-        support = (votes_by_class * nearest[..., None]).sum(1)
+        votes, support = count_votes(nearest, train_labels[index], num_classes)
         has_most = votes == votes.amax(1, keepdim=True)
         predicted.append(support.masked_fill(~has_most, -torch.inf).argmax(1))
     return torch.cat(predicted)

@@ -10,10 +10,11 @@ resized to 256; here images are resized to the network's side without a crop, wh
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from torch.nn.functional import normalize, one_hot
+from torch.nn.functional import normalize
 
 from distill.evaluate.knn import SIMILARITY_ROWS, balanced_accuracy, knn_votes
 from distill.evaluate.score import CannotScoreError, Sample, Score, bootstrap, interval_of
+from distill.export.classifiers import count_votes
 from distill.runfolder.status import KNN_K
 
 KS = (10, 20, 100, 200)
@@ -69,6 +70,5 @@ def weighted_votes(
     for rows in normalize(test.double(), dim=1).split(SIMILARITY_ROWS):
         nearest, index = (rows @ known.T).topk(k, dim=1)
         weights = torch.softmax(nearest / TEMPERATURE, dim=1)
-        votes = one_hot(train_labels[index], num_classes).double() * weights[..., None]
-        predicted.append(votes.sum(1).argmax(1))
+        predicted.append(count_votes(weights, train_labels[index], num_classes)[1].argmax(1))
     return torch.cat(predicted)

@@ -9,6 +9,8 @@ not trained on: the published one is chosen on the validation set. Features are 
 random crops. Computed in fp32 on the CPU, with fixed seeds.
 """
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
@@ -33,14 +35,13 @@ def score_linear(sample: Sample) -> Score:
     Raises:
         CannotScoreError: a class cannot be in both parts of the training images.
     """
-    is_choice = choice_part(sample.train_labels)
-    right, rate = _probe(sample, is_choice, has_patches=True)
-    alone, alone_rate = _probe(sample, is_choice, has_patches=False)
+    probe, alone = fit_probe(sample), fit_probe(sample, has_patches=False)
+    right = probe.right
     settings = {
         "input": "class token + mean patch",
-        "rate": rate,
-        "class token alone": float(alone.double().mean()),
-        "its rate": alone_rate,
+        "rate": probe.rate,
+        "class token alone": float(alone.right.double().mean()),
+        "its rate": alone.rate,
         "steps": STEPS[sample.protocol],
         "batch": BATCH,
         "average": "images",
@@ -49,10 +50,23 @@ def score_linear(sample: Sample) -> Score:
     return Score("linear", sample.protocol, float(right.double().mean()), interval, settings)
 
 
-def _probe(
-    sample: Sample, is_choice: Bool[Tensor, " train"], *, has_patches: bool
-) -> tuple[Bool[Tensor, " test"], float]:
-    """Which held-out images are right, and the chosen rate."""
+@dataclass(frozen=True)
+class Probe:
+    """The layer of the chosen rate, and which held-out images it gets right."""
+
+    weight: Float[Tensor, "classes inputs"]
+    bias: Float[Tensor, " classes"]
+    rate: float
+    right: Bool[Tensor, " test"]
+
+
+def fit_probe(sample: Sample, *, has_patches: bool = True) -> Probe:
+    """Trains a layer for each rate and takes the best; ``has_patches``: its input ends in the mean patch.
+
+    Raises:
+        CannotScoreError: a class cannot be in both parts of the training images.
+    """
+    is_choice = choice_part(sample.train_labels)
 
     def rows(found: Extracted) -> Float[Tensor, "images inputs"]:
         parts = [found.class_token, *([found.mean_patch] if has_patches else [])]
@@ -66,7 +80,7 @@ def _probe(
     chosen = predict(weights, biases, known[is_choice]) == labels[is_choice]
     best = int(chosen.double().mean(1).argmax())  # the smallest of equals
     votes = predict(weights[best : best + 1], biases[best : best + 1], rows(sample.test))
-    return votes[0] == sample.test_labels, rates[best]
+    return Probe(weights[best], biases[best], rates[best], votes[0] == sample.test_labels)
 
 
 def train_probes(

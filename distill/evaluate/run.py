@@ -67,7 +67,7 @@ def evaluate_run(
         networks.append(Network(name, folder, spec, preparation))
     summary = {key: value for key, value in _read_summary(run_folder).items() if key not in FRESH}
     say("decoding images")
-    images = _read_images(run_folder, networks, wanted.k)
+    images = read_run_images(run_folder, networks, wanted.k)
     if left_out := [asdict(each) for each in (*images.train.left_out, *images.test.left_out)]:
         summary["left_out_of_scores"] = left_out
     results = score_networks(networks, images, wanted, say, device=device or torch.device("cpu"))
@@ -78,7 +78,7 @@ def evaluate_run(
     return summary
 
 
-def _read_images(run_folder: Path, networks: Sequence[Network], k: int) -> Images:
+def read_run_images(run_folder: Path, networks: Sequence[Network], k: int) -> Images:
     """Training and held-out images; all that are there where they cannot be scored."""
     train, test, reason = read_splits(run_folder, k)
     part = "held_out"

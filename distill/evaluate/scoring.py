@@ -9,7 +9,7 @@ Raw pixels and the colour statistics of an image stand beside them as floors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from distill.evaluate.cost import (
     costs_to_json,
     describe_choice,
     measure_cost,
+    measure_graphs,
     sensible_choices,
 )
 from distill.evaluate.dense_tasks import DENSE, DenseTasks
@@ -44,6 +45,7 @@ from distill.evaluate.knn import (
 from distill.evaluate.map_set import PatchNetwork
 from distill.evaluate.score import CannotScoreError, Protocol, Sample, Score
 from distill.evaluate.tasks import TASKS
+from distill.export.graphs import graphs_of
 from distill.runfolder.status import KNN_K, TEACHER
 from distill.weights.load import load_backbone
 from students.shapes import BackboneSpec
@@ -127,23 +129,14 @@ def score_networks(
             results.computed_in[network.name] = str(dtype).removeprefix("torch.")
         for is_trained in (True, False):
             backbone = _load(network, device, is_trained=is_trained)
-            found = [
-                extract_all(
-                    backbone,
-                    part.batches(network.preparation),
-                    network.preparation,
-                    device=device,
-                    dtype=dtype,
-                    on_batch=on_batch,
-                )
-                for part in parts
-            ]
+            found = features_of(backbone, network, parts, device, on_batch)
             if is_trained and wanted.has_cost:
                 say(f"cost of {network.name}")
                 size = network.preparation.size
-                results.costs[network.name] = measure_cost(
-                    backbone, network.spec, size, device, dtype
-                )
+                cost = measure_cost(backbone, network.spec, size, device, dtype)
+                graphs = graphs_of(network.name, network.path)
+                timed = measure_graphs(graphs, network.spec, size)
+                results.costs[network.name] = replace(cost, graphs=timed)
             near.add(network.name, found[-1], is_trained=is_trained)
             if not images.reason:
                 _score(results, network.name, images, found, wanted, say, is_trained=is_trained)
@@ -158,6 +151,28 @@ def score_networks(
     if wanted.has_cost:
         results.cost.update(_cost(results, images, networks[0].name, device))
     return results
+
+
+def features_of(
+    backbone: torch.nn.Module,
+    network: Network,
+    parts: Sequence[ReadSplit],
+    device: torch.device,
+    on_batch: Callable[[int], None] = lambda _: None,
+) -> list[Extracted]:
+    """Features of each part by a network on ``device``, computed in the dtype of its scores."""
+    dtype, preparation = scoring_dtype(network.spec.parameters, device), network.preparation
+    return [
+        extract_all(
+            backbone,
+            part.batches(preparation),
+            preparation,
+            device=device,
+            dtype=dtype,
+            on_batch=on_batch,
+        )
+        for part in parts
+    ]
 
 
 def _cost(results: Results, images: Images, reference: str, device: torch.device) -> dict[str, Any]:

@@ -71,7 +71,8 @@ class Form:
 
     ``blocks``: what stands above each block of code, the lines that go on from ``folder`` and ``pixels``, and
     whether packages to install suffice to run them;
-    ``checked``: how the files were verified, empty where that is not needed.
+    ``checked``: how the files were verified, empty where that is not needed;
+    ``sections``: further ones, by title, a line each.
     """
 
     library: str
@@ -80,6 +81,7 @@ class Form:
     blocks: Sequence[tuple[str, Sequence[str], bool]]
     checked: str = ""
     files: tuple[WrittenFile, ...] = ()
+    sections: Sequence[tuple[str, Sequence[str]]] = ()
 
 
 def method_of(record: Mapping[str, Any]) -> str:
@@ -161,6 +163,7 @@ def model_card(
             "## Load it",
             "",
             *_code(name, inputs, form),
+            *_sections(form),
             "## Scores",
             "",
             *_scores(name, background.scores),
@@ -314,6 +317,14 @@ def _code(name: str, inputs: Inputs, form: Form) -> list[str]:
             "",
         ]
     return lines
+
+
+def _sections(form: Form) -> list[str]:
+    return [
+        line
+        for title, facts in form.sections
+        for line in (f"## {title}", "", *(f"- {fact}" for fact in facts), "")
+    ]
 
 
 def _files(files: Sequence[WrittenFile]) -> list[str]:

@@ -14,7 +14,7 @@ it was not. What each format holds:
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from distill.export.card import (
     model_card,
     read_inputs,
 )
-from distill.export.exporter import Exporter
+from distill.export.exporter import Exporter, Measured
 from distill.export.licences import CARD, CONFIG, RECORD, record_in, write_licences
 from distill.export.save import sha256_of
 from distill.export.verify import TOLERANCE, Parity, verify
@@ -53,6 +53,7 @@ class Exported:
     folder: Path
     parity: Parity
     files: tuple[WrittenFile, ...]
+    measured: Measured = field(default_factory=Measured)
 
     @property
     def num_bytes(self) -> int:
@@ -65,6 +66,7 @@ class Exported:
             "folder": str(self.folder),
             "bytes": self.num_bytes,
             **self.parity.to_json(),
+            **self.measured.record,
         }
 
 
@@ -98,10 +100,11 @@ def export_network(
         if parity.is_mismatch:
             rename(aside, rejected)
             raise _mismatch(name, exporter.name, parity, rejected)
+        measured = exporter.measure(aside)
         files = tuple(
             _measure(path) for path in sorted(aside.iterdir()) if path.name not in (CARD, RECORD)
         )
-        exported = Exported(name, folder, parity, files)
+        exported = Exported(name, folder, parity, files, measured)
         _describe(exported, source, aside, exporter, dtype, background)
     return exported
 
@@ -132,12 +135,20 @@ def _describe(
     beside = {*background.licences.texts, PREPARATION, CONFIG}
     size = sum(file.num_bytes for file in files if file.name not in beside)
     blocks = _blocks(name, spec, exporter, files)
-    form = Form(exporter.library, dtype, size, blocks, parity.describe(), files)
+    measured = exported.measured
+    section = (measured.title, (*measured.lines, *measured.warnings))
+    sections = (section,) if measured.title else ()
+    form = Form(exporter.library, dtype, size, blocks, parity.describe(), files, sections)
     (aside / CARD).write_text(model_card(name, spec, inputs, background, form), encoding="utf-8")
     record = {
         **background.record,
         "licences": background.licences.to_json(),
-        "export": {"format": exporter.name, "dtype": dtype, **parity.to_json()},
+        "export": {
+            "format": exporter.name,
+            "dtype": dtype,
+            **parity.to_json(),
+            **measured.record,
+        },
         "files": {file.name: {"bytes": file.num_bytes, "sha256": file.sha256} for file in files},
     }
     _write_json(aside / RECORD, record)

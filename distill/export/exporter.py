@@ -4,8 +4,9 @@
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,29 @@ def _has_no_room(folder: Path, licence: Mapping[str, str]) -> None:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What was measured of written files.
+
+    Args:
+        title, lines: a section of the card; none without a title.
+        record: keys of ``distill.json`` and of ``--json``.
+        clause: what is printed beside the verification.
+        warnings: lines for the screen and the card.
+    """
+
+    title: str = ""
+    lines: tuple[str, ...] = ()
+    record: Mapping[str, Any] = field(default_factory=dict)
+    clause: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def _measures_nothing(folder: Path) -> Measured:  # noqa: ARG001  # as every format's
+    """Leaves the verification to be all that is known of the files."""
+    return Measured()
+
+
+@dataclass(frozen=True)
 class Exporter:
     """A format.
 
@@ -39,6 +63,7 @@ class Exporter:
             sets ``folder`` and ``pixels`` before them.
         require: passes where everything is installed that writing needs.
         attach: writes licences into files of the folder that have room for them, given names and texts.
+        measure: measures the written folder on images, after the verification.
     """
 
     name: str
@@ -50,3 +75,4 @@ class Exporter:
     reader_part: str = ""
     require: Callable[[], None] = _has_all
     attach: Callable[[Path, Mapping[str, str]], None] = _has_no_room
+    measure: Callable[[Path], Measured] = _measures_nothing

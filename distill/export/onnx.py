@@ -1,4 +1,4 @@
-"""A backbone as one ONNX graph: ``pixel_values`` to ``class_token`` and ``patch_tokens``.
+"""A backbone as one ONNX graph: ``pixel_values`` to ``class_token`` and ``patch_tokens``, and to ``logits`` with a classifier.
 
 Batch, rows and columns of patches stay free; position angles are part of the graph and follow the
 size of the image; sides that are no multiple of the stride are refused. The graph computes in fp32. Weights in bf16 are stored as such and widened where
@@ -26,17 +26,21 @@ MAX_BATCH = 65_536
 ONE_FILE_BYTES = 2**31 - 2**24  # protobuf holds 2 GiB; the graph itself needs some of it
 
 
+FEATURES, LOGITS = ("class_token", "patch_tokens"), "logits"
+
+
 class _NamedOutputs(nn.Module):
-    """A backbone whose parameters are widened to fp32 and whose features are a plain tuple."""
+    """A backbone whose parameters are widened to fp32, and whose features and logits are a plain tuple."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, head: nn.Module | None) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone, self.head = backbone, head
 
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
         weights = {name: each.float() for name, each in self.backbone.named_parameters()}
         found = torch.func.functional_call(self.backbone, weights, (pixel_values,))
-        return found.class_token, found.patch_tokens
+        features = found.class_token, found.patch_tokens
+        return features if self.head is None else (*features, self.head(*features))
 
 
 def require_exporter() -> None:
@@ -54,17 +58,23 @@ def require_exporter() -> None:
 
 
 def write_onnx(
-    backbone: nn.Module, spec: BackboneSpec, path: Path, *, dtype: torch.dtype = torch.float32
+    backbone: nn.Module,
+    spec: BackboneSpec,
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    head: nn.Module | None = None,
 ) -> None:
     """Writes ``path``, and ``path``.data beside it when the weights do not fit into one file.
 
-    The backbone is changed: its parameters end in ``dtype``.
+    The backbone is changed: its parameters end in ``dtype``. ``head`` takes class token and patch tokens to the
+    third output, [images, classes].
 
     Raises:
         SetupError: the exporter's libraries are missing.
     """
     require_exporter()
-    graph = _NamedOutputs(backbone.to(dtype)).eval()
+    graph = _NamedOutputs(backbone.to(dtype), head).eval()
     stride = spec.stride
     sample = torch.zeros(2, spec.in_channels, 3 * stride, 4 * stride)
     rows = torch.export.Dim("grid_rows", min=1, max=MAX_GRID)
@@ -81,7 +91,7 @@ def write_onnx(
             dynamo=True,
             dynamic_shapes=(free,),
             input_names=["pixel_values"],
-            output_names=["class_token", "patch_tokens"],
+            output_names=[*FEATURES, *([] if head is None else [LOGITS])],
             verbose=False,
         )
     assert program is not None, "torch.onnx.export with dynamo=True returns a program"

@@ -13,17 +13,19 @@ from distill.runfolder.files import replaced
 from distill.weights.load import load_backbone
 from students.shapes import BackboneSpec
 
+FILE = "model.onnx"
+
 
 def _write(name: str, source: Path, folder: Path, dtype: torch.dtype) -> None:  # noqa: ARG001  # the folder has it
     folder.mkdir()
     backbone, spec = load_backbone(source)
-    write_onnx(backbone, spec, folder / "model.onnx", dtype=dtype)
+    write_onnx(backbone, spec, folder / FILE, dtype=dtype)
 
 
 def _read_back(folder: Path, stride: int) -> Forward:  # noqa: ARG001  # the graph names its outputs
     """``model.onnx`` in onnxruntime on the CPU."""
     session = importlib.import_module("onnxruntime").InferenceSession(
-        folder / "model.onnx", providers=["CPUExecutionProvider"]
+        folder / FILE, providers=["CPUExecutionProvider"]
     )
 
     def forward(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,13 +46,14 @@ def _usage(name: str, spec: BackboneSpec, files: Sequence[str]) -> list[str]:  #
     ]
 
 
-def _attach(folder: Path, licence: Mapping[str, str]) -> None:
+def attach(folder: Path, licence: Mapping[str, str]) -> None:
     """Writes it into ``metadata_props``, because the file often travels without its folder."""
     onnx = importlib.import_module("onnx")
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
-    onnx.helper.set_model_props(model, dict(licence))
-    with replaced(folder / "model.onnx") as aside:
-        onnx.save(model, aside)
+    for path in sorted(folder.glob("*.onnx")):
+        model = onnx.load(path, load_external_data=False)
+        onnx.helper.set_model_props(model, dict(licence))
+        with replaced(path) as aside:
+            onnx.save(model, aside)
 
 
 EXPORTER = Exporter(
@@ -61,5 +64,5 @@ EXPORTER = Exporter(
     _read_back,
     _usage,
     require=require_exporter,
-    attach=_attach,
+    attach=attach,
 )

@@ -1,7 +1,7 @@
 """The parts of the page, each from what runs hold. What a run has not computed is named, not left out."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import requires
 from statistics import median
@@ -149,6 +149,8 @@ def cost(runs: Sequence[RunRecord], colour_of: Mapping[str, str]) -> Html:
                 sizes[label] = float(count), score, colour
             if score is not None and least_ms is not None:
                 times[label] = least_ms, score, colour
+            for graph, graph_ms, knn in _graphs(run, name):
+                times[f"{label}, {graph}"] = graph_ms, knn, colour
     over_size = scatter("k-NN over parameters of the backbone", "parameters", sizes)
     over_time = scatter("k-NN over latency of one image", "ms", times)
     parts = [over_size or note(f"Score over size: {NOT_COMPUTED}, no network has both.")]
@@ -164,9 +166,27 @@ def cost(runs: Sequence[RunRecord], colour_of: Mapping[str, str]) -> Html:
 
 def _least_ms(run: RunRecord, name: str) -> float | None:
     """The shortest latency of a network of a run."""
-    entries = (run.summary.get("cost") or {}).get("networks", {})
-    found = entries.get(name, {}).get("latency_ms", {}).values()
+    return _least(_cost_of(run, name))
+
+
+def _cost_of(run: RunRecord, name: str) -> Mapping[str, Any]:
+    found = (run.summary.get("cost") or {}).get("networks", {}).get(name, {})
+    return found if isinstance(found, Mapping) else {}
+
+
+def _least(entry: Mapping[str, Any]) -> float | None:
+    found = entry.get("latency_ms", {}).values()
     return min((float(each) for each in found if isinstance(each, int | float)), default=None)
+
+
+def _graphs(run: RunRecord, name: str) -> Iterator[tuple[str, float, float]]:
+    """Name, shortest latency and k-NN of each exported graph that has both; in fp32 its k-NN is the network's."""
+    found = _cost_of(run, name).get("graphs")
+    for graph, entry in found.items() if isinstance(found, Mapping) else ():
+        least_ms = _least(entry)
+        score = run.score(name) if graph == "onnx" else entry.get("knn")
+        if least_ms is not None and isinstance(score, int | float):
+            yield graph, least_ms, float(score)
 
 
 def measured_step_s(run: RunRecord, phase: str) -> float | None:

@@ -113,25 +113,31 @@ def cost_rows(summary: Mapping[str, Any]) -> Rows | None:
     if not cost:
         return None
     entries = cost["networks"]
-    timed = list(dict.fromkeys(key for each in entries.values() for key in each["latency_ms"]))
-    rows = [
-        [
-            name,
-            f"{each['parameters']:,}",
-            f"{each['gflop']:.3g}",
-            f"{each['megabytes']:.3g}",
-            *(_figure(each["latency_ms"].get(key)) for key in timed),
-            _figure(each["images_per_s"]),
-        ]
-        for name, each in entries.items()
+    rows, notes = list[list[str]](), list[str]()
+    measured = [
+        each for entry in entries.values() for each in (entry, *entry.get("graphs", {}).values())
     ]
-    headings = ("network", "parameters", "GFLOP", "MB fp32", *(f"ms, {key}" for key in timed))
+    timed = list(dict.fromkeys(key for each in measured for key in each["latency_ms"]))
+    for name, entry in entries.items():
+        facts = [f"{entry['parameters']:,}", f"{entry['gflop']:.3g}"]
+        rows.append([name, *facts, *_times(entry, timed)])
+        for graph, each in entry.get("graphs", {}).items():
+            rows.append([f"  {graph}", NOTHING, NOTHING, *_times(each, timed)])
+            if each["reason"]:
+                notes.append(f"{name}, {graph}: not timed ({each['reason']})")
+    headings = ("network", "parameters", "GFLOP", "MB", *(f"ms, {key}" for key in timed))
     sizes = ", ".join(sorted({f"{each['size']} px" for each in entries.values()}))
-    notes = [
-        f"one image of {sizes}, median; images/s in batches of {cost['batch']}; decoding not included"
-    ]
+    how = f"one image of {sizes}, median; images/s in batches of {cost['batch']}; decoding not included"
+    if any(entry.get("graphs") for entry in entries.values()):
+        how += "; onnx: by onnxruntime on the CPU, MB of the file"
     title = f"cost on {cost['device']}"
-    return Rows(title, (*headings, "images/s"), rows, len(rows), notes)
+    return Rows(title, (*headings, "images/s"), rows, len(rows), [how, *notes])
+
+
+def _times(entry: Mapping[str, Any], timed: list[str]) -> list[str]:
+    """Megabytes, latencies and throughput of a network or a graph."""
+    latency = (_figure(entry["latency_ms"].get(key)) for key in timed)
+    return [f"{entry['megabytes']:.3g}", *latency, _figure(entry["images_per_s"])]
 
 
 def _figure(value: float | None) -> str:

@@ -15,6 +15,7 @@ from distill.cli import app as cli
 from distill.export import to_hf
 from distill.runfolder.parked import Parked, write_parked
 from tests.support.exports import CONVNEXT, GATED, VIT, names, write_network
+from tests.support.scored_run import write_splits
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 
@@ -146,6 +147,42 @@ def test_export__a_wrong_translation_is_exit_code_1(
             "distill-family[onnx]",
         ),
         (("--to", "tflite"), 2, "tflite", "hf"),
+        (("--with-head", "svm", "--labels", "."), 2, "--with-head svm: not known", "knn or linear"),
+        (("--with-head", "knn"), 2, "--with-head knn: --labels is missing", "--labels SRC"),
+        (("--with-head", "knn", "--labels", "gone"), 2, "gone: no such file", "folders"),
+        (("--labels", "."), 2, "--labels: --with-head is missing", "--with-head knn"),
+        (
+            ("--with-head", "knn", "--labels", ".", "--to", "timm"),
+            2,
+            "--with-head with --to timm: not there",
+            "onnx or hf",
+        ),
+        (
+            ("--with-head", "knn", "--labels", ".", "--int8"),
+            2,
+            "--int8 with --with-head: not there",
+            "one of them",
+        ),
+        (
+            ("--with-head", "knn", "--labels", ".", "--protocol", "slow"),
+            2,
+            "--protocol slow: not known",
+            "quick",
+        ),
+        (("--int8",), 2, "--int8 with --to hf: not there", "--to onnx"),
+        (
+            ("--to", "onnx", "--int8", "--dtype", "bf16"),
+            2,
+            "--int8 with --dtype bf16: not there",
+            "one of them",
+        ),
+        (("--calibrate", "."), 2, "--calibrate: --int8 is missing", "Add --int8"),
+        (
+            ("--with-head", "knn", "--labels", str(RECIPES)),
+            1,
+            "no image",
+            "",
+        ),
         (("--dtype", "fp8"), 2, "fp8", "bf16"),
     ],
 )
@@ -164,6 +201,29 @@ def test_export__one_clear_line(
     assert got == code and not out
     assert message in err and fix in err and "Traceback" not in err
     assert not (finished / "export").exists()
+
+
+def test_export__without_a_format(run: Any, finished: Path) -> None:
+    code, _, err = run(finished)
+    assert code == 2 and err.splitlines()[0].endswith("distill export: no --to")
+
+
+def test_export__with_a_head_the_score_is_printed_and_in_json(
+    run: Any, finished: Path, tmp_path: Path
+) -> None:
+    write_splits(tmp_path / "images", (16, 1))
+    words = (finished, "--to", "hf", "--student", "small", "--with-head", "knn")
+    source = tmp_path / "images" / "train"
+    code, out, _ = run(*words, "--labels", source, "--json")
+    said = json.loads(out)
+    assert code == 0 and said["to"] == "hf-knn"
+    (done,) = said["exported"]
+    assert Path(done["folder"]) == finished / "export" / "hf-knn" / "small"
+    assert done["head"]["labels"] == "train" and done["head"]["equal"] == done["head"]["held_out"]
+    code, out, _ = run(*words, "--labels", source, "--out", tmp_path / "out")
+    score = f"knn (quick) {done['head']['value']:.3f} on 9 held-out images"
+    assert code == 0 and score in out.splitlines()[1]
+    assert names(tmp_path / "out") == {"hf-knn"}
 
 
 def test_export__before_there_is_anything_to_export(run: Any, tmp_path: Path) -> None:

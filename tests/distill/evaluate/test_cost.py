@@ -1,5 +1,9 @@
 """What networks cost, and which of them are worth it: on votes whose order is known."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,13 +11,16 @@ from distill.evaluate import cost
 from distill.evaluate.conclusion import Voted
 from distill.evaluate.cost import (
     Cost,
+    GraphCost,
     costs_to_json,
     describe_choice,
     measure_cost,
+    measure_graphs,
     sensible_choices,
 )
 from distill.screen.results import cost_rows
 from students.student import build_backbone
+from tests.support.graphs import write_graph
 from tests.support.tiny import SPEC
 
 CPU = torch.device("cpu")
@@ -80,3 +87,46 @@ def test_cost_rows__one_for_each_network_with_the_machine_in_the_title() -> None
     assert found.rows[0] == ["small", "1,000", "0.5", "0.004", "3", "1.5", "100"]
     assert found.rows[1][4:] == ["-", "-", "-"]
     assert cost_rows({}) is None
+
+
+def test_measure_graphs__files_and_times_by_threads_or_why_there_are_none(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    graph = write_graph(tmp_path / "model.onnx")
+    broken = tmp_path / "model.int8.onnx"
+    broken.write_bytes(b"no graph")
+    facts = {"export": {"int8": {"knn": {"int8": 0.25}}}}
+    (tmp_path / "distill.json").write_text(json.dumps(facts))
+    found = measure_graphs({"onnx": graph, "onnx int8": broken}, SPEC, 16)
+    timed, failed = found["onnx"], found["onnx int8"]
+    assert timed.megabytes == graph.stat().st_size / 1e6 and not timed.reason
+    assert len(timed.latency_ms) == len({1, torch.get_num_threads()})
+    assert all(each > 0 for each in timed.latency_ms.values()) and timed.knn is None
+    assert timed.images_per_s is not None and timed.images_per_s > 0
+    assert failed.latency_ms == {} and failed.images_per_s is None and failed.knn == 0.25
+    assert failed.megabytes == 8e-6 and failed.reason
+
+
+def test_measure_graphs__a_network_that_takes_minutes_is_not_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "MOST_GFLOP_ON_CPU", 0.0)
+    (tmp_path / "model.onnx").write_bytes(b"never read")
+    (found,) = measure_graphs({"onnx": tmp_path / "model.onnx"}, SPEC, 16).values()
+    assert found.latency_ms == {} and found.reason == "too large to time on a CPU"
+
+
+def test_cost_rows__graphs_stand_below_their_network() -> None:
+    graphs = {
+        "onnx": GraphCost(0.7, {"1 thread": 0.5}, 2000.0),
+        "onnx int8": GraphCost(0.3, {}, None, "no runtime"),
+    }
+    costs = {"small": replace(cost_of(1.5), graphs=graphs)}
+    summary = json.loads(json.dumps({"cost": costs_to_json(costs, CPU, ["small"], "Take small.")}))
+    found = cost_rows(summary)
+    assert found is not None
+    assert found.rows[1:] == [
+        ["  onnx", "-", "-", "0.7", "0.5", "-", "2,000"],
+        ["  onnx int8", "-", "-", "0.3", "-", "-", "-"],
+    ]
+    assert found.notes[1] == "small, onnx int8: not timed (no runtime)"
+    assert "onnx: by onnxruntime on the CPU" in found.notes[0]

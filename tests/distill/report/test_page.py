@@ -107,6 +107,7 @@ def test_page__shows_scores_agreement_and_the_summary_line_once_they_are_there(
         "networks": {"small": {**near, "untrained": near}},
         "floors": {"pixels": {"class": {"cka": 0.0111}}},
     }
+    timed = {"megabytes": 0.25, "images_per_s": 777.0, "reason": ""}
     cost = {
         "device": "a CPU, 2 threads",
         "batch": 32,
@@ -120,6 +121,10 @@ def test_page__shows_scores_agreement_and_the_summary_line_once_they_are_there(
                 "megabytes": 0.004,
                 "latency_ms": {"1 thread": 1.25},
                 "images_per_s": 321.0,
+                "graphs": {
+                    "onnx": {**timed, "latency_ms": {"1 thread": 0.875}, "knn": None},
+                    "onnx int8": {**timed, "latency_ms": {"1 thread": 0.625}, "knn": 0.5},
+                },
             }
         },
     }
@@ -137,6 +142,11 @@ def test_page__shows_scores_agreement_and_the_summary_line_once_they_are_there(
         "0.011",
         "Take small.",
         "1.25",
+        "small, onnx",
+        "small, onnx int8",
+        "0.875",
+        "0.625",
+        "777",
     ):
         assert text in words, text
     assert (
