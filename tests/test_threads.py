@@ -29,6 +29,7 @@ HOST_ONLY = {
     "distill/launch/local.py",
     "distill/launch/process.py",
     "distill/launch/doctor.py",  # asks for the address of a host
+    "distill/launch/milestones.py",  # waits for the end of its process
     "distill/launch/trackers.py",  # waits for the end of its process
     "distill/engine/peer_copies.py",  # sends host memory over gloo
     "distill/runfolder/heartbeat.py",

@@ -38,6 +38,7 @@ class ExportFacts:
     std: tuple[float, float, float]
     provenance: dict[str, Any]
     licences: Licences = field(default_factory=Licences)
+    scores: Mapping[str, Any] = field(default_factory=dict)  # as in ``summary.json``
 
 
 def write_backbone(
@@ -60,7 +61,7 @@ def write_backbone(
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in contiguous.values())
     inputs, background = (
         Inputs(facts.size, facts.mean, facts.std),
-        Background(record, facts.licences, {}),
+        Background(record, facts.licences, facts.scores),
     )
     form = folder_form(folder.name, spec, num_bytes)
     replace_text(folder / CARD, model_card(folder.name, spec, inputs, background, form))

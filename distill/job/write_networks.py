@@ -34,7 +34,7 @@ def write_teacher(
         recipe.crops.input_size,
         recipe.data.mean,
         recipe.data.std,
-        pretrained_record(job, recipe, _num_images(job, "teacher"), steps),
+        pretrained_record(job, recipe, count_images_of(job, "teacher"), steps),
         Licences((Terms(recipe.name, is_pretrained=True),))
         if recipe.model.init is None
         else licences_in(job.run_folder / LICENCES),
@@ -52,7 +52,7 @@ def write_students(
     teacher_fingerprint: str,
 ) -> None:
     """Writes every student's EMA, by the first rank of its group; none of a student that was never trained. Collective over the world."""
-    num_images = _num_images(job, "train")
+    num_images = count_images_of(job, "train")
     inits = {student.label: student.init for student in recipe.students}
     specs = {student.label: student.backbone_spec() for student in recipe.students}
     mean, std = recipe.data.mean, recipe.data.std
@@ -76,7 +76,8 @@ def write_students(
     dist.barrier()
 
 
-def _num_images(job: Job, which: str) -> int:
+def count_images_of(job: Job, which: str) -> int:
+    """Images of an index of the run, such as ``train``."""
     return len(ImageIndex.load(job.run_folder / "data" / which))
 
 

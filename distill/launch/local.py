@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Protocol
 from rich.console import Console
 
 from distill.errors import StorageError, UserError
+from distill.launch.milestones import exporting
 from distill.launch.node import ranks_on_node
 from distill.launch.trackers import feeding
 from distill.launch.variables import is_launched, launched_rank
@@ -155,7 +156,8 @@ def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -
             feeding(folder, job.recipe.log),
             _screen(folder, console, live=live, hint=SAVE_HINT),
         ):
-            failure = supervisor.run()
+            with exporting(folder, job.recipe.checkpoint):
+                failure = supervisor.run()
             if signals.num_interrupts > 1:
                 raise _ended_at_once(folder)
             return _finalize(folder, failure, was_interrupted=signals.num_interrupts > 0)
@@ -222,7 +224,8 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
             lock.share()
             rendezvous.admit(folder, request.overrides)
         with feeding(folder, job.recipe.log), _screen(folder, console, live=False):
-            entry(request.run_folder, None, rendezvous.store_of_ranks())
+            with exporting(folder, job.recipe.checkpoint):
+                entry(request.run_folder, None, rendezvous.store_of_ranks())
             code = _finalize(folder, None, was_interrupted=False)
         # torchrun would start all ranks again, only to end with the same students parked
         is_hidden = code == PARKED_EXIT_CODE and "TORCHELASTIC_RUN_ID" in os.environ

@@ -28,7 +28,7 @@ CODE = "import sys; from distill.launch.trackers import feed; feed(*sys.argv[1:]
 def feeding(run_folder: Path, trackers: Sequence[str]) -> Iterator[None]:
     """Feeds trackers while inside; ``jsonl`` is none, the ranks write it themselves."""
     names = [name for name in dict.fromkeys(trackers) if name != "jsonl"]
-    processes = {name: _start(run_folder, name) for name in names}
+    processes = {name: start_beside(CODE, run_folder, name) for name in names}
     wait_s = HURRY_S
     try:
         yield
@@ -37,13 +37,16 @@ def feeding(run_folder: Path, trackers: Sequence[str]) -> Iterator[None]:
         _end(run_folder, processes, wait_s)
 
 
-def _start(run_folder: Path, tracker: str) -> subprocess.Popen[bytes]:
-    """A process in a new session: Ctrl-C in the terminal is for the ranks."""
+def start_beside(code: str, run_folder: Path, name: str) -> subprocess.Popen[bytes]:
+    """Starts Python with code that gets the run folder and a name; its output is ``trackers/NAME.txt``.
+
+    The process is in a new session, since Ctrl-C in the terminal is for the ranks, and ends with its standard input.
+    """
     folder = run_folder / "trackers"
     make_folder(folder)
-    with (folder / f"{tracker}.txt").open("ab") as output:
+    with (folder / f"{name}.txt").open("ab") as output:
         return subprocess.Popen(
-            [sys.executable, "-c", CODE, str(run_folder), tracker],
+            [sys.executable, "-c", code, str(run_folder), name],
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=output,

@@ -8,7 +8,8 @@ torch, so that the command line starts fast.
 """
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Strict
 
@@ -21,7 +22,7 @@ from distill.recipe.schedules import (
     StageSpec,
     TeacherScheduleSpec,
 )
-from distill.recipe.types import Every, Format, Name, Section, machine, science
+from distill.recipe.types import Every, Format, Loc, Name, Problem, Section, machine, science
 
 HEADS_PHASE, FAMILY_PHASE = RESERVED_PHASES = ("heads", "family")
 
@@ -184,6 +185,14 @@ class CheckpointSpec(Section):
             "is complete, but never nearer than half of it."
         ),
     )
+    export: bool = machine(
+        False,
+        since=2,
+        description=(
+            "Write every student of a milestone as a folder with its scores, `milestones/family-STEP/NAME`, in a "
+            "process beside training."
+        ),
+    )
 
     @property
     def every_steps(self) -> int | None:
@@ -197,6 +206,19 @@ class CheckpointSpec(Section):
             return None
         number, unit = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", self.every).groups()  # type: ignore[union-attr]
         return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
+
+
+def export_problems(parts: Mapping[Loc, Any]) -> Iterator[Problem]:
+    """What ``checkpoint.export`` lacks; ``parts`` are the values of a recipe by their place."""
+    if not parts.get(("checkpoint", "export")):
+        return
+    if any(loc[0] == "stages" for loc in parts):
+        yield ("checkpoint", "export"), "true: a recipe of a teacher has no students to export"
+    elif parts.get(("checkpoint", "milestones"), 0) is None:
+        yield (
+            ("checkpoint", "export"),
+            "true: write checkpoint.milestones too, the steps between exports",
+        )
 
 
 Tracker = Literal["jsonl", "tensorboard", "wandb", "mlflow", "trackio"]

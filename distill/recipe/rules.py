@@ -12,7 +12,7 @@ from typing import Any
 from distill.errors import RecipeError
 from distill.listing.extensions import ExtensionKind, require
 from distill.recipe.init_keys import gram_rules
-from distill.recipe.keys import RESERVED_PHASES
+from distill.recipe.keys import RESERVED_PHASES, export_problems
 from distill.recipe.networks import HEADS_MODES, RESERVED_NETWORKS, ArchSpec
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS, Loc, Problem, is_custom
 from students.shapes import CATALOG
@@ -50,6 +50,7 @@ def find_conflicts(parts: Parts, teacher: Parts | None = None) -> Iterator[Probl
     yield from _batch_rules(parts)
     yield from _source_rules(parts)
     yield from _extension_rules(parts)
+    yield from export_problems(parts)
     if items_of(parts, "students"):
         yield from _family_rules(parts, teacher or {})
     if items_of(parts, "stages"):

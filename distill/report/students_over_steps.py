@@ -71,8 +71,8 @@ def students_over_steps(run_folder: Path, say: Callable[[str], None]) -> list[St
     ]
     if not found:
         return []
-    scorer = _Scorer(run_folder, job.recipe, job.teacher_paths[0], specs)
-    if len(scorer.parts[-1].pixels) < FEWEST_IMAGES:
+    scorer = StudentScorer(run_folder, job.recipe, job.teacher_paths[0], specs)
+    if not scorer.has_images:
         say(f"agreement: fewer than {FEWEST_IMAGES} images to compare neighbours on")
         return []
     history = []
@@ -83,8 +83,11 @@ def students_over_steps(run_folder: Path, say: Callable[[str], None]) -> list[St
     return history
 
 
-class _Scorer:
-    """Images of a run, decoded once, and its teacher's features of them."""
+class StudentScorer:
+    """Images of a run, decoded once, and its teacher's features of them.
+
+    ``specs``: of the students by name; a teacher that the run trains is there when this is made.
+    """
 
     def __init__(
         self,
@@ -109,6 +112,11 @@ class _Scorer:
             read_split(each, BASELINE_PX, usual.background, sides) for each in splits
         ]
         self._teacher = self._features(teacher, preparation, self.parts[-1])
+
+    @property
+    def has_images(self) -> bool:
+        """Whether there are enough images to compare neighbours on."""
+        return len(self.parts[-1].pixels) >= FEWEST_IMAGES
 
     @staticmethod
     def _preparation(path: Path, spec: BackboneSpec, usual: Preparation) -> Preparation:

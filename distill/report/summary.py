@@ -29,6 +29,7 @@ from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.report.ending import write_ending
+from distill.report.milestones import write_after
 from distill.report.pictures import plot_features
 from distill.runfolder.files import is_full
 from distill.runfolder.metrics import read_rows
@@ -98,11 +99,11 @@ def finish(run_folder: Path, wanted: Wanted = Wanted(USUAL[1:])) -> dict[str, An
             networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0].to(device)
         photographs = _photographs(run_folder, data.sources[0].path, background)
         messages = [*unfinished_students(summary), *_left_out(summary)]
+        messages += write_after(run_folder, live.show)
         messages += _plot(run_folder, networks, photographs, data)
     messages += complete_cards(job, specs, summary)
-    parked = {name for name, entry in entries.items() if entry.get("parked")}
     fates = {
-        name: replace(network, state="parked") if name in parked else network
+        name: replace(network, state="parked") if entries.get(name, {}).get("parked") else network
         for name, network in status.networks.items()
     }
     ended = replace(status, networks=fates, work_done=1.0, eta_s=0.0)

@@ -94,6 +94,8 @@ def test_load_recipe__numbers_are_numbers(tmp_path: Path) -> None:
         (FAMILY, "schedule:", "crops: {blur: [1, 0.1, 1.5]}\nschedule:", "crops.blur"),
         (FAMILY, "schedule:", "crops: {eval_size: 40}\nschedule:", "crops.eval_size: 40 is not a multiple of 16 .* did you mean"),
         (FAMILY, "schedule:", "crops: {local: {scale: [0.5, 0.1]}}\nschedule:", "crops.local.scale: .0.5, 0.1.: must satisfy 0 < low <= high <= 1"),
+        (FAMILY, "schedule:", "checkpoint: {export: true}\nschedule:", "checkpoint.export: true: write checkpoint.milestones too"),
+        (TEACHER, "schedule:", "checkpoint: {export: true, milestones: 5}\nschedule:", "checkpoint.export: true: a recipe of a teacher has no students"),
         (FAMILY, "schedule:", "masks: {ratio: [0.5, 0.1]}\nschedule:", "masks.ratio: .0.5, 0.1.: must satisfy"),
         (FAMILY, "schedule:", "engine: {processes: 64}\nschedule:", "32 images for 64 processes"),
         (FAMILY, "schedule:", "engine: {processes: 0}\nschedule:", "engine.processes: 0: at least 1"),

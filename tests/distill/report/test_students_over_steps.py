@@ -34,7 +34,13 @@ def splits(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageIndex, ImageI
     return write_splits(tmp_path_factory.mktemp("images"), (4, 12))
 
 
-def save_checkpoint(folder: Path, step: int, weights: dict[str, dict[str, torch.Tensor]]) -> None:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    weights: dict[str, dict[str, torch.Tensor]],
+    *,
+    is_milestone: bool = False,
+) -> None:
     staging = staging_folder(folder, "family", step)
     make_folder(staging)
     for name, tensors in weights.items():
@@ -47,7 +53,7 @@ def save_checkpoint(folder: Path, step: int, weights: dict[str, dict[str, torch.
         phase="family",
         step=step,
         num_ranks=1,
-        is_milestone=False,
+        is_milestone=is_milestone,
         recipe_hash="hash",
         networks={},
         files=collect(staging, {f"{name}.safetensors": 0 for name in weights}, 1.0, {}),
