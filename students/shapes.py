@@ -10,7 +10,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from teacher.shapes import NORM_BYTES, VALUE_BYTES, HeadShape, ViTSpec
+from teacher.shapes import FP32_BYTES, NORM_BYTES, VALUE_BYTES, HeadShape, ViTSpec
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,9 @@ STEM = 4  # pixels per side of a ConvNeXt's first convolution; each later stage 
 # Saved for the backward pass in bf16: a block's input, the norm's input and output, the wide layer before and
 # after its GELU, the scale's input
 CONV_BLOCK_BYTES = 24  # per pixel, channel and ConvNeXt block
+FORWARD_CONV = (
+    11  # numbers per pixel and channel at the highest moment of a block without a gradient
+)
 
 
 @runtime_checkable
@@ -81,6 +84,10 @@ class BackboneSpec(Protocol):
 
     def activation_bytes(self, size: int) -> float:
         """Bytes kept for the backward pass of one crop, in bf16."""
+        ...
+
+    def forward_bytes(self, size: int) -> float:
+        """Bytes at the highest moment of one forward pass without a gradient, on one crop in fp32; without weights."""
         ...
 
     def build(self) -> "torch.nn.Module":
@@ -190,6 +197,13 @@ class ConvNeXtSpec:
             num_bytes += depth * pixels * (CONV_BLOCK_BYTES * width + NORM_BYTES)
         return float(num_bytes + (pixels + 1) * (VALUE_BYTES * self.width + NORM_BYTES))
 
+    def forward_bytes(self, size: int) -> float:
+        """Bytes at the highest moment of one forward pass without a gradient, in fp32: a block of the first stage, its wide layer before and after GELU."""
+        pixels = (size // STEM) ** 2
+        return float(
+            FP32_BYTES * (2 * self.in_channels * size**2 + pixels * FORWARD_CONV * self.widths[0])
+        )
+
     def build(self) -> "torch.nn.Module":
         """Build the network."""
         from students.convnext import ConvNeXt
@@ -254,6 +268,10 @@ class CustomSpec:
     def activation_bytes(self, size: int) -> float:
         """Bytes kept for the backward pass of one crop: one per pixel and feature, a guess at a network whose inside is not known."""
         return float(size**2 * self.width)
+
+    def forward_bytes(self, size: int) -> float:
+        """Bytes at the highest moment of one forward pass without a gradient: as many as for the backward pass, a guess."""
+        return self.activation_bytes(size)
 
     def build(self) -> "torch.nn.Module":
         """Build the network, with the weights that its factory gives."""

@@ -21,6 +21,10 @@ FFN_BYTES = {
 NORM_BYTES = 8  # per token and norm: mean and inverse deviation, fp32
 LOGSUMEXP_BYTES = 4  # per token and attention head, fp32
 VALUE_BYTES = 2  # of a number in bf16
+FP32_BYTES = 4
+# Numbers per token at the highest moment of a block without a gradient, in widths and in hidden widths
+FORWARD_ATTENTION = 8
+FORWARD_FFN = {"mlp": 2, "swiglu": 3}
 ROPE_BASE = 100.0  # of the published networks
 VIT_NORM_EPS = 1e-5
 
@@ -133,6 +137,18 @@ class ViTSpec:
         final_norm = VALUE_BYTES * self.width + NORM_BYTES
         pixels = VALUE_BYTES * self.in_channels * size**2
         return float(self.tokens(size) * (self.depth * per_block + final_norm) + pixels)
+
+    def forward_bytes(self, size: int) -> float:
+        """Bytes at the highest moment of one forward pass without a gradient, on one crop of ``size`` pixels per side in fp32.
+
+        Attention holds queries, keys and values, the rotated ones and what rotation is computed from; the
+        feed-forward part its hidden layer before and after the activation. Weights are not counted.
+        """
+        hidden = FORWARD_FFN[self.ffn] * self.ffn_width
+        per_token = 2 * self.width + max(FORWARD_ATTENTION * self.width, hidden)
+        angles = 2 * self.width // self.heads
+        pixels = 2 * self.in_channels * size**2
+        return float(FP32_BYTES * (self.tokens(size) * (per_token + angles) + pixels))
 
     def build(self) -> "torch.nn.Module":
         """Build the network; its class and register tokens are uninitialised until ``init_``."""

@@ -6,6 +6,7 @@ and nothing is translated. Token order: class, registers, patches. Source: DINOv
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,14 @@ from teacher.init import fill_random_, init_matrix_
 from teacher.shapes import ROPE_BASE, ViTSpec
 
 Angles = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Where pixels lie in a larger image: its patch grid (height, width), and row and column of their first patch."""
+
+    grid_hw: tuple[int, int]
+    first: tuple[int, int]
 
 
 class Embeddings(nn.Module):
@@ -61,20 +70,28 @@ def rope_angles(
     scale: float,
     device: torch.device,
     base: float = ROPE_BASE,
+    tile: Tile | None = None,
 ) -> tuple[Float[Tensor, "patches head_dim"], Float[Tensor, "patches head_dim"]]:
     """Makes the sine and cosine of each patch's axial rotary position, row-major, in fp32.
 
     Coordinates are patch centres scaled to [-1, 1] on each axis; head dimension D has D/4 periods
     ``base ** (2 i / (D / 2))``. The angles of the row and of the column are concatenated and repeated
     once, and rotation pairs the first half of a head with the second. ``scale`` stretches the box
-    [-1, 1]; it is 1 outside training.
+    [-1, 1]; it is 1 outside training. ``tile``: the grid is a part of this image, and has the coordinates
+    of these patches there.
 
     Source: DINOv3 report, section 3.2 (RoPE and box jittering).
     """
+    tile = tile or Tile(grid_hw, (0, 0))
     rows, columns = (
-        ((torch.arange(count, dtype=torch.float32, device=device) + 0.5) / count * 2.0 - 1.0)
+        (
+            (torch.arange(first, first + count, dtype=torch.float32, device=device) + 0.5)
+            / total
+            * 2.0
+            - 1.0
+        )
         * scale
-        for count in grid_hw
+        for first, count, total in zip(tile.first, grid_hw, tile.grid_hw, strict=True)
     )
     exponents = torch.arange(head_dim // 4, dtype=torch.float32, device=device) * (4.0 / head_dim)
     periods = base**exponents
@@ -243,16 +260,18 @@ class ViT(nn.Module):
         rope_scale: float = 1.0,
         is_local: bool = False,
         active_rows: ActiveRows | None = None,
+        tile: Tile | None = None,
     ) -> Features:
         """Normalised class and patch tokens; masked patches are replaced by the mask token.
 
         ``is_local`` uses the separate class norm of local crops where the network has one. ``active_rows``
-        are the rows that pass through each residual branch (stochastic depth); all without it.
+        are the rows that pass through each residual branch (stochastic depth); all without it. ``tile``:
+        where the pixels lie in a larger image, whose coordinates they then have.
 
         Raises:
             ValueError: a side is not a multiple of the patch, or the masks do not fit the grid.
         """
-        tokens = self._run_blocks(pixels, masks, rope_scale, active_rows)
+        tokens = self._run_blocks(pixels, masks, rope_scale, active_rows, tile)
         normed = self.norm(tokens)
         class_token = normed[:, 0]
         if is_local and self.spec.untie_local_norm:
@@ -278,10 +297,11 @@ class ViT(nn.Module):
         masks: Tensor | None,
         rope_scale: float,
         active_rows: ActiveRows | None = None,
+        tile: Tile | None = None,
     ) -> Tensor:
         head_dim = self.spec.width // self.spec.heads
         grid_hw, base = self._grid_hw(pixels), self.spec.rope_base
-        angles = rope_angles(grid_hw, head_dim, rope_scale, pixels.device, base)
+        angles = rope_angles(grid_hw, head_dim, rope_scale, pixels.device, base, tile)
         tokens = self.embeddings(pixels, masks)
         keeps_less = self._is_checkpointing and tokens.requires_grad
         for index, block in enumerate(self.layer):

@@ -5,6 +5,8 @@ COVERED_BY = {
     "distill.export.network_names": "tests/distill/job/test_origin.py",
     "distill.export.licence_chain": "tests/distill/job/test_initial.py",
     "distill.cli.report": "tests/distill/report/test_page.py",
+    "distill.cli.look": "tests/distill/report/test_look.py",
+    "distill.report.viewed": "tests/distill/report/test_look.py",
     "distill.report.looks": "tests/distill/report/test_page.py",
     "distill.report.markup": "tests/distill/report/test_page.py",
     "distill.report.run_record": "tests/distill/report/test_page.py",

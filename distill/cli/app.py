@@ -16,6 +16,7 @@ from distill.cli.before import check, doctor, plan
 from distill.cli.bench import bench_app
 from distill.cli.data import data_app
 from distill.cli.export import export
+from distill.cli.look import look
 from distill.cli.recipes import recipes_app
 from distill.cli.report import compare, log, runs
 from distill.cli.report import report as report_page
@@ -129,6 +130,7 @@ app.command(
 )(training_verb(accept_teacher))
 app.command("watch", rich_help_panel=TRAIN)(watch)
 app.command("eval", rich_help_panel=RESULTS)(evaluate)
+app.command("look", rich_help_panel=RESULTS)(look)
 app.command("report", rich_help_panel=RESULTS)(report_page)
 app.command("runs", rich_help_panel=RESULTS)(runs)
 app.command("compare", rich_help_panel=RESULTS)(compare)

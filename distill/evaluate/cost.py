@@ -83,7 +83,7 @@ def measure_cost(
     pixels = torch.rand(
         BATCH, spec.in_channels, size, size, generator=torch.Generator().manual_seed(0)
     )
-    run = _Timed(backbone, device, dtype)
+    run = Timed(backbone, device, dtype)
     if device.type != "cpu":
         return Cost(*facts, {device.type: 1e3 * run(pixels[:1])}, BATCH / run(pixels))
     latency = {}
@@ -126,7 +126,7 @@ def _time_graph(path: Path, spec: BackboneSpec, size: int, megabytes: float) -> 
     )
     latency, run = {}, None
     for count in _thread_counts():
-        run = _Timed(Graph(path, spec.stride, count), torch.device("cpu"), torch.float32)
+        run = Timed(Graph(path, spec.stride, count), torch.device("cpu"), torch.float32)
         latency[_words(count)] = 1e3 * run(pixels[:1])
     assert run is not None, "there is one number of threads at least"
     return GraphCost(megabytes, latency, BATCH / run(pixels))
@@ -140,8 +140,8 @@ def _words(threads: int) -> str:
     return f"{threads} thread{'s' if threads > 1 else ''}"
 
 
-class _Timed:
-    """Median seconds of a forward pass."""
+class Timed:
+    """Measures the median seconds of a forward pass; waits for the device."""
 
     def __init__(self, backbone: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         self._backbone, self._device, self._dtype = backbone, device, dtype

@@ -16,6 +16,7 @@ import torch
 from distill.data.build_index import build_index
 from distill.data.decode import background_of
 from distill.data.split import split, why_nothing_is_held_out
+from distill.errors import RecipeError
 from distill.evaluate.dense_tasks import DenseTasks, open_dense
 from distill.evaluate.images import (
     Preparation,
@@ -32,6 +33,7 @@ from distill.weights.load import shape_of
 from distill.weights.stated_inputs import stated_inputs
 from students.shapes import BackboneSpec
 
+JOB = "job.json"  # what makes a folder a run
 HELD_OUT = 0.2  # of each class
 USUAL_PX = 224
 USUAL_MEAN, USUAL_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
@@ -50,7 +52,7 @@ def evaluate_files(
     Raises:
         UserError: weights or images cannot be read.
     """
-    networks = [network_of(name, path, spec, say) for name, path, spec in _named(_given(paths))]
+    networks = [network_of(name, path, spec, say) for name, path, spec in named_networks(paths)]
     say("listing and decoding images")
     networks = with_one_background(networks)
     rgb = networks[0].preparation.background
@@ -77,28 +79,43 @@ def evaluate_files(
     return summary
 
 
-def _given(paths: Sequence[Path]) -> list[tuple[str, Path, BackboneSpec | None]]:
-    """Name, path and shape, where it is known, of all networks; a run stands for its teacher and students."""
-    found: list[tuple[str, Path, BackboneSpec | None]] = []
-    for path in paths:
-        if not (path / "job.json").is_file():
-            name = path.name if path.is_dir() else path.stem
-            found.append((name, path, None))
-            continue
-        job = read_job(path)
-        students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
-        specs = {student.label: student.backbone_spec() for student in students}
-        for name, folder in network_folders(path, job.teacher_paths[0]).items():
-            found.append((name, folder, specs.get(name)))
-    return found
+def named_networks(paths: Sequence[Path]) -> list[tuple[str, Path, BackboneSpec | None]]:
+    """Name, path and shape, where it is known, of all networks; a run stands for its teacher and students.
 
+    ``RUN:NAME`` is one network of a run. Two networks of one name are named by their paths; one that is given
+    twice is there once.
 
-def _named(
-    found: Sequence[tuple[str, Path, BackboneSpec | None]],
-) -> list[tuple[str, Path, BackboneSpec | None]]:
-    """The same with names that differ: a path where a name comes twice."""
+    Raises:
+        RecipeError: nothing is there, or the run has no network of that name.
+    """
+    found = list(dict.fromkeys(each for path in paths for each in _given(path)))
     counts = Counter(name for name, _, _ in found)
     return [(name if counts[name] == 1 else str(path), path, spec) for name, path, spec in found]
+
+
+def _given(path: Path) -> list[tuple[str, Path, BackboneSpec | None]]:
+    run, wanted = split_name(path)
+    if not run.exists():
+        fix = "Give a run folder, RUN:STUDENT, an exported folder or a file of weights."
+        raise RecipeError(f"{path}: no such file or folder", fix=fix)
+    if not (run / JOB).is_file():
+        return [(run.name if run.is_dir() else run.stem, run, None)]
+    job = read_job(run)
+    students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
+    specs = {student.label: student.backbone_spec() for student in students}
+    folders = network_folders(run, job.teacher_paths[0])
+    if wanted and wanted not in folders:
+        fix = f"Its networks: {', '.join(folders)}."
+        raise RecipeError(f"{path}: the run has no network {wanted}", fix=fix)
+    chosen = [wanted] if wanted else list(folders)
+    return [(name, folders[name], specs.get(name)) for name in chosen]
+
+
+def split_name(path: Path) -> tuple[Path, str]:
+    """The folder of a run and the name behind its colon, empty without one."""
+    run, _, name = str(path).rpartition(":")
+    is_named = not path.exists() and run and (Path(run) / JOB).is_file()
+    return (Path(run), name) if is_named else (path, "")
 
 
 def network_of(
@@ -106,12 +123,19 @@ def network_of(
 ) -> Network:
     """A network to score, with the preparation that its files state, or the usual one and a line."""
     spec = spec or shape_of(path)
-    usual = Preparation(USUAL_PX // spec.stride * spec.stride, USUAL_MEAN, USUAL_STD)
-    preparation = read_preparation(path, spec.stride, usual)
+    return Network(name, path, spec, stated_preparation(name, path, spec.stride, say))
+
+
+def stated_preparation(
+    name: str, path: Path, stride: int, say: Callable[[str], None]
+) -> Preparation:
+    """How a network's files want its images, or the usual way, which a line then states."""
+    usual = Preparation(USUAL_PX // stride * stride, USUAL_MEAN, USUAL_STD)
+    preparation = read_preparation(path, stride, usual)
     stated = stated_inputs(path)
     if stated.mean is None or stated.std is None or stated.size is None:
         say(f"{name}: {preparation.size} px, and mean and std of ImageNet where none are stated")
-    return Network(name, path, spec, preparation)
+    return preparation
 
 
 def with_one_background(networks: Sequence[Network]) -> list[Network]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from distill.errors import UserError
 from distill.evaluate.images import Preparation, extract, read_split, read_splits
@@ -27,6 +27,7 @@ from distill.report.mosaics import DenseProbe, drift
 from distill.runfolder.manifest import checkpoints
 from distill.runfolder.status import KNN_K, write_json
 from distill.runfolder.tensor_file import SUFFIX
+from students.shapes import BackboneSpec
 
 PREFIX = "ema/backbone."
 
@@ -111,6 +112,13 @@ def read_ema(path: Path) -> dict[str, Tensor]:
             for name in file.keys()  # noqa: SIM118  # not a mapping
             if name.startswith(PREFIX)
         }
+
+
+def load_ema(path: Path, spec: BackboneSpec) -> nn.Module:
+    """The EMA's backbone in a checkpoint's file, in evaluation mode."""
+    backbone = spec.build().eval()
+    backbone.load_state_dict(read_ema(path))
+    return backbone
 
 
 def plot_progress(runs: Mapping[str, Sequence[StepScores]], out: Path) -> Path:

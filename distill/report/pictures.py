@@ -1,39 +1,75 @@
-"""One picture of what the networks see: patch features as colours, and what resembles one patch.
+"""Maps of what networks see in a picture: patch features as colours, and what resembles one patch.
 
-    for each photograph (row), for each network (two columns):
-        PCA     the first three principal components of its patch features as red, green and blue
-        cosine  the similarity of every patch to the patch marked on the photograph
+    PCA     the first three principal components of the patch features as red, green and blue
+    cosine  the similarity of every patch to the patch marked on the picture
 
-The photographs are larger than the training crops: RoPE and convolutions take any size, and a fine
+The pictures are larger than the training crops: RoPE and convolutions take any size, and a fine
 grid shows what a class score cannot.
 
-Principal components have no order or sign that two networks share, so the colours of every network
-are turned (an orthogonal 3 x 3 matrix per photograph) to agree with the first network's as well as
-they can. That moves no patch nearer to another; it only lets equal things have equal colours.
+One basis for networks of different widths is the first network's: principal components have no order or sign
+that two networks share, so the colours of every other network are turned (an orthogonal 3 x 3 matrix per
+picture, Procrustes on the shared grid of patches) to agree with the first network's as well as they can. That
+moves no patch nearer to another; it only lets equal things have equal colours. The foreground, if there is
+one, is the first network's too, so that all are compared on the same patches.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from PIL import Image
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from distill.runfolder.files import replaced
-from teacher.batch import Backbone, normalise
+from distill.evaluate.images import Preparation
+from distill.evaluate.patch_maps import fit, patch_features
+from distill.screen.picture_grid import Band, Column, Point, render
 
 LONGER_SIDE_PX = 512  # the bundled photographs at the scale their tiles were cut
-CELL_INCHES = 1.7
-DPI = 110
 CLIP_SIGMAS = 2.0  # of a component's spread; what lies outside is drawn as the end of the scale
+ROWS_AT_ONCE = 65_536  # patches in fp64
+NUM_BINS = 256  # of first components, for the threshold between two groups
+# A foreground holds this part of the patches and is on the border at most this part of what it is inside
+LEAST_AREA, MOST_AREA, MOST_ON_BORDER = 0.03, 0.85, 0.6
+CENTRE = (0.5, 0.5)
 
-Point = tuple[float, float]
+
+class PictureMaps:
+    """Maps of one picture for several networks, all in the basis of the first."""
+
+    def __init__(self, point: Point | None = CENTRE, *, has_foreground: bool = False) -> None:
+        """``point``: row and column of the patch to compare with, in fractions; the foreground's middle without one."""
+        self._point, self._has_foreground = point, has_foreground
+        self._reference: Tensor | None = None
+        self.foreground: Tensor | None = None
+
+    @property
+    def point(self) -> Point:
+        """The patch that all are compared with; known after the first network, if not before."""
+        return self._point or CENTRE
+
+    def add(
+        self, patches: Float[Tensor, "grid_height grid_width width"], title: str, note: str = ""
+    ) -> Column:
+        """The maps of one network, from its features on its grid."""
+        if self._reference is None and self._has_foreground:
+            self.foreground = foreground_of(patches)
+        if self._point is None:
+            self._point = CENTRE if self.foreground is None else middle_of(self.foreground)
+        inside = None
+        if self.foreground is not None:
+            mask = self.foreground[None, None].float()
+            inside = F.interpolate(mask, patches.shape[:2], mode="bilinear")[0, 0] > 0.5
+        components = principal_components(patches, inside)
+        if self._reference is None:
+            self._reference = components
+        else:
+            components = turn_towards(components, self._reference, inside)
+        pixels = rgb(components)
+        if inside is not None:
+            pixels[~inside.numpy()] = 0.0
+        return Column(title, note, pixels, cosine_map(patches, self.point))
 
 
 def plot_features(
@@ -46,7 +82,7 @@ def plot_features(
     points: Sequence[Point] | None = None,
     longer_side_px: int = LONGER_SIDE_PX,
 ) -> Path:
-    """``out``, now holding the picture: a row per photograph, two columns per network.
+    """``out``, now holding the picture: two rows per photograph, a column per network.
 
     ``photographs`` are uint8 RGB [height, width, 3]; ``points`` marks one patch of each as (row,
     column) in fractions of its height and width, the centre when not given. The networks satisfy
@@ -57,84 +93,115 @@ def plot_features(
     """
     if not networks or not photographs:
         raise ValueError("a picture needs at least one network and one photograph")
-    marks = points or [(0.5, 0.5)] * len(photographs)
+    marks = points or [CENTRE] * len(photographs)
     if len(marks) != len(photographs):
         raise ValueError(f"{len(marks)} points for {len(photographs)} photographs: give one each")
-    multiple = math.lcm(*(cast(Backbone, backbone).stride for backbone in networks.values()))
-    resized = [fit(photograph, longer_side_px, multiple) for photograph in photographs]
-    figure, axes = _canvas(resized, list(networks))
-    for photograph, point, row in zip(resized, marks, axes, strict=True):
-        _plot_photograph(row[0], photograph, point)
-        reference: Tensor | None = None
-        for index, backbone in enumerate(networks.values()):
-            patches = patch_features(backbone, photograph, mean, std)
-            components = principal_components(patches)
-            if reference is None:
-                reference = components
-            else:
-                components = turn_towards(components, reference)
-            row[2 * index + 1].imshow(rgb(components), interpolation="nearest")
-            _plot_similarity(row[2 * index + 2], cosine_map(patches, point))
-    with replaced(out) as aside:
-        figure.savefig(aside, dpi=DPI, format="png")
-    return out
-
-
-def fit(
-    photograph: UInt8[np.ndarray, "height width 3"], longer_side_px: int, multiple: int
-) -> UInt8[np.ndarray, "fitted_height fitted_width 3"]:
-    """The photograph with its longer side near ``longer_side_px`` and both sides a multiple."""
-    height, width, _ = photograph.shape
-    scale = longer_side_px / max(height, width)
-    sides = [max(multiple, round(side * scale / multiple) * multiple) for side in (width, height)]
-    resized = Image.fromarray(photograph).resize((sides[0], sides[1]), Image.Resampling.BICUBIC)
-    return np.asarray(resized)
-
-
-@torch.inference_mode()
-def patch_features(
-    backbone: nn.Module,
-    photograph: UInt8[np.ndarray, "photo_height photo_width 3"],
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> Float[Tensor, "grid_height grid_width width"]:
-    """Patch tokens of one photograph on their grid, in fp64 on the CPU."""
-    device = next(backbone.parameters()).device
-    pixels = torch.from_numpy(photograph.copy()).permute(2, 0, 1)[None].to(device)
-    features = backbone(normalise(pixels, mean, std, dtype=torch.float32))
-    return torch.unflatten(features.patch_tokens[0].double().cpu(), 0, features.grid_hw)
+    preparation = Preparation(longer_side_px, mean, std)
+    bands = []
+    for photograph, point in zip(photographs, marks, strict=True):
+        maps, columns = PictureMaps(point), []
+        for name, backbone in networks.items():
+            fitted = fit(photograph, longer_side_px, int(backbone.stride))  # type: ignore[arg-type]
+            columns.append(maps.add(patch_features(backbone, fitted, preparation), name))
+        bands.append(Band(photograph, point, "", "", columns))
+    return render(bands, out)
 
 
 def principal_components(
     patches: Float[Tensor, "grid_height grid_width width"],
+    inside: Bool[Tensor, "grid_height grid_width"] | None = None,
 ) -> Float[Tensor, "grid_height grid_width 3"]:
     """First three principal components of the patches, each with mean 0 and variance 1, in fp64.
 
     A component without any spread is 0. The sign makes the largest loading positive, so the same
-    features always give the same colours.
+    features always give the same colours. ``inside``: patches that the components, mean and spread
+    are of; the others are only projected.
     """
     rows = patches.flatten(0, 1)
-    rows = rows - rows.mean(0)
-    _, _, directions = torch.linalg.svd(rows, full_matrices=False)
-    directions = directions[:3]
+    chosen = rows if inside is None else rows[inside.flatten()]
+    mean = chosen.mean(0, dtype=torch.float64)
+    if len(chosen) > chosen.shape[1]:  # the small square matrix has the same directions
+        moments = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+        for part in chosen.split(ROWS_AT_ONCE):
+            centred = part - mean
+            moments += centred.T @ centred
+        _, _, directions = torch.linalg.svd(moments)
+    else:
+        _, _, directions = torch.linalg.svd(chosen - mean, full_matrices=False)
+    directions = F.pad(directions[:3], (0, 0, 0, max(0, 3 - len(directions))))
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    components = rows @ (directions * largest.sign()).T
-    spread = components.std(0, correction=0)
-    components = torch.where(
-        spread > 1e-9 * spread.max(), components / spread, torch.zeros_like(components)
-    )
+    directions = (directions * largest.sign()).T
+    components = torch.cat([(part - mean) @ directions for part in rows.split(ROWS_AT_ONCE)])
+    spread = components if inside is None else components[inside.flatten()]
+    spread = spread.std(0, correction=0)
+    is_flat = spread <= 1e-9 * max(float(spread.max()), 1e-300)
+    components = torch.where(is_flat, 0.0, components / spread)
     return torch.unflatten(components, 0, patches.shape[:2])
+
+
+def foreground_of(
+    patches: Float[Tensor, "grid_height grid_width width"],
+) -> Bool[Tensor, "grid_height grid_width"] | None:
+    """The patches of what stands in the picture; None where no such group stands out.
+
+    The first principal component is cut where its two groups differ most (Otsu). The foreground is the group that
+    is rarer along the border of the picture than inside it, cleaned by a 3 x 3 median.
+    """
+    scores = principal_components(patches)[..., 0]
+    is_high = scores > _threshold(scores)
+    height, width = scores.shape
+    margin = max(1, min(height, width) // 16)
+    is_border = torch.ones_like(is_high)
+    is_border[margin : height - margin, margin : width - margin] = False
+    if bool(is_border.all()):
+        return None
+    for group in (is_high, ~is_high):
+        area = float(group.float().mean())
+        on_border, within = (float(group[part].float().mean()) for part in (is_border, ~is_border))
+        if LEAST_AREA <= area <= MOST_AREA and on_border <= MOST_ON_BORDER * within:
+            counts = F.avg_pool2d(
+                group[None, None].float(), 3, stride=1, padding=1, count_include_pad=False
+            )
+            cleaned = counts[0, 0] > 0.5
+            return cleaned if bool(cleaned.any()) else None
+    return None
+
+
+def _threshold(scores: Float[Tensor, "grid_height grid_width"]) -> float:
+    """The cut with the largest variance between its two groups (Otsu 1979), on ``NUM_BINS`` bins."""
+    low, high = float(scores.min()), float(scores.max())
+    if low == high:
+        return high
+    counts, edges = np.histogram(scores.numpy(), NUM_BINS, (low, high))
+    middles = (edges[1:] + edges[:-1]) / 2
+    below = np.cumsum(counts)[:-1]
+    above = counts.sum() - below
+    sums = np.cumsum(counts * middles)
+    gap = sums[:-1] / np.maximum(below, 1) - (sums[-1] - sums[:-1]) / np.maximum(above, 1)
+    return float(edges[1:-1][np.argmax(below * above * gap**2)])
+
+
+def middle_of(mask: Bool[Tensor, "grid_height grid_width"]) -> Point:
+    """The patch of a mask that is nearest to its centre of mass, as (row, column) in fractions."""
+    found = mask.nonzero().float()
+    nearest = found[(found - found.mean(0)).square().sum(1).argmin()]
+    row, column = ((nearest + 0.5) / torch.tensor(mask.shape)).tolist()
+    return row, column
 
 
 def turn_towards(
     components: Float[Tensor, "grid_height grid_width 3"],
     reference: Float[Tensor, "other_height other_width 3"],
+    inside: Bool[Tensor, "grid_height grid_width"] | None = None,
 ) -> Float[Tensor, "grid_height grid_width 3"]:
-    """The components turned or mirrored, as one, to lie nearest to the reference (Procrustes)."""
-    resized = torch.nn.functional.interpolate(
+    """The components turned or mirrored, as one, to lie nearest to the reference (Procrustes), ``inside`` if it is given."""
+    resized = F.interpolate(
         reference.permute(2, 0, 1)[None], components.shape[:2], mode="bilinear"
     )[0].permute(1, 2, 0)
-    left, _, right = torch.linalg.svd(components.flatten(0, 1).T @ resized.flatten(0, 1))
+    chosen = [
+        each.flatten(0, 1) if inside is None else each[inside] for each in (components, resized)
+    ]
+    left, _, right = torch.linalg.svd(chosen[0].T @ chosen[1])
     turned: Tensor = components @ (left @ right)
     return turned
 
@@ -153,48 +220,8 @@ def cosine_map(
 ) -> Float[np.ndarray, "grid_height grid_width"]:
     """Cosine similarity of each patch to the one at ``point`` (row, column in fractions)."""
     height, width, _ = patches.shape
-    directions = torch.nn.functional.normalize(patches, dim=-1)
     row, column = min(int(point[0] * height), height - 1), min(int(point[1] * width), width - 1)
-    similarity: np.ndarray = (directions @ directions[row, column]).numpy()
+    direction = F.normalize(patches[row, column], dim=-1)
+    lengths = patches.norm(dim=-1).clamp_min(1e-12)
+    similarity: np.ndarray = ((patches @ direction) / lengths).numpy()
     return similarity
-
-
-def _canvas(photographs: Sequence[np.ndarray], names: Sequence[str]) -> tuple[Figure, np.ndarray]:
-    """A figure without ticks whose rows are as high as their photographs, with titled columns."""
-    heights = [photograph.shape[0] / photograph.shape[1] for photograph in photographs]
-    num_columns = 1 + 2 * len(names)
-    maps_inches = CELL_INCHES * 0.95 * sum(heights)  # 5 % of a cell is the gap beside it
-    figure = Figure(
-        figsize=(CELL_INCHES * num_columns, maps_inches + 0.2 * len(heights) + 0.4),
-        layout="constrained",
-    )
-    axes = figure.subplots(
-        len(photographs), num_columns, squeeze=False, gridspec_kw={"height_ratios": heights}
-    )
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-    axes[0, 0].set_title("photograph", fontsize=9)
-    for index, name in enumerate(names):
-        axes[0, 2 * index + 1].set_title(f"{name}\nPCA of patches", fontsize=9)
-        axes[0, 2 * index + 2].set_title(f"{name}\nlike the marked patch", fontsize=9)
-    return figure, axes
-
-
-def _plot_photograph(axis: Axes, photograph: np.ndarray, point: Point) -> None:
-    height, width, _ = photograph.shape
-    axis.imshow(photograph)
-    axis.plot(point[1] * width, point[0] * height, "o", ms=7, mfc="none", mec="white", mew=3.0)
-    axis.plot(point[1] * width, point[0] * height, "o", ms=7, mfc="none", mec="red", mew=1.5)
-
-
-def _plot_similarity(axis: Axes, similarity: np.ndarray) -> None:
-    """The map stretched from its lowest value (given below it) to 1."""
-    axis.imshow(
-        similarity,
-        cmap="magma",
-        vmin=min(1.0, float(similarity.min())),
-        vmax=1.0,
-        interpolation="nearest",
-    )
-    axis.set_xlabel(f"cosine {similarity.min():.2f} to 1", fontsize=7, labelpad=2)

@@ -4,7 +4,7 @@ The images, the preparation and the figures are those of the finished run (``dis
 is read for the EMA alone. Without labels there is closeness and no k-NN.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from distill.evaluate.scoring import spaced
 from distill.job.prepare import CHECKPOINTS, read_job
 from distill.job.to_data import decoding_of
 from distill.recipe.keys import FamilyRecipe
-from distill.report.over_steps import read_ema
+from distill.report.over_steps import load_ema
 from distill.runfolder.manifest import checkpoints
 from distill.runfolder.status import KNN_K, write_json
 from distill.runfolder.tensor_file import SUFFIX
@@ -63,12 +63,7 @@ def students_over_steps(run_folder: Path, say: Callable[[str], None]) -> list[St
     if not isinstance(job.recipe, FamilyRecipe):
         return []
     specs = {student.label: student.backbone_spec() for student in job.recipe.students}
-    found = [
-        (manifest.step, name, path / f"{name}{SUFFIX}")
-        for path, manifest in reversed(checkpoints(run_folder / CHECKPOINTS))
-        for name in specs
-        if f"{name}{SUFFIX}" in manifest.files
-    ]
+    found = student_checkpoints(run_folder, specs)
     if not found:
         return []
     scorer = StudentScorer(run_folder, job.recipe, job.teacher_paths[0], specs)
@@ -81,6 +76,16 @@ def students_over_steps(run_folder: Path, say: Callable[[str], None]) -> list[St
         say(history[-1].line)
     write_json(run_folder / WRITTEN, [asdict(each) for each in history])
     return history
+
+
+def student_checkpoints(run_folder: Path, names: Iterable[str]) -> list[tuple[int, str, Path]]:
+    """Step, name and file of the students in each kept checkpoint of the family, oldest first."""
+    return [
+        (manifest.step, name, path / f"{name}{SUFFIX}")
+        for path, manifest in reversed(checkpoints(run_folder / CHECKPOINTS))
+        for name in names
+        if f"{name}{SUFFIX}" in manifest.files
+    ]
 
 
 class StudentScorer:
@@ -131,8 +136,7 @@ class StudentScorer:
 
     def score(self, step: int, name: str, path: Path) -> StudentStep:
         """One student of one checkpoint."""
-        backbone = self._specs[name].build().eval()
-        backbone.load_state_dict(read_ema(path))
+        backbone = load_ema(path, self._specs[name])
         found = [self._features(backbone, self._preparations[name], part) for part in self.parts]
         score = None
         if not self._reason:

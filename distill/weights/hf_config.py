@@ -11,6 +11,7 @@ from teacher.shapes import ViTSpec
 LARGEST = 65_536  # of any number in a config; more is no network, and slow to say so
 MOST_BLOCKS, MOST_STAGES = 256, 8
 CUSTOM_TYPE = "distill_custom"  # no library's; the weights belong to the factory's code
+MODEL_TYPES = frozenset({"dinov3_vit", "dinov3_convnext", CUSTOM_TYPE})
 
 
 def hf_config(spec: BackboneSpec) -> dict[str, Any]:

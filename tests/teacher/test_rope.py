@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher.vit import rope_angles, rotate
+from teacher.vit import Tile, rope_angles, rotate
 
 CPU = torch.device("cpu")
 CASES = [((2, 3), 8, 1.0), ((4, 4), 16, 1.7), ((1, 5), 64, 0.5), ((7, 2), 128, 1.0)]
@@ -96,3 +96,17 @@ def test_rotate__computes_bf16_in_fp32() -> None:
     turned = rotate(heads, sine, cosine)
     assert turned.dtype == torch.bfloat16
     assert torch.equal(turned, rotate(heads.float(), sine, cosine).bfloat16())
+
+
+@pytest.mark.parametrize(("grid_hw", "head_dim", "scale"), CASES)
+def test_rope_angles__of_a_tile_are_those_of_its_patches_in_the_image(
+    grid_hw: tuple[int, int], head_dim: int, scale: float
+) -> None:
+    height, width = grid_hw
+    first = (height // 2, width // 2)
+    part = (height - first[0], width - first[1])
+    image = rope_angles(grid_hw, head_dim, scale, CPU)
+    tile = rope_angles(part, head_dim, scale, CPU, tile=Tile(grid_hw, first))
+    for of_image, of_tile in zip(image, tile, strict=True):
+        cut = of_image.unflatten(0, grid_hw)[first[0] :, first[1] :]
+        assert torch.equal(of_tile, cut.flatten(0, 1))

@@ -19,7 +19,7 @@ from distill.report import milestones, students_over_steps
 from distill.report.milestones import MilestoneWriter, left_milestones, write_after
 from distill.runfolder.manifest import checkpoints
 from distill.weights.load import load_backbone
-from tests.distill.report.test_students_over_steps import save_checkpoint
+from tests.support.checkpoints import save_checkpoint
 from tests.support.exports import VIT, names
 from tests.support.jobs import write_recipes
 from tests.support.scored_run import MEAN, STD, write_run, write_splits

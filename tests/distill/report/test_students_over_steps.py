@@ -14,17 +14,7 @@ from distill.recipe.keys import FamilyRecipe, Recipe
 from distill.recipe.reader import load_job
 from distill.report import students_over_steps as module
 from distill.report.students_over_steps import students_over_steps
-from distill.runfolder.files import make_folder, write_file
-from distill.runfolder.manifest import (
-    FORMAT_VERSION,
-    Manifest,
-    collect,
-    commit,
-    next_number,
-    record_done,
-    staging_folder,
-)
-from distill.runfolder.tensor_file import encode
+from tests.support.checkpoints import save_checkpoint
 from tests.support.jobs import write_recipes
 from tests.support.scored_run import MEAN, STD, write_run, write_splits
 
@@ -32,33 +22,6 @@ from tests.support.scored_run import MEAN, STD, write_run, write_splits
 @pytest.fixture(scope="module")
 def splits(tmp_path_factory: pytest.TempPathFactory) -> tuple[ImageIndex, ImageIndex]:
     return write_splits(tmp_path_factory.mktemp("images"), (4, 12))
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    weights: dict[str, dict[str, torch.Tensor]],
-    *,
-    is_milestone: bool = False,
-) -> None:
-    staging = staging_folder(folder, "family", step)
-    make_folder(staging)
-    for name, tensors in weights.items():
-        stored = {f"ema/backbone.{key}": tensor for key, tensor in tensors.items()}
-        file = staging / f"{name}.safetensors"
-        record_done(file, write_file(file, encode({**stored, "online/x": torch.zeros(1)})))
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        number=next_number(folder),
-        phase="family",
-        step=step,
-        num_ranks=1,
-        is_milestone=is_milestone,
-        recipe_hash="hash",
-        networks={},
-        files=collect(staging, {f"{name}.safetensors": 0 for name in weights}, 1.0, {}),
-    )
-    commit(folder, staging, manifest, 9)
 
 
 @pytest.fixture
