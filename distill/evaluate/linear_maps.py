@@ -25,7 +25,7 @@ from distill.evaluate.map_set import MapSet, PatchNetwork
 from distill.listing.limit import in_order
 from distill.listing.map_pairs import MapPair
 
-BATCH = 16
+AHEAD = 16  # pictures in memory before they are wanted
 SEED = 0
 RIDGE = 1e-2  # of the mean squared feature
 LEAST_VARIANCE = 1e-12  # of a feature; one that never changes is left at 0
@@ -76,8 +76,10 @@ class MapTarget(Protocol):
 def samples(
     maps: MapSet, pairs: Sequence[MapPair]
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[Any]]]:
-    """Picture and map of each pair, read ahead."""
-    yield from in_order(lambda p: (maps.pictures(p.picture), maps.values(p.map)), pairs, READERS)
+    """Picture and map of each pair, a few of them read ahead."""
+    for start in range(0, len(pairs), AHEAD):
+        part = pairs[start : start + AHEAD]
+        yield from in_order(lambda p: (maps.pictures(p.picture), maps.values(p.map)), part, READERS)
 
 
 def fit_quick(network: PatchNetwork, maps: MapSet, target: MapTarget, on_batch: OnBatch) -> Predict:

@@ -67,7 +67,9 @@ class Rows(NamedTuple):
 
 def agreement_rows(agreement: Mapping[str, Any]) -> Rows:
     """A row per network, for class and patch features, with its untrained copy and raw pixels as floors."""
-    part = {"held_out": "held-out", "train": "training"}.get(agreement["part"], agreement["part"])
+    part = {"held_out": "held-out images", "train": "training images"}.get(
+        agreement["part"], agreement["part"]
+    )
     rows = []
     for name, entry in agreement["networks"].items():
         rows += [[name, *_cells(entry)], [UNTRAINED, *_cells(entry["untrained"])]]
@@ -76,7 +78,7 @@ def agreement_rows(agreement: Mapping[str, Any]) -> Rows:
     ]
     figures = [f"{kind} {each}" for kind in KINDS for each in (*MEASURES.values(), "rank")]
     return Rows(
-        f"agreement with {agreement['reference']} on {agreement['images']:,} {part} images, no labels",
+        f"agreement with {agreement['reference']} on {agreement['images']:,} {part}, no labels",
         ("network", *figures),
         [*rows, *floors],
         len(rows),

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from torch import Tensor
 
 from distill.evaluate.images import resized
 from distill.evaluate.linear_maps import (
+    AHEAD,
     RIDGE,
     Published,
     augment,
@@ -12,10 +15,13 @@ from distill.evaluate.linear_maps import (
     fit_published,
     fit_quick,
     rate_at,
+    samples,
     solve_ridge,
 )
 from distill.evaluate.map_scores import DepthTarget, SegTarget
 from distill.evaluate.map_set import IGNORED
+from distill.listing.held import Held
+from distill.listing.locations import Location
 from tests.support.dense_data import map_set, mean_colours, nothing
 
 CLASSES = 3
@@ -141,6 +147,22 @@ def test_fit_published__learns_depth_and_averages_the_mirror_image() -> None:
     assert relative.mean() < 0.4
     mirrored = predict(pixels[:, ::-1].copy()).flip(2)
     assert torch.allclose(mirrored, predict(pixels), atol=1e-4)
+
+
+def test_samples__no_more_than_a_few_are_read_ahead() -> None:
+    """A reader that is faster than the network would fill the memory with a large set."""
+    maps = map_set(pictures(3 * AHEAD, (8, 8), 0), [])
+    reads: list[str] = []
+
+    def read(location: Location) -> np.ndarray:
+        reads.append(location.name)
+        return maps.values(location)
+
+    counted = replace(maps, values=Held(read, [], 0))
+    first = next(iter(samples(counted, counted.train)))
+    assert np.array_equal(first[1], maps.values(maps.train[0].map)) and len(reads) <= AHEAD
+    found = [values for _, values in samples(counted, counted.train)]
+    assert len(found) == 3 * AHEAD
 
 
 def test_rate_at__up_and_down_as_published() -> None:

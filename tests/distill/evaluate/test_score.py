@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distill.evaluate.knn import balanced_accuracy
-from distill.evaluate.score import Score, bootstrap, interval_of, mean_interval
+from distill.evaluate.score import Score, bootstrap, bootstrap_sums, interval_of, mean_interval
 
 
 def test_bootstrap__spreads_as_the_binomial_does() -> None:
@@ -16,6 +16,15 @@ def test_bootstrap__spreads_as_the_binomial_does() -> None:
     assert float(scores.std()) == pytest.approx(expected, rel=0.1)
     low, high = interval_of(scores)
     assert (high - low) / 2 == pytest.approx(1.96 * expected, rel=0.1)
+
+
+def test_bootstrap_sums__of_a_share_spreads_as_bootstrap_does() -> None:
+    right = torch.arange(400) % 4 > 0
+    rows = torch.stack([right.double(), torch.ones(400, dtype=torch.float64)], dim=1)
+    scores = bootstrap_sums(rows, lambda sums: sums[:, 0] / sums[:, 1])
+    of_images = bootstrap(right, torch.zeros(400, dtype=torch.int64), "images")
+    assert float(scores.mean()) == pytest.approx(float(of_images.mean()), abs=0.005)
+    assert float(scores.std()) == pytest.approx(float(of_images.std()), rel=0.1)
 
 
 def test_bootstrap__over_classes_is_the_score_that_is_reported() -> None:

@@ -69,6 +69,8 @@ def test_agreement_table__has_every_figure_beside_its_floors() -> None:
     assert rows["teacher"] == ["-", "-", "-", "9.0"] + ["-"] * 4
     assert rows["raw pixels"] == ["0.500", "0.750", "0.250", "12.3"] + ["-"] * 4
     assert "764 held-out images, no labels" in lines[0]
+    unlabelled = agreement_table({**SUMMARY["agreement"], "part": "images"})
+    assert "on 764 images, no labels" in shown(unlabelled, 80)[0]
 
 
 def test_agreement_lines__one_for_each_student() -> None:
