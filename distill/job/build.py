@@ -35,6 +35,7 @@ from distill.train.masking import StepMasks
 from distill.train.phase import Phase, Teacher, Trainer
 from distill.train.schedule import RateSchedule, StepSchedule, lr_factors
 from distill.train.student import SinkhornTargets, Stopwatch, StudentTrainer, TargetBuilder
+from distill.weights.containers import read_again
 from distill.weights.heads import load_heads
 from distill.weights.initial import init_key, load_initial
 from distill.weights.load import load_backbone
@@ -262,17 +263,22 @@ def build_phase(
 
 
 def load_teacher(
-    recipe: FamilyRecipe, folder: Path, heads: Path | None, device: torch.device
+    recipe: FamilyRecipe, folder: Path, heads: Path | None, device: torch.device, storage: Storage
 ) -> FrozenTeacher:
-    """A teacher from its folder and heads file; without heads where ``heads`` is None.
+    """A teacher from its folder and heads file, read again while storage refuses them; without heads where ``heads`` is None.
 
     The backbone goes to ``device`` in the recipe's precision; heads follow.
 
     Raises:
         CheckpointError: files are missing, damaged, or do not fit each other.
     """
-    backbone, spec = load_backbone(folder, dtype=compute_dtype(recipe), device=device)
-    both = None if heads is None else load_heads(heads, spec.width)
+    dtype = compute_dtype(recipe)
+    backbone, spec = read_again(
+        storage, folder, lambda: load_backbone(folder, dtype=dtype, device=device)
+    )
+    both = None
+    if heads is not None:
+        both = read_again(storage, heads, lambda: load_heads(heads, spec.width))
     return freeze(recipe, device, backbone, both)
 
 

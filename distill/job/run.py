@@ -254,7 +254,7 @@ class _Run:
         shape = teacher_shape(recipe, self.teacher_recipe)
         plan = plan_fitting(recipe, shape, self.num_ranks)
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
-        teacher = load_teacher(recipe, self.job.teacher_paths[0], None, self.device)
+        teacher = load_teacher(recipe, self.job.teacher_paths[0], None, self.device, self.storage)
         fitting = HeadFitting(
             recipe, teacher.backbone, shape, plan, groups, self._rank_context("train")
         )
@@ -275,7 +275,7 @@ class _Run:
         shape = teacher_shape(recipe, self.teacher_recipe)
         plan = plan_family(recipe, shape, self.num_ranks, self._planned_device())
         target_device = torch.device("cpu") if plan.is_teacher_sharded else self.device
-        teacher = load_teacher(recipe, *self.job.teacher_paths, target_device)
+        teacher = load_teacher(recipe, *self.job.teacher_paths, target_device, self.storage)
         is_first = any(placement.first_rank == self.rank for placement in plan.placements)
         teacher_fingerprint = fingerprint(teacher.backbone.state_dict()) if is_first else ""
         if self.rank == 0:

@@ -5,23 +5,26 @@ dicts, nothing else. Files are memory-mapped and opened anew for every tensor's 
 that what is mapped does not pile up.
 """
 
+import errno
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from distill.errors import CheckpointError, UserError
+from distill.listing.storage import Storage, is_of_file
 from distill.weights.file_kinds import NUM_BYTES, ZIP, describe_folder, refuse_other_kinds
 
 REFUSED = "Weights only load failed"  # how torch begins when it meets anything but tensors
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = "pytorch_model.bin"  # in folders that older versions of transformers wrote
+T = TypeVar("T")
 LONGEST_HEADER = 100 * 10**6  # bytes of names and shapes, as safetensors allows
 
 
@@ -142,6 +145,36 @@ def reading(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise broken_file(path, error) from error
+
+
+def read_again(storage: Storage, path: Path, attempt: Callable[[], T]) -> T:
+    """The result of an attempt to read weights at ``path``, made again while storage refuses them.
+
+    Raises:
+        CheckpointError: the weights are wrong.
+        StorageError: the storage has refused them for too long.
+    """
+
+    def raising() -> T:
+        try:
+            return attempt()
+        except CheckpointError as error:
+            refusal = _refusal_in(error.__cause__, path)
+            if refusal is not None and not is_of_file(refusal, str(path)):
+                raise refusal from error
+            raise
+
+    return storage.read(str(path), raising)
+
+
+def _refusal_in(cause: BaseException | None, path: Path) -> OSError | None:
+    """The error of the system that a reader met, also where the reader hides its number."""
+    if isinstance(cause, FileNotFoundError) and cause.errno is None and path.exists():
+        return OSError(errno.EIO, "cannot be opened")  # safetensors: for every error of open
+    if isinstance(cause, OSError):
+        return cause
+    found = re.search(r"^unable to .* \((\d+)\)$", str(cause).partition("\n")[0])  # torch's mmap
+    return None if found is None else OSError(int(found[1]), str(cause))
 
 
 def open_weights(path: Path) -> Container:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from distill.errors import CheckpointError
 from distill.export.convert import convert
-from distill.weights.containers import is_finite, open_weights, reading
+from distill.listing import storage
+from distill.weights.containers import Container, is_finite, open_weights, read_again, reading
 from distill.weights.inspect import inspect
 from distill.weights.load import identify_layout, load_backbone
 from distill.weights.teacher_files import files_of_weights
@@ -348,3 +349,43 @@ def test_reading__whatever_a_reader_raises_is_one_line(
         reading(tmp_path / "f"),
     ):
         raise kind("the first line\nand more")
+
+
+REFUSALS = {
+    "python": OSError(5, "Input/output error"),
+    "safetensors": FileNotFoundError("No such file or directory: w"),
+    "torch": RuntimeError("unable to open file <w> in read-only mode: Input/output error (5)"),
+}
+
+
+@pytest.mark.parametrize("reader", REFUSALS)
+def test_read_again__what_storage_refuses_is_tried_again(
+    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, tries, lines = saved(tmp_path / "w.pth", META), list[int](), list[str]()
+    monkeypatch.setattr(storage, "FIRST_PAUSE_S", 0.001)
+
+    def attempt() -> Container:
+        tries.append(1)
+        with reading(path):
+            if len(tries) < 3:
+                raise REFUSALS[reader]
+        return open_weights(path)
+
+    found = read_again(storage.Storage(lines.append), path, attempt)
+    assert len(tries) == 3 and found.shapes.keys() == META.keys()
+
+
+def test_read_again__a_wrong_file_is_refused_at_once(tmp_path: Path) -> None:
+    path, tries = tmp_path / "w.safetensors", list[int]()
+
+    def attempt() -> Container:
+        tries.append(1)
+        return open_weights(path)
+
+    for content in (None, b"{" * 600):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(CheckpointError):
+            read_again(storage.Storage(), path, attempt)
+    assert len(tries) == 2
