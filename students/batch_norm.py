@@ -10,7 +10,7 @@ the weights. They are held in float64 outside the network, which may be in bf16.
 Source: Hoffer et al. 2017, "Train longer, generalize better", section 4 (ghost batch normalization).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 
@@ -157,26 +157,28 @@ class RunningStatistics:
 
     def averaged(self) -> dict[str, Tensor]:
         """Returns the EMA under the names of the network's buffers, fp32 in host memory."""
+        named = {name: tensor.cpu() for name, tensor in self._buffers().items()}
+        return {k: v.long() if k.endswith(NUM_TRACKED) else v.float() for k, v in named.items()}
+
+    def _buffers(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name, ema in self._ema.items():
-            mean, variance = ema.float().cpu().unbind()
-            tensors |= {f"{name}.running_mean": mean, f"{name}.running_var": variance}
-            tensors[f"{name}.{NUM_TRACKED}"] = self._num_updates.long().cpu()
+            tensors |= {f"{name}.running_mean": ema[0], f"{name}.running_var": ema[1]}
+            tensors[f"{name}.{NUM_TRACKED}"] = self._num_updates
         return tensors
 
     def state(self) -> dict[str, Tensor]:
-        """Returns everything by name."""
-        kinds = {"running": self._running, "ema": self._ema}
-        state = {f"{kind}/{k}": v.clone() for kind, each in kinds.items() for k, v in each.items()}
-        return {**state, "num_updates": self._num_updates.reshape(1).clone()} if self else {}
+        """Returns everything by name, float64: the EMA as ``ema/BUFFER``, as the weights' EMA is called."""
+        running = {f"norms/{name}": each.clone() for name, each in self._running.items()}
+        ema = {f"ema/{name}": each.reshape(-1).clone() for name, each in self._buffers().items()}
+        return running | ema
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """The reverse of ``state``."""
-        for kind, each in {"running": self._running, "ema": self._ema}.items():
-            for name, moments in each.items():
-                moments.copy_(tensors[f"{kind}/{name}"].view(moments.shape))
-        if self:
-            self._num_updates.copy_(tensors["num_updates"][0])
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """The reverse of ``state``; other tensors are passed over."""
+        for name, running in self._running.items():
+            running.copy_(tensors[f"norms/{name}"].view(running.shape))
+        for name, part in self._buffers().items():
+            part.copy_(tensors[f"ema/{name}"].view(part.shape))
 
 
 def _moments(norm: GroupedBatchNorm) -> Float[Tensor, "2 channels"]:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
-from distill.export.licences import licences_in
 from distill.export.save import ExportFacts, fingerprint, write_backbone
-from distill.job.origin import LICENCES, student_record
+from distill.job.origin import init_record, licences_of_network, student_record
 from distill.job.prepare import CHECKPOINTS, Job, read_job
 from distill.job.write_networks import count_images_of
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
@@ -69,6 +68,7 @@ class MilestoneWriter:
 
     def _write(self, job: Job, recipe: FamilyRecipe, path: Path, manifest: Manifest) -> None:
         specs = {student.label: student.backbone_spec() for student in recipe.students}
+        inits = {student.label: student.init for student in recipe.students}
         teacher, teacher_spec = load_backbone(job.teacher_paths[0])
         if self._scorer is None:
             self._scorer = StudentScorer(self._folder, recipe, job.teacher_paths[0], specs)
@@ -88,12 +88,13 @@ class MilestoneWriter:
                     count_images_of(job, "train"),
                     manifest.step,
                 )
+                started = init_record(inits[name])
                 facts = ExportFacts(
                     recipe.input_size_of(name),
                     recipe.data.mean,
                     recipe.data.std,
-                    {**record, "milestone": {"step": manifest.step, **scores}},
-                    licences_in(self._folder / LICENCES),
+                    {**record, **started, "milestone": {"step": manifest.step, **scores}},
+                    licences_of_network(self._folder, name),
                     {TEACHER: {}, "students": {name: {"knn": scores.get("knn")}}},
                 )
                 write_backbone(aside / name, read_ema(file), specs[name], facts)

@@ -24,7 +24,6 @@ from teacher.shapes import KOLEO_GROUP
 from teacher.task import DistillationTask, SoftAssignments
 
 TARGETS_PREFIX = "targets/"  # of a target maker's tensors in a network's state
-NORMS_PREFIX = "norms/"  # of the running statistics of its BatchNorm
 
 
 @runtime_checkable
@@ -333,16 +332,13 @@ class StudentTrainer:
 
     def _state_beside(self) -> dict[str, Tensor]:
         """What is saved of this network beside its parameters, the same on every rank of the group."""
-        return {
-            prefix + name: tensor
-            for prefix, part in ((TARGETS_PREFIX, self.targets), (NORMS_PREFIX, self.norms))
-            for name, tensor in part.state().items()
-        }
+        targets = {TARGETS_PREFIX + name: each for name, each in self.targets.state().items()}
+        return targets | self.norms.state()
 
     def _load_beside(self, tensors: Mapping[str, Tensor]) -> None:
-        for prefix, part in ((TARGETS_PREFIX, self.targets), (NORMS_PREFIX, self.norms)):
-            named = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            part.load_state(named)
+        named = {name.removeprefix(TARGETS_PREFIX): each for name, each in tensors.items()}
+        self.targets.load_state(named)
+        self.norms.load_state(tensors)
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:

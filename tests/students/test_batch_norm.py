@@ -88,6 +88,9 @@ def test_running_statistics__are_the_mean_over_groups_of_counted_passes() -> Non
     second = statistics.averaged()
     torch.testing.assert_close(second["1.running_mean"].double(), ema, rtol=1e-6, atol=1e-7)
     assert second["1.num_batches_tracked"] == 2
+    assert {
+        f"ema/{name}" for name in first
+    } < saved.keys()  # where the weights' EMA is read, they are
     statistics.load_state(saved)
     assert all(torch.equal(value, first[name]) for name, value in statistics.averaged().items())
 
