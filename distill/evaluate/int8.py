@@ -134,7 +134,7 @@ def _measure(network: Network, images: Images, folder: Path) -> Measured:
     change = measure_change(network, images, folder / INT8_FILE)
     size, before = ((folder / name).stat().st_size / 1e6 for name in (INT8_FILE, FILE))
     clause = f"{change.describe()}, {size:.1f} MB after {before:.1f} MB"
-    left_out = "left out of int8: the patch embedding, norms, and products of attention"
+    left_out = "left out of int8: the patch embedding, norms, products of attention, results of matrix products"
     return Measured("int8", (clause, left_out), {"int8": change.to_json()}, clause, change.warnings)
 
 

@@ -4,12 +4,13 @@ A milestone's checkpoint is never removed, so that any process writes its folder
 milestone appears complete, with all students and their scores, or not at all, and is never written again.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
+from distill.evaluate.cost import MOST_GFLOP_ON_CPU
 from distill.export.save import ExportFacts, fingerprint, write_backbone
 from distill.job.origin import init_record, licences_of_network, student_record
 from distill.job.prepare import CHECKPOINTS, Job, read_job
@@ -21,7 +22,8 @@ from distill.runfolder.files import make_folder, replaced
 from distill.runfolder.manifest import Manifest, checkpoint_name, checkpoints
 from distill.runfolder.status import TEACHER
 from distill.runfolder.tensor_file import SUFFIX
-from distill.weights.load import load_backbone
+from distill.weights.load import load_backbone, shape_of
+from students.shapes import BackboneSpec
 
 FOLDER = "milestones"
 LEFT_MESSAGE = "students of milestones are not written"
@@ -44,7 +46,7 @@ class MilestoneWriter:
     def __init__(self, run_folder: Path, say: Callable[[str], None]) -> None:
         self._folder, self._say = run_folder, say
         self._scorer: StudentScorer | None = None
-        self._teacher_fingerprint = ""
+        self._teacher: tuple[BackboneSpec, str] | None = None
 
     def write_left(self) -> int:
         """Writes every milestone that has no folder yet; one process at a time.
@@ -69,10 +71,8 @@ class MilestoneWriter:
     def _write(self, job: Job, recipe: FamilyRecipe, path: Path, manifest: Manifest) -> None:
         specs = {student.label: student.backbone_spec() for student in recipe.students}
         inits = {student.label: student.init for student in recipe.students}
-        teacher, teacher_spec = load_backbone(job.teacher_paths[0])
-        if self._scorer is None:
-            self._scorer = StudentScorer(self._folder, recipe, job.teacher_paths[0], specs)
-            self._teacher_fingerprint = fingerprint(teacher.state_dict())
+        if self._teacher is None:
+            self._teacher = self._read_teacher(job.teacher_paths[0], recipe, specs)
         target = self._folder / FOLDER / checkpoint_name(FAMILY_PHASE, manifest.step)
         make_folder(target.parent)
         with replaced(target) as aside:
@@ -81,13 +81,8 @@ class MilestoneWriter:
                 if file.name not in manifest.files:  # parked before it was trained
                     continue
                 scores = self._score(manifest.step, name, file)
-                record = student_record(
-                    job,
-                    teacher_spec,
-                    self._teacher_fingerprint,
-                    count_images_of(job, "train"),
-                    manifest.step,
-                )
+                images = count_images_of(job, "train")
+                record = student_record(job, *self._teacher, images, manifest.step)
                 started = init_record(inits[name])
                 facts = ExportFacts(
                     recipe.input_size_of(name),
@@ -100,9 +95,21 @@ class MilestoneWriter:
                 write_backbone(aside / name, read_ema(file), specs[name], facts)
         self._say(f"wrote {FOLDER}/{target.name}")
 
+    def _read_teacher(
+        self, path: Path, recipe: FamilyRecipe, specs: Mapping[str, BackboneSpec]
+    ) -> tuple[BackboneSpec, str]:
+        """Shape and fingerprint of the teacher, whose features students are compared with; one too large for that is not loaded."""
+        spec = shape_of(path)
+        if spec.flops(recipe.crops.input_size) / 1e9 > MOST_GFLOP_ON_CPU:
+            return spec, "unknown"
+        self._scorer = StudentScorer(self._folder, recipe, path, specs)
+        return spec, fingerprint(load_backbone(path)[0].state_dict())
+
     def _score(self, step: int, name: str, file: Path) -> dict[str, Any]:
-        """Scores of a student for its record; none of few images."""
-        assert self._scorer is not None, "it is made before"
+        """Scores of a student for its record, or why there are none."""
+        if self._scorer is None:
+            reason = "the teacher takes too long on a CPU; see distill eval RUN --over-steps"
+            return {"knn": None, "reason": reason}
         if not self._scorer.has_images:
             return {"knn": None, "reason": "too few images to compare neighbours on"}
         found = self._scorer.score(step, name, file)

@@ -4,7 +4,7 @@ The images, the preparation and the figures are those of the finished run (``dis
 is read for the EMA alone. Without labels there is closeness and no k-NN.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -99,7 +99,7 @@ class StudentScorer:
         run_folder: Path,
         recipe: FamilyRecipe,
         teacher_path: Path,
-        specs: dict[str, BackboneSpec],
+        specs: Mapping[str, BackboneSpec],
     ) -> None:
         data, size = recipe.data, recipe.crops.input_size
         usual = Preparation(size, data.mean, data.std, decoding_of(data).background)

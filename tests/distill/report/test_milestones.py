@@ -117,6 +117,19 @@ def test_write_after__a_failure_is_a_line_and_costs_no_run(
     assert left_milestones(run) != [] and len(checkpoints(run / "checkpoints")) == 3
 
 
+def test_write_left__a_teacher_too_large_for_a_cpu_is_not_loaded(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(milestones, "MOST_GFLOP_ON_CPU", 0.0)
+    monkeypatch.setattr(milestones, "load_backbone", None)  # never called
+    assert MilestoneWriter(run, lambda _: None).write_left() == 2
+    folder = run / "milestones" / "family-0000004" / "conv"
+    record = json.loads((folder / "distill.json").read_text())
+    assert record["milestone"]["knn"] is None and "too long" in record["milestone"]["reason"]
+    assert "No k-NN scores" in (folder / "README.md").read_text()
+    assert load_backbone(folder)[1].width > 0
+
+
 def test_write_left__nothing_where_the_recipe_does_not_want_it(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
