@@ -7,6 +7,7 @@ COVERED_BY = {
     "distill.cli.report": "tests/distill/report/test_page.py",
     "distill.cli.look": "tests/distill/report/test_look.py",
     "distill.report.viewed": "tests/distill/report/test_look.py",
+    "distill.report.hover": "tests/distill/report/test_page.py",
     "distill.report.looks": "tests/distill/report/test_page.py",
     "distill.report.markup": "tests/distill/report/test_page.py",
     "distill.report.run_record": "tests/distill/report/test_page.py",

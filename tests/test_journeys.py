@@ -72,6 +72,7 @@ def test_train__leaves_everything_a_user_expects(finished: Path, recipe: Path) -
         "env.json",
         "status.json",
         "features.png",
+        "features.json",
     ):
         assert (finished / name).stat().st_size > 0
     status = json.loads((finished / "status.json").read_text())
@@ -101,7 +102,7 @@ def test_eval__a_full_disk_costs_the_picture_only(
     for is_full in (True, False):
         with monkeypatch.context() as patch:
             if is_full:
-                patch.setattr("matplotlib.figure.Figure.savefig", fill_disk)
+                patch.setattr("distill.report.pictures.render", fill_disk)
             ended = distill("eval", str(finished))
         assert ended.code == 0 and "teacher" in ended.out, ended.err
         status = json.loads((finished / "status.json").read_text())

@@ -7,8 +7,17 @@ from typing import Annotated
 
 import typer
 
-from distill.cli.options import DebugOption, JsonOption, RunArgument, print_json, require_run, say
-from distill.screen.console import make_console
+from distill.cli.options import (
+    AllowCodeOption,
+    DebugOption,
+    JsonOption,
+    RunArgument,
+    allow_code_of,
+    print_json,
+    require_run,
+    say,
+)
+from distill.screen.console import make_console, printable
 
 RunsArgument = Annotated[
     list[Path], typer.Argument(metavar="RUN...", help="Run folders, such as runs/quickstart.")
@@ -24,6 +33,11 @@ def report(
     no_pictures: Annotated[
         bool, typer.Option("--no-pictures", help="Leave pictures of images out.")
     ] = False,
+    pictures: Annotated[
+        int | None,
+        typer.Option("--pictures", min=1, max=16, help="Plot so many pictures anew first."),
+    ] = None,
+    allow: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -36,6 +50,12 @@ def report(
     page = out or runs[0] / REPORT
     if not page.parent.is_dir():
         raise RecipeError(f"--out {page}: no folder {page.parent}", fix="Make it first.")
+    for run in runs if pictures else ():
+        from distill.report.summary import replot_pictures
+
+        allow_code_of(run, allow)
+        for line in replot_pictures(run, pictures or 0):
+            sys.stderr.write(printable(line) + "\n")
     size = write_page(runs, page, has_pictures=not no_pictures)
     if as_json:
         print_json({"page": str(page), "bytes": size})

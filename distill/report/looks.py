@@ -33,6 +33,10 @@ dd { margin: 0; overflow-wrap: anywhere }
 pre { background: #f6f7f9; padding: 12px; overflow-x: auto; font-size: 12.5px; line-height: 1.45; white-space: pre-wrap; overflow-wrap: anywhere }
 code { font-size: 13px }
 img { max-width: 100%; height: auto; display: block }
+.hover { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 10px; margin: 14px 0 }
+.hover[hidden] { display: none }
+.hover figure { margin: 0; font-size: 12.5px; overflow-wrap: anywhere }
+.hover img, .hover canvas { width: 100%; display: block; image-rendering: pixelated; cursor: crosshair }
 #tip { position: fixed; display: none; pointer-events: none; background: #171b21; color: #fff; padding: 5px 9px; border-radius: 4px; font-size: 12px; white-space: pre; z-index: 9 }
 @page { size: A4; margin: 14mm }
 @media print {
@@ -83,6 +87,46 @@ SCRIPT = """
     tip.style.top = (event.clientY + 14) + 'px';
   }
   document.addEventListener('mousemove', show);
+  document.querySelectorAll('.hover').forEach(function (band) {
+    var palette = band.dataset.palette.match(/../g).map(function (hex) { return parseInt(hex, 16); });
+    var stops = palette.length / 3, maps = [];
+    band.querySelectorAll('canvas').forEach(function (canvas) {
+      var text = atob(canvas.dataset.features), bytes = new Uint8Array(text.length);
+      for (var i = 0; i < text.length; i++) { bytes[i] = text.charCodeAt(i); }
+      maps.push({canvas: canvas, rows: new Int8Array(bytes.buffer)});
+    });
+    function compare(x, y) {
+      maps.forEach(function (map) {
+        var width = map.canvas.width, height = map.canvas.height, rows = map.rows;
+        var size = rows.length / (width * height), found = [], low = 1, i, k;
+        var at = (Math.min(height - 1, Math.floor(y * height)) * width + Math.min(width - 1, Math.floor(x * width))) * size;
+        for (i = 0; i < rows.length; i += size) {
+          var dot = 0, mine = 0, other = 0;
+          for (k = 0; k < size; k++) {
+            dot += rows[i + k] * rows[at + k]; mine += rows[i + k] * rows[i + k]; other += rows[at + k] * rows[at + k];
+          }
+          found.push(dot / (Math.sqrt(mine * other) || 1));
+          low = Math.min(low, found[found.length - 1]);
+        }
+        var pen = map.canvas.getContext('2d'), image = pen.createImageData(width, height);
+        found.forEach(function (cosine, index) {
+          var stop = Math.round(Math.max(0, Math.min(1, (cosine - low) / ((1 - low) || 1))) * (stops - 1));
+          for (k = 0; k < 3; k++) { image.data[4 * index + k] = palette[3 * stop + k]; }
+          image.data[4 * index + 3] = 255;
+        });
+        pen.putImageData(image, 0, 0);
+        map.canvas.title = 'cosine ' + low.toFixed(2) + ' to 1';
+      });
+    }
+    band.hidden = false;
+    compare(0.5, 0.5);
+    band.addEventListener('mousemove', function (event) {
+      var part = event.target.closest('img, canvas');
+      if (!part) { return; }
+      var box = part.getBoundingClientRect();
+      compare((event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height);
+    });
+  });
 })();
 """
 

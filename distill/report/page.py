@@ -10,9 +10,11 @@ import io
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 from distill.errors import UserError
+from distill.report.hover import HOVER, hover_parts
 from distill.report.looks import SCRIPT, STYLE
 from distill.report.markup import Html, element, escaped, joined, note
 from distill.report.run_record import RunRecord, read_run
@@ -145,16 +147,29 @@ def _pictures(runs: Sequence[RunRecord], room_bytes: int) -> Html:
             parts.append(note("features.png cannot be read, or does not fit."))
         else:
             parts.append(element("img", src=source, alt=label))
+        bands = hover_parts(run.picture.with_name(HOVER), _small_address)
+        room = room_bytes // len(runs) - len((source or "").encode())
+        parts += _fitting(bands, room)
     parts.append(
         note(
             "Colours are three principal components, turned to one basis: the first network's. "
-            "A cosine map shows what resembles the patch marked on the photograph."
+            "A cosine map shows what resembles the patch marked on the photograph, or the one under the mouse."
         )
     )
     return joined(parts)
 
 
-def embedded(path: Path, room_bytes: int) -> str | None:
+def _fitting(bands: Sequence[Html], room_bytes: int) -> list[Html]:
+    """As many of the first as have room."""
+    sizes = accumulate(len(band.text.encode()) + 1 for band in bands)
+    return [band for band, size in zip(bands, sizes, strict=True) if size < room_bytes]
+
+
+def _small_address(stream: io.BytesIO) -> str | None:
+    return embedded(stream, MOST_BYTES)
+
+
+def embedded(path: Path | io.BytesIO, room_bytes: int) -> str | None:
     """Returns a picture as an address that holds its pixels and nothing else of the file; None where it cannot be read or has no room."""
     from PIL import Image
 

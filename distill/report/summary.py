@@ -44,6 +44,7 @@ from distill.runfolder.status import (
 from distill.screen.tables import unfinished_students
 from distill.weights.containers import read_object
 from distill.weights.load import load_backbone
+from students.shapes import BackboneSpec
 
 NUM_PHOTOGRAPHS = 4  # rows of the picture
 ALIVE_S = 10.0  # between two signs of life while a network is scored
@@ -94,13 +95,9 @@ def finish(run_folder: Path, wanted: Wanted = Wanted(USUAL[1:])) -> dict[str, An
             device=device,
         )
         live.show("drawing features.png")
-        networks = {"teacher": load_backbone(teacher)[0].to(device)}
-        for name, spec in specs.items():
-            networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0].to(device)
-        photographs = _photographs(run_folder, data.sources[0].path, background)
         messages = [*unfinished_students(summary), *_left_out(summary)]
         messages += write_after(run_folder, live.show)
-        messages += _plot(run_folder, networks, photographs, data)
+        messages += plot_pictures(job, specs, NUM_PHOTOGRAPHS)
     messages += complete_cards(job, specs, summary)
     fates = {
         name: replace(network, state="parked") if entries.get(name, {}).get("parked") else network
@@ -168,6 +165,32 @@ def _last_loss(run_folder: Path, name: str) -> float | None:
     return rows[-1].loss if rows else None
 
 
+def replot_pictures(run_folder: Path, count: int) -> list[str]:
+    """Plots the pictures of a finished run anew, ``count`` of them; lines about what could not be.
+
+    Raises:
+        UserError: a network is not there.
+    """
+    job = read_job(run_folder)
+    students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
+    folders = {s.label: run_folder / "students" / s.label for s in students}
+    specs = {s.label: s.backbone_spec() for s in students if folders[s.label].is_dir()}
+    return plot_pictures(job, specs, count)
+
+
+def plot_pictures(job: Job, specs: Mapping[str, BackboneSpec], count: int) -> list[str]:
+    """Writes ``features.png``, and what the page compares, of the teacher and the students that ``specs`` name."""
+    run_folder, data = job.run_folder, job.recipe.data
+    device = torch.device("cuda" if has_gpu(job.recipe.engine.device) else "cpu")
+    networks = {"teacher": load_backbone(job.teacher_paths[0])[0].to(device)}
+    for name, spec in specs.items():
+        networks[name] = load_backbone(run_folder / "students" / name, spec=spec)[0].to(device)
+    photographs = _photographs(
+        run_folder, data.sources[0].path, decoding_of(data).background, count
+    )
+    return _plot(run_folder, networks, photographs, data)
+
+
 def _plot(
     run_folder: Path,
     networks: Mapping[str, nn.Module],
@@ -199,17 +222,17 @@ def _left_out(summary: dict[str, Any]) -> list[str]:
 
 
 def _photographs(
-    run_folder: Path, source: str, background: Rgb | None
+    run_folder: Path, source: str, background: Rgb | None, count: int
 ) -> list[np.ndarray[Any, np.dtype[np.uint8]]]:
     """A few photographs to look at: the bundled ones uncropped, or the user's images that can be decoded, evenly spaced."""
     if source == BUILTIN_PHOTOGRAPHS:
         paths = photograph_paths()
-        names = ("astronaut", "chelsea", "coffee", "rocket")
+        names = dict.fromkeys(["astronaut", "chelsea", "coffee", "rocket", *paths])
         chosen: Iterable[Location] = [Location.of(paths[name]) for name in names]
     else:
         held_out = run_folder / "data" / "held_out"
         index = ImageIndex.load(held_out if held_out.is_dir() else run_folder / "data" / "train")
-        step = max(1, len(index) // NUM_PHOTOGRAPHS)
+        step = max(1, len(index) // count)
         turns = (range(start, len(index), step) for start in range(step))  # later ones: instead
         chosen = (index.location(image) for turn in turns for image in turn)
     images: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
@@ -219,6 +242,6 @@ def _photographs(
             images.append(decode_rgb(reader.read(location), background))
         except OSError:  # named where it was left out of the scores
             continue
-        if len(images) == NUM_PHOTOGRAPHS:
+        if len(images) == count:
             break
     return images

@@ -12,17 +12,21 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from distill.errors import UserError
 from distill.report import page
+from distill.report.hover import HOVER, pack, write_hover
 from distill.report.page import MOST_BYTES, TITLES, write_page
 from distill.runfolder.events import Event, note
 from distill.runfolder.metrics import MetricsWriter
 from distill.runfolder.status import NetworkStatus, StatusFile, write_json
 from tests.support.browser import BROWSER, browsing
 from tests.support.command import Run
+from tests.support.pictures import blob, picture
 from tests.support.run_folders import with_summary, write_run
 from tests.support.status import ROW, STATUS
 
@@ -32,7 +36,7 @@ DRAWN = frozenset(
     re.findall(
         r"\w+",
         "html head meta title style body main div span section h1 h2 h3 small p b table thead tbody tr th td "
-        "dl dt dd details summary pre code img script svg line polyline circle rect text",
+        "dl dt dd details summary pre code img canvas figure figcaption script svg line polyline circle rect text",
     )
 )
 
@@ -322,6 +326,22 @@ def test_report__names_what_it_wrote_and_what_is_wrong(tmp_path: Path, distill: 
     assert nowhere.code == 2 and "no folder" in nowhere.err and "Fix: Make it first." in nowhere.err
 
 
+def test_report__plots_as_many_pictures_as_are_wanted_first(
+    tmp_path: Path, distill: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_run(tmp_path / "mine")
+
+    def replot(folder: Path, count: int) -> list[str]:
+        write_hover(folder / HOVER, [(picture(0), [pack(blob(), "teacher")])] * count)
+        return ["one line"]
+
+    monkeypatch.setattr("distill.report.summary.replot_pictures", replot)
+    found = distill("report", run, "--pictures", 3)
+    assert (found.code, found.err) == (0, "one line\n")
+    assert len(Elements((run / "report.html").read_text()).named("canvas")) == 3
+    assert distill("report", run, "--pictures", 0).code == 2
+
+
 LOSS = "document.querySelector('svg[aria-label=loss]')"
 
 
@@ -346,6 +366,79 @@ def test_browser__shows_all_sections_without_an_error_or_a_request(tmp_path: Pat
         )
         tab.value("new Promise((done) => setTimeout(done, 300))")
         assert "Content Security Policy" in str(tab.complaints())
+
+
+def write_features(run: Path) -> list[np.ndarray]:
+    """Features of two networks of one picture beside the picture of a run; the cosines of each pair of patches of the first."""
+    patches = blob(12, 16, 6)
+    write_hover(
+        run / HOVER,
+        [(picture(0, 24, 32), [pack(patches, "teacher"), pack(patches[:, :8] ** 2, MARKUP)])],
+    )
+    unit = torch.nn.functional.normalize(patches.flatten(0, 1), dim=-1)
+    return list((unit @ unit.T).numpy())
+
+
+def test_hover__is_close_to_the_features_and_small(tmp_path: Path) -> None:
+    patches = torch.randn(64, 43, 8, generator=torch.Generator().manual_seed(0))
+    packed = pack(patches[:32, :20], "x")
+    rows = np.frombuffer(base64.b64decode(packed["data"]), np.int8).reshape(640, -1).astype(float)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    unit = torch.nn.functional.normalize(patches[:32, :20].flatten(0, 1), dim=-1).numpy()
+    np.testing.assert_allclose(rows @ rows.T, unit @ unit.T, atol=0.03)
+    large = pack(patches.repeat(1, 1, 50), "x")
+    assert large["grid"] == [32, 22] and len(large["data"]) < 16_000
+
+
+def test_hover__of_a_hostile_file_is_left_out_or_text(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "mine")
+    write_features(run)
+    found = page_of(run)
+    assert len(found.named("canvas")) == 2 and MARKUP[:4] in found.words
+    assert {name for name, _ in found.tags} <= DRAWN
+    good = json.loads((run / HOVER).read_text())
+    for damage in (
+        {"networks": [{"grid": [9000, 9000], "data": "", "title": "x"}]},
+        {"networks": [{"grid": [2, 2], "data": "AAA=", "title": "x"}]},
+        {"networks": [{"grid": [2, 2], "data": '"><script>', "title": "x"}]},
+        {"picture": "AAAA"},
+        {"picture": 3},
+    ):
+        (run / HOVER).write_text(json.dumps([{**good[0], **damage}]))
+        assert not page_of(run).named("canvas"), damage
+    (run / HOVER).write_text("{")
+    assert not page_of(run).named("canvas")
+    write_features(run)
+    assert not page_of(run, has_pictures=False).named("canvas")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="no chromium here")
+def test_browser__compares_with_the_patch_under_the_mouse(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "mine")
+    cosines = write_features(run)
+    write_page([run], tmp_path / "page.html")
+    with browsing(tmp_path / "profile") as tab:
+        tab.open(f"file://{tmp_path / 'page.html'}")
+        band = "document.querySelector('.hover')"
+        assert tab.value(f"{band}.hidden") is False
+        tab.value(f"{band}.scrollIntoView()")
+        box = tab.value(
+            f"(() => {{ const b = {band}.querySelector('img').getBoundingClientRect(); return [b.x, b.y, b.width, b.height] }})()"
+        )
+        pixels = (
+            f"[...{band}.querySelector('canvas').getContext('2d').getImageData(0, 0, 16, 12).data]"
+        )
+        for row, column in ((4, 9), (0, 0)):
+            x, y = box[0] + (column + 0.5) / 16 * box[2], box[1] + (row + 0.5) / 12 * box[3]
+            tab.move_mouse(x, y)
+            light = np.asarray(tab.value(pixels), float).reshape(-1, 4)[:, :3].sum(1)
+            expected = cosines[row * 16 + column]
+            assert light.argmax() in np.flatnonzero(expected > 0.97)
+            assert np.corrcoef(light, expected)[0, 1] > 0.95
+        complaints = [each for each in tab.complaints() if "willReadFrequently" not in str(each)]
+        assert complaints == [], "but for this test, which reads the canvas again and again"
+        assert tab.requests() == [f"file://{tmp_path / 'page.html'}"]
 
 
 @pytest.mark.slow
