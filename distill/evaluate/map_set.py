@@ -27,7 +27,7 @@ from distill.listing.limit import in_order
 from distill.listing.map_pairs import MapFolder, MapKind, MapPair, list_map_pairs
 from teacher.batch import normalise
 
-MOST: dict[Protocol, tuple[int, int]] = {"quick": (600, 200), "dinov3": (1 << 40, 1 << 40)}
+MOST: dict[Protocol, tuple[int, int]] = {"quick": (300, 100), "dinov3": (1 << 40, 1 << 40)}
 NEAREST, FARTHEST = 0.001, 10.0  # m, of pixels that count
 IGNORED = -1  # class of a pixel that is neither trained on nor scored
 
