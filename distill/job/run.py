@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -44,7 +45,13 @@ from distill.job.write_networks import write_students, write_teacher
 from distill.listing.extensions import BUILTIN, ExtensionKind, find
 from distill.listing.storage import Storage
 from distill.plan.flops import DEFAULT_DEVICE, Device
-from distill.plan.from_recipe import ONLINE, plan_family, plan_fitting, plan_stage
+from distill.plan.from_recipe import (
+    ONLINE,
+    TeacherShape,
+    plan_family,
+    plan_fitting,
+    plan_stage,
+)
 from distill.plan.here import timed_as
 from distill.plan.teacher_source import teacher_shape
 from distill.recipe.document import RESOLVED
@@ -68,6 +75,7 @@ from distill.train.groups import make_control, make_groups
 from distill.train.loop import run_phase
 from distill.train.phase import Phase
 from distill.train.recorder import Recorder, RecordPolicy
+from distill.weights.containers import read_again
 
 COLLECTIVE_TIMEOUT = timedelta(
     minutes=10
@@ -182,7 +190,7 @@ class _Run:
                 work = sum(plan_stage(self.teacher_recipe, stage, self.num_ranks).load_s)
                 phases.append(PhaseStatus(stage.name, stage.steps, stage.steps * work, (ONLINE,)))
         if self.family is not None:
-            shape = teacher_shape(self.family, self.teacher_recipe)
+            shape = self._shape_of_teacher(self.family)
             if self.family.teacher.heads_mode == "fit":
                 work = sum(plan_fitting(self.family, shape, self.num_ranks).load_s)
                 steps = self.family.teacher.fit.steps
@@ -192,6 +200,11 @@ class _Run:
             steps = self.family.schedule.steps
             phases.append(PhaseStatus(FAMILY_PHASE, steps, steps * work, names))
         return phases
+
+    def _shape_of_teacher(self, recipe: FamilyRecipe) -> TeacherShape:
+        """The teacher's shape, read again while storage refuses its files."""
+        weights = Path(str(recipe.teacher.weights))
+        return read_again(self.storage, weights, lambda: teacher_shape(recipe, self.teacher_recipe))
 
     def run(self) -> None:
         """Every phase that is not finished yet, then the results; returns early after a stop that was saved."""
@@ -251,7 +264,7 @@ class _Run:
     def _fit_heads(self) -> bool:
         recipe = self.family
         assert recipe is not None, "heads are fitted for a family"
-        shape = teacher_shape(recipe, self.teacher_recipe)
+        shape = self._shape_of_teacher(recipe)
         plan = plan_fitting(recipe, shape, self.num_ranks)
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
         teacher = load_teacher(recipe, self.job.teacher_paths[0], None, self.device, self.storage)
@@ -272,7 +285,7 @@ class _Run:
     def _train_family(self) -> bool:
         recipe = self.family
         assert recipe is not None, "a family phase without a family recipe"
-        shape = teacher_shape(recipe, self.teacher_recipe)
+        shape = self._shape_of_teacher(recipe)
         plan = plan_family(recipe, shape, self.num_ranks, self._planned_device())
         target_device = torch.device("cpu") if plan.is_teacher_sharded else self.device
         teacher = load_teacher(recipe, *self.job.teacher_paths, target_device, self.storage)
