@@ -15,6 +15,8 @@ KINDS = (
     "corpus",
     "watcher",
     "moments",
+    "soak",
+    "steps",
 )
 
 

@@ -75,6 +75,7 @@ def run(arguments: list[str]) -> bool:
             tally.num_jobs += 1
             different = jobs.differing(folder / "calm" / jobs.RUN, out / jobs.RUN)
             tally.wrong += [f"job {tally.num_jobs}: {name} differs" for name in different]
+            print(f"after job {tally.num_jobs}: {tally.summary()}", flush=True)
     sys.stdout.write(tally.summary() + "\n")
     return bool(tally.wrong) or tally.num_named < tally.num_nameable
 

@@ -10,6 +10,8 @@ RUNS = {
     "nan": "--count 6",
     "corpus": "--count 1000 --entries 20000",
     "moments": "--count 1 --moments export",
+    "soak": "--count 3 --steps 60 --kinds storage save signal",
+    "steps": "--count 500",
     "watcher": "--nodes 16 --per-node 2 --seconds 20",
 }
 
