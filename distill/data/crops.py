@@ -11,7 +11,7 @@ crop, threshold 128).
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,7 @@ class CropSpec:
     flip_probability: float
     blur_sigma: tuple[float, float]
     blur: tuple[float, float, float] = BLUR_PROBABILITIES
+    contrast_about: Literal["mean", "middle"] = "mean"
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -4,8 +4,8 @@ Fixed order of operations per crop: resize of the window (cubic, antialiased; a 
 mirrors; on a CPU by torch, ``distill.data.resize``), colour, blur, solarise. Conditionals split the batch, so a crop that is not blurred costs
 no blur.
 
-Departures from torchvision, by DALI's definitions: contrast turns about 128 instead of the image's
-mean grey; hue is a rotation in YIQ instead of HSV; the order of the colour operations is fixed.
+Contrast turns about the crop's mean grey, as in torchvision, or about 128 (``CropSpec.contrast_about``).
+Departures from torchvision: hue is a rotation in YIQ instead of HSV; the order of the colour operations is fixed.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,6 +24,7 @@ Source = Callable[[], tuple[Any, ...]]
 BLUR_WINDOW = 9  # pixels; torchvision's kernel in the published augmentation
 BLUR_OFFSETS = np.arange(BLUR_WINDOW, dtype=np.float32) - BLUR_WINDOW // 2
 SOLARISE_THRESHOLD = 128
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue in grey, as in Pillow
 
 
 def build_pipeline(
@@ -38,7 +39,7 @@ def build_pipeline(
     """A built pipeline whose outputs are global, local and anchor crops, those there are, each uint8 [images, crops, 3, height, width].
 
     ``source`` gives what ``source_outputs`` makes of a batch; of ``spec`` only the numbers of crops
-    count, sizes come with each batch. ``resizing``: threads that resize beside the calling one's, on a CPU.
+    and ``contrast_about`` count, sizes come with each batch. ``resizing``: threads that resize beside the calling one's, on a CPU.
     """
     num_crops, num_sizes = spec.num_crops, len(spec.sizes)
     num_anchors = NUM_GLOBAL if spec.anchor_size is not None else 0
@@ -64,7 +65,12 @@ def build_pipeline(
         cut = [*windows, *windows[:num_anchors]]
         resized = _resize(_decode(encoded, device_id), wanted, cut, on_cpu)
         crops = [  # height, width, channel
-            _distort(resized[crop], photometric[crop], device_id, can_solarise=crop == 1)
+            _distort(
+                _recolour(resized[crop], photometric[crop], spec.contrast_about, device_id),
+                photometric[crop],
+                device_id,
+                can_solarise=crop == 1,
+            )
             for crop in range(num_crops)
         ]
         kinds = crops[:NUM_GLOBAL], crops[NUM_GLOBAL:], resized[num_crops:]
@@ -104,12 +110,38 @@ def _resize(
 
 
 @no_type_check
-def _distort(crop: Any, photometric: Any, device_id: int | None, *, can_solarise: bool) -> Any:
+def _recolour(crop: Any, photometric: Any, contrast_about: str, device_id: int | None) -> Any:
+    """Saturation and hue, which keep the mean grey, then contrast and brightness."""
     brightness, contrast, saturation, hue = (photometric[i] for i in range(4))
-    if (brightness != 1.0) | (contrast != 1.0) | (saturation != 1.0) | (hue != 0.0):
-        crop = fn.color_twist(
-            crop, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue
+    if contrast_about == "middle":
+        if (brightness != 1.0) | (contrast != 1.0) | (saturation != 1.0) | (hue != 0.0):
+            crop = fn.color_twist(
+                crop, brightness=brightness, contrast=contrast, saturation=saturation, hue=hue
+            )
+        return crop
+    if (saturation != 1.0) | (hue != 0.0):
+        crop = fn.color_twist(crop, saturation=saturation, hue=hue)
+    if (brightness != 1.0) | (contrast != 1.0):
+        crop = _contrast(crop, brightness, contrast, device_id)
+    return crop
+
+
+@no_type_check
+def _contrast(crop: Any, brightness: Any, contrast: Any, device_id: int | None) -> Any:
+    """Contrast about the mean grey, then brightness; on a GPU as arithmetic, since operators take parameters from the host only."""
+    means = fn.reductions.mean(crop, axes=[0, 1])
+    if device_id is None:
+        grey = fn.reductions.sum(means * types.Constant(LUMA))
+        return fn.brightness_contrast(
+            crop, brightness=brightness, contrast=contrast, contrast_center=grey
         )
+    grey = fn.reductions.sum(means * types.Constant(LUMA, device="gpu"))
+    wanted = ((crop - grey) * contrast.gpu() + grey) * brightness.gpu()
+    return fn.cast(math.clamp(wanted, 0.0, 255.0) + 0.5, dtype=types.UINT8)
+
+
+@no_type_check
+def _distort(crop: Any, photometric: Any, device_id: int | None, *, can_solarise: bool) -> Any:
     if photometric[4] > 0.0:
         crop = _blur(crop, photometric[4], device_id)
     if can_solarise:  # noqa: SIM102  # decided in Python, the next line per sample in the graph

@@ -27,6 +27,7 @@ def crop_schedule(
             flip_probability=crops.flip,
             blur_sigma=crops.blur_sigma,
             blur=crops.blur,
+            contrast_about=crops.contrast_about,
         )
         for global_size, local_size, _ in kinds
     ]

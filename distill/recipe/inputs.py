@@ -120,6 +120,12 @@ class CropsSpec(Section):
             "is the papers'; the released networks had [0, 0.9, 0.5]."
         ),
     )
+    contrast_about: Literal["mean", "middle"] = science(
+        "mean",
+        since=2,
+        was={2: "middle"},
+        description="What contrast turns about: the mean grey of a crop, or 128, which moves the mean of dark pictures. The default is the published one.",
+    )
     eval_size: int | None = machine(
         None,
         ge=8,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -384,11 +385,12 @@ def run_graph(
     photometric: list[float],
     tmp_path: Path,
     crop: int = 0,
+    contrast_about: Literal["mean", "middle"] = "mean",
 ) -> NDArray[np.uint8]:
     """One crop of one image through the graph with fixed parameters, [height, width, 3]."""
     path = tmp_path / "image.png"
     Image.fromarray(image).save(path)
-    spec = replace(SPEC, num_local=0, anchor_size=None)
+    spec = replace(SPEC, num_local=0, anchor_size=None, contrast_about=contrast_about)
     parameters = CropParameters(
         np.array([[window, window]], np.float32), np.array([[photometric, photometric]], np.float32)
     )
@@ -418,23 +420,46 @@ def exact_crop(image: NDArray[np.uint8]) -> NDArray[np.float64]:
     return image[:32, :32].astype(np.float64)
 
 
+@pytest.mark.parametrize("about", ["mean", "middle"])
 @pytest.mark.parametrize(
     ("brightness", "contrast", "saturation"),
     [(1.3, 1.0, 1.0), (1.0, 0.7, 1.0), (1.0, 1.0, 0.0), (0.8, 1.2, 1.1)],
 )
 def test_graph__colour_equals_its_definition(
-    brightness: float, contrast: float, saturation: float, tmp_path: Path
+    brightness: float,
+    contrast: float,
+    saturation: float,
+    about: Literal["mean", "middle"],
+    tmp_path: Path,
 ) -> None:
     image = picture(2)
-    got = run_graph(
-        image, [0, 0, 32, 32], [brightness, contrast, saturation, 0.0, 0.0, 0.0], tmp_path
-    )
+    photometric = [brightness, contrast, saturation, 0.0, 0.0, 0.0]
+    got = run_graph(image, [0, 0, 32, 32], photometric, tmp_path, contrast_about=about)
     pixels = exact_crop(image)
     grey = pixels @ np.array([0.299, 0.587, 0.114])
     mixed = grey[..., None] + saturation * (pixels - grey[..., None])
-    expected = np.clip(((mixed - 128.0) * contrast + 128.0) * brightness, 0, 255)
-    # saturation, contrast about 128, brightness; one level for rounding, one for luma weights that differ in the third decimal
+    centre = grey.mean() if about == "mean" else 128.0
+    if about == "mean":  # two operators, with pixels between them, as torchvision's
+        mixed = np.clip(mixed, 0, 255)
+    expected = np.clip(((mixed - centre) * contrast + centre) * brightness, 0, 255)
+    # saturation, contrast, brightness; one level for rounding, one for luma weights that differ in the third decimal
     assert np.abs(got - expected).max() <= 2
+
+
+@pytest.mark.parametrize(("about", "moves"), [("mean", 2.0), ("middle", 25.0)])
+def test_graph__contrast_of_a_dark_picture(
+    about: Literal["mean", "middle"], moves: float, tmp_path: Path
+) -> None:
+    """About its mean grey it keeps that but for what is cut at 0; about 128 a mean of 19 moves by tens of levels."""
+    dark = np.random.default_rng(0).integers(0, 38, (32, 32, 3), dtype=np.uint8)
+    change = []
+    for contrast in (0.7, 1.3):
+        got = run_graph(
+            dark, [0, 0, 32, 32], [1.0, contrast, 1.0, 0.0, 0.0, 0.0], tmp_path, 0, about
+        )
+        change.append(got.mean() - dark.mean())
+    spread = max(change) - min(change)
+    assert spread < moves if about == "mean" else spread > moves
 
 
 def test_graph__hue_keeps_luma_and_turns_colour(tmp_path: Path) -> None:
