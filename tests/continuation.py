@@ -17,10 +17,10 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 
 from distill.data.build_index import build_index
-from distill.evaluate.images import Preparation, Scored, extract, read_split, splits_of
-from distill.evaluate.knn import BASELINE_PX, knn
-from distill.evaluate.score import mean_interval
-from distill.report.mosaics import DenseProbe
+from distill.protocols.images import Preparation, Scored, extract, read_split, splits_of
+from distill.protocols.knn import BASELINE_PX, knn
+from distill.protocols.mosaics import DenseProbe
+from distill.protocols.score import mean_interval
 from distill.weights.load import load_backbone
 
 EVERY, SEEDS, STEPS, K = 3, (0, 1, 2), 30, 20

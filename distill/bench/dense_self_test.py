@@ -24,9 +24,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from distill.evaluate.dense_tasks import DENSE
 from distill.evaluate.files import evaluate_files
 from distill.evaluate.scoring import Wanted
+from distill.protocols.dense_tasks import DENSE
 
 SIDE, PATCH = 32, 8  # of the network
 WIDTH, HEIGHT = 64, 48

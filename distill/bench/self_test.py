@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from distill.bench import dense_self_test
 from distill.evaluate.files import evaluate_files
-from distill.evaluate.images import Preparation, extract_all
-from distill.evaluate.map_set import PatchNetwork
-from distill.evaluate.score import Protocol
 from distill.evaluate.scoring import Wanted
-from distill.evaluate.tasks import TASKS
 from distill.export.save import ExportFacts, write_backbone
+from distill.protocols.images import Preparation, extract_all
+from distill.protocols.map_set import PatchNetwork
+from distill.protocols.score import Protocol
+from distill.protocols.tasks import TASKS
 from distill.weights.load import load_backbone
 from teacher.shapes import ViTSpec
 

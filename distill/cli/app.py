@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _problem_of(error: Exception, words: Sequence[str]) -> UserError:
     """An error as people read it; without a message where its help was printed."""
     if isinstance(error, UserError):
-        from distill.cli.yaml_causes import with_cause
+        from distill.listing.yaml_causes import with_cause
 
         return with_cause(error)
     if not is_usage(error):

@@ -128,11 +128,11 @@ def _export_all(
 ) -> "list[Exported]":
     """Every network in every format, each complete or not there."""
     from distill.evaluate.export_choice import exporters
-    from distill.evaluate.images import Preparation
     from distill.export.export import export_network
     from distill.job.origin import background_of
     from distill.job.stored_recipes import read_recipes
     from distill.job.to_data import decoding_of
+    from distill.protocols.images import Preparation
 
     recipes, scores = read_recipes(run), _read_json(run / "summary.json")
     clear, finished = decoding_of(recipes[0].data).background, list["Exported"]()
@@ -216,7 +216,7 @@ def _no_students(run: Path) -> UserError:
 
 def _read_recipe(run: Path) -> "FamilyRecipe | TeacherRecipe":
     """The recipe as the run resolved it; it lies in the run folder, wherever that was copied to."""
-    from distill.recipe.document import RESOLVED
+    from distill.listing.document import RESOLVED
     from distill.recipe.reader import load_recipe
 
     return load_recipe(run / RESOLVED)

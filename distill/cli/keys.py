@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.cli.json_schema import KINDS, Kinds, schema
-from distill.recipe.types import Loc, Section, facts_of, fields_of, section_in
+from distill.listing.document import Loc
+from distill.recipe.types import Section, facts_of, fields_of, section_in
 
 Reads = dict[tuple[type[Section], str], set[str]]  # modules that read a field of a section
 BOUNDS = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from distill.cli.json_schema import MARK, schema_name, schema_text
 from distill.errors import RecipeError
-from distill.recipe.document import find_recipe
+from distill.listing.document import find_recipe
 from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe
 from distill.recipe.reader import load_recipe, teacher_recipe_of
 from distill.runfolder.files import make_folder, replace_text

@@ -15,7 +15,7 @@ recipes_app = typer.Typer(help="List, show and copy the built-in recipes.", no_a
 @recipes_app.command("list")
 def list_recipes(as_json: JsonOption = False) -> None:
     """Names of the built-in recipes and what each is for."""
-    from distill.recipe.document import builtin_recipes
+    from distill.listing.document import builtin_recipes
 
     titles = {
         name: path.read_text().splitlines()[0].removeprefix("# ")
@@ -31,7 +31,7 @@ def list_recipes(as_json: JsonOption = False) -> None:
 @recipes_app.command("show")
 def show_recipe(recipe: RecipeArgument) -> None:
     """Print a recipe."""
-    from distill.recipe.document import find_recipe
+    from distill.listing.document import find_recipe
 
     sys.stdout.write(printable(find_recipe(recipe).read_text()))
 

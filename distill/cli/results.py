@@ -23,8 +23,8 @@ from distill.errors import RecipeError, UserError
 from distill.screen.console import make_console, printable
 
 if TYPE_CHECKING:
-    from distill.evaluate.score import Protocol
     from distill.evaluate.scoring import Wanted
+    from distill.protocols.score import Protocol
 
 Targets = Annotated[
     list[Path] | None,
@@ -107,10 +107,10 @@ def _require_run(run: Path) -> None:
 
 def _wanted(tasks: str, protocol: str) -> tuple["Wanted", list[str]]:
     """What to compute, and a line for every task that is not known."""
-    from distill.evaluate.dense_tasks import DENSE
-    from distill.evaluate.score import PROTOCOLS
     from distill.evaluate.scoring import Wanted
-    from distill.evaluate.tasks import COST, TASKS, chosen_tasks
+    from distill.protocols.dense_tasks import DENSE
+    from distill.protocols.score import PROTOCOLS
+    from distill.protocols.tasks import COST, TASKS, chosen_tasks
 
     known, unknown = chosen_tasks([name.strip() for name in tasks.split(",") if name.strip()])
     found = [each for each in PROTOCOLS if each == protocol]
@@ -201,8 +201,8 @@ def _score_steps(runs: Sequence[Path], *, as_json: bool) -> None:
     """Students by their closeness to the teacher, and the teacher itself where it was trained here."""
     from dataclasses import asdict
 
-    from distill.report.over_steps import plot_progress, score_steps
-    from distill.report.students_over_steps import students_over_steps
+    from distill.evaluate.over_steps import plot_progress, score_steps
+    from distill.evaluate.students_over_steps import students_over_steps
 
     scored, students = {}, dict[str, Any]()
     with redirect_stdout(sys.stderr if as_json else sys.stdout):

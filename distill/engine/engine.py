@@ -26,7 +26,7 @@ way; a number times one is the same number.
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +35,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.engine.clipping import CLIPPED_AS, divisors, gradients_of, part_of, squared_norms
+from distill.engine.clipping import CLIPPED_AS, divisors, gradients_of, squared_norms
+from distill.engine.config import EngineSettings, deepspeed_config, parameter_groups
 from distill.engine.deepspeed_private import count_from, require_private_names
 from distill.engine.group_as_world import GroupAsWorld, GroupLayout
 from distill.engine.layouts import shards_of
@@ -45,32 +46,6 @@ StateSnapshot = list[
 ]  # of every parameter group this rank's part of each kind of state
 STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 BETA1 = 0.9
-ONE_GROUP = 10**12  # numbers; a parameter group is never split
-MOST_AT_ONCE = 500_000_000  # gradients that are reduced together, DeepSpeed's limit
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """How one network is optimised. ``precision`` is "fp32" or "bf16" (fp32 master weights either way).
-
-    A step's gradient is the sum of ``num_parts`` micro-batches', added up in fp32. In bf16 that takes
-    stage 2 in place of 1, which adds up in bf16, where late micro-batches round away.
-    ``lr_factor``: of a parameter's learning rate, by its name. ``freezes_backbone``: some steps do not train
-    what is named ``backbone.``. ``first_id``: where stage 3 counts this network's parameters from, the same
-    on every rank, another for every network. ``clip_by``: "network", or "module" for a norm of the backbone
-    and one of each head.
-    """
-
-    zero_stage: int
-    precision: str
-    gradient_clip: float
-    images_per_rank: int
-    num_parts: int = 1
-    beta2: float = 0.99
-    lr_factor: Callable[[str], float] = lambda _: 1.0
-    first_id: int = 0
-    clip_by: str = "network"
-    freezes_backbone: bool = False
 
 
 @dataclass(frozen=True)
@@ -126,7 +101,7 @@ class Engine:
         device = next(module.parameters()).device
         self._world = GroupAsWorld(comm.cdb, group, device)
         self._adamw: Any = torch.optim.AdamW(
-            _parameter_groups(module, settings),
+            parameter_groups(module, settings),
             lr=0.0,
             betas=(BETA1, settings.beta2),
             fused=True,
@@ -141,7 +116,7 @@ class Engine:
             self._engine, self._zero, _, _ = deepspeed.initialize(
                 model=module,
                 optimizer=self._adamw,
-                config=_config(settings, sum(p.numel() for p in module.parameters())),
+                config=deepspeed_config(settings, sum(p.numel() for p in module.parameters())),
                 mpu=self._mpu,
                 dist_init_required=False,
             )
@@ -359,52 +334,3 @@ class Engine:
 def to_host(tensor: Tensor, into: Tensor | None) -> Tensor:
     """A copy in host memory; ``into``, which is overwritten, saves new memory and what its first touch costs."""
     return tensor.to("cpu", copy=True) if into is None else into.copy_(tensor)
-
-
-def _parameter_groups(module: nn.Module, settings: EngineSettings) -> list[dict[str, Any]]:
-    """Trained parameters in as few groups as differ: matrices, vectors (no weight decay), prototypes and a frozen backbone (separate learning rate), each by its factor and what it is clipped with."""
-    kinds: dict[tuple[bool, bool, bool, float, str], list[nn.Parameter]] = {}
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        is_prototypes = ".prototypes." in name
-        is_decayed = parameter.ndim > 1 and not name.endswith(("_token", "_tokens"))
-        is_backbone = settings.freezes_backbone and name.startswith("backbone.")
-        clipped_as = part_of(name, settings.clip_by)
-        kind = (is_prototypes, is_decayed, is_backbone, settings.lr_factor(name), clipped_as)
-        kinds.setdefault(kind, []).append(parameter)
-    keys = "is_prototypes", "is_decayed", "is_backbone", "lr_factor", CLIPPED_AS
-    return [
-        {"params": parameters, **dict(zip(keys, kind, strict=True))}
-        for kind, parameters in kinds.items()
-    ]
-
-
-def _config(settings: EngineSettings, num_parameters: int) -> dict[str, Any]:
-    adds_halves = settings.precision == "bf16" and settings.num_parts > 1
-    zero: dict[str, Any] = {
-        "stage": settings.zero_stage,
-        "overlap_comm": False,
-        "reduce_bucket_size": min(MOST_AT_ONCE, num_parameters),  # all of it is taken at every step
-    }
-    if settings.zero_stage == 3:
-        zero |= {
-            "stage3_param_persistence_threshold": 0,
-            "memory_efficient_linear": False,
-            "sub_group_size": ONE_GROUP,
-        }
-    else:
-        zero |= {"stage": 2 if adds_halves else settings.zero_stage, "compute_grad_norm": False}
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": max(1, settings.images_per_rank),
-        "gradient_accumulation_steps": settings.num_parts,
-        "gradient_clipping": settings.gradient_clip
-        if settings.zero_stage == 3 and settings.clip_by == "network"
-        else 0.0,
-        "zero_optimization": zero,
-    }
-    if settings.precision == "bf16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": False}
-    if adds_halves:
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config

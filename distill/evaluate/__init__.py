@@ -1,1 +1,1 @@
-"""Scores of networks: images with labels, features of them, k-NN and dense probes."""
+"""Score networks of a run or of files, over its checkpoints too: tables, costs, a conclusion in words."""

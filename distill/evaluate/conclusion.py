@@ -15,7 +15,7 @@ from typing import Any
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from distill.evaluate.score import bootstrap, interval_of
+from distill.protocols.score import bootstrap, interval_of
 
 FEW_IMAGES = 500  # held-out; below, intervals are about 0.1 wide
 

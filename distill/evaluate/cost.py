@@ -24,10 +24,10 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from distill.evaluate.conclusion import Voted
-from distill.evaluate.score import bootstrap, interval_of
 from distill.export.graphs import Graph
 from distill.export.int8 import INT8_FILE
 from distill.export.licences import record_in
+from distill.protocols.score import bootstrap, interval_of
 from students.shapes import BackboneSpec
 
 BATCH = 32

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from distill.errors import RecipeError
 from distill.evaluate.heads import fit_head, head_exporters
-from distill.evaluate.images import Preparation
 from distill.evaluate.int8 import int8_exporter
-from distill.evaluate.score import PROTOCOLS, Protocol
 from distill.export.choice import Choice
 from distill.export.exporter import Exporter
 from distill.listing.extensions import ExtensionKind, find
+from distill.protocols.images import Preparation
+from distill.protocols.score import PROTOCOLS, Protocol
 
 
 def require(choice: Choice) -> str:

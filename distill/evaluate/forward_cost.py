@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from distill.evaluate.cost import Timed
-from distill.evaluate.images import scoring_dtype
 from distill.plan.flops import backbone_tflops
+from distill.protocols.images import scoring_dtype
 from students.shapes import BackboneSpec
 
 TIMED_SIDES = (512, 384, 256, 128, 64)  # pixels; the largest that costs at most MOST_TIMED_TFLOP

@@ -20,15 +20,15 @@ from torch import Tensor
 
 from distill.errors import RecipeError, UserError
 from distill.evaluate.files import network_of, read_source, with_one_background
-from distill.evaluate.images import ReadSplit
-from distill.evaluate.knn import balanced_accuracy
-from distill.evaluate.knn_protocols import TEMPERATURE, score_knn
-from distill.evaluate.linear import fit_probe, score_linear
-from distill.evaluate.score import CannotScoreError, Protocol, Sample, Score
 from distill.evaluate.scoring import Images, Network, features_of
 from distill.export.classifiers import KnnHead, LinearHead
 from distill.export.exporter import Exporter, Measured
 from distill.export.heads import CLASSIFIER, FORMS, Classifier, read_logits, with_head
+from distill.protocols.images import ReadSplit
+from distill.protocols.knn import balanced_accuracy
+from distill.protocols.knn_protocols import TEMPERATURE, score_knn
+from distill.protocols.linear import fit_probe, score_linear
+from distill.protocols.score import CannotScoreError, Protocol, Sample, Score
 from distill.runfolder.status import KNN_K
 from distill.weights.load import load_backbone
 from students.shapes import BackboneSpec

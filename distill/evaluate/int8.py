@@ -15,16 +15,6 @@ import torch
 from distill.data.build_index import build_index
 from distill.data.index import ImageIndex
 from distill.errors import UserError
-from distill.evaluate.closeness import FEWEST_IMAGES, MUTUAL_K, mutual_knn
-from distill.evaluate.images import (
-    BATCH,
-    Extracted,
-    Preparation,
-    decode_images,
-    read_preparation,
-    unlabelled,
-)
-from distill.evaluate.knn import knn
 from distill.evaluate.run import read_run_images
 from distill.evaluate.scoring import Images, Network, features_of, spaced
 from distill.export.exporter import Exporter, Measured
@@ -32,6 +22,16 @@ from distill.export.graphs import Graph
 from distill.export.int8 import INT8_FILE, require_quantiser, with_int8
 from distill.export.to_onnx import FILE
 from distill.listing.locations import Location
+from distill.protocols.closeness import FEWEST_IMAGES, MUTUAL_K, mutual_knn
+from distill.protocols.images import (
+    BATCH,
+    Extracted,
+    Preparation,
+    decode_images,
+    read_preparation,
+    unlabelled,
+)
+from distill.protocols.knn import knn
 from distill.runfolder.status import KNN_K
 from distill.weights.load import load_backbone, shape_of
 from students.shapes import BackboneSpec

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from distill.evaluate.images import Preparation, scoring_dtype
+from distill.protocols.images import Preparation, scoring_dtype
 from teacher.batch import Backbone, normalise
 from teacher.vit import Tile, ViT
 

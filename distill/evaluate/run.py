@@ -16,7 +16,8 @@ import torch
 
 from distill.data.decode import background_of
 from distill.errors import UserError
-from distill.evaluate.images import (
+from distill.evaluate.scoring import Images, Network, Results, Wanted, score_networks
+from distill.protocols.images import (
     Pixels,
     Preparation,
     Scored,
@@ -26,8 +27,7 @@ from distill.evaluate.images import (
     read_splits,
     read_unlabelled,
 )
-from distill.evaluate.knn import BASELINE_PX
-from distill.evaluate.scoring import Images, Network, Results, Wanted, score_networks
+from distill.protocols.knn import BASELINE_PX
 from distill.runfolder.status import TEACHER, write_json
 from distill.weights.load import shape_of
 from students.shapes import BackboneSpec

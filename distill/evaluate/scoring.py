@@ -17,7 +17,6 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from distill.evaluate.closeness import FEWEST_IMAGES, MUTUAL_K, closeness, effective_rank
 from distill.evaluate.conclusion import Voted, conclude_by_closeness, conclude_by_labels
 from distill.evaluate.cost import (
     Cost,
@@ -27,8 +26,10 @@ from distill.evaluate.cost import (
     measure_graphs,
     sensible_choices,
 )
-from distill.evaluate.dense_tasks import DENSE, DenseTasks
-from distill.evaluate.images import (
+from distill.export.graphs import graphs_of
+from distill.protocols.closeness import FEWEST_IMAGES, MUTUAL_K, closeness, effective_rank
+from distill.protocols.dense_tasks import DENSE, DenseTasks
+from distill.protocols.images import (
     Extracted,
     Preparation,
     ReadSplit,
@@ -36,16 +37,15 @@ from distill.evaluate.images import (
     extract_all,
     scoring_dtype,
 )
-from distill.evaluate.knn import (
+from distill.protocols.knn import (
     balanced_accuracy,
     colour_rows,
     knn_votes,
     pixel_rows,
 )
-from distill.evaluate.map_set import PatchNetwork
-from distill.evaluate.score import CannotScoreError, Protocol, Sample, Score
-from distill.evaluate.tasks import TASKS
-from distill.export.graphs import graphs_of
+from distill.protocols.map_set import PatchNetwork
+from distill.protocols.score import CannotScoreError, Protocol, Sample, Score
+from distill.protocols.tasks import TASKS
 from distill.runfolder.status import KNN_K, TEACHER
 from distill.weights.load import load_backbone
 from students.shapes import BackboneSpec

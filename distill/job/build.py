@@ -15,7 +15,8 @@ from torch import nn
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.index import ImageIndex
 from distill.data.locations import Reader
-from distill.engine.engine import Engine, EngineSettings
+from distill.engine.config import EngineSettings
+from distill.engine.engine import Engine
 from distill.errors import CheckpointError, RecipeError
 from distill.job.to_data import build_feed, build_loader
 from distill.listing.extensions import ExtensionKind, find

@@ -7,9 +7,16 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
-from distill.recipe.document import OVERRIDE, Document, find_recipe, read_document, with_overrides
+from distill.listing.document import (
+    OVERRIDE,
+    Document,
+    Loc,
+    find_recipe,
+    read_document,
+    with_overrides,
+)
 from distill.recipe.keys import Recipe
-from distill.recipe.types import Loc, Section, facts_of
+from distill.recipe.types import Section, facts_of
 
 
 def resolved_yaml(recipe: str, overrides: Sequence[str], loaded: Recipe) -> str:

@@ -42,6 +42,7 @@ from distill.job.prepare import CHECKPOINTS, FITTED_HEADS, Job
 from distill.job.pretraining import HeadFitting, Pretraining
 from distill.job.resume import agreed_checkpoint, joining_steps
 from distill.job.write_networks import write_students, write_teacher
+from distill.listing.document import RESOLVED
 from distill.listing.extensions import BUILTIN, ExtensionKind, find
 from distill.listing.storage import Storage
 from distill.plan.flops import DEFAULT_DEVICE, Device
@@ -54,7 +55,6 @@ from distill.plan.from_recipe import (
 )
 from distill.plan.here import timed_as
 from distill.plan.teacher_source import teacher_shape
-from distill.recipe.document import RESOLVED
 from distill.recipe.keys import (
     FAMILY_PHASE,
     HEADS_PHASE,

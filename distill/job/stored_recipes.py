@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distill.job.resolved_yaml import resolved_yaml
+from distill.listing.document import RESOLVED, RESOLVED_TEACHER, find_recipe
 from distill.listing.source_paths import source_path
 from distill.plan.teacher_source import with_teacher_stats
-from distill.recipe.document import RESOLVED, RESOLVED_TEACHER, find_recipe
 from distill.recipe.init_keys import LicenceSpec
 from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe

@@ -77,8 +77,8 @@ def run(recipe: str, overrides: list[str], options: Options) -> int:
         UserError: with the exit code of the failure: 1, or 4 where a rank died or hung.
     """
     from distill.job.prepare import JobRequest
+    from distill.listing.document import builtin_recipes
     from distill.listing.extensions import ExtensionKind, find
-    from distill.recipe.document import builtin_recipes
     from distill.recipe.reader import load_job
 
     parsed, _ = load_job(recipe, overrides)

@@ -49,7 +49,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 def follow(run_folder: str, name: str) -> None:  # noqa: ARG001  # as every process beside the ranks
     """Is the process: writes milestones as they come, until standard input is closed."""
-    from distill.report.milestones import LEFT_MESSAGE, MilestoneWriter
+    from distill.evaluate.milestones import LEFT_MESSAGE, MilestoneWriter
 
     os.nice(10)
     threading.Thread(target=_end_with_launcher, daemon=True).start()

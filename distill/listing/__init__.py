@@ -1,1 +1,1 @@
-"""Find what a recipe names outside itself: the images of a source and where they lie, installed packages, code."""
+"""Read what a user gives, before it has a meaning: the text of a recipe, the images of a source, packages and code that are named."""

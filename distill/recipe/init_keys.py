@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import BeforeValidator
 
-from distill.recipe.types import Loc, Problem, Section, machine, science
+from distill.listing.document import Loc, Problem
+from distill.recipe.types import Section, machine, science
 
 INIT = "init"  # of `gram.teacher`: the weights that pretraining starts from
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Strict
 
+from distill.listing.document import Loc, Problem
 from distill.recipe.extension_keys import Extensions, Of, extensions_key
 from distill.recipe.inputs import CropsSpec, DataSpec, MasksSpec
 from distill.recipe.networks import HeadsSpec, Model, Student, TeacherSource
@@ -22,7 +23,7 @@ from distill.recipe.schedules import (
     StageSpec,
     TeacherScheduleSpec,
 )
-from distill.recipe.types import Every, Format, Loc, Name, Problem, Section, machine, science
+from distill.recipe.types import Every, Format, Name, Section, machine, science
 
 HEADS_PHASE, FAMILY_PHASE = RESERVED_PHASES = ("heads", "family")
 

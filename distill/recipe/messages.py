@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from distill.errors import RecipeError
-from distill.recipe.document import KEY, MAX_RECIPE_BYTES, OVERRIDE, Document, marked
+from distill.listing.document import KEY, MAX_RECIPE_BYTES, OVERRIDE, Document, Loc, Problem, marked
 from distill.recipe.keys import TeacherRecipe
-from distill.recipe.types import Loc, Problem, Section, all_keys, fields_of, section_at
+from distill.recipe.types import Section, all_keys, fields_of, section_at
 
 LISTS = frozenset({"students", "stages", "sources"})  # keys whose value is a list of groups
 EXPECTED = "Input should be "  # how pydantic begins; what follows is what is allowed

@@ -13,12 +13,14 @@ from typing import Any
 from pydantic import ValidationError
 
 from distill.errors import RecipeError
-from distill.recipe.document import (
+from distill.listing.document import (
     KEY,
     OVERRIDE,
     RESOLVED,
     RESOLVED_TEACHER,
     Document,
+    Loc,
+    Problem,
     find_recipe,
     read_document,
     with_overrides,
@@ -29,7 +31,7 @@ from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe
 from distill.recipe.messages import explain, place_of, refuse, render, resembled
 from distill.recipe.networks import HEADS_MODES
 from distill.recipe.rules import Parts, find_conflicts, items_of
-from distill.recipe.types import BUILTIN_PHOTOGRAPHS, Loc, Problem, Section, fields_of, section_in
+from distill.recipe.types import BUILTIN_PHOTOGRAPHS, Section, fields_of, section_in
 
 TEACHER_PREFIX = "teacher:"
 Kind = type[FamilyRecipe] | type[TeacherRecipe]

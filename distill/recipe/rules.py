@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distill.errors import RecipeError
+from distill.listing.document import Loc, Problem
 from distill.listing.extensions import ExtensionKind, require
 from distill.recipe.init_keys import gram_rules
 from distill.recipe.keys import RESERVED_PHASES, export_problems
 from distill.recipe.networks import HEADS_MODES, RESERVED_NETWORKS, ArchSpec
-from distill.recipe.types import BUILTIN_PHOTOGRAPHS, Loc, Problem, is_custom
+from distill.recipe.types import BUILTIN_PHOTOGRAPHS, is_custom
 from students.shapes import CATALOG
 from teacher.shapes import ViTSpec
 

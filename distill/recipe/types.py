@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from distill.listing.document import Loc
 from students.shapes import CATALOG
 
 ARCHITECTURES = tuple(CATALOG)
@@ -31,8 +32,6 @@ LARGEST_INT = 2**63 - 1  # a plan multiplies up to ten numbers of a recipe, and 
 LARGEST_FLOAT = 1e30
 RECIPE_FORMAT = 3  # the newest; a release that adds a key or changes a default has the next
 BUILTIN_PHOTOGRAPHS = "builtin:photographs"
-Loc = tuple[str | int, ...]
-Problem = tuple[Loc, str]
 
 
 def science(

@@ -20,8 +20,8 @@ from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
 from distill.errors import DataError, RecipeError, SetupError
 from distill.evaluate.forward_cost import BYTES_FP32, CostModel, ForwardCost, available_bytes
-from distill.evaluate.images import PICTURE_LIMIT_S, Preparation
 from distill.evaluate.patch_maps import fit, fitted_hw, patch_features, tile_shapes
+from distill.protocols.images import PICTURE_LIMIT_S, Preparation
 from distill.report.pictures import PictureMaps
 from distill.screen.picture_grid import Band, Column, Point, render
 from distill.screen.words import duration

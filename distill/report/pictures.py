@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from distill.evaluate.images import Preparation
 from distill.evaluate.patch_maps import fit, patch_features
+from distill.protocols.images import Preparation
 from distill.report.hover import HOVER, pack, write_hover
 from distill.screen.components import (
     cosine_map,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.errors import UserError
-from distill.recipe.document import RESOLVED, RESOLVED_TEACHER, read_document
+from distill.listing.document import RESOLVED, RESOLVED_TEACHER, read_document
 from distill.runfolder.events import Event, read_events
 from distill.runfolder.metrics import MetricsRow, read_rows
 from distill.runfolder.status import TEACHER, PhaseStatus, Status, StatusFile

@@ -17,19 +17,19 @@ from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
 from distill.engine.device import has_gpu
 from distill.errors import UserError
-from distill.evaluate.images import PICTURE_LIMIT_S, Preparation
+from distill.evaluate.milestones import write_after
 from distill.evaluate.run import evaluate_run
 from distill.evaluate.scoring import Wanted
-from distill.evaluate.tasks import USUAL
 from distill.export.licences import RECORD
 from distill.job.origin import complete_cards, stored_licences
 from distill.job.prepare import IMAGES, Job, read_job
 from distill.job.to_data import decoding_of
+from distill.protocols.images import PICTURE_LIMIT_S, Preparation
+from distill.protocols.tasks import USUAL
 from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.report.ending import write_ending
-from distill.report.milestones import write_after
 from distill.report.pictures import plot_features
 from distill.runfolder.files import is_full
 from distill.runfolder.metrics import read_rows

@@ -9,12 +9,12 @@ from torch import nn
 
 from distill.errors import RecipeError
 from distill.evaluate.files import named_networks, split_name, stated_preparation
-from distill.evaluate.images import Preparation
+from distill.evaluate.over_steps import checkpoints_of, load_ema
+from distill.evaluate.students_over_steps import student_checkpoints
 from distill.job.prepare import read_job
+from distill.protocols.images import Preparation
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.report.look import Say, Viewed
-from distill.report.over_steps import checkpoints_of, load_ema
-from distill.report.students_over_steps import student_checkpoints
 from distill.runfolder.status import TEACHER
 from distill.weights.load import load_backbone, shape_of
 from distill.weights.outside import is_outside, load_outside

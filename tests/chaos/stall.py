@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.engine.engine import Engine, EngineSettings, prepare_deepspeed, to_host
+from distill.engine.config import EngineSettings
+from distill.engine.engine import Engine, prepare_deepspeed, to_host
 from distill.engine.held_copies import Nodes, folder_here
 from distill.engine.peer_copies import PeerCopies
 from distill.plan.placement import NetworkCost

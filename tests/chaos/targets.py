@@ -21,8 +21,8 @@ from distill.export.save import ExportFacts, write_backbone, write_heads
 from distill.job.resolved_yaml import resolved_yaml
 from distill.launch.node import ranks_on_node
 from distill.launch.variables import is_launched, launched_rank
+from distill.listing.document import builtin_recipes
 from distill.plan.job import check_job
-from distill.recipe.document import builtin_recipes
 from distill.recipe.reader import load_job
 from distill.runfolder.manifest import MANIFEST, find_latest
 from distill.runfolder.tensor_file import SUFFIX, read_tensors

@@ -62,7 +62,7 @@ class Sizes:
 GPU_TESTS = (
     "tests/teacher/test_task.py",
     "tests/students/test_student.py",
-    "tests/distill/evaluate/test_knn.py",
+    "tests/distill/protocols/test_knn.py",
     "tests/distill/train/test_waits.py",
     "tests/distill/bench/test_measure.py",
 )

@@ -16,7 +16,7 @@ from distill.cli.json_schema import KINDS
 from distill.cli.keys import keys
 from distill.cli.usage_errors import is_usage
 from distill.errors import RecipeError, UserError
-from distill.recipe.document import builtin_recipes
+from distill.listing.document import builtin_recipes
 from distill.recipe.reader import load_recipe
 from tests.support.third_party import PROJECT, direct_dependencies
 

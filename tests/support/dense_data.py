@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from distill.data.locations import Kind, Location
-from distill.evaluate.images import Preparation
-from distill.evaluate.map_set import MapSet, PatchNetwork
 from distill.listing.held import Held
 from distill.listing.map_pairs import MapPair
+from distill.protocols.images import Preparation
+from distill.protocols.map_set import MapSet, PatchNetwork
 from teacher.batch import Features
 
 CPU = torch.device("cpu")

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from distill.engine.engine import Engine, EngineSettings, StepRates
+from distill.engine.config import EngineSettings
+from distill.engine.engine import Engine, StepRates
 from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Plan, without
 from distill.plan.traffic import WireShape

@@ -2,8 +2,8 @@
 
 import torch
 
-from distill.evaluate.images import Extracted
-from distill.evaluate.score import Protocol, Sample
+from distill.protocols.images import Extracted
+from distill.protocols.score import Protocol, Sample
 
 
 def overlapping(num_train: int, protocol: Protocol, shift: float = 0.7, seed: int = 0) -> Sample:

@@ -8,8 +8,8 @@ from PIL import Image
 
 from distill.data.build_index import build_index
 from distill.data.index import ImageIndex
-from distill.evaluate.images import Scored
 from distill.export.save import ExportFacts, write_backbone
+from distill.protocols.images import Scored
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.shapes import ViTSpec
 

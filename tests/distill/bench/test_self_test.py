@@ -8,7 +8,7 @@ from distill.bench import dense_self_test, self_test
 from distill.bench.self_test import Check
 from distill.data.maps import decode_depth
 from distill.evaluate import scoring
-from distill.evaluate.tasks import TASKS
+from distill.protocols.tasks import TASKS
 from tests.support.command import Run
 
 

@@ -12,7 +12,7 @@ from distill.cli.key_text import markdown
 from distill.cli.keys import keys
 from distill.cli.recipe_copy import EDITOR_LINE
 from distill.cli.usage import _sections_below
-from distill.recipe.document import builtin_recipes
+from distill.listing.document import builtin_recipes
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from tests.support.command import Run
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from distill.errors import RecipeError
 from distill.job.prepare import JobRequest, prepare
-from distill.recipe.document import builtin_recipes
+from distill.listing.document import builtin_recipes
 from tests.support.command import Run
 
 FAMILY = """\

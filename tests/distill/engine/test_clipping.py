@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.engine.engine import Engine, EngineSettings, StepRates, prepare_deepspeed
+from distill.engine.config import EngineSettings
+from distill.engine.engine import Engine, StepRates, prepare_deepspeed
 from distill.train.student import SinkhornTargets
 from teacher.batch import CropBatch, PatchMasks, StudentBatch
 from teacher.losses import Objective

@@ -17,13 +17,13 @@ from distill.data.index import ImageIndex
 from distill.errors import RecipeError, UserError
 from distill.evaluate.files import evaluate_files
 from distill.evaluate.heads import HEADS, MOST_OTHER, Fitted, fit_head, head_exporters
-from distill.evaluate.knn import knn_votes
-from distill.evaluate.knn_protocols import weighted_votes
-from distill.evaluate.linear import fit_probe
-from distill.evaluate.score import Protocol
 from distill.evaluate.scoring import Wanted
 from distill.export.card import Inputs
 from distill.export.export import Exported, export_network
+from distill.protocols.knn import knn_votes
+from distill.protocols.knn_protocols import weighted_votes
+from distill.protocols.linear import fit_probe
+from distill.protocols.score import Protocol
 from distill.weights.containers import read_object
 from tests.support.exports import BACKGROUND, names
 from tests.support.samples import overlapping

@@ -10,13 +10,13 @@ import torch
 
 from distill.errors import SetupError, UserError
 from distill.evaluate import int8
-from distill.evaluate.images import Preparation
 from distill.evaluate.int8 import Change, int8_exporter
 from distill.export import int8 as export_int8
 from distill.export.card import Inputs
 from distill.export.export import export_network
 from distill.export.graphs import Graph, graphs_of
 from distill.export.int8 import quantise
+from distill.protocols.images import Preparation
 from distill.weights.containers import read_object
 from tests.support.exports import BACKGROUND, names
 from tests.support.graphs import write_graph

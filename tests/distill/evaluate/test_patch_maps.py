@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill.evaluate.images import Preparation
 from distill.evaluate.patch_maps import (
     OVERLAP,
     _ramp,
@@ -19,6 +18,7 @@ from distill.evaluate.patch_maps import (
     patch_features,
     tile_shapes,
 )
+from distill.protocols.images import Preparation
 from students.shapes import BackboneSpec, ConvNeXtSpec
 from teacher.batch import Features
 from teacher.shapes import ViTSpec

@@ -13,12 +13,12 @@ from distill.data.build_index import build_index
 from distill.data.decode import Rgb, decode_rgb
 from distill.data.index import ImageIndex
 from distill.errors import UserError
-from distill.evaluate.images import (
+from distill.evaluate.run import evaluate_run, network_folders
+from distill.evaluate.scoring import Wanted
+from distill.protocols.images import (
     BF16_FROM,
     scoring_dtype,
 )
-from distill.evaluate.run import evaluate_run, network_folders
-from distill.evaluate.scoring import Wanted
 from tests.support.scored_run import (
     CPU,
     write_run,
@@ -165,10 +165,10 @@ def test_evaluate_run__each_file_is_decoded_once_whatever_sides_are_wanted(
         decoded[hash(encoded.tobytes())] += 1
         return decode_rgb(encoded, background)
 
-    monkeypatch.setattr("distill.evaluate.images.decode_rgb", counted)
+    monkeypatch.setattr("distill.protocols.images.decode_rgb", counted)
     summary = evaluate_run(run_folder, wanted=Wanted(("knn",)))
     assert len(decoded) == 24 + 36 and set(decoded.values()) == {1}
-    monkeypatch.setattr("distill.evaluate.images.MOST_BYTES", 1)  # then again for each network
+    monkeypatch.setattr("distill.protocols.images.MOST_BYTES", 1)  # then again for each network
     assert evaluate_run(run_folder, wanted=Wanted(("knn",))) == summary
     assert set(decoded.values()) == {1 + 1 + 6}
 

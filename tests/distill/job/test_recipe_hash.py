@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from distill.job.recipe_hash import recipe_hash
-from distill.recipe.document import RESOLVED, builtin_recipes
+from distill.listing.document import RESOLVED, builtin_recipes
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job
 from distill.recipe.types import Section

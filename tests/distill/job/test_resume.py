@@ -5,7 +5,7 @@ import pytest
 from distill.errors import CheckpointError
 from distill.job.recipe_hash import recipe_hash
 from distill.job.resume import describe_resume, find_saved, joining_steps
-from distill.recipe.document import builtin_recipes
+from distill.listing.document import builtin_recipes
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_recipe
 from distill.runfolder.manifest import FORMAT_VERSION, ChangedError, Manifest, NetworkFacts

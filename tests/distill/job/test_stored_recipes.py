@@ -10,7 +10,7 @@ from distill.cli.recipe_copy import copy_recipe
 from distill.job.prepare import Job, JobRequest, prepare, read_job
 from distill.job.recipe_hash import recipe_hash
 from distill.job.stored_recipes import load_from_here, read_recipes, write_recipes
-from distill.recipe.document import RESOLVED, RESOLVED_TEACHER, builtin_recipes
+from distill.listing.document import RESOLVED, RESOLVED_TEACHER, builtin_recipes
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job
 from tests.support.jobs import FAMILY, TEACHER, write_images

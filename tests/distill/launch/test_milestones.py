@@ -16,7 +16,7 @@ WANTED = CheckpointSpec(export=True, milestones=5)
 PATCH = """
 import os, sys, time
 from distill.launch import milestones
-from distill.report import milestones as writing
+from distill.evaluate import milestones as writing
 class Writer:
     def __init__(self, *_): pass
     def write_left(self):

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from distill.errors import StorageError
-from distill.evaluate.images import Scored, read_split
 from distill.listing.limit import BLOCKED_IN_A_ROW, BlockedError, LimitedCalls, in_order
 from distill.listing.locations import Location
+from distill.protocols.images import Scored, read_split
 from tests.support.pictures import picture
 
 ROOT = Path(__file__).parents[3]
@@ -24,7 +24,7 @@ BLOCKING = """
 import signal, sys, torch
 from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without
-from distill.evaluate.images import Scored, read_split
+from distill.protocols.images import Scored, read_split
 from distill.listing import locations
 
 def read_file(path):

@@ -9,8 +9,8 @@ from distill.cli.usage import _sections_below
 from distill.errors import RecipeError
 from distill.job.recipe_hash import recipe_hash
 from distill.job.resolved_yaml import _without_null
+from distill.listing.document import builtin_recipes
 from distill.recipe import formats
-from distill.recipe.document import builtin_recipes
 from distill.recipe.formats import has_changed_since, with_defaults_of
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.reader import load_job

@@ -17,7 +17,7 @@ from distill.errors import RecipeError
 from distill.job.recipe_hash import recipe_hash
 from distill.job.resolved_yaml import resolved_yaml
 from distill.job.to_data import decoding_of, pools_of
-from distill.recipe.document import RESOLVED, builtin_recipes, find_recipe
+from distill.listing.document import RESOLVED, builtin_recipes, find_recipe
 from distill.recipe.extension_keys import Unread
 from distill.recipe.keys import CheckpointSpec, FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import ArchSpec

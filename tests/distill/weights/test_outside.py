@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from distill.errors import CheckpointError
-from distill.evaluate.images import Preparation
 from distill.evaluate.patch_maps import patch_features
+from distill.protocols.images import Preparation
 from distill.weights.outside import is_outside, load_outside
 from tests.support.outside import SMALL, write_outside
 from tests.support.pictures import picture
