@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 CONVNEXT_NORM_EPS = 1e-6
+NUM_STAGES = 4  # of the published ConvNeXts
 STEM = 4  # pixels per side of a ConvNeXt's first convolution; each later stage halves the map
 # Saved for the backward pass in bf16: a block's input, the norm's input and output, the wide layer before and
 # after its GELU, the scale's input
@@ -67,6 +68,11 @@ class BackboneSpec(Protocol):
     @property
     def has_batch_norm(self) -> bool:
         """Whether images of a batch are normalised together."""
+        ...
+
+    @property
+    def untie_local_norm(self) -> bool:
+        """Whether the class token of local crops has another final norm in training."""
         ...
 
     @property
@@ -135,7 +141,10 @@ class ConvNeXtSpec:
     @property
     def unpublished(self) -> Mapping[str, tuple[float, float]]:
         """Numbers that are not those of the published networks, by name: its value, and theirs."""
-        values = {"norm epsilon": (self.norm_eps, CONVNEXT_NORM_EPS)}
+        values = {
+            "norm epsilon": (self.norm_eps, CONVNEXT_NORM_EPS),
+            "number of stages": (len(self.depths), NUM_STAGES),
+        }
         return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
 
     @property
@@ -163,6 +172,11 @@ class ConvNeXtSpec:
     @property
     def has_batch_norm(self) -> bool:
         """False: its norms are of each pixel."""
+        return False
+
+    @property
+    def untie_local_norm(self) -> bool:
+        """False: all crops share the final norm."""
         return False
 
     @property
@@ -234,6 +248,11 @@ class CustomSpec:
     parameters: int
     in_channels: int = 3
     has_batch_norm: bool = False
+
+    @property
+    def untie_local_norm(self) -> bool:
+        """False: the network does not know which crops are local."""
+        return False
 
     @property
     def unpublished(self) -> Mapping[str, tuple[float, float]]:

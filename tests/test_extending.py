@@ -252,7 +252,7 @@ def test_toys__are_imported_only_where_a_recipe_names_them(installed: Path) -> N
     assert toys() == {PACKAGE, "keys"}  # what checks the recipe; the rest is found by its name
     assert isinstance(loaded, FamilyRecipe)
     (term,) = extra_terms(loaded)
-    assert (term.name, term.weight) == ("toy_spread", 0.5)
+    assert (term.key, term.weight) == ("extra_toy_spread", 0.5)
     assert toys() == {PACKAGE, "keys", "losses"}
 
 

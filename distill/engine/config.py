@@ -21,7 +21,7 @@ class EngineSettings:
     ``lr_factor``: of a parameter's learning rate, by its name. ``freezes_backbone``: some steps do not train
     what is named ``backbone.``. ``first_id``: where stage 3 counts this network's parameters from, the same
     on every rank, another for every network. ``clip_by``: "network", or "module" for a norm of the backbone
-    and one of each head.
+    and one of each head. ``decays_tokens``: weight decay of class, register and mask tokens too.
     """
 
     zero_stage: int
@@ -34,6 +34,7 @@ class EngineSettings:
     first_id: int = 0
     clip_by: str = "network"
     freezes_backbone: bool = False
+    decays_tokens: bool = False
 
 
 def parameter_groups(module: nn.Module, settings: EngineSettings) -> list[dict[str, Any]]:
@@ -43,7 +44,8 @@ def parameter_groups(module: nn.Module, settings: EngineSettings) -> list[dict[s
         if not parameter.requires_grad:
             continue
         is_prototypes = ".prototypes." in name
-        is_decayed = parameter.ndim > 1 and not name.endswith(("_token", "_tokens"))
+        is_token = name.endswith(("_token", "_tokens"))
+        is_decayed = parameter.ndim > 1 and (settings.decays_tokens or not is_token)
         is_backbone = settings.freezes_backbone and name.startswith("backbone.")
         clipped_as = part_of(name, settings.clip_by)
         kind = (is_prototypes, is_decayed, is_backbone, settings.lr_factor(name), clipped_as)

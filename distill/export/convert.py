@@ -19,9 +19,8 @@ from distill.weights.inspect import Inspection, inspect
 from distill.weights.layouts import Layout, origins
 from distill.weights.load import CONFIG, identify_layout, load_backbone
 from distill.weights.stated_inputs import PREPARATION, stated_inputs
-from students.shapes import BackboneSpec, ConvNeXtSpec
+from students.shapes import BackboneSpec
 
-META_STAGES = 4  # of its ConvNeXt, whatever its arguments
 WITH_LOCAL_NORM = "vit7b16"  # the one that Meta's hub builds with a norm of local class tokens
 USUAL_SIZE = 224  # pixels, of the published folders
 TIMM_NAMES = {
@@ -103,9 +102,10 @@ def _local_norm(
 
 def _require_room(spec: BackboneSpec, layout: Layout) -> None:
     """Refuses a network whose stages or norms are not those that the layout's code has: its files do not name them."""
-    if layout == "meta" and isinstance(spec, ConvNeXtSpec) and len(spec.depths) != META_STAGES:
+    if layout == "meta" and "number of stages" in spec.unpublished:
+        stages, published = spec.unpublished["number of stages"]
         raise CheckpointError(
-            f"a ConvNeXt of {len(spec.depths)} stages: Meta's class has {META_STAGES}",
+            f"a ConvNeXt of {stages} stages: Meta's class has {published}",
             fix="Use --to hf or --to onnx, which take any number of stages.",
         )
     if layout != "hf" and "norm epsilon" in spec.unpublished:

@@ -34,7 +34,7 @@ from distill.train.exchange import AllGather, Slices
 from distill.train.groups import Groups
 from distill.train.masking import StepMasks
 from distill.train.phase import Phase, Teacher, Trainer
-from distill.train.schedule import RateSchedule, StepSchedule, lr_factors
+from distill.train.schedule import ObjectiveRamp, RateSchedule, StepSchedule, lr_factors
 from distill.train.student import SinkhornTargets, Stopwatch, StudentTrainer, TargetBuilder
 from distill.weights.containers import read_again
 from distill.weights.heads import load_heads
@@ -175,6 +175,7 @@ def build_engine(
         beta2=context.recipe.schedule.beta2,
         lr_factor=lr_factor,
         clip_by=context.recipe.schedule.clip_by,
+        decays_tokens=context.recipe.schedule.token_decay,
         first_id=IDS_PER_NETWORK * [p.name for p in context.plan.placements].index(name),
         freezes_backbone=init is not None and init.freeze_backbone > 0,
     )
@@ -210,6 +211,7 @@ class PhaseSpec:
     rates: Mapping[str, RateSchedule]
     after_step: Callable[[int], None] | None = None
     stage: StageSpec | None = None
+    ramp: ObjectiveRamp | None = None
     lookahead: int = 0
     exchange: type[Slices] | type[AllGather] = Slices
     later: Sequence[tuple[int, Plan]] = ()
@@ -239,7 +241,13 @@ def build_phase(
     feed.read_by(Reader(rank_context.storage))
     loader = build_loader(recipe, feed, crops, plan_schedule.most_images(rank), rank_context.device)
     schedule = StepSchedule(
-        recipe.schedule, recipe.seed, spec.objective, crops, context.teacher_spec, spec.rates
+        recipe.schedule,
+        recipe.seed,
+        spec.objective,
+        crops,
+        context.teacher_spec,
+        spec.rates,
+        spec.ramp,
     )
     return Phase(
         name=spec.name,

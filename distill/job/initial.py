@@ -46,7 +46,8 @@ class Beginning:
     def describe(self) -> str:
         """In one line."""
         sha = f" (sha256 {self.init.fingerprint[:16]})" if self.init.fingerprint else ""
-        return f"{self.name}: starts from {self.init.from_}{sha}: {self.taken.describe()}"
+        change = ", adapted where sizes differ" if self.init.adapt else ""
+        return f"{self.name}: starts from {self.init.from_}{sha}: {self.taken.describe()}{change}"
 
 
 def inits_of(recipes: Recipes) -> dict[str, InitSpec]:

@@ -35,13 +35,19 @@ from distill.runfolder.files import make_folder, replaced, write_file
 from distill.runfolder.tensor_file import encode, read_tensors
 from distill.train.groups import Groups
 from distill.train.phase import Phase
-from distill.train.schedule import RateSchedule, lr_factors
+from distill.train.schedule import ObjectiveRamp, RateSchedule, lr_factors
 from distill.train.student import SinkhornTargets, StudentTrainer
 from distill.weights.initial import init_key, initial_backbone, load_initial
 from students.student import build_empty, build_heads, build_network, seeded
 from teacher.batch import StudentBatch
 from teacher.frozen import FrozenTeacher, shard_blocks
+from teacher.losses import Objective
 from teacher.vit import ViT
+
+
+def _objective(stage: StageSpec) -> Objective:
+    """The weights of a stage's loss terms."""
+    return objective_of(stage.objective, 0.0 if stage.gram is None else stage.gram.weight)
 
 
 def _ema_targets(ema: FrozenTeacher) -> SinkhornTargets:
@@ -126,12 +132,20 @@ class Pretraining:
         spec = PhaseSpec(
             stage.name,
             range(first_step, first_step + stage.steps),
-            objective_of(stage.objective, 0.0 if gram is None else gram.weight),
+            _objective(stage),
             {ONLINE: self._rates(stage)},
             lambda phase_step: self._after_step(stage, phase_step),
             stage,
+            self._ramp(stage, first_step),
         )
         return build_phase(context, spec, self.ema, (trainer,))
+
+    def _ramp(self, stage: StageSpec, first_step: int) -> ObjectiveRamp | None:
+        """How the objective goes from that of the stage before to the stage's."""
+        before = self.recipe.stages[: self.recipe.stages.index(stage)]
+        if not stage.ramp or not before:
+            return None
+        return ObjectiveRamp(_objective(before[-1]), range(first_step, first_step + stage.ramp))
 
     def _rates(self, stage: StageSpec) -> RateSchedule:
         """Over all stages; where the stage sets a learning rate it goes over the stage, an EMA momentum stays as set."""

@@ -282,6 +282,9 @@ def _teacher_rules(parts: Parts) -> Iterator[Problem]:
         if reference is not None and is_complete:
             key_path: Loc = ("stages", index, "gram", "teacher")
             yield from gram_rules(key_path, reference, before, has_init=has_init)
+        ramp, steps = (parts.get(("stages", index, key)) for key in ("ramp", "steps"))
+        if ramp and steps and ramp > steps:
+            yield ("stages", index, "ramp"), f"{ramp:,}: longer than the stage, {steps:,} steps"
         if name is None:
             is_complete = False
             continue

@@ -89,7 +89,7 @@ class GramSpec(Section):
     """Gram anchoring: which earlier EMA network is the anchor and how often it is replaced."""
 
     teacher: str = science(
-        description="Which average is the anchor: an earlier stage and a step of it, such as `base@200`."
+        description="Which network is the anchor: the average at a step of an earlier stage, such as `base@200`, or `init`, what pretraining starts from."
     )
     weight: float = science(
         2.0, gt=0.0, description="Weight of the Gram loss. The default is the published one."
@@ -209,6 +209,11 @@ class ScheduleSpec(Section):
             "Largest norm of a network's gradient; a longer one is scaled down. The default is "
             "the published one."
         ),
+    )
+    token_decay: bool = science(
+        False,
+        since=3,
+        description="Weight decay of class, register and mask tokens too, as released. The default leaves them out, as biases.",
     )
     clip_by: Literal["network", "module"] = science(
         "network",
@@ -344,6 +349,15 @@ class StageSpec(Section):
         description=(
             "Learning rate of this stage, counted from its first step. Null means that the "
             "schedule's continues."
+        ),
+    )
+    ramp: int = science(
+        0,
+        ge=0,
+        since=3,
+        description=(
+            "Steps at the start of the stage in which the weights of the loss terms go from those of "
+            "the stage before to this one's, along half a cosine. The default takes them at once."
         ),
     )
     batch: int | None = science(

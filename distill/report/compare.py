@@ -68,7 +68,9 @@ def comparison(runs: Sequence[RunRecord]) -> dict[str, Any]:
             scores[f"{name} last loss"] = [entry.get("loss") for entry in entries]
         found = [_scores_of(run, name) for run in runs]
         for task in dict.fromkeys(task for each in found for task in each):
-            scores[f"{name} {task}"] = [each.get(task) for each in found]
+            values = [each.get(task) for each in found]
+            if task != "knn" or [_value(v) for v in values] != scores[f"{name} k-NN"]:
+                scores[f"{name} {task}"] = values
     return {
         "runs": [run.name for run in runs],
         "recipe": {key: values for key, *values in differences(runs)},
@@ -100,13 +102,17 @@ def comparison_tables(found: Mapping[str, Any]) -> list[Table]:
 
 def _with_gain(values: Sequence[Any]) -> list[str]:
     """Scores as text, each with its difference to the first where both are numbers."""
-    plain = [value.get("value") if isinstance(value, Mapping) else value for value in values]
+    plain = [_value(value) for value in values]
     first = plain[0]
     texts = [score_text(value) for value in values]
     for index, value in enumerate(plain[1:], start=1):
         if isinstance(value, int | float) and isinstance(first, int | float):
             texts[index] += f"  {value - first:+.3f}"
     return texts
+
+
+def _value(entry: Any) -> Any:
+    return entry.get("value") if isinstance(entry, Mapping) else entry
 
 
 def score_text(entry: Any) -> str:

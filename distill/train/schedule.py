@@ -128,6 +128,22 @@ class RateSchedule:
 
 
 @dataclass(frozen=True)
+class ObjectiveRamp:
+    """The weights of the loss terms on their way from those of the stage before, along half a cosine over ``steps``."""
+
+    first: Objective
+    steps: range
+
+    def at(self, run_step: int, last: Objective) -> Objective:
+        """The weights of a step; ``last`` from the last of ``steps`` on. A term is never left out on the way."""
+        done = run_step - self.steps.start + 1
+        if done >= len(self.steps):
+            return last
+        pairs = {name: (start, getattr(last, name)) for name, start in vars(self.first).items()}
+        return Objective(**{k: cosine(*pair, done, len(self.steps)) for k, pair in pairs.items()})
+
+
+@dataclass(frozen=True)
 class StepNumbers:
     """All numbers of one step, the same on every rank. ``rates``: of the networks that this rank trains, by name."""
 
@@ -140,7 +156,7 @@ class StepNumbers:
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """All numbers of every step of a phase. ``backbone``: the teacher's, whose patch grid the masks are on."""
+    """All numbers of every step of a phase. ``backbone``: the teacher's, whose patch grid the masks are on; ``ramp``: how its objective begins."""
 
     settings: ScheduleSpec
     seed: int
@@ -148,14 +164,18 @@ class StepSchedule:
     crops: CropSchedule
     backbone: BackboneSpec
     rates: Mapping[str, RateSchedule]
+    ramp: ObjectiveRamp | None = None
 
     def at(self, run_step: int) -> StepNumbers:
         """The numbers of a step in the stream of samples."""
         scales = rope_scales(self.settings.rope_rescale, self.seed, run_step)
+        objective = self.objective
+        if self.ramp is not None:
+            objective = self.ramp.at(run_step, objective)
         return StepNumbers(
             run_step=run_step,
             temperature=teacher_temperature(self.settings, run_step),
-            scalars=StepScalars(self.objective, *scales),
+            scalars=StepScalars(objective, *scales),
             rates={name: each.at(run_step) for name, each in self.rates.items()},
             grid_hw=self.grid_hw(run_step),
         )

@@ -27,10 +27,10 @@ from distill.weights.containers import Container, is_finite, open_weights
 from distill.weights.heads import heads_beside, stored_name
 from distill.weights.identity import Identity
 from distill.weights.load import copy_backbone, identify_layout
-from students.shapes import BackboneSpec, CustomSpec
+from students.shapes import BackboneSpec
 from students.student import build_empty
 from teacher.heads import Head
-from teacher.shapes import HeadShape, ViTSpec
+from teacher.shapes import HeadShape
 
 IN_TRAINING = {
     "layerscale_init",
@@ -209,7 +209,7 @@ def _identify(
     key: str, init: InitKeys, spec: BackboneSpec, weights: Path
 ) -> tuple[Container, Identity]:
     container = open_weights(weights)
-    identity = identify_layout(container, spec if isinstance(spec, CustomSpec) else None)
+    identity = identify_layout(container, spec if spec.probe_call else None)
     theirs, ours = _sizes(identity.spec), _sizes(spec)
     differ = [name for name in ours if theirs.get(name) != ours[name]]
     if type(identity.spec) is type(spec) and init.adapt:
@@ -282,7 +282,7 @@ def load_initial_backbone(
 
     copy_backbone(container, identity, backbone, change)
     tensors = backbone.state_dict()
-    if isinstance(spec, ViTSpec) and spec.untie_local_norm:
+    if spec.untie_local_norm:
         with torch.no_grad():
             for name in [name for name in tensors if name.startswith(LOCAL_NORM)]:
                 tensors[name].copy_(tensors[name.replace(LOCAL_NORM, NORM)])

@@ -78,12 +78,12 @@ class Ways:
     """How a family is trained, apart from what it learns; ``ends``: students that finish early; ``has_norms``: students have BatchNorm."""
 
     has_heads: bool = True
-    has_norms: bool = False
     lookahead: int = 0
     is_published: bool = False
     is_sharded: bool = False
     micro_batch: int | None = None
     ends: tuple[tuple[str, int], ...] = ()
+    has_norms: bool = False
 
 
 WHOLE = Ways()

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.engine.config import EngineSettings
+from distill.engine.config import EngineSettings, parameter_groups
 from distill.engine.engine import Engine, StepRates, prepare_deepspeed
 from distill.train.student import SinkhornTargets
 from teacher.batch import CropBatch, PatchMasks, StudentBatch
@@ -85,6 +85,26 @@ def without_engine(clip_by: str) -> list[float]:
             for name, grad in grads.items():
                 adamw(named[name], grad, first[name], second[name], step, decays(name, grad))
     return losses
+
+
+@pytest.mark.parametrize("decays_tokens", [False, True])
+def test_parameter_groups__tokens_have_weight_decay_only_with_the_key(decays_tokens: bool) -> None:
+    task = new_task(1)
+    settings = EngineSettings(1, "fp32", 1.0, 1, decays_tokens=decays_tokens)
+    names = {id(parameter): name for name, parameter in task.named_parameters()}
+    decayed = {
+        names[id(parameter)]
+        for group in parameter_groups(task, settings)
+        for parameter in group["params"]
+        if group["is_decayed"]
+    }
+    tokens = {name for name in names.values() if name.endswith(("_token", "_tokens"))}
+    assert len(tokens) == 3 and (tokens <= decayed) == decays_tokens
+    assert all(
+        decays(name, parameter)
+        for name, parameter in task.named_parameters()
+        if name in decayed - tokens
+    )
 
 
 def decays(name: str, grad: Tensor) -> bool:

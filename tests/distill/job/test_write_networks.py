@@ -25,7 +25,7 @@ def test_write_students__one_without_a_step_has_no_folder_and_loses_an_old_one(
     old.parent.mkdir(parents=True)
     old.write_bytes(b"of an earlier student")
     (tmp_path / "licences").mkdir()
-    monkeypatch.setattr(write_networks, "_num_images", lambda job, which: 8)
+    monkeypatch.setattr(write_networks, "count_images_of", lambda job, which: 8)
     monkeypatch.setattr(write_networks.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(write_networks.dist, "barrier", lambda: None)
     trainer = SimpleNamespace(

@@ -8,6 +8,7 @@ from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job
 from distill.recipe.schedules import LrSpec, ScheduleSpec, TemperatureSpec
 from distill.train.schedule import (
+    ObjectiveRamp,
     cosine,
     learning_rate,
     lr_factors,
@@ -15,6 +16,7 @@ from distill.train.schedule import (
     teacher_temperature,
 )
 from students.shapes import CATALOG
+from teacher.losses import Objective
 
 
 def test_learning_rate__warms_up_then_stays() -> None:
@@ -143,3 +145,14 @@ def test_rope_scales__are_log_uniform_and_the_same_everywhere() -> None:
         != rope_scales((0.5, 2.0), 4, 7)
     )
     assert rope_scales(None, 3, 7) == (1.0, 1.0)
+
+
+def test_objective_ramp__goes_along_half_a_cosine_and_never_leaves_a_term_out() -> None:
+    first, last = Objective(1.0, 1.0, 0.1, 1.0), Objective(1.0, 1.0, 0.1, 0.5, gram=2.0)
+    ramp = ObjectiveRamp(first, range(100, 110))
+    found = [ramp.at(step, last) for step in range(100, 112)]
+    assert [each.gram for each in found] == pytest.approx(
+        [1.0 - math.cos(math.pi * done / 10) for done in range(1, 11)] + [2.0] * 2
+    )
+    assert all(each.gram > 0.0 and (each.dino, each.koleo) == (1.0, 0.1) for each in found)
+    assert found[4].local == pytest.approx(0.75) and found[9:] == [last] * 3
