@@ -240,15 +240,8 @@ def build_phase(
     )
     feed.read_by(Reader(rank_context.storage))
     loader = build_loader(recipe, feed, crops, plan_schedule.most_images(rank), rank_context.device)
-    schedule = StepSchedule(
-        recipe.schedule,
-        recipe.seed,
-        spec.objective,
-        crops,
-        context.teacher_spec,
-        spec.rates,
-        spec.ramp,
-    )
+    numbers = recipe.schedule, recipe.seed, spec.objective
+    schedule = StepSchedule(*numbers, crops, context.teacher_spec, spec.rates, spec.ramp)
     return Phase(
         name=spec.name,
         num_steps=len(spec.steps),
