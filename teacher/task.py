@@ -5,8 +5,7 @@ by the number of ranks of the group, so that the gradient mean an engine takes o
 exact global mean, whatever the slice sizes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -152,10 +151,9 @@ def see_crops(
     globals_ = see_global_crops(backbone, batch, options, scalars)
     pixels = _pixels(batch.crops.local_crops, batch, options)
     depth = None if batch.active_rows is None else batch.active_rows[:, NUM_GLOBAL:]
-    with _crops_per_image(batch.crops.local_crops.shape[1]):
-        locals_ = _see(
-            backbone, pixels, depth, options, None, scalars.rope_scale_local, is_local=True
-        )
+    before = CROPS_PER_IMAGE.set(batch.crops.local_crops.shape[1])
+    locals_ = _see(backbone, pixels, depth, options, None, scalars.rope_scale_local, is_local=True)
+    CROPS_PER_IMAGE.reset(before)
     return globals_, locals_
 
 
@@ -166,19 +164,10 @@ def see_global_crops(
     pixels = _pixels(batch.crops.global_crops, batch, options)
     masks = batch.masks.flags.flatten(0, 1) if options.masks_input else None
     depth = None if batch.active_rows is None else batch.active_rows[:, :NUM_GLOBAL]
-    with _crops_per_image(NUM_GLOBAL):
-        return _see(
-            backbone, pixels, depth, options, masks, scalars.rope_scale_global, is_local=False
-        )
-
-
-@contextmanager
-def _crops_per_image(crops: int) -> Iterator[None]:
-    before = CROPS_PER_IMAGE.set(crops)
-    try:
-        yield
-    finally:
-        CROPS_PER_IMAGE.reset(before)
+    before = CROPS_PER_IMAGE.set(NUM_GLOBAL)
+    found = _see(backbone, pixels, depth, options, masks, scalars.rope_scale_global, is_local=False)
+    CROPS_PER_IMAGE.reset(before)
+    return found
 
 
 def _pixels(crops: Tensor, batch: StudentBatch, options: TaskOptions) -> Tensor:

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from distill.engine.clipping import CLIPPED_AS, part_of
-
+CLIPPED_AS = "clipped_as"  # of a parameter group: the part of the network that it is clipped with
 ONE_GROUP = 10**12  # numbers; a parameter group is never split
 MOST_AT_ONCE = 500_000_000  # gradients that are reduced together, DeepSpeed's limit
 
@@ -35,6 +34,11 @@ class EngineSettings:
     clip_by: str = "network"
     freezes_backbone: bool = False
     decays_tokens: bool = False
+
+
+def part_of(parameter: str, clip_by: str) -> str:
+    """Returns the part of a task that a parameter is clipped with: its top module (``backbone``, ``dino_head``), or all."""
+    return parameter.partition(".")[0] if clip_by == "module" else ""
 
 
 def parameter_groups(module: nn.Module, settings: EngineSettings) -> list[dict[str, Any]]:

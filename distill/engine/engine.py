@@ -26,7 +26,7 @@ way; a number times one is the same number.
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -35,17 +35,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.engine.clipping import CLIPPED_AS, divisors, gradients_of, squared_norms
-from distill.engine.config import EngineSettings, deepspeed_config, parameter_groups
+from distill.engine.config import CLIPPED_AS, EngineSettings, deepspeed_config, parameter_groups
 from distill.engine.deepspeed_private import count_from, require_private_names
 from distill.engine.group_as_world import GroupAsWorld, GroupLayout
 from distill.engine.layouts import shards_of
+from teacher.peers import waiting_for_peers
 
 StateSnapshot = list[
     dict[str, Tensor]
 ]  # of every parameter group this rank's part of each kind of state
 STATE_KINDS = ("weight", "exp_avg", "exp_avg_sq", "ema")
 BETA1 = 0.9
+CLIP_EPS = 1e-6  # as torch and DeepSpeed have it
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,8 @@ class Engine:
     def reduce_grad_norm(self) -> None:
         """The gradients' global norm, and from those of its parts what AdamW will do with them. One all-reduce over the group."""
         groups = self._zero.optimizer.param_groups
-        squares = squared_norms(gradients_of(self._zero, groups), self.group)
-        self._divisors = divisors(squares, self._clip)
+        squares = _squared_norms(_gradients_of(self._zero, groups), self.group)
+        self._divisors = _divisors_of(squares, self._clip)
         self.grad_norm = torch.stack([*squares.values()]).sum().sqrt().float()
         self.is_applied = self.grad_norm.isfinite()
         if self._judges:
@@ -334,3 +335,38 @@ class Engine:
 def to_host(tensor: Tensor, into: Tensor | None) -> Tensor:
     """A copy in host memory; ``into``, which is overwritten, saves new memory and what its first touch costs."""
     return tensor.to("cpu", copy=True) if into is None else into.copy_(tensor)
+
+
+@torch.no_grad()
+def _squared_norms(
+    gradients: Mapping[str, Sequence[Tensor]], group: dist.ProcessGroup
+) -> dict[str, Tensor]:
+    """Squared norm of each part's gradients over all ranks, float64. One all-reduce of a number for each part; the parts are those of every rank."""
+    squares = torch.stack(
+        [
+            torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in each])
+            .square()
+            .sum()
+            for each in gradients.values()
+        ]
+    )
+    if dist.get_world_size(group) > 1:
+        with waiting_for_peers(squares.device):
+            dist.all_reduce(squares, group=group)
+    return dict(zip(gradients, squares.unbind(), strict=True))
+
+
+def _divisors_of(squares: Mapping[str, Tensor], largest: float) -> dict[str, Tensor]:
+    """What each part's gradients are divided by so that no norm is above ``largest``."""
+    return {
+        part: ((square.sqrt().float() + CLIP_EPS) / largest).clamp(min=1.0)
+        for part, square in squares.items()
+    }
+
+
+def _gradients_of(zero: Any, groups: Sequence[Mapping[str, Any]]) -> dict[str, list[Tensor]]:
+    """This rank's parts of the averaged gradients of a DeepSpeed optimizer, by the part of the network."""
+    found: dict[str, list[Tensor]] = {each[CLIPPED_AS]: [] for each in groups}
+    for index, gradients in zero.averaged_gradients.items():
+        found[groups[index][CLIPPED_AS]] += gradients
+    return found

@@ -181,7 +181,8 @@ class StudentTrainer:
         self._parts, self.stop_step = parts, num_steps
         self.name, self.placement, self.engine = name, placement, engine
         self.images = placement.slices[dist.get_rank(engine.group)]
-        self.targets, self.norms = targets, RunningStatistics(engine.module)
+        self.targets, norms = targets, RunningStatistics(engine.module)
+        self._norms = norms if norms else None
         self.training = Stopwatch(next(engine.module.parameters()).device)
         self._sums: dict[str, Tensor] = {}
         self._num_steps = 0
@@ -203,8 +204,8 @@ class StudentTrainer:
                 losses: Losses = self.engine.forward(part, its_targets, numbers.scalars, *shares)
                 self.engine.backward_and_step(losses.total, numbers.rates[self.name])
                 _add(terms, {"loss": losses.total.detach(), **losses.parts})
-            if self.norms:
-                self.norms.update(group, numbers.rates[self.name].ema_momentum)
+            if self._norms is not None:
+                self._norms.update(group, numbers.rates[self.name].ema_momentum)
             is_applied, after = self.engine.is_applied, self._state_beside()
             self._load_beside({k: torch.where(is_applied, after[k], before[k]) for k in after})
             counted = {k: torch.where(is_applied, value, 0.0) for k, value in terms.items()}
@@ -228,7 +229,7 @@ class StudentTrainer:
     def least_part(self) -> int:
         """Images of the smallest micro-batch with the same gradient: BatchNorm's groups are not cut, and under ZeRO 3, where weights are gathered in one order only, KoLeo's neither."""
         is_bound = self.engine.shards_weights and isinstance(self.engine.module, DistillationTask)
-        return KOLEO_GROUP if is_bound or self.norms else 1
+        return KOLEO_GROUP if is_bound or self._norms is not None else 1
 
     @property
     def largest_part(self) -> int:
@@ -313,7 +314,9 @@ class StudentTrainer:
     def ema(self, *, collect: bool = True) -> dict[str, Tensor]:
         """The average of the weights and running statistics by name, fp32 in host memory; nothing without ``collect``. Communication: gathers over its group."""
         weights = self.engine.full("ema", collect=collect)
-        return {**weights, **self.norms.averaged()} if collect else weights
+        if self._norms is None or not collect:
+            return weights
+        return {**weights, **self._norms.averaged()}
 
     def state(
         self, *, collect: bool = True, into: Mapping[str, Tensor] | None = None
@@ -333,12 +336,13 @@ class StudentTrainer:
     def _state_beside(self) -> dict[str, Tensor]:
         """What is saved of this network beside its parameters, the same on every rank of the group."""
         targets = {TARGETS_PREFIX + name: each for name, each in self.targets.state().items()}
-        return targets | self.norms.state()
+        return targets if self._norms is None else targets | self._norms.state()
 
     def _load_beside(self, tensors: Mapping[str, Tensor]) -> None:
         named = {name.removeprefix(TARGETS_PREFIX): each for name, each in tensors.items()}
         self.targets.load_state(named)
-        self.norms.load_state(tensors)
+        if self._norms is not None:
+            self._norms.load_state(tensors)
 
 
 def _add(sums: dict[str, Tensor], values: dict[str, Tensor]) -> None:
