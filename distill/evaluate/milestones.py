@@ -73,6 +73,8 @@ class MilestoneWriter:
         inits = {student.label: student.init for student in recipe.students}
         if self._teacher is None:
             self._teacher = self._read_teacher(job.teacher_paths[0], recipe, specs)
+        images = count_images_of(job, "train")
+        record = student_record(job, *self._teacher, images, manifest.step)
         target = self._folder / FOLDER / checkpoint_name(FAMILY_PHASE, manifest.step)
         make_folder(target.parent)
         with replaced(target) as aside:
@@ -81,8 +83,6 @@ class MilestoneWriter:
                 if file.name not in manifest.files:  # parked before it was trained
                     continue
                 scores = self._score(manifest.step, name, file)
-                images = count_images_of(job, "train")
-                record = student_record(job, *self._teacher, images, manifest.step)
                 started = init_record(inits[name])
                 facts = ExportFacts(
                     recipe.input_size_of(name),

@@ -5,7 +5,6 @@ milestone appears complete or not at all. What is left is written after training
 """
 
 import os
-import subprocess
 import sys
 import threading
 import time
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distill.launch.trackers import start_beside
+from distill.launch.trackers import close_input, start_beside, wait_or_kill
 from distill.runfolder.events import Event, note
 
 if TYPE_CHECKING:
@@ -34,17 +33,8 @@ def exporting(run_folder: Path, checkpoint: "CheckpointSpec") -> Iterator[None]:
         yield
     finally:
         if process is not None:
-            _end(process)
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    assert process.stdin is not None, "the process was started with a pipe"
-    try:
-        process.stdin.close()
-        process.wait(END_S)
-    except (OSError, subprocess.TimeoutExpired):
-        process.kill()
-        process.wait()
+            close_input(process)
+            wait_or_kill(process, END_S)
 
 
 def follow(run_folder: str, name: str) -> None:  # noqa: ARG001  # as every process beside the ranks

@@ -55,18 +55,30 @@ def start_beside(code: str, run_folder: Path, name: str) -> subprocess.Popen[byt
         )
 
 
+def close_input(process: subprocess.Popen[bytes]) -> None:
+    """Lets a process that ``start_beside`` started know that it is to end."""
+    assert process.stdin is not None, "the process was started with a pipe"
+    with suppress(OSError):
+        process.stdin.close()
+
+
+def wait_or_kill(process: subprocess.Popen[bytes], wait_s: float) -> bool:
+    """Waits until a process has ended, and kills it after ``wait_s``; whether it ended by itself."""
+    try:
+        process.wait(wait_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return False
+    return True
+
+
 def _end(run_folder: Path, processes: dict[str, subprocess.Popen[bytes]], wait_s: float) -> None:
     for process in processes.values():
-        assert process.stdin is not None, "the process was started with a pipe"
-        with suppress(OSError):
-            process.stdin.close()
+        close_input(process)
     deadline = time.monotonic() + wait_s
     for name, process in processes.items():
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        if not wait_or_kill(process, max(0.0, deadline - time.monotonic())):
             _note(run_folder, name, f"did not take all rows within {wait_s:.0f} s")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from distill.recipe.keys import FamilyRecipe
 from distill.runfolder.files import make_folder, write_file
 from distill.runfolder.manifest import (
     FORMAT_VERSION,
@@ -15,6 +16,17 @@ from distill.runfolder.manifest import (
     staging_folder,
 )
 from distill.runfolder.tensor_file import encode
+
+
+def fresh_weights(recipe: FamilyRecipe, step: int) -> dict[str, dict[str, torch.Tensor]]:
+    """Backbones of a recipe's students by name, others at every step."""
+    weights = {}
+    for turn, student in enumerate(recipe.students):
+        spec = student.backbone_spec()
+        backbone = spec.build()
+        spec.init_(backbone, torch.Generator().manual_seed(step + turn))
+        weights[student.label] = dict(backbone.state_dict())
+    return weights
 
 
 def save_checkpoint(

@@ -19,7 +19,7 @@ from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job
 from distill.runfolder.manifest import checkpoints
 from distill.weights.load import load_backbone
-from tests.support.checkpoints import save_checkpoint
+from tests.support.checkpoints import fresh_weights, save_checkpoint
 from tests.support.exports import VIT, names
 from tests.support.jobs import write_recipes
 from tests.support.scored_run import MEAN, STD, write_run, write_splits
@@ -44,12 +44,7 @@ def run(
     shutil.rmtree(folder / "students")
     store_licences(folder, Licences())
     for step in (2, 4, 6):
-        weights = {}
-        for turn, student in enumerate(recipe.students):
-            spec = student.backbone_spec()
-            backbone = spec.build()
-            spec.init_(backbone, torch.Generator().manual_seed(step + turn))
-            weights[student.label] = dict(backbone.state_dict())
+        weights = fresh_weights(recipe, step)
         save_checkpoint(folder / "checkpoints", step, weights, is_milestone=step < 6)
     job = Job(JobRequest(path, (), str(folder), "distill train"), recipe, teacher, "feed")
     for module in (milestones, students_over_steps):

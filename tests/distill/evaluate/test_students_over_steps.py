@@ -5,7 +5,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from distill.data.index import ImageIndex
 from distill.evaluate import students_over_steps as module
@@ -14,7 +13,7 @@ from distill.evaluate.students_over_steps import students_over_steps
 from distill.export.save import ExportFacts, write_backbone
 from distill.recipe.keys import FamilyRecipe, Recipe
 from distill.recipe.reader import load_job
-from tests.support.checkpoints import save_checkpoint
+from tests.support.checkpoints import fresh_weights, save_checkpoint
 from tests.support.jobs import write_recipes
 from tests.support.scored_run import MEAN, STD, write_run, write_splits
 
@@ -37,12 +36,9 @@ def run(
     folder = write_run(tmp_path / "run", splits)
     shutil.rmtree(folder / "students")
     for step in (2, 4):
-        weights = {}
-        for turn, student in enumerate(recipe.students):
+        weights = fresh_weights(recipe, step)
+        for student in recipe.students:
             spec = student.backbone_spec()
-            backbone = spec.build()
-            spec.init_(backbone, torch.Generator().manual_seed(step + turn))
-            weights[student.label] = dict(backbone.state_dict())
             target = folder / "students" / student.label
             write_backbone(target, weights[student.label], spec, ExportFacts(32, MEAN, STD, {}))
         save_checkpoint(folder / "checkpoints", step, weights)
