@@ -28,7 +28,7 @@ def distill(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     """The command line in this process: exit code, standard output, standard error."""
     monkeypatch.setenv("COLUMNS", "200")
     # no rank starts here, and a process has one fork server: that of tests.support.spawn
-    monkeypatch.setattr("distill.job.forkserver.choose_start_method", lambda _: "spawn")
+    monkeypatch.setattr("distill.engine.forkserver.choose_start_method", lambda _: "spawn")
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DISTILL_ALLOW_CODE", "")  # what a command allows ends with the test

@@ -148,7 +148,7 @@ PICTURES = {"distill/data/contact_sheet.py"}
 
 # (file, word): why it stays.
 ALLOWED = {
-    ("distill/job/forkserver.py", "site"): "the module of the standard library",
+    ("distill/engine/forkserver.py", "site"): "the module of the standard library",
     (
         "distill/data/sampler.py",
         "places",

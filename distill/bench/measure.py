@@ -41,6 +41,7 @@ from distill.data.locations import Location
 from distill.data.sources import Found
 from distill.engine.device import take_device
 from distill.engine.engine import prepare_deepspeed
+from distill.engine.forkserver import choose_start_method
 from distill.engine.join import join_ranks
 from distill.engine.local_ranks import LocalRanks
 from distill.errors import PlanError, UserError
@@ -53,7 +54,6 @@ from distill.job.build import (
     family_phase,
     freeze,
 )
-from distill.job.forkserver import choose_start_method
 from distill.plan.flops import DEFAULT_DEVICE
 from distill.plan.from_recipe import TeacherShape, on_nodes_of, plan_family
 from distill.plan.teacher_source import teacher_shape

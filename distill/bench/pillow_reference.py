@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from distill.data.crops import NUM_GLOBAL, CropParameters, CropSpec
-from distill.data.decode import decode_rgb
+from distill.listing.decode import decode_rgb
 
 SOLARISE_THRESHOLD = 128
 TAPS = 9

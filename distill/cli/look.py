@@ -61,7 +61,7 @@ def look(
     """Show patch features of pictures as colours, and what resembles one patch, for several networks side by side."""
     import torch
 
-    from distill.data.decode import background_of
+    from distill.listing.decode import background_of
     from distill.report.look import LookRequest, check_request, parse_points, read_pictures
     from distill.report.look import look as render_look
 

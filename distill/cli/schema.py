@@ -20,8 +20,8 @@ def schema(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Print the JSON Schema of a recipe, which editors complete and check keys with."""
-    from distill.cli.json_schema import KINDS, schema_text
-    from distill.cli.key_text import markdown
+    from distill.screen.json_schema import KINDS, schema_text
+    from distill.screen.key_text import markdown
 
     if kind not in KINDS:
         raise RecipeError(f"{kind}: no kind of recipe", fix=f"Give one of: {', '.join(KINDS)}.")
@@ -34,7 +34,7 @@ def explain(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Explain one key of a recipe: meaning, type, default, whether it decides the result, who reads it."""
-    from distill.cli.key_text import describe, explained
+    from distill.screen.key_text import describe, explained
 
     entries = explained(key)
     if as_json:

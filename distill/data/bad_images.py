@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile
 
-from distill.data.decode import SWAPPING, reason_of, stream_of
-from distill.data.headers import Decoder, look
 from distill.data.locations import Location, Reader
+from distill.listing.decode import SWAPPING, reason_of, stream_of
+from distill.listing.headers import Decoder, look
 
 MAX_MEGAPIXELS = 64.0
 MAX_ASPECT = 1000  # longer side over shorter; more is a line, and a crop of it holds no information

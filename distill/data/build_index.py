@@ -12,9 +12,9 @@ from itertools import islice
 from pathlib import Path
 
 from distill.data.bad_images import MAX_MEGAPIXELS, Header, measure
-from distill.data.headers import Decoder
 from distill.data.index import INDEX_FOLDER, ImageIndex, make_index
 from distill.errors import DataError
+from distill.listing.headers import Decoder
 from distill.listing.locations import Reader
 from distill.listing.passed_over import PassedOver
 from distill.listing.sources import Found, Lister, list_source, refuse_added

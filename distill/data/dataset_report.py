@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from distill.data.bad_images import examine, name_format
-from distill.data.decode import Picture, UndecodableError, decode_picture
+from distill.listing.decode import Picture, UndecodableError, decode_picture
 from distill.listing.labels import label_lines
 from distill.listing.locations import Reader
 from distill.listing.passed_over import PassedOver

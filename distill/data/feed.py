@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from distill.data.bad_images import examine, find_fault
 from distill.data.bad_samples import BadSamples
 from distill.data.crops import CropParameters, CropSchedule, draw_parameters
-from distill.data.decode import Decoding, UndecodableError, to_bitmap
-from distill.data.headers import Decoder
 from distill.data.index import ImageIndex
 from distill.data.locations import Reader
 from distill.data.sampler import Ints, Pool, Sampler
 from distill.data.stateless_random import hashes
 from distill.errors import DataError
+from distill.listing.decode import Decoding, UndecodableError, to_bitmap
+from distill.listing.headers import Decoder
 
 PREPARED = 2  # steps read ahead of the decoder
 READ_THREADS = 8  # they wait for disks and networks

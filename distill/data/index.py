@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.data.headers import Decoder
 from distill.errors import DataError
+from distill.listing.headers import Decoder
 from distill.listing.labels import number_classes
 from distill.listing.locations import Kind, Location
 from distill.listing.passed_over import PassedOver

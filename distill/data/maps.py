@@ -11,7 +11,7 @@ from jaxtyping import Float32, Int64
 from numpy.typing import NDArray
 from PIL import Image
 
-from distill.data.decode import OF_CLEAR_SAMPLE, UndecodableError, raw_mode, reason_of, stream_of
+from distill.listing.decode import OF_CLEAR_SAMPLE, UndecodableError, raw_mode, reason_of, stream_of
 
 NPY = b"\x93NUMPY"
 

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 
 from distill.data.build_index import build_index
-from distill.data.decode import background_of
 from distill.data.split import split, why_nothing_is_held_out
 from distill.errors import RecipeError
 from distill.evaluate.run import decode_for, in_common, network_folders
 from distill.evaluate.scoring import Images, Network, Wanted, score_networks
 from distill.job.prepare import read_job
+from distill.listing.decode import background_of
 from distill.protocols.dense_tasks import DenseTasks, open_dense
 from distill.protocols.images import (
     Preparation,

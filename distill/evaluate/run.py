@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from distill.data.decode import background_of
 from distill.errors import UserError
 from distill.evaluate.scoring import Images, Network, Results, Wanted, score_networks
+from distill.listing.decode import background_of
 from distill.protocols.images import (
     Pixels,
     Preparation,

@@ -7,11 +7,11 @@ import torch
 
 from distill.data.bad_samples import BadSamples
 from distill.data.crops import CropSchedule
-from distill.data.decode import Decoding, background_of
 from distill.data.feed import Feed
 from distill.data.index import ImageIndex
 from distill.data.loader import Loader, refused_gpu
 from distill.data.sampler import BatchSizes, Pool, Sampler
+from distill.listing.decode import Decoding, background_of
 from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 

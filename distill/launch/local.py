@@ -120,8 +120,8 @@ def count_processes(wanted: int | str) -> int:
 def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -> int:
     """Starts all ranks on this machine, watches them and starts them again: the launcher ``local``."""
     from distill.engine.device import require_device
+    from distill.engine.forkserver import choose_start_method
     from distill.engine.loopback import require_loopback
-    from distill.job.forkserver import choose_start_method
     from distill.job.prepare import prepare
     from distill.launch.supervisor import Supervisor
 

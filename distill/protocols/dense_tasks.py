@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from distill.data.decode import Rgb, reason_of
 from distill.data.locations import Location, Reader
 from distill.errors import DataError
+from distill.listing.decode import Rgb, reason_of
 from distill.listing.held import Held
 from distill.listing.map_pairs import MapFolder, MapKind, PointPair, list_point_pairs
 from distill.protocols.correspondence import score_correspondence

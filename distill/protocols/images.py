@@ -17,11 +17,11 @@ from jaxtyping import Float, Int64, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from distill.data.decode import Rgb, decode_rgb, reason_of
 from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.data.split import why_nothing_is_held_out
 from distill.errors import UserError
+from distill.listing.decode import Rgb, decode_rgb, reason_of
 from distill.listing.limit import in_order
 from distill.weights.stated_inputs import PREPARATION, stated_inputs
 from teacher.batch import normalise

@@ -16,10 +16,10 @@ from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distill.data.decode import reason_of
 from distill.data.locations import Location, Reader
 from distill.data.maps import decode_depth, decode_mask
 from distill.errors import DataError
+from distill.listing.decode import reason_of
 from distill.listing.held import Held
 from distill.listing.limit import in_order
 from distill.listing.map_pairs import MapFolder, MapKind, MapPair, list_map_pairs

@@ -19,8 +19,8 @@ from jaxtyping import Float, Int64, UInt8
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from distill.data.decode import Rgb
 from distill.data.locations import Reader
+from distill.listing.decode import Rgb
 from distill.protocols.images import BATCH, PICTURE_LIMIT_S, Preparation, Scored, decode
 from distill.protocols.linear_maps import solve_ridge
 from teacher.batch import Features, normalise

@@ -15,12 +15,12 @@ import torch
 from jaxtyping import UInt8
 from torch import nn
 
-from distill.data.decode import Rgb, decode_rgb, reason_of
 from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
 from distill.errors import DataError, RecipeError, SetupError
 from distill.evaluate.forward_cost import BYTES_FP32, CostModel, ForwardCost, available_bytes
 from distill.evaluate.patch_maps import fit, fitted_hw, patch_features, tile_shapes
+from distill.listing.decode import Rgb, decode_rgb, reason_of
 from distill.protocols.images import PICTURE_LIMIT_S, Preparation
 from distill.report.pictures import PictureMaps
 from distill.screen.picture_grid import Band, Column, Point, render

@@ -7,12 +7,12 @@ import torch
 from numpy.typing import NDArray
 
 from distill.data.contact_sheet import render_contact_sheet, rows_of
-from distill.data.decode import UndecodableError, decode_rgb
 from distill.data.mask_counts import mask_counts
 from distill.data.masks import draw_masks
 from distill.errors import RecipeError
 from distill.job.prepare import training_index
 from distill.job.to_data import build_feed, build_loader, decoding_of
+from distill.listing.decode import UndecodableError, decode_rgb
 from distill.plan.crop_sizes import crop_schedule
 from distill.plan.from_recipe import shape_of_recipe
 from distill.plan.teacher_source import teacher_shape

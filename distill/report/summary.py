@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from distill.data.decode import Rgb, decode_rgb
 from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
@@ -24,6 +23,7 @@ from distill.export.licences import RECORD
 from distill.job.origin import complete_cards, stored_licences
 from distill.job.prepare import IMAGES, Job, read_job
 from distill.job.to_data import decoding_of
+from distill.listing.decode import Rgb, decode_rgb
 from distill.protocols.images import PICTURE_LIMIT_S, Preparation
 from distill.protocols.tasks import USUAL
 from distill.recipe.inputs import DataSpec

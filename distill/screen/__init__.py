@@ -1,1 +1,1 @@
-"""What people see of a run while it trains: panel, lines, tables and words on a terminal, rows in trackers."""
+"""What people see in a terminal: panel, lines, tables and words of a run, rows in trackers, the keys of a recipe explained."""

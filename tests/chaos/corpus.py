@@ -21,12 +21,12 @@ from PIL import Image
 from distill.data.bad_samples import BadSamples
 from distill.data.build_index import build_index
 from distill.data.crops import CropSchedule, CropSpec
-from distill.data.decode import Decoding
 from distill.data.feed import Feed
 from distill.data.index import ImageIndex
 from distill.data.loader import Loader
 from distill.data.locations import Kind
 from distill.data.sampler import Pool, Sampler
+from distill.listing.decode import Decoding
 
 SPEC = CropSpec(32, (0.32, 1.0), 2, 16, (0.05, 0.32), None, 0.5, (0.1, 2.0))
 BATCH, WARMUP_STEPS = 64, 20

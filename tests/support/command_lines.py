@@ -12,12 +12,12 @@ from ruamel.yaml import YAML
 from typer.main import get_command
 
 from distill.cli.app import app
-from distill.cli.json_schema import KINDS
-from distill.cli.keys import keys
 from distill.cli.usage_errors import is_usage
 from distill.errors import RecipeError, UserError
 from distill.listing.document import builtin_recipes
 from distill.recipe.reader import load_recipe
+from distill.screen.json_schema import KINDS
+from distill.screen.keys import keys
 from tests.support.third_party import PROJECT, direct_dependencies
 
 ROOT = Path(__file__).parents[2]

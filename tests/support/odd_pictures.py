@@ -1,6 +1,6 @@
 """Pictures of every kind that the decoders may differ on, encoded here byte by byte where no library writes them.
 
-Each has a name ``FORMAT/KIND/DETAIL``. What is right for it is Pillow's picture; see ``distill.data.decode``.
+Each has a name ``FORMAT/KIND/DETAIL``. What is right for it is Pillow's picture; see ``distill.listing.decode``.
 """
 
 import io

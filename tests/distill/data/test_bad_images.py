@@ -10,9 +10,9 @@ from PIL import Image, ImageOps
 
 from distill.data.bad_images import Header, examine, find_fault
 from distill.data.crops import CropParameters, CropSpec, source_outputs
-from distill.data.decode import to_bitmap
-from distill.data.headers import Decoder
 from distill.data.pipeline import build_pipeline
+from distill.listing.decode import to_bitmap
+from distill.listing.headers import Decoder
 from tests.support.pictures import NEUTRAL, picture
 
 PICTURE = Image.fromarray(picture(0, 48, 64))

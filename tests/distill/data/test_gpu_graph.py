@@ -17,7 +17,6 @@ from distill.data import pipeline as graph
 from distill.data.bad_samples import BadSamples
 from distill.data.build_index import build_index
 from distill.data.crops import CropSchedule, CropSpec
-from distill.data.decode import Decoding
 from distill.data.feed import Feed
 from distill.data.loader import Loader
 from distill.data.pipeline import build_pipeline, find_refused
@@ -26,6 +25,7 @@ from distill.errors import SetupError
 from distill.job.recipe_hash import recipe_hash
 from distill.job.to_data import build_loader
 from distill.launch import doctor
+from distill.listing.decode import Decoding
 from distill.recipe.reader import load_recipe
 from tests.support.gpu import ON_GPU
 from tests.support.pictures import picture

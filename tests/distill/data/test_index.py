@@ -10,11 +10,11 @@ from PIL import Image
 
 from distill.data import build_index as index_module
 from distill.data.build_index import build_index
-from distill.data.headers import Decoder
 from distill.data.index import ImageIndex, make_index
 from distill.data.pack import pack
 from distill.data.photographs import NAMES, write_tiles
 from distill.errors import DataError
+from distill.listing.headers import Decoder
 from distill.listing.locations import Location
 from distill.listing.sources import Found
 

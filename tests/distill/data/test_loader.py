@@ -24,14 +24,14 @@ from distill.data.crops import (
     draw_parameters,
     source_outputs,
 )
-from distill.data.decode import Decoding, decode_rgb
 from distill.data.feed import Feed
-from distill.data.headers import Decoder
 from distill.data.index import ImageIndex
 from distill.data.loader import Loader
 from distill.data.pipeline import build_pipeline
 from distill.data.sampler import Pool, Sampler
 from distill.errors import DataError
+from distill.listing.decode import Decoding, decode_rgb
+from distill.listing.headers import Decoder
 from teacher.batch import CropBatch
 from tests.support.odd_pictures import odd_pictures
 from tests.support.pictures import NEUTRAL, picture

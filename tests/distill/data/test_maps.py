@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.data.decode import UndecodableError
 from distill.data.maps import decode_depth, decode_mask
+from distill.listing.decode import UndecodableError
 
 
 def png(image: Image.Image, **how: Any) -> np.ndarray:

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 
 from distill.data.build_index import build_index
-from distill.data.decode import Rgb, decode_rgb
 from distill.data.index import ImageIndex
 from distill.errors import UserError
 from distill.evaluate.run import evaluate_run, network_folders
 from distill.evaluate.scoring import Wanted
+from distill.listing.decode import Rgb, decode_rgb
 from distill.protocols.images import (
     BF16_FROM,
     scoring_dtype,

@@ -86,7 +86,7 @@ def test_run__puts_what_the_launcher_says_into_the_request_for_all_ranks(
         raise StopIteration
 
     monkeypatch.setattr("distill.job.prepare.prepare", note)
-    monkeypatch.setattr("distill.job.forkserver.choose_start_method", lambda _: "spawn")
+    monkeypatch.setattr("distill.engine.forkserver.choose_start_method", lambda _: "spawn")
     with pytest.raises(StopIteration):
         local.run("quickstart", overrides, replace(OPTIONS, out=tmp_path))
     assert requests[0].ranks_per_node == expected

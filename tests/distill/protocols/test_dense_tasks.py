@@ -10,9 +10,9 @@ from PIL import Image
 
 from distill.bench import dense_self_test
 from distill.bench.self_test import write_network
-from distill.data.decode import Rgb, decode_rgb
 from distill.evaluate.files import evaluate_files
 from distill.evaluate.scoring import Wanted
+from distill.listing.decode import Rgb, decode_rgb
 from distill.protocols import images, map_set
 from distill.protocols.dense_tasks import open_dense
 from tests.support.command import Run

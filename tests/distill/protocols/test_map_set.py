@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.data.decode import decode_rgb
 from distill.data.locations import Reader
+from distill.listing.decode import decode_rgb
 from distill.listing.held import Held
 from distill.listing.map_pairs import MapKind
 from distill.protocols import map_set

@@ -5,7 +5,7 @@
     CMYK        as Pillow shows it
     clear       laid on one background, or as stored: the colours that lie hidden below it
 
-In training DALI decodes the kinds for which ``distill.data.headers`` knows that it gives the same; all others
+In training DALI decodes the kinds for which ``distill.listing.headers`` knows that it gives the same; all others
 are decoded here and handed to it as a bitmap.
 """
 

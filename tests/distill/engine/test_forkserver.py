@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from distill.engine.forkserver import choose_start_method
 from distill.job import forkserver
-from distill.job.forkserver import choose_start_method
 
 ASKS = """\
 import multiprocessing, os, signal, sys

@@ -8,7 +8,7 @@ The rule is a list of what is plain, so that a kind that was not thought of goes
     BMP     24 bits, the usual header, from the bottom up
 
 DALI has another parser of EXIF, and PNG files with two EXIF blocks end its process; hence the narrow gate.
-``tests/distill/data/test_decode.py`` compares both on some 600 pictures.
+``tests/distill/listing/test_decode.py`` compares both on some 600 pictures.
 """
 
 import struct
@@ -17,7 +17,7 @@ from enum import IntEnum
 
 from PIL import Image
 
-from distill.data.decode import ORIENTATION, orientation_of
+from distill.listing.decode import ORIENTATION, orientation_of
 
 UNCLEAR = -1  # an orientation that readers may differ on
 NO_ORIENTATION = 0

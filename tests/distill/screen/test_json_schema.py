@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from distill.cli.json_schema import schema
-from distill.cli.key_text import markdown
-from distill.cli.keys import keys
 from distill.cli.recipe_copy import EDITOR_LINE
-from distill.cli.usage import _sections_below
 from distill.listing.document import builtin_recipes
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+from distill.screen.json_schema import schema
+from distill.screen.key_text import markdown
+from distill.screen.keys import keys
+from distill.screen.usage import _sections_below
 from tests.support.command import Run
 
 PAGE = Path(__file__).parents[3] / "docs/recipe-keys.md"

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from pathlib import Path
 
-from distill.cli.keys import Reads, declaring
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.types import Section, section_in
+from distill.screen.keys import Reads, declaring
 
 Kinds = frozenset[type[Section]]
 Named = Mapping[str, Kinds]

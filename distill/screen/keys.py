@@ -4,9 +4,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from distill.cli.json_schema import KINDS, Kinds, schema
 from distill.listing.document import Loc
 from distill.recipe.types import Section, facts_of, fields_of, section_in
+from distill.screen.json_schema import KINDS, Kinds, schema
 
 Reads = dict[tuple[type[Section], str], set[str]]  # modules that read a field of a section
 BOUNDS = {

@@ -4,11 +4,11 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 
-from distill.cli.json_schema import KINDS
-from distill.cli.keys import Key, keys
-from distill.cli.usage import reads_of_distill
 from distill.errors import RecipeError
 from distill.recipe.extension_keys import find_section, with_sections
+from distill.screen.json_schema import KINDS
+from distill.screen.keys import Key, keys
+from distill.screen.usage import reads_of_distill
 
 HEAD = """\
 # Recipe keys

@@ -1,9 +1,9 @@
 import pytest
 
-from distill.cli.keys import declaring
-from distill.cli.usage import _sections_below, find_reads, reads_of_distill
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.types import Section, machine
+from distill.screen.keys import declaring
+from distill.screen.usage import _sections_below, find_reads, reads_of_distill
 
 
 class Inner(Section):

@@ -13,15 +13,15 @@ from nvidia.dali.pipeline import pipeline_def
 from PIL import Image, ImageOps
 
 from distill.data.bad_images import Header, examine
-from distill.data.decode import (
+from distill.data.pipeline import _decode
+from distill.listing.decode import (
     UndecodableError,
     background_of,
     decode_picture,
     decode_rgb,
     to_bitmap,
 )
-from distill.data.headers import Decoder
-from distill.data.pipeline import _decode
+from distill.listing.headers import Decoder
 from tests.support.odd_pictures import app1_exif, chunk, exif_tiff, odd_pictures, png, rgb, saved
 
 BACKGROUND = (124, 116, 104)
