@@ -56,6 +56,7 @@ COVERED_BY = {
     "distill.evaluate.over_steps": "tests/distill/cli/test_app.py",
     "distill.report.summary": "tests/distill/cli/test_app.py",
     "distill.job.build": "tests/distill/job/test_pretraining.py",
+    "distill.job.family": "tests/distill/engine/test_devices.py",
     "distill.engine.join": "tests/distill/engine/test_local_ranks.py",
     "distill.engine.loopback": "tests/distill/engine/test_local_ranks.py",
     "distill.job.run": "tests/distill/engine/test_devices.py",

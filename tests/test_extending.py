@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from distill.errors import RecipeError
-from distill.job.build import extra_terms
+from distill.job.family import extra_terms
 from distill.job.recipe_hash import recipe_hash
 from distill.job.resolved_yaml import resolved_yaml
 from distill.listing.extensions import ExtensionKind, find

@@ -51,9 +51,9 @@ from distill.job.build import (
     RankContext,
     build_phase,
     compute_dtype,
-    family_phase,
     freeze,
 )
+from distill.job.family import family_phase
 from distill.plan.flops import DEFAULT_DEVICE
 from distill.plan.from_recipe import TeacherShape, on_nodes_of, plan_family
 from distill.plan.teacher_source import teacher_shape

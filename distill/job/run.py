@@ -34,10 +34,8 @@ from distill.job.agreement import require_agreement
 from distill.job.build import (
     PhaseContext,
     RankContext,
-    family_phase,
-    load_teacher,
-    shard_teacher,
 )
+from distill.job.family import family_phase, load_teacher, shard_teacher
 from distill.job.prepare import CHECKPOINTS, FITTED_HEADS, Job
 from distill.job.pretraining import HeadFitting, Pretraining
 from distill.job.resume import agreed_checkpoint, joining_steps

@@ -171,7 +171,7 @@ def test_explain_command__one_key(distill: Run) -> None:
     ended = distill("explain", "schedule.ema")
     assert ended.code == 0
     for words in ("Momentum per step", "number, at least 0, at most 1", "0.994", "science",
-                  "family and teacher", "distill/job/build.py"):  # fmt: skip
+                  "family and teacher", "distill/job/family.py"):  # fmt: skip
         assert words in ended.out
     found = json.loads(distill("explain", "students.0.lr", "--json").out)
     assert found["key"] == "students.lr" and found["entries"][0]["role"] == "science"
