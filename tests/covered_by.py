@@ -2,6 +2,7 @@
 
 COVERED_BY = {
     "distill.recipe.init_keys": "tests/distill/job/test_initial.py",
+    "distill.recipe.family_stage_rules": "tests/distill/job/test_family.py",
     "distill.export.network_names": "tests/distill/job/test_origin.py",
     "distill.export.licence_chain": "tests/distill/job/test_initial.py",
     "distill.cli.report": "tests/distill/report/test_page.py",
@@ -56,7 +57,6 @@ COVERED_BY = {
     "distill.evaluate.over_steps": "tests/distill/cli/test_app.py",
     "distill.report.summary": "tests/distill/cli/test_app.py",
     "distill.job.build": "tests/distill/job/test_pretraining.py",
-    "distill.job.family": "tests/distill/engine/test_devices.py",
     "distill.engine.join": "tests/distill/engine/test_local_ranks.py",
     "distill.engine.loopback": "tests/distill/engine/test_local_ranks.py",
     "distill.job.run": "tests/distill/engine/test_devices.py",

@@ -53,7 +53,7 @@ from distill.job.build import (
     compute_dtype,
     freeze,
 )
-from distill.job.family import family_phase
+from distill.job.family import Family
 from distill.plan.flops import DEFAULT_DEVICE
 from distill.plan.from_recipe import TeacherShape, on_nodes_of, plan_family
 from distill.plan.teacher_source import teacher_shape
@@ -178,7 +178,9 @@ def family_of(request: Request) -> tuple[FamilyRecipe, TeacherShape]:
     lookahead = recipe.engine.lookahead
     least = 2 * request.warmup_steps + turns * block_steps(lookahead) + traced_steps(lookahead)
     steps = {"steps": max(recipe.schedule.steps, least)}
-    recipe = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update=steps)})
+    recipe = recipe.at_stage(recipe.parts[0])  # the others have the same networks
+    settings = recipe.schedule.model_copy(update=steps)
+    recipe = recipe.model_copy(update={"schedule": settings, "stages": None})
     return recipe, teacher_shape(recipe, teacher, has_files=False)
 
 
@@ -260,7 +262,7 @@ class Bench:
         if self.scale is None:
             assert self.teacher is not None, "only sleeps need no teacher"
             starts = dict.fromkeys((student.label for student in recipe.students), 0)
-            phase = family_phase(context, self.teacher, self.shape, starts)
+            phase = Family(context, self.teacher, self.shape, starts).phase(recipe.parts[0])
         else:
             phase = self._sleeping_phase(context, recipe, groups)
         if folder is None:

@@ -15,7 +15,7 @@ from distill.plan.job import JobPlan
 from distill.plan.memory import CONTEXT_GIB
 from distill.plan.teacher_source import heads_story, teacher_shape
 from distill.plan.warnings import find_warnings
-from distill.recipe.keys import FAMILY_PHASE, HEADS_PHASE, FamilyRecipe, Recipe, TeacherRecipe
+from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe, is_ours
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.screen.words import duration
 
@@ -54,8 +54,8 @@ class CheckReport:
         factor = DEFAULT_DEVICE.seconds(1.0) / self.device.seconds(1.0)
         found = []
         for job in self.plans:
-            is_ours = self.teacher is None or job.name in (HEADS_PHASE, FAMILY_PHASE)
-            count = self._count(self.recipe if is_ours else self.teacher)
+            is_here = self.teacher is None or is_ours(job.name)
+            count = self._count(self.recipe if is_here else self.teacher)
             shown = job.num_steps * job.plan.images_global
             found.append(
                 {

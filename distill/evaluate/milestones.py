@@ -17,7 +17,7 @@ from distill.export.save import ExportFacts, fingerprint, write_backbone
 from distill.job.origin import init_record, licences_of_network, student_record
 from distill.job.prepare import CHECKPOINTS, Job, read_job
 from distill.job.write_networks import count_images_of
-from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
+from distill.recipe.keys import FamilyRecipe, is_family_phase
 from distill.runfolder.files import make_folder, replaced
 from distill.runfolder.manifest import Manifest, checkpoint_name, checkpoints
 from distill.runfolder.status import TEACHER
@@ -35,8 +35,8 @@ def left_milestones(run_folder: Path) -> list[tuple[Path, Manifest]]:
         (path, manifest)
         for path, manifest in reversed(checkpoints(run_folder / CHECKPOINTS))
         if manifest.is_milestone
-        and manifest.phase == FAMILY_PHASE
-        and not (run_folder / FOLDER / checkpoint_name(FAMILY_PHASE, manifest.step)).exists()
+        and is_family_phase(manifest.phase)
+        and not (run_folder / FOLDER / checkpoint_name(manifest.phase, manifest.step)).exists()
     ]
 
 
@@ -74,21 +74,22 @@ class MilestoneWriter:
         if self._teacher is None:
             self._teacher = self._read_teacher(job.teacher_paths[0], recipe, specs)
         images = count_images_of(job, "train")
-        record = student_record(job, *self._teacher, images, manifest.step)
-        target = self._folder / FOLDER / checkpoint_name(FAMILY_PHASE, manifest.step)
+        step = recipe.step_of(manifest.phase, manifest.step)
+        record = student_record(job, *self._teacher, images, step)
+        target = self._folder / FOLDER / checkpoint_name(manifest.phase, manifest.step)
         make_folder(target.parent)
         with replaced(target) as aside:
             for name in specs:
                 file = path / f"{name}{SUFFIX}"
                 if file.name not in manifest.files:  # parked before it was trained
                     continue
-                scores = self._score(manifest.step, name, file)
+                scores = self._score(step, name, file)
                 started = init_record(inits[name])
                 facts = ExportFacts(
                     recipe.input_size_of(name),
                     recipe.data.mean,
                     recipe.data.std,
-                    {**record, **started, "milestone": {"step": manifest.step, **scores}},
+                    {**record, **started, "milestone": {"step": step, **scores}},
                     licences_of_network(self._folder, name),
                     {TEACHER: {}, "students": {name: {"knn": scores.get("knn")}}},
                 )

@@ -63,7 +63,7 @@ def students_over_steps(run_folder: Path, say: Callable[[str], None]) -> list[St
     if not isinstance(job.recipe, FamilyRecipe):
         return []
     specs = {student.label: student.backbone_spec() for student in job.recipe.students}
-    found = student_checkpoints(run_folder, specs)
+    found = student_checkpoints(run_folder, job.recipe, specs)
     if not found:
         return []
     scorer = StudentScorer(run_folder, job.recipe, job.teacher_paths[0], specs)
@@ -78,10 +78,12 @@ def students_over_steps(run_folder: Path, say: Callable[[str], None]) -> list[St
     return history
 
 
-def student_checkpoints(run_folder: Path, names: Iterable[str]) -> list[tuple[int, str, Path]]:
-    """Step, name and file of the students in each kept checkpoint of the family, oldest first."""
+def student_checkpoints(
+    run_folder: Path, recipe: FamilyRecipe, names: Iterable[str]
+) -> list[tuple[int, str, Path]]:
+    """Step of the family, name and file of the students in each kept checkpoint of the family, oldest first."""
     return [
-        (manifest.step, name, path / f"{name}{SUFFIX}")
+        (recipe.step_of(manifest.phase, manifest.step), name, path / f"{name}{SUFFIX}")
         for path, manifest in reversed(checkpoints(run_folder / CHECKPOINTS))
         for name in names
         if f"{name}{SUFFIX}" in manifest.files

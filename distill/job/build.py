@@ -24,7 +24,7 @@ from distill.plan.crop_sizes import crop_schedule
 from distill.plan.from_recipe import Recipe
 from distill.plan.plan import Placement, Plan
 from distill.recipe.init_keys import InitSpec
-from distill.recipe.schedules import ObjectiveSpec, StageSpec
+from distill.recipe.schedules import FamilyStageSpec, ObjectiveSpec
 from distill.train.exchange import AllGather, Slices
 from distill.train.groups import Groups
 from distill.train.masking import StepMasks
@@ -166,8 +166,8 @@ def freeze(
 class PhaseSpec:
     """What differs between the phases of a recipe.
 
-    ``steps``: in the stream of samples. ``rates``: of the networks that this rank trains. ``stage``: of
-    pretraining. ``later``: plans for when networks are finished.
+    ``steps``: in the stream of samples. ``rates``: of the networks that this rank trains. ``stage``: whose
+    crops it has. ``later``: plans for when networks are finished.
     """
 
     name: str
@@ -175,7 +175,7 @@ class PhaseSpec:
     objective: Objective
     rates: Mapping[str, RateSchedule]
     after_step: Callable[[int], None] | None = None
-    stage: StageSpec | None = None
+    stage: FamilyStageSpec | None = None
     ramp: ObjectiveRamp | None = None
     lookahead: int = 0
     exchange: type[Slices] | type[AllGather] = Slices

@@ -1,4 +1,4 @@
-"""The family phase: a frozen teacher and an engine for each student that this rank trains."""
+"""The phases of a family: a frozen teacher and an engine for each student that this rank trains, over all stages."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from distill.engine.engine import Engine
 from distill.errors import CheckpointError, RecipeError
 from distill.job.build import (
     PhaseContext,
@@ -21,9 +22,16 @@ from distill.job.build import (
 )
 from distill.listing.extensions import ExtensionKind, find
 from distill.listing.storage import Storage
-from distill.plan.from_recipe import TeacherShape, heads_of_student, later_plans
-from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
+from distill.plan.flops import DEFAULT_DEVICE, Device
+from distill.plan.from_recipe import (
+    TeacherShape,
+    heads_of_student,
+    later_plans,
+    plan_family,
+)
+from distill.recipe.keys import FamilyRecipe
 from distill.recipe.networks import StudentSpec
+from distill.recipe.schedules import FamilyStageSpec
 from distill.train.balance import Balancer
 from distill.train.exchange import AllGather, Slices
 from distill.train.phase import Phase
@@ -40,6 +48,7 @@ from students.student import build_backbone, build_heads, seeded
 from teacher.frozen import FrozenTeacher
 from teacher.losses import ExtraTerm, LossTerm
 from teacher.shapes import scaled_size
+from teacher.task import DistillationTask
 
 
 def extra_terms(recipe: FamilyRecipe) -> tuple[ExtraTerm, ...]:
@@ -93,56 +102,94 @@ def shard_teacher(context: PhaseContext, teacher: FrozenTeacher) -> None:
     teacher.pad_forwards(max(context.plan.largest_shares))
 
 
-def family_phase(
-    context: PhaseContext,
-    teacher: FrozenTeacher,
-    shape: TeacherShape,
-    first_steps: Mapping[str, int],
-) -> Phase:
-    """The distillation phase: one engine per student this rank trains. Collective over the world.
+class Family:
+    """The students of a family over all of its stages, on one rank: an engine for each that it trains."""
 
-    ``first_steps``: where each student joined; its schedule begins there and ends with the others'.
-    """
-    recipe = context.recipe
-    assert isinstance(recipe, FamilyRecipe), "students are a family's"
-    trainers, rates = [], {}
-    for student, placement in zip(recipe.students, context.plan.placements, strict=True):
-        name = student.label
-        if context.groups.world_rank not in placement.world_ranks:
-            continue
-        task, targets = _student(context, student, teacher, shape)
+    def __init__(
+        self,
+        context: PhaseContext,
+        teacher: FrozenTeacher,
+        shape: TeacherShape,
+        first_steps: Mapping[str, int],
+        device: Device = DEFAULT_DEVICE,
+    ) -> None:
+        """Builds the students; collective over the world.
+
+        ``context``: of the first stage. ``first_steps``: where each student joined; its schedule begins
+        there and ends with the others'. ``device``: what the first stage was planned for.
+        """
+        assert isinstance(context.recipe, FamilyRecipe), "students are a family's"
+        self.recipe, self._context, self._teacher = context.recipe, context, teacher
+        self._shape, self._first_steps, self._device = shape, first_steps, device
+        self._trained = [
+            (student, *self._engine(student))
+            for student in self.recipe.students
+            if context.groups.world_rank in context.placement(student.label).world_ranks
+        ]
+
+    def _engine(self, student: StudentSpec) -> tuple[Engine, TargetBuilder]:
+        context, name, spec = self._context, student.label, student.backbone_spec()
+        task, targets = _student(context, student, self._teacher, self._shape)
         if student.init is not None and name not in context.restored:
-            load_initial(init_key(name), student.init, student.backbone_spec(), task)
-        factors = lr_factors(recipe.schedule, student.backbone_spec())
-        engine = build_engine(context, name, task, factors, student.init)
-        parts = context.parts_of(name)
-        rates[name] = _student_rates(recipe, student, first_steps[name])
-        trainers.append(
-            StudentTrainer(name, placement, engine, targets, parts=parts, num_steps=student.steps)
+            load_initial(init_key(name), student.init, spec, task)
+        factors = lr_factors(self.recipe.schedule, spec)
+        return build_engine(context, name, task, factors, student.init), targets
+
+    def phase(self, stage: FamilyStageSpec) -> Phase:
+        """The phase of one stage. Collective over the world."""
+        recipe, context = self.recipe.at_stage(stage), self._context
+        plan, is_first = context.plan, stage == self.recipe.parts[0]
+        if not is_first:
+            num_ranks = context.plan.num_ranks
+            plan = plan_family(self.recipe, self._shape, num_ranks, self._device, stage)
+        if plan.is_teacher_sharded:
+            self._teacher.pad_forwards(max(plan.largest_shares))
+        first_step, context = (
+            self.recipe.first_step(stage),
+            replace(context, recipe=recipe, plan=plan),
         )
-    spec = PhaseSpec(
-        FAMILY_PHASE,
-        range(recipe.schedule.steps),
-        objective_of(recipe.objective),
-        rates,
-        lookahead=recipe.engine.lookahead,
-        exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
-        later=later_plans(recipe, context.plan),
-        has_frozen_teacher=True,
-    )
-    phase = build_phase(context, spec, teacher, tuple(trainers))
-    if not recipe.engine.balance or not context.plan.is_dithered:
+        trainers, rates = [], {}
+        for student, engine, targets in self._trained:
+            name, placement = student.label, context.placement(student.label)
+            if isinstance(engine.module, DistillationTask):
+                engine.module.gather_koleo(is_needed=not placement.koleo_is_local)
+            rates[name] = _student_rates(self.recipe, stage, student, self._first_steps[name])
+            steps = None if student.steps is None else student.steps - first_step
+            parts = context.parts_of(name)
+            trainers.append(
+                StudentTrainer(name, placement, engine, targets, parts=parts, num_steps=steps)
+            )
+        spec = PhaseSpec(
+            self.recipe.phase_of(stage),
+            range(first_step, first_step + stage.steps),
+            objective_of(recipe.objective),
+            rates,
+            stage=stage,
+            lookahead=recipe.engine.lookahead,
+            exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
+            later=later_plans(recipe, plan),
+            has_frozen_teacher=True,
+        )
+        return _balanced(context, build_phase(context, spec, self._teacher, tuple(trainers)))
+
+
+def _balanced(context: PhaseContext, phase: Phase) -> Phase:
+    """The phase with shares that follow the speed of the ranks, where the plan leaves them free."""
+    engine, first_step = context.recipe.engine, phase.first_step
+    if not engine.balance or not context.plan.is_dithered:
         return phase
     balancer = Balancer(
         phase.plan_schedule,
         context.groups.control,
         phase.loader,
-        (phase.teaching, [trainer.training for trainer in trainers]),
+        (phase.teaching, [trainer.training for trainer in phase.trainers]),
         lookahead=phase.lookahead,
-        every=recipe.engine.balance,
+        every=engine.balance,
         report=context.report,
     )
-    return replace(phase, after_step=balancer.after_step)
+    if not first_step:
+        return replace(phase, after_step=balancer.after_step)
+    return replace(phase, after_step=lambda step: balancer.after_step(first_step + step))
 
 
 def _student(
@@ -177,19 +224,31 @@ def _student(
     return network, SinkhornTargets(teacher.dino_head, teacher.ibot_head)
 
 
-def _student_rates(recipe: FamilyRecipe, student: StudentSpec, first_step: int) -> RateSchedule:
-    """Rates of a student that trains from ``first_step`` of the family on."""
-    settings, lr = recipe.schedule, recipe.schedule.lr
+def _student_rates(
+    recipe: FamilyRecipe, stage: FamilyStageSpec, student: StudentSpec, first_step: int
+) -> RateSchedule:
+    """Rates in a stage of a student that trains from ``first_step`` of the family on.
+
+    A rate of the stage goes over those of its steps that the student trains, a momentum of the stage
+    stays as set; the others go over all of the student's steps. A student's peak is the same multiple of
+    the schedule's in all stages.
+    """
+    settings, all_settings = recipe.at_stage(stage).schedule, recipe.schedule
+    lr = settings.lr
     if student.lr is not None:
-        lr = lr.model_copy(update={"peak": student.lr})
-    steps = range(first_step, student.steps or settings.steps)
+        peak = student.lr if stage.lr is None else lr.peak * student.lr / all_settings.lr.peak
+        lr = lr.model_copy(update={"peak": peak})
+    steps = range(first_step, student.steps or all_settings.steps)
+    lr_steps, start = steps, recipe.first_step(stage)
+    if stage.lr is not None:
+        lr_steps = range(max(start, steps.start), min(start + stage.steps, steps.stop))
     return RateSchedule(
         lr,
         settings.batch,
         steps,
-        lr_steps=steps,
+        lr_steps=lr_steps,
         weight_decay=(settings.weight_decay, None),
-        ema=(settings.ema, settings.ema_end),
+        ema=(settings.ema, None if stage.ema is not None else settings.ema_end),
         freeze_prototypes=settings.freeze_prototypes,
         freeze_backbone=0 if student.init is None else student.init.freeze_backbone,
     )

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from distill.errors import CheckpointError
-from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe, TeacherRecipe
+from distill.recipe.keys import FamilyRecipe, TeacherRecipe, is_family_phase
 from distill.runfolder import manifest as checkpoint
 from distill.runfolder.manifest import ChangedError, Manifest, describe_found
 
@@ -75,9 +75,10 @@ def joining_steps(
     """
     if not isinstance(recipe, FamilyRecipe):
         return {}
-    if found is None or found[1].phase != FAMILY_PHASE:
+    if found is None or not is_family_phase(found[1].phase):
         return dict.fromkeys(networks, 0)
     path, manifest = found
+    done = recipe.step_of(manifest.phase, manifest.step)
     steps = {}
     for student in recipe.students:
         name = student.label
@@ -87,7 +88,7 @@ def joining_steps(
                 f"students.{name}: its lines in the recipe are not those of {path}",
                 fix="Undo the change, or give it another name: it then starts with fresh weights.",
             )
-        steps[name] = manifest.step if saved is None else saved.first_step
+        steps[name] = done if saved is None else saved.first_step
         if student.steps is not None and steps[name] >= student.steps:
             raise CheckpointError(
                 f"students.{name}.steps = {student.steps}: the family has finished step {steps[name]} already",
@@ -102,7 +103,7 @@ def describe_resume(networks: Collection[str], found: Found | None) -> list[str]
         return []
     manifest, line = found[1], describe_found(found)
     step, saved = manifest.step, manifest.networks
-    if manifest.phase != FAMILY_PHASE:
+    if not is_family_phase(manifest.phase):
         return [line]
     return [
         line,

@@ -35,7 +35,7 @@ from distill.job.build import (
     PhaseContext,
     RankContext,
 )
-from distill.job.family import family_phase, load_teacher, shard_teacher
+from distill.job.family import Family, load_teacher, shard_teacher
 from distill.job.prepare import CHECKPOINTS, FITTED_HEADS, Job
 from distill.job.pretraining import HeadFitting, Pretraining
 from distill.job.resume import agreed_checkpoint, joining_steps
@@ -54,12 +54,11 @@ from distill.plan.from_recipe import (
 from distill.plan.here import timed_as
 from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import (
-    FAMILY_PHASE,
     HEADS_PHASE,
-    RESERVED_PHASES,
     EngineSpec,
     FamilyRecipe,
     TeacherRecipe,
+    is_ours,
 )
 from distill.runfolder.events import Event, note
 from distill.runfolder.heartbeat import Heartbeat
@@ -193,10 +192,11 @@ class _Run:
                 work = sum(plan_fitting(self.family, shape, self.num_ranks).load_s)
                 steps = self.family.teacher.fit.steps
                 phases.append(PhaseStatus(HEADS_PHASE, steps, steps * work, (HEADS_PHASE,)))
-            work = sum(plan_family(self.family, shape, self.num_ranks).load_s)
             names = tuple(student.label for student in self.family.students)
-            steps = self.family.schedule.steps
-            phases.append(PhaseStatus(FAMILY_PHASE, steps, steps * work, names))
+            for part in self.family.parts:
+                plan = plan_family(self.family, shape, self.num_ranks, stage=part)
+                name, steps = self.family.phase_of(part), part.steps
+                phases.append(PhaseStatus(name, steps, steps * sum(plan.load_s), names))
         return phases
 
     def _shape_of_teacher(self, recipe: FamilyRecipe) -> TeacherShape:
@@ -208,7 +208,7 @@ class _Run:
         """Every phase that is not finished yet, then the results; returns early after a stop that was saved."""
         order = [phase.name for phase in self.recorder.status.phases]
         left = order[order.index(self.saved[1].phase) if self.saved else 0 :]
-        is_trained = self.teacher_recipe is None or left[0] in RESERVED_PHASES
+        is_trained = self.teacher_recipe is None or is_ours(left[0])
         if not is_trained and not self._pretrain(left):
             return self._stopped()
         if HEADS_PHASE in left and not self._fit_heads():
@@ -216,7 +216,7 @@ class _Run:
         if self.job.request.until == HEADS_PHASE:
             text = f"heads are in {self.job.run_folder / FITTED_HEADS}"
             return self.recorder.show("stopped", message=text)
-        if self.family is not None and not self._train_family():
+        if self.family is not None and not self._train_family(left):
             return self._stopped()
         self._remove_copies(is_saved=True)
         self.recorder.show("exporting")
@@ -280,11 +280,12 @@ class _Run:
         dist.barrier()
         return True
 
-    def _train_family(self) -> bool:
+    def _train_family(self, phases: list[str]) -> bool:
         recipe = self.family
         assert recipe is not None, "a family phase without a family recipe"
         shape = self._shape_of_teacher(recipe)
-        plan = plan_family(recipe, shape, self.num_ranks, self._planned_device())
+        device = self._planned_device()
+        plan = plan_family(recipe, shape, self.num_ranks, device)
         target_device = torch.device("cpu") if plan.is_teacher_sharded else self.device
         teacher = load_teacher(recipe, *self.job.teacher_paths, target_device, self.storage)
         is_first = any(placement.first_rank == self.rank for placement in plan.placements)
@@ -305,11 +306,14 @@ class _Run:
             frozenset(names),
         )
         shard_teacher(context, teacher)
-        phase = family_phase(context, teacher, shape, self.first_steps)
-        finished = self._run_phase(phase, self._restore(phase))
-        if finished:
-            write_students(self.job, recipe, phase, shape.spec, teacher_fingerprint)
-        return finished
+        family = Family(context, teacher, shape, self.first_steps, device)
+        for stage in recipe.parts:
+            if recipe.phase_of(stage) in phases:
+                phase = family.phase(stage)
+                if not self._run_phase(phase, self._restore(phase)):
+                    return False
+        write_students(self.job, recipe, phase, shape.spec, teacher_fingerprint)
+        return True
 
     def _planned_device(self) -> Device:
         """What the plan assumes, with the memory of the smallest device of the job. Collective over the world."""

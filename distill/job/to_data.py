@@ -43,7 +43,8 @@ def decoding_of(data: DataSpec) -> Decoding:
 def batch_sizes(recipe: Recipe) -> BatchSizes:
     """Images per batch, and from which step on."""
     if isinstance(recipe, FamilyRecipe):
-        return ((0, recipe.schedule.batch),)
+        stages = recipe.parts
+        return tuple((recipe.first_step(s), recipe.at_stage(s).schedule.batch) for s in stages)
     return tuple(
         (recipe.first_step(stage), recipe.at_stage(stage).schedule.batch) for stage in recipe.stages
     )

@@ -4,18 +4,18 @@ from collections.abc import Sequence
 
 from distill.data.crops import CropSchedule, CropSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-from distill.recipe.schedules import StageSpec
+from distill.recipe.schedules import FamilyStageSpec
 
 
 def crop_schedule(
-    recipe: FamilyRecipe | TeacherRecipe, stage: StageSpec | None = None
+    recipe: FamilyRecipe | TeacherRecipe, stage: FamilyStageSpec | None = None
 ) -> CropSchedule:
-    """The loader's crops for a recipe; in a stage of pretraining with its sizes, and anchor crops where it has an anchor."""
+    """The loader's crops for a recipe; in a stage with its sizes, and anchor crops where it has an anchor."""
     crops = recipe.crops
     kinds: Sequence[tuple[int, int, float]] = ((crops.global_.size, crops.local.size, 1.0),)
     if stage is not None and stage.crops is not None:
         kinds = [(kind.global_, kind.local, kind.ratio) for kind in stage.crops]
-    times = stage.gram.resolution if stage is not None and stage.gram is not None else None
+    times = None if stage is None else stage.anchor_resolution
     specs = [
         CropSpec(
             global_size=global_size,

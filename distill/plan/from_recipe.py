@@ -37,7 +37,7 @@ from distill.plan.placement import NetworkCost
 from distill.plan.plan import RANKS_PER_NODE, Placement, Plan, PlanOptions, make_plan, without
 from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import HeadsSpec, StudentSpec
-from distill.recipe.schedules import StageSpec
+from distill.recipe.schedules import FamilyStageSpec, StageSpec
 from distill.recipe.types import is_custom
 from students.shapes import BackboneSpec, grid_of, student_heads
 from teacher.shapes import KOLEO_GROUP, HeadShape, ViTSpec, scaled_size
@@ -123,7 +123,14 @@ def stage_shapes(
     recipe: TeacherRecipe, stage: StageSpec
 ) -> Iterator[tuple[float, CropShapes, int | None]]:
     """Each kind of batch of a stage: its share, its crops, and the size of its anchor crops."""
-    spec, crops = recipe.model.backbone_spec(), crop_schedule(recipe, stage)
+    return _kinds(recipe, stage, recipe.model.backbone_spec())
+
+
+def _kinds(
+    recipe: Recipe, stage: FamilyStageSpec, spec: BackboneSpec
+) -> Iterator[tuple[float, CropShapes, int | None]]:
+    """Kinds of batches under a teacher of a shape, as ``stage_shapes``."""
+    crops = crop_schedule(recipe, stage)
     quotas = crops.steps.quotas
     for kind, quota in zip(crops.specs, quotas, strict=True):
         grid_hw = grid_of(spec, kind.global_size)
@@ -189,40 +196,84 @@ def on_nodes_of(recipe: Recipe, ranks_per_node: int | None) -> Recipe:
 
 
 def plan_family(
-    recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device = DEFAULT_DEVICE
+    recipe: FamilyRecipe,
+    shape: TeacherShape,
+    num_ranks: int,
+    device: Device = DEFAULT_DEVICE,
+    stage: FamilyStageSpec | None = None,
 ) -> Plan:
-    """Students on ranks, the teacher in the gaps: replicated where the device's memory allows, sharded where not."""
-    sharding = recipe.engine.teacher_sharding
-    plan = _plan_family(recipe, shape, num_ranks, device, is_sharded=sharding == "sharded")
-    if sharding == "auto" and num_ranks > 1:
-        most = family_footprint(recipe, shape, plan).fullest.total
-        if most > device.memory_gib:
-            sharded = _plan_family(recipe, shape, num_ranks, device, is_sharded=True)
-            if family_footprint(recipe, shape, sharded).fullest.total <= device.memory_gib:
-                return sharded
+    """Students on ranks, the teacher in the gaps; of a stage, by default the first.
+
+    A student has the same ranks in all stages, those that suit the first. The teacher is replicated
+    where the device's memory allows it in every stage, sharded where not.
+    """
+    is_sharded = _is_sharded(recipe, shape, num_ranks, device)
+    stage = stage or recipe.parts[0]
+    plan = _plan_family(recipe, shape, num_ranks, device, stage, is_sharded=is_sharded)
+    if stage != recipe.parts[0]:
+        first = plan_family(recipe, shape, num_ranks, device)
+        _require_as_many_parts(recipe, stage, plan, first)
     return plan
 
 
+def _is_sharded(recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device) -> bool:
+    sharding = recipe.engine.teacher_sharding
+    if sharding != "auto" or num_ranks == 1:
+        return sharding == "sharded"
+
+    def most(*, is_sharded: bool) -> float:
+        plans = (
+            (stage, _plan_family(recipe, shape, num_ranks, device, stage, is_sharded=is_sharded))
+            for stage in recipe.parts
+        )
+        return max(
+            family_footprint(recipe, shape, plan, stage).fullest.total for stage, plan in plans
+        )
+
+    limit = device.memory_gib
+    return most(is_sharded=False) > limit and most(is_sharded=True) <= limit
+
+
+def _require_as_many_parts(
+    recipe: FamilyRecipe, stage: FamilyStageSpec, plan: Plan, first: Plan
+) -> None:
+    """A student's engine adds up as many micro-batches in all stages."""
+    micro_batch = recipe.engine.micro_batch
+    for placement, before in zip(plan.placements, first.placements, strict=True):
+        parts, first_parts = (
+            len(each.parts_of(each.first_rank, micro_batch)) for each in (placement, before)
+        )
+        if parts != first_parts:
+            raise PlanError(
+                f"engine.micro_batch = {micro_batch}: {parts} micro-batches a step of {placement.name} in stage "
+                f"{stage.name}, {first_parts} in {recipe.parts[0].name}",
+                fix="Choose batches or a micro_batch that give as many in all stages, or leave micro_batch out.",
+            )
+
+
 def _plan_family(
-    recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device, *, is_sharded: bool
+    recipe: FamilyRecipe,
+    shape: TeacherShape,
+    num_ranks: int,
+    device: Device,
+    stage: FamilyStageSpec,
+    *,
+    is_sharded: bool,
 ) -> Plan:
-    shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
-    works, normed = [], set()
-    for student in recipe.students:
-        spec, scaled = student.backbone_spec(), shapes.scaled(student.crop_scale)
-        if spec.has_batch_norm:
-            normed.add(student.label)
-        if is_custom(student.arch):
-            _require_full_patches(recipe, student, spec)
-        if shape.heads is None:
-            cost = regression_tflops(spec, shape.spec.width, scaled)
-        else:
-            cost = training_tflops(spec, heads_of_student(student, spec, shape.heads), scaled)
-        works.append(NetworkCost(student.label, device.seconds(cost), student.requested_ranks))
+    """A stage's plan."""
+    works, teach_s = _family_work(recipe, shape, device, stage)
+    normed = {s.label for s in recipe.students if s.backbone_spec().has_batch_norm}
+    first = recipe.parts[0]
+    if stage != first:
+        placed = _plan_family(recipe, shape, num_ranks, device, first, is_sharded=is_sharded)
+        works = [
+            replace(work, ranks=placement.world_ranks)
+            for work, placement in zip(works, placed.placements, strict=True)
+        ]
     plan = make_plan(
         works,
-        device.seconds(teaching_tflops(shape.spec, shape.heads, shapes)),
-        recipe.schedule.batch,
+        teach_s,
+        recipe.at_stage(stage).schedule.batch,
         num_ranks,
         PlanOptions(
             lookahead=recipe.engine.lookahead,
@@ -240,6 +291,31 @@ def _plan_family(
             _require_uncut_groups(recipe, placement)
     ends = [f"{s.label} is finished at step {s.steps:,}" for s in recipe.students if s.steps]
     return replace(plan, notes=(*plan.notes, *ends))
+
+
+def _family_work(
+    recipe: FamilyRecipe, shape: TeacherShape, device: Device, stage: FamilyStageSpec
+) -> tuple[list[NetworkCost], float]:
+    """What each student and the teacher take per image, as means over a stage's sizes of crops."""
+    kinds = [(share, shapes) for share, shapes, _ in _kinds(recipe, stage, shape.spec)]
+    works = []
+    for student in recipe.students:
+        spec, image_s = student.backbone_spec(), 0.0
+        if is_custom(student.arch):
+            _require_full_patches(recipe, student, spec)
+        for share, shapes in kinds:
+            scaled = shapes.scaled(student.crop_scale)
+            if shape.heads is None:
+                cost = regression_tflops(spec, shape.spec.width, scaled)
+            else:
+                cost = training_tflops(spec, heads_of_student(student, spec, shape.heads), scaled)
+            image_s += share * device.seconds(cost)
+        works.append(NetworkCost(student.label, image_s, student.requested_ranks))
+    teach_s = sum(
+        share * device.seconds(teaching_tflops(shape.spec, shape.heads, shapes))
+        for share, shapes in kinds
+    )
+    return works, teach_s
 
 
 def require_full_groups(recipe: Recipe, plan: Plan) -> None:
@@ -289,9 +365,19 @@ def _require_full_patches(recipe: FamilyRecipe, student: StudentSpec, spec: Back
             )
 
 
-def family_footprint(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Footprint:
-    """Memory and traffic of a family's plan."""
-    grid_hw = grid_of(shape.spec, recipe.crops.global_.size)
+def family_footprint(
+    recipe: FamilyRecipe, shape: TeacherShape, plan: Plan, stage: FamilyStageSpec | None = None
+) -> Footprint:
+    """Memory and traffic of a family's plan; of a stage, by default the first, at its largest crops."""
+    kinds = [crops for _, crops, _ in _kinds(recipe, stage or recipe.parts[0], shape.spec)]
+    found = [_footprint_at(recipe, shape, plan, crops) for crops in kinds]
+    return max(found, key=lambda footprint: footprint.fullest.total)
+
+
+def _footprint_at(
+    recipe: FamilyRecipe, shape: TeacherShape, plan: Plan, crops: CropShapes
+) -> Footprint:
+    grid_hw = grid_of(shape.spec, crops.global_size)
     students = []
     for student in recipe.students:
         spec = student.backbone_spec()
@@ -304,7 +390,7 @@ def family_footprint(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> F
             extra, of_rows = head_parameters(heads), row_bytes(heads)
         parameters = spec.parameters + extra
         students.append(Student(student.label, spec, parameters, of_rows, student.crop_scale))
-    crops, patches = crop_shapes(recipe, grid_hw), grid_hw[0] * grid_hw[1]
+    patches = grid_hw[0] * grid_hw[1]
     has_stats = recipe.data.has_source_stats
     wire = wire_shape(crops, shape.heads, shape.spec.width, patches, has_pixel_stats=has_stats)
     training = replace(_training(recipe), lookahead=recipe.engine.lookahead)
@@ -312,7 +398,7 @@ def family_footprint(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> F
 
 
 def later_plans(recipe: FamilyRecipe, plan: Plan) -> tuple[tuple[int, Plan], ...]:
-    """The plans from each step on at which a student is finished."""
+    """The plans of a stage from each step of the family on at which a student is finished."""
     ends = {student.label: student.steps or recipe.schedule.steps for student in recipe.students}
     steps = sorted({end for end in ends.values() if end < recipe.schedule.steps})
     return tuple(

@@ -21,12 +21,12 @@ from distill.plan.memory import Footprint
 from distill.plan.plan import Plan
 from distill.plan.teacher_source import teacher_shape, with_teacher_stats
 from distill.recipe.keys import (
-    FAMILY_PHASE,
     HEADS_PHASE,
-    RESERVED_PHASES,
     FamilyRecipe,
     TeacherRecipe,
+    is_ours,
 )
+from distill.recipe.schedules import FamilyStageSpec
 
 MORE_RANKS = (1, 2, 4, 8, 16)  # times the ranks requested: what is tried when memory is short
 SMALLER_MICRO_BATCHES = (256, 128, 64, 32, 16)
@@ -85,10 +85,26 @@ def check_job(
         if recipe.teacher.heads_mode == "fit":
             fitting, footprint = _planned(recipe, shape, HEADS_PHASE, num_ranks, device)
             plans.append(JobPlan(HEADS_PHASE, fitting, recipe.teacher.fit.steps, footprint))
-        family, footprint = _planned(recipe, shape, FAMILY_PHASE, num_ranks, device)
-        later = later_plans(recipe, family)
-        plans.append(JobPlan(FAMILY_PHASE, family, recipe.schedule.steps, footprint, later))
+        plans += [_stage_plan(recipe, shape, stage, num_ranks, device) for stage in recipe.parts]
     return tuple(plans)
+
+
+def _stage_plan(
+    recipe: FamilyRecipe,
+    shape: TeacherShape,
+    stage: FamilyStageSpec,
+    num_ranks: int,
+    device: Device,
+) -> JobPlan:
+    """A stage of the family, with the plans for when students are finished, by its steps."""
+    name, first = recipe.phase_of(stage), recipe.first_step(stage)
+    plan, footprint = _planned(recipe, shape, name, num_ranks, device)
+    later = tuple(
+        (max(0, step - first), each)
+        for step, each in later_plans(recipe, plan)
+        if step - first < stage.steps
+    )
+    return JobPlan(name, plan, stage.steps, footprint, later)
 
 
 def require_fit(
@@ -105,7 +121,7 @@ def require_fit(
     if job.footprint.fullest.total <= device.memory_gib:
         return
     trained = recipe if isinstance(recipe, TeacherRecipe) else teacher_recipe
-    if isinstance(recipe, FamilyRecipe) and job.name in RESERVED_PHASES:
+    if isinstance(recipe, FamilyRecipe) and is_ours(job.name):
         shape = teacher_shape(recipe, teacher_recipe, has_files=False)
         fix = _nearest_fit(recipe, shape, job, device)
     else:
@@ -164,5 +180,6 @@ def _planned(
     if phase == HEADS_PHASE:
         plan = plan_fitting(recipe, shape, num_ranks, device)
         return plan, fitting_footprint_of(recipe, shape, plan)
-    plan = plan_family(recipe, shape, num_ranks, device)
-    return plan, family_footprint(recipe, shape, plan)
+    stage = next(each for each in recipe.parts if recipe.phase_of(each) == phase)
+    plan = plan_family(recipe, shape, num_ranks, device, stage)
+    return plan, family_footprint(recipe, shape, plan, stage)

@@ -5,7 +5,13 @@ from collections.abc import Iterator, Sequence
 from distill.plan.from_recipe import TeacherShape, heads_of_student
 from distill.plan.memory import head_parameters
 from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe
-from distill.recipe.schedules import LrSpec, ObjectiveSpec, ScheduleSpec, TemperatureSpec
+from distill.recipe.schedules import (
+    FamilyStageSpec,
+    LrSpec,
+    ObjectiveSpec,
+    ScheduleSpec,
+    TemperatureSpec,
+)
 
 # A student's heads may have so many times the parameters of its backbone; the published ViT-S has 8 times
 MOST_OF_BACKBONE = 20.0
@@ -51,16 +57,22 @@ def _lengths(recipe: Recipe) -> Iterator[str]:
         fit = recipe.teacher.fit
         if recipe.teacher.heads_mode == "fit" and fit.warmup >= fit.steps:
             yield _too_long("teacher.fit.warmup", fit.warmup, "teacher.fit.steps", fit.steps)
+        yield from _stage_warmups(recipe.stages or ())
         return
     yield from _warmups("schedule", schedule, sum(stage.steps for stage in recipe.stages))
+    yield from _stage_warmups(recipe.stages)
     for position, stage in enumerate(recipe.stages):
-        if stage.lr is not None and stage.lr.warmup >= stage.steps:
-            key = f"stages.{position}"
-            yield _too_long(f"{key}.lr.warmup", stage.lr.warmup, f"{key}.steps", stage.steps)
         times, rest = divmod(stage.steps, stage.gram.refresh) if stage.gram else (0, 1)
         if stage.gram and not rest and times <= stage.gram.max_refreshes:
             text = f"stages.{position}.gram.refresh = {stage.gram.refresh:,}: the refresh at the stage's last step"
             yield f"{text} ({stage.steps:,}) never acts; give the stage more steps"
+
+
+def _stage_warmups(stages: Sequence[FamilyStageSpec]) -> Iterator[str]:
+    for position, stage in enumerate(stages):
+        if stage.lr is not None and stage.lr.warmup >= stage.steps:
+            key = f"stages.{position}"
+            yield _too_long(f"{key}.lr.warmup", stage.lr.warmup, f"{key}.steps", stage.steps)
 
 
 def _warmups(key: str, schedule: ScheduleSpec, steps: int) -> Iterator[str]:
@@ -84,8 +96,7 @@ def _numbers_of_images(recipe: Recipe, images: int) -> Iterator[str]:
     if not images:
         return
     batches = {"schedule.batch": recipe.schedule.batch}
-    if isinstance(recipe, TeacherRecipe):
-        batches |= {f"stages.{i}.batch": each.batch or 0 for i, each in enumerate(recipe.stages)}
+    batches |= {f"stages.{i}.batch": each.batch or 0 for i, each in enumerate(recipe.stages or ())}
     for key, batch in batches.items():
         if batch > images:
             yield f"{key} = {batch:,}: more than the {images:,} images, so a step has some twice"

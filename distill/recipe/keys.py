@@ -20,12 +20,23 @@ from distill.recipe.networks import HeadsSpec, Model, Student, TeacherSource
 from distill.recipe.schedules import (
     FamilyObjectiveSpec,
     FamilyScheduleSpec,
+    FamilyStageSpec,
     StageSpec,
     TeacherScheduleSpec,
 )
 from distill.recipe.types import Every, Format, Name, Section, machine, science
 
 HEADS_PHASE, FAMILY_PHASE = RESERVED_PHASES = ("heads", "family")
+
+
+def is_family_phase(name: str) -> bool:
+    """Whether students train in the phase of this name: the family, or a stage of it."""
+    return name == FAMILY_PHASE or name.startswith(f"{FAMILY_PHASE}.")
+
+
+def is_ours(phase: str) -> bool:
+    """Whether a phase is a family's, not of the teacher that it trains first."""
+    return phase == HEADS_PHASE or is_family_phase(phase)
 
 
 class EngineSpec(Section):
@@ -213,7 +224,7 @@ def export_problems(parts: Mapping[Loc, Any]) -> Iterator[Problem]:
     """What ``checkpoint.export`` lacks; ``parts`` are the values of a recipe by their place."""
     if not parts.get(("checkpoint", "export")):
         return
-    if any(loc[0] == "stages" for loc in parts):
+    if any(loc[0] == "model" for loc in parts):
         yield ("checkpoint", "export"), "true: a recipe of a teacher has no students to export"
     elif parts.get(("checkpoint", "milestones"), 0) is None:
         yield (
@@ -259,12 +270,53 @@ class FamilyRecipe(Section):
     schedule: FamilyScheduleSpec = science(
         description="Batch, optimiser and everything that changes with the step."
     )
+    stages: Annotated[tuple[FamilyStageSpec, ...], Strict(False)] | None = science(
+        None,
+        since=3,
+        min_length=1,
+        description=(
+            "Stages of the family, in order; their steps add up to `schedule.steps`. Null means one "
+            "stretch of steps."
+        ),
+    )
     engine: EngineSpec = science(EngineSpec(), description="Where the job runs and how fast.")
     checkpoint: CheckpointSpec = machine(
         CheckpointSpec(), description="How often the job is saved and how much is left on disk."
     )
     log: Log = machine(("jsonl",), since=2, description=LOG)
     extensions: Extensions | None = extensions_key()
+
+    @property
+    def parts(self) -> tuple[FamilyStageSpec, ...]:
+        """The stages; without any, all steps as one."""
+        return self.stages or (FamilyStageSpec(name=FAMILY_PHASE, steps=self.schedule.steps),)
+
+    def phase_of(self, stage: FamilyStageSpec) -> str:
+        """Name of a stage's phase, which no stage of a teacher has."""
+        return FAMILY_PHASE if self.stages is None else f"{FAMILY_PHASE}.{stage.name}"
+
+    def at_stage(self, stage: FamilyStageSpec) -> "FamilyRecipe":
+        """The recipe with the schedule that a stage has; the other stages keep theirs."""
+        given = {"lr": stage.lr, "batch": stage.batch, "ema": stage.ema}
+        update = {key: value for key, value in given.items() if value is not None}
+        if not update:
+            return self
+        stages = tuple(
+            each.model_copy(update={"batch": each.batch or self.schedule.batch})
+            for each in self.parts
+        )
+        settings = self.schedule.model_copy(update=update)
+        return self.model_copy(update={"schedule": settings, "stages": stages})
+
+    def first_step(self, stage: FamilyStageSpec) -> int:
+        """Steps of the stages before one."""
+        names = [each.name for each in self.parts]
+        return sum(each.steps for each in self.parts[: names.index(stage.name)])
+
+    def step_of(self, phase: str, phase_step: int) -> int:
+        """A step of a stage's phase, counted from the family's start."""
+        stages = (each for each in self.parts if self.phase_of(each) == phase)
+        return sum(self.first_step(each) for each in stages) + phase_step
 
     def input_size_of(self, name: str) -> int:
         """Pixels per side that a finished network is scored at, the teacher included."""
@@ -311,7 +363,7 @@ class TeacherRecipe(Section):
     log: Log = machine(("jsonl",), since=2, description=LOG)
     extensions: Extensions | None = extensions_key()
 
-    def at_stage(self, stage: StageSpec) -> "TeacherRecipe":
+    def at_stage(self, stage: FamilyStageSpec) -> "TeacherRecipe":
         """The recipe with the schedule that a stage has; the other stages keep theirs."""
         by_key = {"lr": stage.lr, "batch": stage.batch, "ema": stage.ema}
         given = {key: value for key, value in by_key.items() if value is not None}
@@ -322,7 +374,7 @@ class TeacherRecipe(Section):
         settings = self.schedule.model_copy(update=given)
         return self.model_copy(update={"schedule": settings, "stages": stages})
 
-    def first_step(self, stage: StageSpec) -> int:
+    def first_step(self, stage: FamilyStageSpec) -> int:
         """Steps of the stages before one."""
         names = [each.name for each in self.stages]
         return sum(each.steps for each in self.stages[: names.index(stage.name)])

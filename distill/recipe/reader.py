@@ -201,14 +201,14 @@ def _is_echo(loc: Loc, by_place: Mapping[Loc, Sequence[Any]]) -> bool:
 
 def _kind(document: Document) -> Kind:
     kinds: dict[str, Kind] = {"students": FamilyRecipe, "stages": TeacherRecipe}
-    found = [key for key in kinds if key in document.values]
+    found = [key for key in kinds if key in document.values][:1]  # a family has stages too
     if not found:  # a misspelt one is known by what it is close to, and reported as unknown
         found = [k for k in kinds if difflib.get_close_matches(k, map(str, document.values), n=1)]
     if len(found) != 1:
         given = next((key for key in found if (key,) in document.overridden), None)
         raise RecipeError(
             f"{f'override {given!r}' if given else f'{document.label}:1:1'}: needs either 'students' (a family) "
-            f"or 'stages' (a teacher), {'not both' if found else 'has neither'}",
+            "or 'stages' (a teacher), has neither",
             fix="Start from `distill recipes copy quickstart my.yaml`.",
         )
     return kinds[found[0]]

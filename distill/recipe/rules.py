@@ -12,8 +12,9 @@ from typing import Any
 from distill.errors import RecipeError
 from distill.listing.document import Loc, Problem
 from distill.listing.extensions import ExtensionKind, require
+from distill.recipe.family_stage_rules import family_stage_rules
 from distill.recipe.init_keys import gram_rules
-from distill.recipe.keys import RESERVED_PHASES, export_problems
+from distill.recipe.keys import export_problems, is_ours
 from distill.recipe.networks import HEADS_MODES, RESERVED_NETWORKS, ArchSpec
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS, is_custom
 from students.shapes import CATALOG
@@ -54,7 +55,7 @@ def find_conflicts(parts: Parts, teacher: Parts | None = None) -> Iterator[Probl
     yield from export_problems(parts)
     if items_of(parts, "students"):
         yield from _family_rules(parts, teacher or {})
-    if items_of(parts, "stages"):
+    elif items_of(parts, "stages"):
         yield from _teacher_rules(parts)
 
 
@@ -169,6 +170,7 @@ def _extension_rules(parts: Parts) -> Iterator[Problem]:
 def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
     scaled: set[str] = set()
     strides: dict[str, int] = {}
+    sides: dict[str, tuple[int, float]] = {}  # stride, and scale of crops
     ends: dict[str, int | None] = {}
     num_steps = parts.get(("schedule", "steps"))
     teacher_stride = _stride(teacher, ("model",))
@@ -188,6 +190,7 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
         stride = _stride(parts, key_path)
         scale = parts.get((*key_path, "crop_scale"), 1.0)
         if stride is not None and scale is not None:
+            sides[label] = stride, scale
             if scale == 1.0:
                 strides[label] = stride
             else:
@@ -202,6 +205,9 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
                 f"{ends[label]}: the family ends at schedule.steps = {num_steps}",
             )
     yield from _length_rules(parts, ends)
+    if teacher_stride is not None:
+        sides["the teacher"] = teacher_stride, 1.0
+    yield from family_stage_rules(parts, items_of(parts, "stages"), sides)
     strides_of_teacher = {} if teacher_stride is None else {"the teacher": teacher_stride}
     for key in ("global", "eval_size"):
         yield from _crop_rules(parts, key, {**strides_of_teacher, **strides})
@@ -288,7 +294,7 @@ def _teacher_rules(parts: Parts) -> Iterator[Problem]:
         if name is None:
             is_complete = False
             continue
-        if name in before or name in RESERVED_PHASES:
+        if name in before or is_ours(name):
             yield (
                 ("stages", index, "name"),
                 f"{name!r} is taken: stages need different names, none 'heads' or 'family'",

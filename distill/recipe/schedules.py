@@ -333,31 +333,16 @@ class StageCropsSpec(Section):
     )
 
 
-class StageSpec(Section):
-    """One stage of pretraining; it goes on from the stage before."""
+class FamilyStageSpec(Section):
+    """One stage of a family or of pretraining; it goes on from the stage before."""
 
     name: Name = science(description="Name of the stage, in metrics and for `gram.teacher`.")
     steps: int = science(ge=1, description="Steps of the stage.")
-    objective: ObjectiveSpec = science(
-        ObjectiveSpec(), description="Weights of the loss terms in this stage."
-    )
-    gram: GramSpec | None = science(
-        None, description="Gram anchoring in this stage. Null means none."
-    )
     lr: LrSpec | None = science(
         None,
         description=(
             "Learning rate of this stage, counted from its first step. Null means that the "
             "schedule's continues."
-        ),
-    )
-    ramp: int = science(
-        0,
-        ge=0,
-        since=3,
-        description=(
-            "Steps at the start of the stage in which the weights of the loss terms go from those of "
-            "the stage before to this one's, along half a cosine. The default takes them at once."
         ),
     )
     batch: int | None = science(
@@ -374,3 +359,33 @@ class StageSpec(Section):
         min_length=1,
         description="Sizes of crops that take turns, each batch of one. Null means the sizes in `crops`.",
     )
+
+    @property
+    def anchor_resolution(self) -> float | None:
+        """How many times the side of the global crops an anchor gets; None without one."""
+        return None
+
+
+class StageSpec(FamilyStageSpec):
+    """One stage of pretraining, which may have an objective and a Gram anchor of its stage alone."""
+
+    objective: ObjectiveSpec = science(
+        ObjectiveSpec(), description="Weights of the loss terms in this stage."
+    )
+    gram: GramSpec | None = science(
+        None, description="Gram anchoring in this stage. Null means none."
+    )
+    ramp: int = science(
+        0,
+        ge=0,
+        since=3,
+        description=(
+            "Steps at the start of the stage in which the weights of the loss terms go from those of "
+            "the stage before to this one's, along half a cosine. The default takes them at once."
+        ),
+    )
+
+    @property
+    def anchor_resolution(self) -> float | None:
+        """How many times the side of the global crops the anchor gets; None without one."""
+        return None if self.gram is None else self.gram.resolution

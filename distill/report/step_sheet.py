@@ -17,7 +17,7 @@ from distill.plan.crop_sizes import crop_schedule
 from distill.plan.from_recipe import shape_of_recipe
 from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-from distill.recipe.schedules import StageSpec
+from distill.recipe.schedules import FamilyStageSpec
 from students.shapes import grid_of
 
 
@@ -46,7 +46,6 @@ def render_step(
     stage_spec = None
     if stage is not None:
         stage_spec = _stage_named(recipe, stage)
-        assert isinstance(recipe, TeacherRecipe), "only they have stages"
         step += recipe.first_step(stage_spec)
         recipe = recipe.at_stage(stage_spec)
     crops = crop_schedule(recipe, stage_spec)
@@ -88,10 +87,10 @@ def _picture(
         return np.zeros((*hw.tolist(), 3), np.uint8)
 
 
-def _stage_named(recipe: FamilyRecipe | TeacherRecipe, name: str) -> StageSpec:
-    stages = recipe.stages if isinstance(recipe, TeacherRecipe) else ()
+def _stage_named(recipe: FamilyRecipe | TeacherRecipe, name: str) -> FamilyStageSpec:
+    stages = recipe.stages or ()
     for stage in stages:
         if stage.name == name:
             return stage
-    known = ", ".join(stage.name for stage in stages) or "none: it is a family recipe"
+    known = ", ".join(stage.name for stage in stages) or "none: it has one stretch of steps"
     raise RecipeError(f"--stage {name}: not a stage", fix=f"The recipe's stages: {known}.")

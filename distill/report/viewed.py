@@ -70,7 +70,7 @@ def networks_over_steps(path: Path) -> list[Viewed]:
         specs = {student.label: student.backbone_spec() for student in job.recipe.students}
         found += [
             view(specs[name], name, "family", step, file)
-            for step, name, file in student_checkpoints(run, specs)
+            for step, name, file in student_checkpoints(run, job.recipe, specs)
         ]
     names = list(dict.fromkeys(each.group for each in found))
     chosen = [each for each in found if wanted in ("", each.group)]
