@@ -177,5 +177,5 @@ def test_stop__in_every_stage_and_resume_equals_never_stopping(finished: Path) -
 
 @pytest.mark.slow
 def test_train__look_ahead_changes_no_bit_over_stages(finished: Path) -> None:
-    ahead = train(finished, "ahead", "engine.lookahead=0", "engine.exchange=all_gather")
+    ahead = train(finished, "ahead", "engine.lookahead=0")
     assert_equal_students(ahead, finished / "runs/tiny")
