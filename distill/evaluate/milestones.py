@@ -11,7 +11,7 @@ from typing import Any
 
 from distill.errors import UserError
 from distill.evaluate.cost import MOST_GFLOP_ON_CPU
-from distill.evaluate.over_steps import read_ema
+from distill.evaluate.over_steps import load_ema, read_ema
 from distill.evaluate.students_over_steps import StudentScorer
 from distill.export.save import ExportFacts, fingerprint, write_backbone
 from distill.job.origin import init_record, licences_of_network, student_record
@@ -83,7 +83,7 @@ class MilestoneWriter:
                 file = path / f"{name}{SUFFIX}"
                 if file.name not in manifest.files:  # parked before it was trained
                     continue
-                scores = self._score(step, name, file)
+                scores = self._score(step, name, file, specs[name])
                 started = init_record(inits[name])
                 facts = ExportFacts(
                     recipe.input_size_of(name),
@@ -106,14 +106,14 @@ class MilestoneWriter:
         self._scorer = StudentScorer(self._folder, recipe, path, specs)
         return spec, fingerprint(load_backbone(path)[0].state_dict())
 
-    def _score(self, step: int, name: str, file: Path) -> dict[str, Any]:
+    def _score(self, step: int, name: str, file: Path, spec: BackboneSpec) -> dict[str, Any]:
         """Scores of a student for its record, or why there are none."""
         if self._scorer is None:
             reason = "the teacher takes too long on a CPU; see distill eval RUN --over-steps"
             return {"knn": None, "reason": reason}
         if not self._scorer.has_images:
             return {"knn": None, "reason": "too few images to compare neighbours on"}
-        found = self._scorer.score(step, name, file)
+        found = self._scorer.score(step, name, load_ema(file, spec))
         self._say(found.line)
         near = {"class": asdict(found.class_token), "patch": asdict(found.patch)}
         return {"knn": found.knn, "agreement": near}

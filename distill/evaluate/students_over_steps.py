@@ -28,13 +28,13 @@ from distill.protocols.images import (
 from distill.protocols.knn import BASELINE_PX, knn
 from distill.recipe.keys import FamilyRecipe
 from distill.runfolder.manifest import checkpoints
-from distill.runfolder.status import KNN_K, write_json
+from distill.runfolder.progress import add_progress
+from distill.runfolder.status import KNN_K
 from distill.runfolder.tensor_file import SUFFIX
 from distill.weights.load import load_backbone
 from students.shapes import BackboneSpec
 
 CPU = torch.device("cpu")
-WRITTEN = "students-progress.json"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class StudentStep:
 
 
 def students_over_steps(run_folder: Path, say: Callable[[str], None]) -> list[StudentStep]:
-    """Every student in each kept checkpoint, oldest first, also written to ``students-progress.json``; empty without any."""
+    """Every student in each kept checkpoint, oldest first, added to ``students-progress.json``; empty without any."""
     job = read_job(run_folder)
     if not isinstance(job.recipe, FamilyRecipe):
         return []
@@ -72,9 +72,9 @@ def students_over_steps(run_folder: Path, say: Callable[[str], None]) -> list[St
         return []
     history = []
     for step, name, path in found:
-        history.append(scorer.score(step, name, path))
+        history.append(scorer.score(step, name, load_ema(path, specs[name])))
         say(history[-1].line)
-    write_json(run_folder / WRITTEN, [asdict(each) for each in history])
+    add_progress(run_folder, [asdict(each) for each in history])
     return history
 
 
@@ -106,7 +106,6 @@ class StudentScorer:
         data, size = recipe.data, recipe.crops.input_size
         usual = Preparation(size, data.mean, data.std, decoding_of(data).background)
         teacher, spec = load_backbone(teacher_path)
-        self._specs = specs
         self._preparations = {
             name: self._preparation(run_folder / "students" / name, each, usual)
             for name, each in specs.items()
@@ -136,9 +135,8 @@ class StudentScorer:
     ) -> Extracted:
         return extract_all(backbone, part.batches(preparation), preparation, device=CPU)
 
-    def score(self, step: int, name: str, path: Path) -> StudentStep:
-        """One student of one checkpoint."""
-        backbone = load_ema(path, self._specs[name])
+    def score(self, step: int, name: str, backbone: torch.nn.Module) -> StudentStep:
+        """One student as it was after ``step`` steps."""
         found = [self._features(backbone, self._preparations[name], part) for part in self.parts]
         score = None
         if not self._reason:

@@ -43,6 +43,8 @@ def _without_null(
             continue
         if isinstance(held, Section):
             value = _without_null(held, value, format_number)
+            if not value:  # nothing but such keys
+                continue
         elif isinstance(held, tuple):
             value = [
                 _without_null(item, each, format_number) if isinstance(item, Section) else each

@@ -307,6 +307,7 @@ class _Run:
         )
         shard_teacher(context, teacher)
         family = Family(context, teacher, shape, self.first_steps, device)
+        self.recorder.save_more(recipe.evaluate.every_s, recipe.evaluate.every_steps)
         for stage in recipe.parts:
             if recipe.phase_of(stage) in phases:
                 phase = family.phase(stage)

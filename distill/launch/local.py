@@ -156,7 +156,7 @@ def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -
             feeding(folder, job.recipe.log),
             _screen(folder, console, live=live, hint=SAVE_HINT),
         ):
-            with exporting(folder, job.recipe.checkpoint):
+            with exporting(folder, job.recipe):
                 failure = supervisor.run()
             if signals.num_interrupts > 1:
                 raise _ended_at_once(folder)
@@ -224,7 +224,7 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
             lock.share()
             rendezvous.admit(folder, request.overrides)
         with feeding(folder, job.recipe.log), _screen(folder, console, live=False):
-            with exporting(folder, job.recipe.checkpoint):
+            with exporting(folder, job.recipe):
                 entry(request.run_folder, None, rendezvous.store_of_ranks())
             code = _finalize(folder, None, was_interrupted=False)
         # torchrun would start all ranks again, only to end with the same students parked

@@ -1,14 +1,15 @@
-"""A process beside the ranks that writes the students of milestones (``checkpoint.export``), so that training does not wait for it.
+"""Processes beside the ranks that work on checkpoints, so that training does not wait for them.
 
-It looks for new milestones, and ends at once when the launcher ends or is gone: what it was at is not there, since a
-milestone appears complete or not at all. What is left is written after training, or beside the next start.
+One writes the students of milestones (``checkpoint.export``), one scores the students at intervals (``evaluate.every``).
+Each looks for new checkpoints, and ends at once when the launcher ends or is gone: what it was at is not there, since a
+milestone, and the scores of a step, appear complete or not at all. What is left is done after training, or beside the next start.
 """
 
 import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,41 +18,61 @@ from distill.launch.trackers import close_input, start_beside, wait_or_kill
 from distill.runfolder.events import Event, note
 
 if TYPE_CHECKING:
-    from distill.recipe.keys import CheckpointSpec
+    from distill.recipe.keys import Recipe
 
 LOOK_EVERY_S = 2.0
-NAME = "milestones"  # of the text of its output
+MILESTONES, SCORES = "milestones", "scores"  # and of the texts of their output
 END_S = 5.0  # for a process that ends as soon as its standard input does
 CODE = "import sys; from distill.launch.milestones import follow; follow(*sys.argv[1:])"
 
 
 @contextmanager
-def exporting(run_folder: Path, checkpoint: "CheckpointSpec") -> Iterator[None]:
-    """Writes students of milestones while inside, where the recipe wants that."""
-    process = start_beside(CODE, run_folder, NAME) if checkpoint.export else None
+def exporting(run_folder: Path, recipe: "Recipe") -> Iterator[None]:
+    """Writes students of milestones, and scores students, while inside, where the recipe wants that."""
+    processes = [start_beside(CODE, run_folder, name) for name in _wanted(recipe)]
     try:
         yield
     finally:
-        if process is not None:
+        for process in processes:
             close_input(process)
+        for process in processes:
             wait_or_kill(process, END_S)
 
 
-def follow(run_folder: str, name: str) -> None:  # noqa: ARG001  # as every process beside the ranks
-    """Is the process: writes milestones as they come, until standard input is closed."""
-    from distill.evaluate.milestones import LEFT_MESSAGE, MilestoneWriter
+def _wanted(recipe: "Recipe") -> list[str]:
+    from distill.recipe.keys import FamilyRecipe
 
+    names = [MILESTONES] if recipe.checkpoint.export else []
+    is_scored = isinstance(recipe, FamilyRecipe) and recipe.evaluate.every is not None
+    return [*names, SCORES] if is_scored else names
+
+
+def follow(run_folder: str, name: str) -> None:
+    """Is the process of a name: works on checkpoints as they come, until standard input is closed."""
     os.nice(10)
     threading.Thread(target=_end_with_launcher, daemon=True).start()
-    writer = MilestoneWriter(Path(run_folder), print_line)
+    work, left_message = _work_of(Path(run_folder), name)
     try:
         while True:
-            writer.write_left()
+            work()
             time.sleep(LOOK_EVERY_S)
     except BaseException as error:  # the launcher tries again after training
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        note(Path(run_folder), Event("failed", f"{LEFT_MESSAGE} beside training: {lines[0]}"))
+        note(Path(run_folder), Event("failed", f"{left_message} beside training: {lines[0]}"))
         raise
+
+
+def _work_of(run_folder: Path, name: str) -> tuple[Callable[[], object], str]:
+    """What to do again and again, and the message where it fails."""
+    if name == SCORES:
+        from distill.evaluate import at_intervals
+
+        at_intervals.forget_later(run_folder)
+        scorer = at_intervals.IntervalScorer(run_folder, print_line)
+        return scorer.score_due, at_intervals.LEFT_MESSAGE
+    from distill.evaluate import milestones
+
+    return milestones.MilestoneWriter(run_folder, print_line).write_left, milestones.LEFT_MESSAGE
 
 
 def print_line(text: str) -> None:

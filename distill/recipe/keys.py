@@ -214,10 +214,35 @@ class CheckpointSpec(Section):
     @property
     def every_s(self) -> float | None:
         """Seconds between saves, if counted in time."""
-        if isinstance(self.every, int):
-            return None
-        number, unit = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", self.every).groups()  # type: ignore[union-attr]
-        return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
+        return None if isinstance(self.every, int) else _seconds(self.every)
+
+
+class EvaluateSpec(Section):
+    """Scores of the students while they train."""
+
+    every: Every | None = machine(
+        None,
+        description=(
+            "Time or steps between two scorings of the students beside training, such as `30min` or 500; each saves a "
+            "checkpoint. Null means none: scoring takes time of a CPU core."
+        ),
+    )
+
+    @property
+    def every_steps(self) -> int | None:
+        """Steps between scorings, if counted in steps."""
+        return self.every if isinstance(self.every, int) else None
+
+    @property
+    def every_s(self) -> float | None:
+        """Seconds between scorings, if counted in time."""
+        return _seconds(self.every) if isinstance(self.every, str) else None
+
+
+def _seconds(text: str) -> float:
+    """Of a duration that was validated."""
+    number, unit = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|min|h)", text).groups()  # type: ignore[union-attr]
+    return float(number) * {"s": 1, "min": 60, "h": 3600}[unit]
 
 
 def export_problems(parts: Mapping[Loc, Any]) -> Iterator[Problem]:
@@ -282,6 +307,9 @@ class FamilyRecipe(Section):
     engine: EngineSpec = science(EngineSpec(), description="Where the job runs and how fast.")
     checkpoint: CheckpointSpec = machine(
         CheckpointSpec(), description="How often the job is saved and how much is left on disk."
+    )
+    evaluate: EvaluateSpec = machine(
+        EvaluateSpec(), since=3, description="Scores of the students while they train."
     )
     log: Log = machine(("jsonl",), since=2, description=LOG)
     extensions: Extensions | None = extensions_key()

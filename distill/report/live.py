@@ -22,6 +22,7 @@ from typing import Any
 from distill.report.looks import LIVE_SCRIPT, SCRIPT
 from distill.report.page import document, make_body
 from distill.report.run_record import read_run
+from distill.runfolder.progress import FILE as PROGRESS
 
 LOOPBACK = "127.0.0.1"
 TOKEN_BYTES = 24
@@ -30,7 +31,7 @@ ALIVE_S = (
     15.0  # between two comments to a browser, without which a closed one would never be noticed
 )
 MOST_LISTENERS = 8  # browsers at once: each holds a thread
-WATCHED = ("status.json", "summary.json", "events.jsonl", "features.png", "metrics")
+WATCHED = ("status.json", "summary.json", "events.jsonl", "features.png", "metrics", PROGRESS)
 HEADERS = {
     "Cache-Control": "no-store",
     "Referrer-Policy": "no-referrer",

@@ -30,7 +30,7 @@ from distill.report.sections import (
     repeat,
     time_text,
 )
-from distill.report.time_use import curves, plan_and_measured, ranks
+from distill.report.time_use import curves, over_steps, plan_and_measured, ranks
 from distill.runfolder.files import replace_text
 
 MOST_BYTES = 5_000_000  # what mail programs and reviewers still take
@@ -108,7 +108,7 @@ def make_body(
     parts = {
         "summary": conclusions(runs),
         "family": _each(runs, family),
-        "agreement": _each(runs, agreement),
+        "agreement": joined([_each(runs, agreement), over_steps(runs, colour_of)]),
         "curves": curves(runs, colour_of),
         "cost": cost(runs, colour_of),
         "pictures": _pictures(runs, room_bytes) if has_pictures else note("Left out."),

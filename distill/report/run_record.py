@@ -17,6 +17,7 @@ from distill.errors import UserError
 from distill.listing.document import RESOLVED, RESOLVED_TEACHER, read_document
 from distill.runfolder.events import Event, read_events
 from distill.runfolder.metrics import MetricsRow, read_rows
+from distill.runfolder.progress import ScoredStep, read_progress
 from distill.runfolder.status import TEACHER, PhaseStatus, Status, StatusFile
 
 MOST_RECIPE_CHARACTERS = 60_000
@@ -31,6 +32,7 @@ class RunRecord:
     status: Status | None
     summary: Mapping[str, Any]
     rows: Mapping[str, Sequence[MetricsRow]]
+    progress: Sequence[ScoredStep]
     events: Sequence[Event]
     plan: Mapping[str, Any]
     times: Mapping[str, Any]
@@ -80,6 +82,7 @@ def read_run(folder: Path) -> RunRecord:
         status=status and Status.from_json(_shortened(status.to_json())),
         summary=_shortened(summary),
         rows={name: found for name, found in rows.items() if found},
+        progress=read_progress(folder),
         events=[Event(**_shortened(vars(event))) for event in read_events(folder)],
         plan=read_of["plan.json"],
         times=read_of["timing.json"],

@@ -16,6 +16,7 @@ from distill.data.locations import Location, Reader
 from distill.data.photographs import photograph_paths
 from distill.engine.device import has_gpu
 from distill.errors import UserError
+from distill.evaluate.at_intervals import score_after
 from distill.evaluate.milestones import write_after
 from distill.evaluate.run import evaluate_run
 from distill.evaluate.scoring import Wanted
@@ -97,6 +98,7 @@ def finish(run_folder: Path, wanted: Wanted = Wanted(USUAL[1:])) -> dict[str, An
         live.show("drawing features.png")
         messages = [*unfinished_students(summary), *_left_out(summary)]
         messages += write_after(run_folder, live.show)
+        messages += score_after(run_folder, live.show)
         messages += plot_pictures(job, specs, NUM_PHOTOGRAPHS)
     messages += complete_cards(job, specs, summary)
     fates = {

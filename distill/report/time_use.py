@@ -19,6 +19,7 @@ from distill.report.markup import Html, element, joined, note, table
 from distill.report.run_record import RunRecord
 from distill.report.sections import NOT_COMPUTED, dash_of, measured_step_s
 from distill.runfolder.metrics import MetricsRow
+from distill.runfolder.progress import FIGURES
 from distill.runfolder.status import TEACHER
 from distill.screen.words import duration
 
@@ -56,6 +57,38 @@ def curves(runs: Sequence[RunRecord], colour_of: Mapping[str, str]) -> Html:
         parts.append(legend([track[:3] for track in tracks]))
         parts.append(element("div", joined(c for c in charts if c), class_="charts"))
     return joined(parts) if parts else note(f"Curves: {NOT_COMPUTED}, no metrics yet.")
+
+
+def over_steps(runs: Sequence[RunRecord], colour_of: Mapping[str, str]) -> Html:
+    """Closeness to the teacher and k-NN of every student over the steps of the family, where it was scored while it trained."""
+    tracks = []
+    for index, run in enumerate(runs):
+        for name in dict.fromkeys(each.student for each in run.progress):
+            label = name if len(runs) == 1 else f"{run.name}/{name}"
+            look = colour_of.get(name, TEACHER_COLOUR), dash_of(index)
+            tracks.append((label, *look, [each for each in run.progress if each.student == name]))
+    if not tracks:
+        return note("No scores over the steps: evaluate.every computes them while a run trains.")
+    charts = []
+    for title, value in FIGURES.values():
+        found = [
+            Curve(
+                label,
+                colour,
+                dash,
+                [(each.step, y) for each in rows if (y := value(each)) is not None],
+            )
+            for label, colour, dash, rows in tracks
+        ]
+        charts.append(line_chart(title, found, may_be_log=False))
+    marks = legend([track[:3] for track in tracks])
+    return joined(
+        [
+            element("h3", "over the steps"),
+            marks,
+            element("div", joined(c for c in charts if c), class_="charts"),
+        ]
+    )
 
 
 def _term(name: str, row: MetricsRow) -> float:

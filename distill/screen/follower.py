@@ -15,10 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from distill.recipe.keys import is_family_phase
 from distill.runfolder.files import make_folder
-from distill.runfolder.metrics import MetricSink, MetricsRow
+from distill.runfolder.metrics import MetricsRow
+from distill.runfolder.progress import FIGURES, ScoredStep, read_progress
 from distill.runfolder.status import StatusFile, write_json
-from distill.screen.trackers import TRACKERS, new_id
+from distill.screen.trackers import TRACKERS, TrackerSink, new_id
 
 INTERVAL_S = 2.0
 BLOCK_BYTES = 2**20
@@ -61,7 +63,7 @@ class Follower:
         with suppress(OSError, ValueError):
             self._state = dict(json.loads(self._path.read_text(encoding="utf-8")))
         self._files: dict[str, RowFile] = {}
-        self._sinks: dict[str, MetricSink] = {}
+        self._sinks: dict[str, TrackerSink] = {}
         self._first_steps: dict[str, int] = {}
         self.num_rows = 0
 
@@ -76,6 +78,8 @@ class Follower:
         for path in sorted((self._run_folder / "metrics").glob("*.jsonl")):
             for row in self._files.setdefault(path.stem, RowFile(path)).rows():
                 self._take(path.stem, row)
+        for scored in read_progress(self._run_folder):
+            self._take_scores(scored)
         if self.num_rows != before:
             make_folder(self._path.parent)
             write_json(self._path, self._state)
@@ -88,15 +92,36 @@ class Follower:
     def _take(self, network: str, row: MetricsRow) -> None:
         """Hands a row on at its step since the start of the run, unless the tracker has had it."""
         step = self._first_steps.get(row.phase, 0) + row.step
-        state = self._state.setdefault(network, {"id": new_id(), "step": 0})
+        state = self._state_of(network)
         if step <= state["step"]:
             return
-        if network not in self._sinks:
-            done = int(state["step"])
-            self._sinks[network] = self._open(self._run_folder, network, str(state["id"]), done)
-        self._sinks[network].write(replace(row, step=step))
+        self._sink_of(network).write(replace(row, step=step))
         state["step"] = step
         self.num_rows += 1
+
+    def _take_scores(self, scored: ScoredStep) -> None:
+        """The same for the scores of a student, which come some time after their step."""
+        state = self._state_of(scored.student)
+        if scored.step <= state.get("scored_step", 0):
+            return
+        values = {name: value(scored) for name, (_, value) in FIGURES.items()}
+        firsts = (step for phase, step in self._first_steps.items() if is_family_phase(phase))
+        step = min(firsts, default=0) + scored.step
+        found = {f"score/{name}": value for name, value in values.items() if value is not None}
+        self._sink_of(scored.student).write_scores(step, found)
+        state["scored_step"] = scored.step
+        self.num_rows += 1
+
+    def _state_of(self, network: str) -> dict[str, Any]:
+        return self._state.setdefault(network, {"id": new_id(), "step": 0})
+
+    def _sink_of(self, network: str) -> TrackerSink:
+        """The open sink of a network."""
+        if network not in self._sinks:
+            state = self._state[network]
+            done, run_id = int(state["step"]), str(state["id"])
+            self._sinks[network] = self._open(self._run_folder, network, run_id, done)
+        return self._sinks[network]
 
 
 def follow(

@@ -5,12 +5,13 @@ from ``metrics/*.jsonl`` in a separate process, so that a tracker that hangs or 
 A tracker's run has the same id after a resume: it is stored in the run folder.
 """
 
+import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from distill.errors import SetupError
 from distill.runfolder.metrics import MetricSink, MetricsRow
@@ -18,7 +19,16 @@ from distill.runfolder.metrics import MetricSink, MetricsRow
 NUMBERS = ("loss", "grad_norm", "lr", "wait", "images_per_s", "skipped")
 TB_FOLDER = "tb"  # in a run folder, as the folder that TensorBoard is started on
 
-OpenTracker = Callable[[Path, str, str, int], MetricSink]
+
+class TrackerSink(MetricSink, Protocol):
+    """Takes the scores of a network too, which come later than the rows of their step."""
+
+    def write_scores(self, step: int, values: Mapping[str, float]) -> None:
+        """Takes the scores after ``step`` steps."""
+        ...
+
+
+OpenTracker = Callable[[Path, str, str, int], TrackerSink]
 """Makes the sink of a run folder, a network, the stored id of the tracker's run, and the steps it has already."""
 
 
@@ -42,6 +52,11 @@ class TensorBoardSink:
         """Adds the numbers at the step of the row."""
         for name, value in values_of(row).items():
             self._writer.add_scalar(name, value, row.step, walltime=row.time_unix)
+
+    def write_scores(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds the scores at their step."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Writes what is left."""
@@ -68,6 +83,10 @@ class WandbSink:
     def write(self, row: MetricsRow) -> None:
         """Logs the numbers."""
         self._run.log({**values_of(row), "train_step": row.step})
+
+    def write_scores(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the scores; the charts have ``train_step`` as their axis."""
+        self._run.log({**values, "train_step": step})
 
     def close(self) -> None:
         """Ends the run."""
@@ -97,8 +116,15 @@ class MlflowSink:
 
     def write(self, row: MetricsRow) -> None:
         """Logs the numbers at the step of the row."""
-        at = {"timestamp": int(row.time_unix * 1000), "step": row.step}
-        metrics = [self._metric(name, value, **at) for name, value in values_of(row).items()]
+        self._log(values_of(row), row.step, row.time_unix)
+
+    def write_scores(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the scores at their step."""
+        self._log(values, step, time.time())
+
+    def _log(self, values: Mapping[str, float], step: int, unix: float) -> None:
+        at = {"timestamp": int(unix * 1000), "step": step}
+        metrics = [self._metric(name, value, **at) for name, value in values.items()]
         self._client.log_batch(self._run.info.run_id, metrics=metrics)
 
     def close(self) -> None:
@@ -127,6 +153,10 @@ class TrackioSink:
     def write(self, row: MetricsRow) -> None:
         """Logs the numbers at the step of the row."""
         self._run.log(values_of(row), step=row.step)
+
+    def write_scores(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs the scores at their step."""
+        self._run.log(dict(values), step=step)
 
     def close(self) -> None:
         """Ends the run, and the one that trackio would end, with a line on the screen, when Python does."""

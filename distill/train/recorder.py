@@ -92,6 +92,15 @@ class Recorder:
         if self._world_rank == 0:
             self._report_save = report
 
+    def save_more(self, every_s: float | None, every_steps: int | None) -> None:
+        """From now on a save is due at these intervals too; the same on every rank."""
+        policy = self._policy
+        steps = policy.save_every_steps
+        if every_steps is not None:
+            steps = (*steps, every_steps)
+        least_s = min((s for s in (policy.save_every_s, every_s) if s is not None), default=None)
+        self._policy = replace(policy, save_every_s=least_s, save_every_steps=steps)
+
     def start(self, phase: Phase, start_step: int) -> None:
         """Begins a phase at ``start_step``; metrics past that point (of a run that died) are dropped."""
         names = [p.name for p in self.status.phases]

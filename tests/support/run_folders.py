@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -44,6 +45,15 @@ SUMMARY = {
     },
     "baselines": {"pixels": 0.31, "colour": 0.21, "untrained": {"teacher": 0.4, "small": 0.35}},
 }
+
+
+def scored_row(
+    student: str, step: int, value: float = 0.5, knn: float | None = None
+) -> dict[str, Any]:
+    """A row of the scores of a student over the run."""
+    near = {"mutual_knn": value, "cka": value / 2, "cosine": 0.0, "effective_rank": 3.0}
+    patch = {**near, "mutual_knn": value / 4}
+    return {"student": student, "step": step, "knn": knn, "class_token": near, "patch": patch}
 
 
 def write_run(

@@ -23,11 +23,12 @@ from distill.report.hover import HOVER, pack, write_hover
 from distill.report.page import MOST_BYTES, TITLES, write_page
 from distill.runfolder.events import Event, note
 from distill.runfolder.metrics import MetricsWriter
+from distill.runfolder.progress import add_progress
 from distill.runfolder.status import NetworkStatus, StatusFile, write_json
 from tests.support.browser import BROWSER, browsing
 from tests.support.command import Run
 from tests.support.pictures import blob, picture
-from tests.support.run_folders import with_summary, write_run
+from tests.support.run_folders import scored_row, with_summary, write_run
 from tests.support.status import ROW, STATUS
 
 MARKUP = "\"'></text></style></script><script>document.title='ran'</script><img src=x onerror=alert(1)>\x1b[2J"
@@ -92,6 +93,23 @@ def test_page__names_what_was_not_computed(tmp_path: Path) -> None:
         and "Agreement with the teacher: not computed" in words
     )
     assert "by task and protocol: not computed" in words
+
+
+def test_page__scores_over_the_steps_are_curves_of_every_student_and_run(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "mine", picture=False)
+    out = tmp_path / "page.html"
+    write_page([run], out)
+    assert "No scores over the steps: evaluate.every computes them" in out.read_text()
+    add_progress(run, [scored_row(name, step) for name in ("small", "tiny") for step in (50, 100)])
+    write_page([run], out)
+    text = out.read_text()
+    assert text.count('data-name="small"') == text.count('data-name="tiny"')
+    title = "neighbours shared with the teacher, class features"
+    chart = text[text.index(f'aria-label="{title}"') :].split("</svg>")[0]
+    assert chart.count("<polyline") == 2 and "k-NN of held-out images" not in text
+    assert chart.count("<circle") == 0
+    write_page([run, write_run(tmp_path / "other", picture=False)], out)
+    assert 'data-name="mine/small"' in out.read_text()
 
 
 def test_page__shows_scores_agreement_and_the_summary_line_once_they_are_there(

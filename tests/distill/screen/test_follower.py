@@ -3,16 +3,18 @@
 import json
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from distill.runfolder.metrics import MetricSink, MetricsRow, MetricsWriter, drop_after
+from distill.runfolder.metrics import MetricsRow, MetricsWriter, drop_after
+from distill.runfolder.progress import FIGURES, add_progress, cut_progress
 from distill.screen import follower
 from distill.screen.follower import Follower, follow
-from distill.screen.trackers import values_of
-from tests.support.run_folders import write_run
+from distill.screen.trackers import TrackerSink, values_of
+from tests.support.run_folders import scored_row, write_run
 from tests.support.status import ROW
 
 
@@ -27,6 +29,10 @@ class Sink:
         assert not self.is_closed
         self._written.append((self._network, self._id, row.step))
 
+    def write_scores(self, step: int, values: Mapping[str, float]) -> None:
+        assert not self.is_closed and set(values) <= {f"score/{name}" for name in FIGURES}
+        self._written.append((f"{self._network} {values['score/class_neighbours']}", "", step))
+
     def close(self) -> None:
         self.is_closed = True
 
@@ -35,7 +41,7 @@ class Sink:
 def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     found: list[tuple[str, str, int]] = []
 
-    def open_sink(_: Path, network: str, run_id: str, done_steps: int) -> MetricSink:
+    def open_sink(_: Path, network: str, run_id: str, done_steps: int) -> TrackerSink:
         assert done_steps == max((s for n, _, s in found if n == network), default=0)
         return Sink(found, network, run_id)
 
@@ -75,6 +81,19 @@ def test_follow__goes_on_after_a_resume_in_the_same_run(
     assert [step for _, _, step in written[before:]] == [610, 620, 630]
     ids = {run_id for name, run_id, _ in written if name == "small"}
     assert len(ids) == 1
+
+
+def test_follow__hands_scores_on_once_at_their_step_of_the_run(
+    tmp_path: Path, written: list[tuple[str, str, int]]
+) -> None:
+    run = write_run(tmp_path / "mine", picture=False)
+    add_progress(run, [scored_row("small", 50), scored_row("tiny", 50)])
+    assert once(run) == 80 + 2
+    assert written[-2:] == [("small 0.5", "", 450), ("tiny 0.5", "", 450)]
+    cut_progress(run, 0)  # a resume from before the first of them
+    add_progress(run, [scored_row("small", 50), scored_row("small", 100, 0.75)])
+    assert once(run) == 1
+    assert written[-1] == ("small 0.75", "", 500)
 
 
 def test_follow__while_the_files_grow_and_are_rewritten(
