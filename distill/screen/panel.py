@@ -10,6 +10,7 @@ from rich.text import Text
 
 from distill.runfolder.metrics import MetricsRow
 from distill.runfolder.status import FINAL_STATES, NetworkStatus, Status
+from distill.screen.details import details, num_lines
 from distill.screen.snapshot import RunSnapshot, silence_s
 from distill.screen.words import (
     NOTHING,
@@ -33,11 +34,12 @@ STATE_STYLES = {
     "stopped": "yellow",
     "parked": "dim",
 }
+WIDE, TALL = 120, 40  # columns and lines from which on curves, loss terms and scores are shown
 NARROW = 84  # columns below which trend and ranks are left out
 
 
-def render_panel(snapshot: RunSnapshot, width: int, hint: str = "") -> Panel:
-    """The run as a panel ``width`` columns wide: where it is, how it does, a row per network."""
+def render_panel(snapshot: RunSnapshot, width: int, hint: str = "", height: int = 24) -> Panel:
+    """The run as a panel ``width`` columns wide: where it is, how it does, a row per network; on a large screen curves and scores too."""
     status = snapshot.status
     if status is None:
         body: RenderableType = Text("waiting for the first news of this run", style="dim")
@@ -52,6 +54,10 @@ def render_panel(snapshot: RunSnapshot, width: int, hint: str = "") -> Panel:
     parts += _notices(snapshot)
     if status.networks:
         parts += [Text(), _network_table(snapshot, is_narrow=width < NARROW)]
+        if width >= WIDE and height >= TALL:
+            parts += details(
+                snapshot, width - 4, height - num_lines(parts, width - 4) - 3
+            )  # frame, cursor
     return Panel(
         Group(*parts),
         title=title,

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from distill.runfolder.events import Event, read_events
 from distill.runfolder.heartbeat import last_beat_unix
 from distill.runfolder.metrics import MetricsReader, MetricsRow
+from distill.runfolder.progress import FILE, ScoredStep, read_progress
 from distill.runfolder.status import FINAL_STATES, Status, StatusFile
 
 SILENCE_S = (
@@ -29,6 +31,7 @@ class RunSnapshot:
     now_unix: float
     alive_unix: float = 0.0  # when a rank's heartbeat last moved, looked up where the status is old
     events: Sequence[Event] = ()
+    scores: Sequence[ScoredStep] = ()  # of students while they trained
 
 
 class RunFiles:
@@ -44,6 +47,7 @@ class RunFiles:
         self._status_file = StatusFile(run_folder)
         self._alive_unix = self._looked_unix = 0.0
         self._readers: dict[str, MetricsReader] = {}
+        self._scores: tuple[int, Sequence[ScoredStep]] = 0, ()
 
     def take_snapshot(self) -> RunSnapshot:
         """The run as its files describe it now."""
@@ -67,7 +71,16 @@ class RunFiles:
             now_unix=now_unix,
             alive_unix=self._alive_unix,
             events=read_events(self.run_folder, since_unix=self.since_unix),
+            scores=self._read_scores(),
         )
+
+    def _read_scores(self) -> Sequence[ScoredStep]:
+        """Read when the file is another one."""
+        with suppress(OSError):
+            changed_ns = (self.run_folder / FILE).stat().st_mtime_ns
+            if changed_ns != self._scores[0]:
+                self._scores = changed_ns, read_progress(self.run_folder)
+        return self._scores[1]
 
     def _is_silent(self, status: Status, now_unix: float) -> bool:
         """Whether heartbeats, of which there may be thousands, are to be looked up."""

@@ -56,7 +56,7 @@ def _watch_live(
 ) -> Status | None:
     snapshot, narrator = files.take_snapshot(), Narrator(files.since_unix)
     with Live(
-        render_panel(snapshot, console.width, hint),
+        render_panel(snapshot, console.width, hint, console.height),
         console=console,
         auto_refresh=False,
         transient=False,
@@ -64,9 +64,9 @@ def _watch_live(
         while not _is_done(snapshot) and not stop.wait(REFRESH_S):
             snapshot = files.take_snapshot()
             log.write(narrator.lines(snapshot))
-            screen.update(render_panel(snapshot, console.width, hint), refresh=True)
+            screen.update(render_panel(snapshot, console.width, hint, console.height), refresh=True)
         snapshot = files.take_snapshot()
-        screen.update(render_panel(snapshot, console.width, hint=""), refresh=True)
+        screen.update(render_panel(snapshot, console.width, height=console.height), refresh=True)
         log.write(narrator.lines(snapshot))
     if snapshot.summary is not None:
         print_agreement(console, snapshot.summary)
