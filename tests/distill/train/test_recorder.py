@@ -106,3 +106,18 @@ def test_record__short_steps_vote_less_often(
     monkeypatch.setattr(DelayedAllReduce, "start", counted)
     steps_until_stop(tmp_path, group, 20, 0)
     assert votes[0] == 1 and 20 in votes and len(votes) < 10
+
+
+def test_save_more__saves_are_due_at_both_intervals(tmp_path: Path, group: Any) -> None:
+    phases = [PhaseStatus("family", 40, 1.0, ())]
+    policy = RecordPolicy(5, None, [20])
+    recorder = Recorder(tmp_path, phases, StopSaveRequests(tmp_path), policy, "again", group)
+    recorder._take_faults = lambda *_: None  # type: ignore[method-assign]  # of no network
+    recorder.save_more(None, None)
+    recorder.save_more(None, 15)
+    phase = phase_of(60, 0)
+    recorder.start(phase, 0)
+    saved = [step for step in range(1, 41) if recorder.record(phase, step, list).save]
+    assert saved == [15, 20, 30, 40]
+    recorder.save_more(0.0, None)  # by the clock, at every vote
+    assert any(recorder.record(phase, step, list).save for step in range(41, 56))
