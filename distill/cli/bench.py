@@ -1,4 +1,4 @@
-"""``distill bench``: the throughput of a family's job, and of the image loader.
+"""``distill bench``: the throughput of a family's job, and of the image loader; ``distill.cli.bench_step`` has what a step needs of a GPU.
 
 ``distill bench RECIPE`` is short for ``distill bench job RECIPE``. Nothing heavy is imported until a verb runs.
 """
@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
+from distill.cli.bench_step import bench_step
 from distill.cli.options import (
     AllowCodeOption,
     DebugOption,
@@ -43,9 +44,10 @@ class JobByDefault(TyperGroup):
 
 bench_app = typer.Typer(
     cls=JobByDefault,
-    help="Measure throughput: of a family's job (job, the default), of the image loader (loader).",
+    help="Measure throughput: of a family's job (job, the default), of the image loader (loader); or count what a step needs of a GPU (step).",
     no_args_is_help=True,
 )
+bench_app.command("step")(bench_step)
 ImageSourceOption = Annotated[
     str, typer.Option("--data", help="synthetic images, or the recipe's: synthetic or recipe.")
 ]

@@ -1,0 +1,222 @@
+"""One micro-batch of every network of a family on the meta device, counted phase by phase.
+
+Networks, tasks, targets and the teacher are those that a job builds (``distill.job.build``); only the optimizer's
+step, which an engine of DeepSpeed makes, is spelt out here with the operators that it runs.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from distill.bench.trace import Counts, count
+from distill.engine.config import EngineSettings, parameter_groups
+from distill.job.build import extra_terms, objective_of, task_options
+from distill.plan.from_recipe import TeacherShape, crop_shapes, heads_of_student
+from distill.recipe.keys import FamilyRecipe
+from distill.recipe.networks import StudentSpec
+from distill.train.student import SinkhornTargets
+from students.objective import FeatureNormalizer, FeatureTask
+from students.shapes import grid_of
+from students.student import build_empty
+from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets
+from teacher.frozen import FrozenTeacher
+from teacher.heads import Head
+from teacher.shapes import HeadShape
+from teacher.task import DistillationTask, StepScalars, TaskOptions, see_crops
+
+META = torch.device("meta")
+TEMPERATURE = 0.07  # any: it changes no count
+PHASES = ("forward", "loss", "backward", "sinkhorn", "optimizer")  # of a student
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Counts of a micro-batch of ``images`` by phase, of the optimizer those of a step. ``tensors``: trained parameters."""
+
+    width: int
+    images: int
+    parameters: int
+    tensors: int
+    phases: Mapping[str, Counts]
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether it is the teacher: its phases are the backbone and what is done with its features."""
+        return "heads" in self.phases
+
+    @property
+    def per_micro_batch(self) -> Counts:
+        """What a micro-batch takes beside Sinkhorn, of which a step does all rows at once."""
+        names = ("heads",) if self.is_frozen else ("loss", "backward")
+        counted = self.phases["forward"]
+        for name in names:
+            counted = counted.plus(self.phases[name])
+        return counted
+
+    @property
+    def fill(self) -> float:
+        """The part of its tiles' work that the backbone's products do in a forward pass."""
+        return self.phases["forward"].flops / self.phases["forward"].tiled_flops
+
+
+@dataclass(frozen=True)
+class FamilyWork:
+    """A family whose micro-batches are to be counted."""
+
+    recipe: FamilyRecipe
+    teacher: TeacherShape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What its networks compute in."""
+        return torch.bfloat16 if self.recipe.engine.precision == "bf16" else torch.float32
+
+    def crops(self, images: int) -> CropBatch:
+        """Crops of some images."""
+        crops = self.recipe.crops
+        sizes = ((2, crops.global_.size), (crops.local.count, crops.local.size))
+        pixels = [
+            torch.empty(images, num_crops, 3, size, size, dtype=torch.uint8, device=META)
+            for num_crops, size in sizes
+        ]
+        stats = (
+            torch.empty(images, 2, 3, device=META) if self.recipe.data.has_source_stats else None
+        )
+        return CropBatch(pixels[0], pixels[1], pixel_stats=stats)
+
+    def masks(self, images: int) -> PatchMasks:
+        """As many masked patches as images have on average."""
+        rows, columns = self.grid_hw
+        masked = round(crop_shapes(self.recipe, self.grid_hw).masked_per_image * images)
+        counts = [masked // images] * images
+        counts[0] += masked - sum(counts)
+        flags = torch.empty(images, 2, rows * columns, dtype=torch.bool, device=META)
+        return PatchMasks(flags, tuple(counts))
+
+    @property
+    def grid_hw(self) -> tuple[int, int]:
+        """The teacher's patch grid."""
+        return grid_of(self.teacher.spec, self.recipe.crops.global_.size)
+
+    def batch(self, images: int) -> StudentBatch:
+        """What a student gets."""
+        heads, width, masks = self.teacher.heads, self.teacher.spec.width, self.masks(images)
+        dims = (width, width) if heads is None else (heads[0].bottleneck, heads[1].bottleneck)
+        targets = TeacherTargets(
+            torch.empty(images, 2, dims[0], dtype=self.dtype, device=META),
+            torch.empty(sum(masks.counts), dims[1], dtype=self.dtype, device=META),
+        )
+        crops, all_images = self.crops(images), self.recipe.schedule.batch
+        return StudentBatch(crops, masks, targets, self.grid_hw, 0, all_images)
+
+
+def trace_teacher(family: FamilyWork) -> Traced:
+    """The frozen teacher on one of its micro-batches."""
+    images, shape = family.recipe.engine.teacher_micro_batch, family.teacher
+    teacher = FrozenTeacher(
+        build_empty(shape.spec.build, META, family.dtype),
+        *_heads(shape.heads, family.dtype),
+        mean=family.recipe.data.mean,
+        std=family.recipe.data.std,
+        micro_images=images,
+    )
+    crops, masks = family.crops(images), family.masks(images)
+    size = family.recipe.crops.global_.size
+    pixels = torch.empty(2 * images, 3, size, size, dtype=family.dtype, device=META)
+    with torch.no_grad():
+        backbone, _ = count(lambda: teacher.backbone(pixels))
+    full, _ = count(lambda: teacher.teach(crops, masks))
+    phases = {"forward": backbone, "heads": full.minus(backbone)}
+    parameters = list(teacher.parameters())
+    total = sum(parameter.numel() for parameter in parameters)
+    return Traced(shape.spec.width, images, total, 0, phases)
+
+
+def trace_student(family: FamilyWork, student: StudentSpec, images: int, group: int) -> Traced:
+    """A student on a micro-batch of ``images``, and its optimizer's step on one of ``group`` ranks."""
+    task = _task(family, student).train()
+    batch, scalars = family.batch(images), StepScalars(objective_of(family.recipe.objective), 1, 1)
+    sinkhorn, targets = count(_targets(family, batch))
+    forward, _ = count(lambda: see_crops(task.backbone, batch, task.options, scalars))
+    full, losses = count(lambda: task(batch, targets, scalars))
+    backward, _ = count(losses.total.backward)
+    optimizer, _ = count(partial(_optimise, _shards(family.recipe, task, group), family.dtype))
+    parameters = [each for each in task.parameters() if each.requires_grad]
+    phases = (forward, full.minus(forward), backward, sinkhorn, optimizer)
+    return Traced(
+        task.backbone.width,
+        images,
+        sum(each.numel() for each in parameters),
+        len(parameters),
+        dict(zip(PHASES, phases, strict=True)),
+    )
+
+
+def _heads(shapes: tuple[HeadShape, HeadShape] | None, dtype: torch.dtype) -> list[Any]:
+    if shapes is None:
+        return [None, None]
+    return [build_empty(partial(Head, shape), META, dtype) for shape in shapes]
+
+
+def _task(family: FamilyWork, student: StudentSpec) -> Any:
+    """A student's task as a job builds it, alone in its group."""
+    recipe, shape, spec = family.recipe, family.teacher, student.backbone_spec()
+    options: TaskOptions = task_options(
+        recipe, masks_input=False, crop_scale=student.crop_scale, extra=extra_terms(recipe)
+    )
+    backbone = build_empty(spec.build, META, family.dtype)
+    if shape.heads is None:
+        widths = (spec.width, shape.spec.width)
+        projectors = [
+            build_empty(partial(nn.Linear, *widths), META, family.dtype) for _ in range(2)
+        ]
+        return FeatureTask(backbone, projectors[0], projectors[1], options, 1)  # type: ignore[arg-type]
+    dino, ibot = _heads(heads_of_student(student, spec, shape.heads), family.dtype)
+    return DistillationTask(backbone, dino, ibot, options, None, 1, koleo_is_local=True)
+
+
+def _targets(family: FamilyWork, batch: StudentBatch) -> Callable[[], Any]:
+    """Makes what a student is compared with: of a micro-batch, where a job makes it of the slice at once."""
+    builder: FeatureNormalizer | SinkhornTargets
+    if family.teacher.heads is None:
+        builder = FeatureNormalizer(family.teacher.spec.width, META)
+    else:
+        builder = SinkhornTargets(*_heads(family.teacher.heads, family.dtype))
+    return partial(builder.build_targets, batch, TEMPERATURE, None)
+
+
+def _shards(recipe: FamilyRecipe, task: nn.Module, group: int) -> list[int]:
+    """Numbers that one rank of the group optimises, by parameter group."""
+    settings = EngineSettings(recipe.engine.zero, recipe.engine.precision, recipe.schedule.clip, 1)
+    groups = parameter_groups(task, settings)
+    return [-(-sum(each.numel() for each in one["params"]) // group) for one in groups]
+
+
+@torch.no_grad()
+def _optimise(shards: list[int], dtype: torch.dtype) -> None:
+    """A step of the optimizer on flat shards: the gradients' norm, fused AdamW, the EMA, the weights in ``dtype``."""
+    for size in shards:
+        weight, first, second, ema, gradient = (torch.empty(size, device=META) for _ in range(5))
+        torch.linalg.vector_norm(gradient, dtype=torch.float64)
+        one = torch.empty((), device=META)
+        torch._fused_adamw_(
+            [weight],
+            [gradient],
+            [first],
+            [second],
+            [],
+            [one],
+            lr=1e-4,
+            beta1=0.9,
+            beta2=0.99,
+            weight_decay=0.04,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
+        torch.where(one.bool(), ema.lerp(weight, 0.1), ema, out=ema)
+        weight.to(dtype)
