@@ -74,6 +74,7 @@ COVERED_BY = {
     "distill.listing.tar": "tests/distill/listing/test_passed_over.py",
     "distill.listing.walk": "tests/distill/listing/test_passed_over.py",
     "distill.cli.recipe_copy": "tests/distill/cli/test_app.py",
+    "distill.plan.pretraining": "tests/distill/job/test_pretraining.py",
     "distill.plan.from_recipe": "tests/distill/plan/test_memory.py",
     "distill.plan.job": "tests/distill/plan/test_memory.py",
     "distill.plan.teacher_source": "tests/distill/plan/test_memory.py",

@@ -14,7 +14,8 @@ from torch import nn
 
 from distill.bench.trace import Counts, count
 from distill.engine.config import EngineSettings, parameter_groups
-from distill.job.build import extra_terms, objective_of, task_options
+from distill.job.build import objective_of, task_options
+from distill.job.family import extra_terms
 from distill.plan.from_recipe import TeacherShape, crop_shapes, heads_of_student
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.networks import StudentSpec

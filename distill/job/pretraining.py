@@ -26,8 +26,9 @@ from distill.job.build import (
     objective_of,
     task_options,
 )
-from distill.plan.from_recipe import ONLINE, TeacherShape, plan_stage, shape_of_recipe
+from distill.plan.from_recipe import ONLINE, TeacherShape, shape_of_recipe
 from distill.plan.plan import Plan
+from distill.plan.pretraining import plan_stage
 from distill.recipe.init_keys import INIT
 from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
 from distill.recipe.schedules import LrSpec, ObjectiveSpec, StageSpec

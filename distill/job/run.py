@@ -44,14 +44,9 @@ from distill.listing.document import RESOLVED
 from distill.listing.extensions import BUILTIN, ExtensionKind, find
 from distill.listing.storage import Storage
 from distill.plan.flops import DEFAULT_DEVICE, Device
-from distill.plan.from_recipe import (
-    ONLINE,
-    TeacherShape,
-    plan_family,
-    plan_fitting,
-    plan_stage,
-)
+from distill.plan.from_recipe import ONLINE, TeacherShape, plan_family, plan_fitting
 from distill.plan.here import timed_as
+from distill.plan.pretraining import plan_stage
 from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import (
     HEADS_PHASE,

@@ -14,7 +14,6 @@ from distill.plan.flops import (
     CropShapes,
     Device,
     Heads,
-    backbone_tflops,
     fitting_tflops,
     regression_tflops,
     teaching_tflops,
@@ -29,7 +28,6 @@ from distill.plan.memory import (
     fitting_footprint,
     footprint_of,
     head_parameters,
-    pretraining_footprint,
     row_bytes,
     wire_shape,
 )
@@ -37,10 +35,10 @@ from distill.plan.placement import NetworkCost
 from distill.plan.plan import RANKS_PER_NODE, Placement, Plan, PlanOptions, make_plan, without
 from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import HeadsSpec, StudentSpec
-from distill.recipe.schedules import FamilyStageSpec, StageSpec
+from distill.recipe.schedules import FamilyStageSpec
 from distill.recipe.types import is_custom
 from students.shapes import BackboneSpec, grid_of, student_heads
-from teacher.shapes import KOLEO_GROUP, HeadShape, ViTSpec, scaled_size
+from teacher.shapes import KOLEO_GROUP, HeadShape, scaled_size
 
 ONLINE = "teacher"  # the name of the pretrained network in metrics, checkpoints and plans
 Recipe = FamilyRecipe | TeacherRecipe
@@ -83,50 +81,7 @@ def crop_shapes(recipe: Recipe, grid_hw: tuple[int, int]) -> CropShapes:
     )
 
 
-def plan_stage(
-    recipe: TeacherRecipe, stage: StageSpec, num_ranks: int, device: Device = DEFAULT_DEVICE
-) -> Plan:
-    """One network on all ranks, which teaches itself; seconds are means over the stage's sizes of crops."""
-    shape = shape_of_recipe(recipe)
-    assert shape.heads is not None, "a pretrained teacher has heads"
-    train_s = teach_s = 0.0
-    for share, shapes, anchor_size in stage_shapes(recipe, stage):
-        survival = 1.0 - recipe.schedule.drop_path
-        again = recipe.engine.activation_checkpointing
-        work = training_tflops(shape.spec, shape.heads, shapes, survival=survival, is_twice=again)
-        train_s += share * device.seconds(work)
-        work = teaching_tflops(shape.spec, shape.heads, shapes)
-        if anchor_size is not None:
-            work += 2 * backbone_tflops(shape.spec, anchor_size)
-        teach_s += share * device.seconds(work)
-    in_groups = recipe.engine.micro_batch is not None
-    batch = recipe.at_stage(stage).schedule.batch
-    works = [NetworkCost(ONLINE, train_s, num_ranks)]
-    plan = make_plan(works, teach_s, batch, num_ranks, PlanOptions(has_full_groups=in_groups))
-    require_full_groups(recipe, plan)
-    first = recipe.at_stage(recipe.stages[0]).schedule.batch
-    parts, first_parts = (_num_parts(recipe, images, num_ranks) for images in (batch, first))
-    if parts != first_parts:
-        raise PlanError(
-            f"engine.micro_batch = {recipe.engine.micro_batch}: {parts} micro-batches a step in stage {stage.name}, {first_parts} in {recipe.stages[0].name}",
-            fix="Choose batches or a micro_batch that give as many in all stages, or leave micro_batch out.",
-        )
-    return plan
-
-
-def _num_parts(recipe: TeacherRecipe, images_global: int, num_ranks: int) -> int:
-    micro_batch = recipe.engine.micro_batch
-    return 1 if micro_batch is None else -(-images_global // (num_ranks * micro_batch))
-
-
-def stage_shapes(
-    recipe: TeacherRecipe, stage: StageSpec
-) -> Iterator[tuple[float, CropShapes, int | None]]:
-    """Each kind of batch of a stage: its share, its crops, and the size of its anchor crops."""
-    return _kinds(recipe, stage, recipe.model.backbone_spec())
-
-
-def _kinds(
+def kinds_of(
     recipe: Recipe, stage: FamilyStageSpec, spec: BackboneSpec
 ) -> Iterator[tuple[float, CropShapes, int | None]]:
     """Kinds of batches under a teacher of a shape, as ``stage_shapes``."""
@@ -137,22 +92,6 @@ def _kinds(
         masked = crop_shapes(recipe, grid_hw).masked_per_image
         shapes = CropShapes(kind.global_size, kind.local_size, kind.num_local, masked)
         yield quota / sum(quotas), shapes, kind.anchor_size
-
-
-def stage_footprint(recipe: TeacherRecipe, stage: StageSpec, plan: Plan) -> Footprint:
-    """Memory of a stage of pretraining, at its largest crops."""
-    shape = shape_of_recipe(recipe)
-    assert shape.heads is not None, "a pretrained teacher has heads"
-    assert isinstance(shape.spec, ViTSpec), "a pretrained teacher is a ViT"
-    kinds = [shapes for _, shapes, _ in stage_shapes(recipe, stage)]
-    return pretraining_footprint(
-        plan,
-        shape.spec,
-        shape.heads,
-        kinds,
-        replace(_training(recipe), survival=1.0 - recipe.schedule.drop_path),
-        has_anchor=stage.gram is not None,
-    )
 
 
 def plan_fitting(
@@ -176,11 +115,12 @@ def fitting_footprint_of(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) 
         shape.spec,
         shape.heads,
         crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size)),
-        _training(recipe),
+        training_of(recipe),
     )
 
 
-def _training(recipe: Recipe) -> Training:
+def training_of(recipe: Recipe) -> Training:
+    """What a recipe's engine does that memory depends on."""
     engine = recipe.engine
     return Training(
         engine.zero, engine.micro_batch, is_checkpointing=engine.activation_checkpointing
@@ -297,7 +237,7 @@ def _family_work(
     recipe: FamilyRecipe, shape: TeacherShape, device: Device, stage: FamilyStageSpec
 ) -> tuple[list[NetworkCost], float]:
     """What each student and the teacher take per image, as means over a stage's sizes of crops."""
-    kinds = [(share, shapes) for share, shapes, _ in _kinds(recipe, stage, shape.spec)]
+    kinds = [(share, shapes) for share, shapes, _ in kinds_of(recipe, stage, shape.spec)]
     works = []
     for student in recipe.students:
         spec, image_s = student.backbone_spec(), 0.0
@@ -369,7 +309,7 @@ def family_footprint(
     recipe: FamilyRecipe, shape: TeacherShape, plan: Plan, stage: FamilyStageSpec | None = None
 ) -> Footprint:
     """Memory and traffic of a family's plan; of a stage, by default the first, at its largest crops."""
-    kinds = [crops for _, crops, _ in _kinds(recipe, stage or recipe.parts[0], shape.spec)]
+    kinds = [crops for _, crops, _ in kinds_of(recipe, stage or recipe.parts[0], shape.spec)]
     found = [_footprint_at(recipe, shape, plan, crops) for crops in kinds]
     return max(found, key=lambda footprint: footprint.fullest.total)
 
@@ -393,7 +333,7 @@ def _footprint_at(
     patches = grid_hw[0] * grid_hw[1]
     has_stats = recipe.data.has_source_stats
     wire = wire_shape(crops, shape.heads, shape.spec.width, patches, has_pixel_stats=has_stats)
-    training = replace(_training(recipe), lookahead=recipe.engine.lookahead)
+    training = replace(training_of(recipe), lookahead=recipe.engine.lookahead)
     return footprint_of(plan, students, shape.spec, shape.heads, crops, training, wire)
 
 

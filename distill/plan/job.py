@@ -14,11 +14,10 @@ from distill.plan.from_recipe import (
     later_plans,
     plan_family,
     plan_fitting,
-    plan_stage,
-    stage_footprint,
 )
 from distill.plan.memory import Footprint
 from distill.plan.plan import Plan
+from distill.plan.pretraining import plan_stage, stage_footprint
 from distill.plan.teacher_source import teacher_shape, with_teacher_stats
 from distill.recipe.keys import (
     HEADS_PHASE,

@@ -15,7 +15,7 @@ from distill.data.build_index import build_index
 from distill.engine.engine import prepare_deepspeed
 from distill.job.build import RankContext
 from distill.job.pretraining import Pretraining
-from distill.plan.from_recipe import plan_stage
+from distill.plan.pretraining import plan_stage
 from distill.recipe.keys import TeacherRecipe
 from distill.recipe.reader import load_recipe
 from distill.runfolder.heartbeat import Heartbeat

@@ -1,0 +1,86 @@
+"""A stage of pretraining to a plan and what it needs: one network on all ranks, which teaches itself."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from distill.errors import PlanError
+from distill.plan.flops import (
+    DEFAULT_DEVICE,
+    CropShapes,
+    Device,
+    backbone_tflops,
+    teaching_tflops,
+    training_tflops,
+)
+from distill.plan.from_recipe import (
+    ONLINE,
+    kinds_of,
+    require_full_groups,
+    shape_of_recipe,
+    training_of,
+)
+from distill.plan.memory import Footprint, pretraining_footprint
+from distill.plan.placement import NetworkCost
+from distill.plan.plan import Plan, PlanOptions, make_plan
+from distill.recipe.keys import TeacherRecipe
+from distill.recipe.schedules import StageSpec
+from teacher.shapes import ViTSpec
+
+
+def plan_stage(
+    recipe: TeacherRecipe, stage: StageSpec, num_ranks: int, device: Device = DEFAULT_DEVICE
+) -> Plan:
+    """One network on all ranks, which teaches itself; seconds are means over the stage's sizes of crops."""
+    shape = shape_of_recipe(recipe)
+    assert shape.heads is not None, "a pretrained teacher has heads"
+    train_s = teach_s = 0.0
+    for share, shapes, anchor_size in stage_shapes(recipe, stage):
+        survival = 1.0 - recipe.schedule.drop_path
+        again = recipe.engine.activation_checkpointing
+        work = training_tflops(shape.spec, shape.heads, shapes, survival=survival, is_twice=again)
+        train_s += share * device.seconds(work)
+        work = teaching_tflops(shape.spec, shape.heads, shapes)
+        if anchor_size is not None:
+            work += 2 * backbone_tflops(shape.spec, anchor_size)
+        teach_s += share * device.seconds(work)
+    in_groups = recipe.engine.micro_batch is not None
+    batch = recipe.at_stage(stage).schedule.batch
+    works = [NetworkCost(ONLINE, train_s, num_ranks)]
+    plan = make_plan(works, teach_s, batch, num_ranks, PlanOptions(has_full_groups=in_groups))
+    require_full_groups(recipe, plan)
+    first = recipe.at_stage(recipe.stages[0]).schedule.batch
+    parts, first_parts = (_num_parts(recipe, images, num_ranks) for images in (batch, first))
+    if parts != first_parts:
+        raise PlanError(
+            f"engine.micro_batch = {recipe.engine.micro_batch}: {parts} micro-batches a step in stage {stage.name}, {first_parts} in {recipe.stages[0].name}",
+            fix="Choose batches or a micro_batch that give as many in all stages, or leave micro_batch out.",
+        )
+    return plan
+
+
+def _num_parts(recipe: TeacherRecipe, images_global: int, num_ranks: int) -> int:
+    micro_batch = recipe.engine.micro_batch
+    return 1 if micro_batch is None else -(-images_global // (num_ranks * micro_batch))
+
+
+def stage_shapes(
+    recipe: TeacherRecipe, stage: StageSpec
+) -> Iterator[tuple[float, CropShapes, int | None]]:
+    """Each kind of batch of a stage: its share, its crops, and the size of its anchor crops."""
+    return kinds_of(recipe, stage, recipe.model.backbone_spec())
+
+
+def stage_footprint(recipe: TeacherRecipe, stage: StageSpec, plan: Plan) -> Footprint:
+    """Memory of a stage of pretraining, at its largest crops."""
+    shape = shape_of_recipe(recipe)
+    assert shape.heads is not None, "a pretrained teacher has heads"
+    assert isinstance(shape.spec, ViTSpec), "a pretrained teacher is a ViT"
+    kinds = [shapes for _, shapes, _ in stage_shapes(recipe, stage)]
+    return pretraining_footprint(
+        plan,
+        shape.spec,
+        shape.heads,
+        kinds,
+        replace(training_of(recipe), survival=1.0 - recipe.schedule.drop_path),
+        has_anchor=stage.gram is not None,
+    )
