@@ -85,6 +85,7 @@ COVERED_BY = {
     "distill.export.licence_files": "tests/distill/export/test_licences.py",
     "distill.listing.document": "tests/distill/job/test_resume.py",
     "distill.recipe.extension_keys": "tests/distill/recipe/test_keys.py",
+    "distill.recipe.interval_keys": "tests/distill/recipe/test_keys.py",
     "distill.recipe.inputs": "tests/distill/recipe/test_keys.py",
     "distill.recipe.messages": "tests/distill/recipe/test_keys.py",
     "distill.recipe.networks": "tests/distill/recipe/test_keys.py",

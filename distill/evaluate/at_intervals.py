@@ -18,7 +18,8 @@ from distill.evaluate.over_steps import load_ema
 from distill.evaluate.students_over_steps import StudentScorer
 from distill.job.prepare import CHECKPOINTS, Job, read_job
 from distill.protocols.closeness import FEWEST_IMAGES
-from distill.recipe.keys import EvaluateSpec, FamilyRecipe, is_family_phase
+from distill.recipe.interval_keys import EvaluateSpec
+from distill.recipe.keys import FamilyRecipe, is_family_phase
 from distill.runfolder.events import Event, note
 from distill.runfolder.manifest import MANIFEST, Manifest, checkpoints
 from distill.runfolder.progress import add_progress, cut_progress, read_progress

@@ -14,7 +14,8 @@ from distill.listing.document import Loc, Problem
 from distill.listing.extensions import ExtensionKind, require
 from distill.recipe.family_stage_rules import family_stage_rules
 from distill.recipe.init_keys import gram_rules
-from distill.recipe.keys import export_problems, is_ours
+from distill.recipe.interval_keys import export_problems
+from distill.recipe.keys import is_ours
 from distill.recipe.networks import HEADS_MODES, RESERVED_NETWORKS, ArchSpec
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS, is_custom
 from students.shapes import CATALOG

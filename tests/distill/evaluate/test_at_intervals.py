@@ -13,7 +13,8 @@ from distill.evaluate import at_intervals, students_over_steps
 from distill.evaluate.at_intervals import IntervalScorer, due, forget_later, score_after
 from distill.evaluate.students_over_steps import StudentScorer
 from distill.job.prepare import Job, JobRequest
-from distill.recipe.keys import EvaluateSpec, FamilyRecipe
+from distill.recipe.interval_keys import EvaluateSpec
+from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job
 from distill.runfolder.events import read_events
 from distill.runfolder.manifest import checkpoints

@@ -19,7 +19,8 @@ from distill.job.resolved_yaml import resolved_yaml
 from distill.job.to_data import decoding_of, pools_of
 from distill.listing.document import RESOLVED, builtin_recipes, find_recipe
 from distill.recipe.extension_keys import Unread
-from distill.recipe.keys import CheckpointSpec, FamilyRecipe, TeacherRecipe
+from distill.recipe.interval_keys import CheckpointSpec
+from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import ArchSpec
 from distill.recipe.reader import load_job, load_recipe, names_teacher_recipe
 from distill.recipe.types import Section
