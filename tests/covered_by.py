@@ -19,6 +19,7 @@ COVERED_BY = {
     "distill.bench.dense_self_test": "tests/distill/bench/test_self_test.py",
     "distill.bench.loader": "tests/distill/cli/test_data.py",
     "distill.bench.pillow_reference": "tests/distill/data/test_loader.py",
+    "distill.bench.modes": "tests/distill/bench/test_measure.py",
     "distill.bench.report": "tests/distill/bench/test_measure.py",
     "distill.bench.stand_ins": "tests/distill/train/test_waits.py",
     "distill.runfolder.saver": "tests/chaos/test_disk.py",

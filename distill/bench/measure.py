@@ -15,7 +15,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -24,7 +23,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from distill.bench.report import OURS, SAVING, build_report
+from distill.bench.modes import OURS, SAVING, modes_of, plan_mode
+from distill.bench.report import build_report
 from distill.bench.stand_ins import (
     SleepingStudent,
     SleepingTeacher,
@@ -54,14 +54,13 @@ from distill.job.build import (
     freeze,
 )
 from distill.job.family import Family
-from distill.plan.flops import DEFAULT_DEVICE
-from distill.plan.from_recipe import TeacherShape, on_nodes_of, plan_family
+from distill.plan.from_recipe import TeacherShape, on_nodes_of
 from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import FAMILY_PHASE, FamilyRecipe
 from distill.recipe.reader import load_job
 from distill.runfolder.heartbeat import Heartbeat
 from distill.screen.console import printable
-from distill.train.balance import Balancer
+from distill.train.balance import BalanceListener, Balancer
 from distill.train.exchange import AllGather, Slices
 from distill.train.faults import FaultHandler
 from distill.train.groups import Groups, make_groups
@@ -79,6 +78,7 @@ TIMEOUT = timedelta(minutes=10)
 class Request:
     """What to measure. ``slow_rank`` (with ``sleep_s``) works ``slow_factor`` times as long.
 
+    ``costs``: a file with the seconds per image that plans assume, and sleeps take.
     ``index``: a folder with the index of the recipe's images; synthetic ones where it is None.
     ``folder``: where logs and the saves of the mode ``saving`` go; ``measure`` makes one.
     """
@@ -92,6 +92,7 @@ class Request:
     sleep_s: float | None
     slow_rank: int | None
     slow_factor: float
+    costs: str | None = None
     index: str | None = None
     folder: str = ""
 
@@ -118,7 +119,8 @@ def measure(request: Request) -> dict[str, Any]:
         UserError: the recipe or the plan cannot work.
     """
     family, shape = family_of(request)
-    plan = plan_family(family, shape, request.num_ranks)  # what cannot work is reported here, once
+    num_ranks, costs = request.num_ranks, request.costs
+    plan = plan_mode(OURS, family, shape, num_ranks, costs)  # what cannot work is reported here
     if plan.is_teacher_sharded and request.sleep_s is None:
         raise PlanError(
             "bench compares teachers that are replicated on every rank; this one would be sharded",
@@ -134,12 +136,14 @@ def measure(request: Request) -> dict[str, Any]:
         engine_device = "cpu" if request.sleep_s is not None else family.engine.device
         results = run_ranks(request, choose_start_method(engine_device))
     plans = {
-        name: plan_family(recipe, shape, request.num_ranks, DEFAULT_DEVICE)
-        for name, recipe in modes_of(family, request.against, request.num_ranks).items()
+        name: plan_mode(name, recipe, shape, num_ranks, costs)
+        for name, recipe in modes_of(family, request.against, num_ranks).items()
     }
     slow = None if request.slow_rank is None else (request.slow_rank, request.slow_factor)
-    ranks = [results[rank] for rank in range(request.num_ranks)]
-    report = build_report(family, plans, [turns for turns, _ in ranks], request.sleep_s, slow)
+    ranks = [results[rank] for rank in range(num_ranks)]
+    flops_s = sum(plan_mode(OURS, family, shape, num_ranks, None).load_s)
+    turns = [each for each, _ in ranks]
+    report = build_report(family, plans, turns, request.sleep_s, slow, flops_s)
     for name, figures in report["modes"].items():
         figures["timeline"] = [
             [[round(start, 6), round(stop, 6), *what] for start, stop, *what in traces[name]]
@@ -206,23 +210,6 @@ def measure_rank(fields: dict[str, Any], store: str) -> tuple[Turns, Traces]:
         dist.destroy_process_group()
 
 
-def modes_of(
-    family: FamilyRecipe, against: Sequence[str], num_ranks: int
-) -> dict[str, FamilyRecipe]:
-    """The recipe of every mode, by name: ``ours``, ``published``, ``separate NAME``."""
-    modes = {OURS: family}
-    if "published" in against:
-        engine = family.engine.model_copy(
-            update={"exchange": "all_gather", "lookahead": 0, "balance": 0}
-        )
-        modes["published"] = family.model_copy(update={"engine": engine})
-    if "separate" in against:
-        for student in family.students:
-            alone = student.model_copy(update={"ranks": num_ranks})
-            modes[f"separate {student.label}"] = family.model_copy(update={"students": (alone,)})
-    return modes
-
-
 class Bench:
     """All modes on one rank."""
 
@@ -234,9 +221,9 @@ class Bench:
         self.heartbeat = Heartbeat(Path(), self.rank)  # no watchdog reads it
         self.modes = modes_of(family, request.against, request.num_ranks)
         self.teacher = None if request.sleep_s is not None else self._teacher(family)
-        plan = plan_family(family, shape, request.num_ranks)
+        plan = plan_mode(OURS, family, shape, request.num_ranks, request.costs)
         self.scale = None if request.sleep_s is None else request.sleep_s / plan.step_s
-        self.phases = {name: self._phase(recipe) for name, recipe in self.modes.items()}
+        self.phases = {name: self._phase(name, recipe) for name, recipe in self.modes.items()}
         self.steps_done = dict.fromkeys(self.phases, 0)
         self.fault_handlers = {
             name: FaultHandler(phase, Path()) for name, phase in self.phases.items()
@@ -249,10 +236,11 @@ class Bench:
         heads = None if shapes is None else build_heads(shapes, generator, self.device, dtype)
         return freeze(family, self.device, backbone, heads)
 
-    def _phase(self, recipe: FamilyRecipe) -> Phase:
-        plan = plan_family(recipe, self.shape, self.request.num_ranks)
+    def _phase(self, mode: str, recipe: FamilyRecipe) -> Phase:
+        request = self.request
+        plan = plan_mode(mode, recipe, self.shape, request.num_ranks, request.costs)
         groups = make_groups(plan, TIMEOUT)
-        folder = self.request.index
+        folder = request.index
         index = _no_images() if folder is None else ImageIndex.load(Path(folder))
         rank_context = RankContext(self.device, Path(folder or ""), index)
         labels = frozenset(student.label for student in recipe.students)  # no weights are read
@@ -275,10 +263,10 @@ class Bench:
             phase.plan_schedule,
             groups.control,
             phase.loader,
-            (phase.teaching, [trainer.training for trainer in phase.trainers]),
+            (phase.teaching, {trainer.name: trainer.training for trainer in phase.trainers}),
             lookahead=phase.lookahead,
             every=recipe.engine.balance,
-            report=self._report,
+            listener=BalanceListener(self._report, lambda _: None),
         )
         return replace(phase, after_step=balancer.after_step)
 

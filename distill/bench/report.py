@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 
+from distill.bench.modes import BY_FLOPS, OURS, PUBLISHED, SAVING
 from distill.bench.stand_ins import Turn
 from distill.plan.flops import DEFAULT_DEVICE, find_device
 from distill.plan.plan import Plan
 from distill.recipe.keys import FamilyRecipe
 from distill.runfolder.heartbeat import WAITING as WAITING_ACTIVITIES
 
-OURS, SAVING = "ours", "saving"  # the same job, without and with a save in each turn
-PUBLISHED = "published"
 SAVE_EVERY_S = 300.0  # the cost of a save is given as a share of this
 
 
@@ -24,6 +23,7 @@ def build_report(
     ranks: Sequence[Mapping[str, Sequence[Turn]]],
     sleep_s: float | None,
     slow: tuple[int, float] | None,
+    flops_s: float,
 ) -> dict[str, Any]:
     """Figures of every mode and what follows from them.
 
@@ -33,17 +33,17 @@ def build_report(
         ranks: of each rank, the turns of each mode.
         sleep_s: seconds of a planned step; None where networks were trained.
         slow: the slow rank and its factor.
+        flops_s: seconds of a joint step's FLOPs, of all ranks together, on ``DEFAULT_DEVICE``.
     """
     num_ranks, batch = len(ranks), family.schedule.batch
     found = {name: _mode_report([rank[name] for rank in ranks], batch) for name in plans}
     scale = 1.0 if sleep_s is None else sleep_s / plans[OURS].step_s
     for name, figures in found.items():
         plan = plans[name]
-        published = name == PUBLISHED
-        predicted_s = max(plan.even_load_s) if published else plan.step_s
-        figures["predicted_utilisation"] = (
-            plan.utilisation_even_barrier if published else plan.utilisation
-        )
+        is_even = name == PUBLISHED
+        busy = plan.utilisation_even_barrier if is_even else plan.utilisation
+        predicted_s = max(plan.even_load_s) if is_even else plan.step_s
+        figures["predicted_utilisation"] = busy
         # without sleeps only ratios between modes are predictions for this machine
         figures["predicted_step_s"] = (
             predicted_s * scale
@@ -59,9 +59,11 @@ def build_report(
         "slow": slow,
         "modes": found,
     }
+    report |= _image_costs([rank[OURS] for rank in ranks], batch)
     ours = found[OURS]["step_s"]["median"]
-    if PUBLISHED in found:
-        report["faster_than_published"] = found[PUBLISHED]["step_s"]["median"] / ours
+    for key, name in (("published", PUBLISHED), ("by_flops", BY_FLOPS)):
+        if name in found:
+            report[f"faster_than_{key}"] = found[name]["step_s"]["median"] / ours
     alone = [figures for name, figures in found.items() if name.startswith("separate ")]
     if alone:
         report["gain"] = sum(figures["step_s"]["median"] for figures in alone) / ours
@@ -70,13 +72,17 @@ def build_report(
     if SAVING in ranks[0]:
         report["saving"] = _saving_report(ranks)
     if sleep_s is None:
-        device = find_device("measured")
-        plan = plans[OURS]
-        tflops = sum(plan.load_s) * DEFAULT_DEVICE.tflops_per_s * DEFAULT_DEVICE.efficiency
-        share = num_ranks if torch.cuda.is_available() else 1  # the cores of one machine are shared
-        report["mfu"] = tflops / (ours * share * device.tflops_per_s)
-        report["matmul_tflops_per_s"] = device.tflops_per_s
+        report |= _mfu(flops_s / ours, num_ranks)
     return report
+
+
+def _mfu(seconds_per_s: float, num_ranks: int) -> dict[str, float]:
+    """Part of a matrix product's rate here that was reached, from the seconds of ``DEFAULT_DEVICE`` done in one."""
+    device = find_device("measured")
+    tflops_per_s = seconds_per_s * DEFAULT_DEVICE.tflops_per_s * DEFAULT_DEVICE.efficiency
+    share = num_ranks if torch.cuda.is_available() else 1  # the cores of one machine are shared
+    mfu = tflops_per_s / (share * device.tflops_per_s)
+    return {"mfu": mfu, "matmul_tflops_per_s": device.tflops_per_s}
 
 
 def _gain_bound(ours: dict[str, Any], alone: list[dict[str, Any]], plan: Plan) -> float:
@@ -85,6 +91,22 @@ def _gain_bound(ours: dict[str, Any], alone: list[dict[str, Any]], plan: Plan) -
     training = [sum(figures["train_s"]) for figures in alone]
     assert len(training) == len(plan.placements), "one separate job per student"
     return (len(training) * teaching + sum(training)) / (teaching + sum(training))
+
+
+def _image_costs(ranks: Sequence[Sequence[Turn]], batch: int) -> dict[str, Any]:
+    """Seconds per image of the teacher and of each network, as ``--costs`` takes them: medians over blocks of what all ranks spent."""
+    teach_s, network_s = list[float](), dict[str, list[float]]()
+    for turns in zip(*ranks, strict=True):
+        images = batch * turns[0].num_steps
+        teach_s.append(sum(t.last.teaching_s - t.first.teaching_s for t in turns) / images)
+        spent: dict[str, float] = {}
+        for turn in turns:
+            for name, total_s in turn.last.network_s.items():
+                spent[name] = spent.get(name, 0.0) + total_s - turn.first.network_s[name]
+        for name, total_s in spent.items():
+            network_s.setdefault(name, []).append(total_s / images)
+    image_s = {name: statistics.median(each) for name, each in network_s.items()}
+    return {"teach_s": statistics.median(teach_s), "image_s": image_s}
 
 
 def _saving_report(ranks: Sequence[Mapping[str, Sequence[Turn]]]) -> dict[str, Any]:
@@ -123,7 +145,7 @@ def _mode_report(ranks: Sequence[Sequence[Turn]], batch: int) -> dict[str, Any]:
     for block in range(num_blocks):
         spans = []
         for turns in ranks:
-            pairs = zip(turns[block].first, turns[block].last, strict=True)
+            pairs = zip(turns[block].first[:-1], turns[block].last[:-1], strict=True)
             spans.append([last - first for first, last in pairs])
         steps = ranks[0][block].num_steps
         wall = max(span[0] for span in spans)
@@ -175,6 +197,9 @@ def tables(report: dict[str, Any]) -> list[Any]:
     facts = Table(show_header=False, box=None, padding=(0, 2))
     if "faster_than_published" in report:
         facts.add_row("published", f"{report['faster_than_published']:.2f}x as long per step")
+    if BY_FLOPS in report["modes"]:
+        text = f"{report['faster_than_by_flops']:.2f}x as long per step"
+        facts.add_row("placed by FLOPs", text)
     if "gain" in report:
         text = f"{report['gain']:.2f}x of at most {report['gain_bound']:.2f}x ({report['of_bound']:.1%})"
         facts.add_row("gain over separate jobs", text)
@@ -205,7 +230,7 @@ def _table_of_ranks(report: dict[str, Any]) -> Any:
     for column in ("mode", "rank", "teaching", "training", "exchange", "images", "beside all that"):
         table.add_column(column, justify="left" if column == "mode" else "right")
     phases = ("teach_s", "train_s", "wait_s", "loader_s", "host_s")
-    for name in (OURS, PUBLISHED):
+    for name in (OURS, BY_FLOPS, PUBLISHED):
         if name in report["modes"]:
             found = report["modes"][name]
             for rank in range(report["ranks"]):

@@ -24,7 +24,7 @@ POOL = 64  # different synthetic images; a loader that only copies is not what i
 
 
 class Mark(NamedTuple):
-    """The clocks of a rank at the end of a step: the time, and sums of seconds and bytes so far."""
+    """The clocks of a rank at the end of a step: the time, sums of seconds and bytes so far, and of the seconds those of each network's training."""
 
     time_s: float
     teaching_s: float
@@ -32,6 +32,7 @@ class Mark(NamedTuple):
     exchange_wait_s: float
     loader_wait_s: float
     received_bytes: int
+    network_s: Mapping[str, float]
 
 
 class Turn(NamedTuple):
@@ -67,16 +68,17 @@ class Witness:
         num_steps = len(self.ends_s) + 1
         if num_steps in self._read_after:
             teaching_s = phase.teaching.read_s()
-            training_s = sum(trainer.training.read_s() for trainer in phase.trainers)
+            network_s = {trainer.name: trainer.training.read_s() for trainer in phase.trainers}
             exchange, loader = phase.exchange, phase.loader
             self.marks.append(
                 Mark(
                     time.monotonic(),
                     teaching_s,
-                    training_s,
+                    sum(network_s.values()),
                     exchange.wait_s,
                     loader.wait_s,
                     exchange.received_bytes,
+                    network_s,
                 )
             )
         self.ends_s.append(time.monotonic())

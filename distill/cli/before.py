@@ -1,12 +1,15 @@
 """``distill doctor``, ``check`` and ``plan``: what can be checked before anything is trained."""
 
 import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from distill.cli.options import (
     AllowCodeOption,
+    CostsOption,
     DataOption,
     DebugOption,
     GpusOption,
@@ -122,6 +125,7 @@ def plan(
             help="h100, h200, a100, cpu, or measured: this machine's; by default the recipe's here.",
         ),
     ] = None,
+    costs: CostsOption = None,
     allow: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
@@ -135,6 +139,7 @@ def plan(
 
     loaded, teacher = load_job(recipe, list(overrides or []))
 
+    from distill.plan.costs import read_costs
     from distill.plan.flops import find_device
     from distill.plan.from_recipe import on_nodes_of
     from distill.plan.here import THIS_CPU, device_here, estimate_basis
@@ -143,6 +148,8 @@ def plan(
 
     num_ranks = count_ranks(loaded.engine.processes, ranks)
     assumed = find_device(device) if device else device_here(loaded.engine.device, num_ranks)
+    if costs is not None:
+        assumed = replace(assumed, costs=read_costs(Path(costs)))
     placed = loaded if ranks is not None else on_nodes_of(loaded, num_ranks)  # this machine's
     plans = check_job(placed, teacher, num_ranks, assumed, has_files=False)
     if as_json:

@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from distill.cli.bench_step import bench_step
 from distill.cli.options import (
     AllowCodeOption,
+    CostsOption,
     DebugOption,
     OverridesArgument,
     RecipeArgument,
@@ -93,7 +94,7 @@ def bench(
     against: Annotated[
         str,
         typer.Option(
-            "--against", help="published, separate, saving, several with commas, or none."
+            "--against", help="published, separate, saving, flops, several with commas, or none."
         ),
     ] = "published,separate",
     steps: Annotated[int, typer.Option("--steps", min=10, help="Measured steps per mode.")] = 30,
@@ -107,6 +108,7 @@ def bench(
     slow: Annotated[
         str | None, typer.Option("--slow", help="RANK=FACTOR: with --sleep, a slow rank.")
     ] = None,
+    costs: CostsOption = None,
     data: ImageSourceOption = "synthetic",
     picture: Annotated[
         Path | None,
@@ -119,7 +121,7 @@ def bench(
     """Measure a family's throughput against the published procedure and separate jobs."""
     allow_code(allow, recipe)
     texts, json_file = _json_file(list(overrides or []), is_wanted=as_json)
-    family, modes = _family_of(recipe, texts), _modes(against, sleep)
+    family, modes = _family_of(recipe, texts), _modes(against, sleep, costs)
     slow_rank, slow_factor = _slow(slow, sleep)
 
     from distill.bench.measure import Request, measure
@@ -127,7 +129,7 @@ def bench(
 
     num_ranks = count_ranks(family.engine.processes, ranks)
     request = Request(
-        recipe, tuple(texts), modes, num_ranks, steps, warmup, sleep, slow_rank, slow_factor
+        recipe, tuple(texts), modes, num_ranks, steps, warmup, sleep, slow_rank, slow_factor, costs
     )
     with tempfile.TemporaryDirectory() as folder:
         if _is_recipe(data):
@@ -153,13 +155,18 @@ def _family_of(recipe: str, texts: list[str]) -> "FamilyRecipe":
     return loaded
 
 
-def _modes(against: str, sleep: float | None) -> tuple[str, ...]:
+def _modes(against: str, sleep: float | None, costs: str | None) -> tuple[str, ...]:
     """What to compare with, from the text of ``--against``."""
     modes = () if against == "none" else tuple(against.split(","))
-    if not set(modes) <= {"published", "separate", "saving"}:
+    if not set(modes) <= {"published", "separate", "saving", "flops"}:
         raise RecipeError(
             f"--against {against}: not known",
-            fix="Write published, separate, saving, several with commas, or none.",
+            fix="Write published, separate, saving, flops, several with commas, or none.",
+        )
+    if "flops" in modes and costs is None:
+        raise RecipeError(
+            "--against flops: without measured costs all plans are by FLOPs",
+            fix="Add --costs FILE.json.",
         )
     if "saving" in modes and sleep is not None:
         raise RecipeError(

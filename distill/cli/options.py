@@ -54,6 +54,14 @@ AllowCodeOption = Annotated[
         help="Run code that the recipe names outside the folder you stand in: of installed packages, beside the recipe, in the run.",
     ),
 ]
+CostsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--costs",
+        metavar="FILE.json",
+        help="Seconds per image of each network, as bench --json measures them, in place of FLOPs.",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

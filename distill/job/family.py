@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,9 +33,10 @@ from distill.plan.from_recipe import (
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.networks import StudentSpec
 from distill.recipe.schedules import FamilyStageSpec
-from distill.train.balance import Balancer
+from distill.train.balance import BalanceListener, Balancer
 from distill.train.exchange import AllGather, Slices
 from distill.train.phase import Phase
+from distill.train.placing import write_costs
 from distill.train.schedule import RateSchedule, lr_factors
 from distill.train.student import SinkhornTargets, StudentTrainer, TargetBuilder
 from distill.weights.containers import read_again
@@ -178,14 +180,17 @@ def _balanced(context: PhaseContext, phase: Phase) -> Phase:
     engine, first_step = context.recipe.engine, phase.first_step
     if not engine.balance or not context.plan.is_dithered:
         return phase
+    folder, rank = context.rank_context.run_folder, context.groups.world_rank
+    write = partial(write_costs, folder, rank)
     balancer = Balancer(
         phase.plan_schedule,
         context.groups.control,
         phase.loader,
-        (phase.teaching, [trainer.training for trainer in phase.trainers]),
+        (phase.teaching, {trainer.name: trainer.training for trainer in phase.trainers}),
         lookahead=phase.lookahead,
         every=engine.balance,
-        report=context.report,
+        # ranks are those of the first stage, and so are the crops that count
+        listener=BalanceListener(context.report, (lambda _: None) if first_step else write),
     )
     if not first_step:
         return replace(phase, after_step=balancer.after_step)

@@ -66,6 +66,7 @@ from distill.train.faults import FaultHandler
 from distill.train.groups import make_control, make_groups
 from distill.train.loop import run_phase
 from distill.train.phase import Phase
+from distill.train.placing import agreed_costs, place_family
 from distill.train.recorder import Recorder, RecordPolicy
 from distill.weights.containers import read_again
 
@@ -279,8 +280,12 @@ class _Run:
         recipe = self.family
         assert recipe is not None, "a family phase without a family recipe"
         shape = self._shape_of_teacher(recipe)
+        costs = None
+        if recipe.engine.placed_by == "measured":
+            labels = [student.label for student in recipe.students]
+            costs = agreed_costs(self.job.run_folder, labels, self.control)
         device = self._planned_device()
-        plan = plan_family(recipe, shape, self.num_ranks, device)
+        plan, device, placing = place_family(recipe, shape, self.num_ranks, device, costs)
         target_device = torch.device("cpu") if plan.is_teacher_sharded else self.device
         teacher = load_teacher(recipe, *self.job.teacher_paths, target_device, self.storage)
         is_first = any(placement.first_rank == self.rank for placement in plan.placements)
@@ -288,7 +293,10 @@ class _Run:
         if self.rank == 0:
             path = self.job.run_folder / "plan.json"
             before = json.loads(path.read_text()) if path.is_file() else {}
-            write_json(path, timed_as(plan.to_json(), before))
+            facts = plan.to_json()
+            write_json(path, facts if placing else timed_as(facts, before))
+            if placing:
+                note(self.job.run_folder, Event("placed", placing))
         groups = make_groups(plan, COLLECTIVE_TIMEOUT)
         names = self.saved[1].networks if self.saved is not None else ()
         context = PhaseContext(

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, replace
 
 from distill.errors import PlanError
+from distill.plan.costs import Costs
 from students.shapes import BackboneSpec
 from teacher.shapes import HeadShape, scaled_size
 
@@ -23,16 +24,24 @@ SINKHORN_PASSES = 3.0
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan assumes of one device. ``tflops_per_s`` is the peak of dense bf16 products, ``efficiency`` the part of it that training reaches."""
+    """What a plan assumes of one device. ``tflops_per_s`` is the peak of dense bf16 products, ``efficiency`` the part of it that training reaches.
+
+    ``costs``: what a family's networks were measured to take, which then comes before what their FLOPs give.
+    """
 
     name: str
     tflops_per_s: float
     memory_gib: float
     efficiency: float
+    costs: Costs | None = None
 
     def seconds(self, tflops: float) -> float:
         """Time of some work."""
         return tflops / (self.tflops_per_s * self.efficiency)
+
+    def teaching_s(self, tflops: float) -> float:
+        """Time of a family's teacher on one image."""
+        return self.seconds(tflops) if self.costs is None else self.costs.teach_s
 
 
 # Peaks and memory: vendors' data sheets. Efficiency: 40% on GPUs, an assumption until it is measured.

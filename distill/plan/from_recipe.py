@@ -103,7 +103,7 @@ def plan_fitting(
     work = NetworkCost(
         HEADS_PHASE, device.seconds(fitting_tflops(shape.spec, shape.heads, shapes)), num_ranks
     )
-    teach_s = device.seconds(teaching_tflops(shape.spec, shape.heads, shapes))
+    teach_s = device.teaching_s(teaching_tflops(shape.spec, shape.heads, shapes))
     return make_plan([work], teach_s, recipe.schedule.batch, num_ranks)
 
 
@@ -255,7 +255,17 @@ def _family_work(
         share * device.seconds(teaching_tflops(shape.spec, shape.heads, shapes))
         for share, shapes in kinds
     )
-    return works, teach_s
+    costs, first = device.costs, recipe.parts[0]
+    if costs is None:
+        return works, teach_s
+    base = works, teach_s
+    if stage != first:  # what was measured are the first stage's crops
+        base = _family_work(recipe, shape, replace(device, costs=None), first)
+    works = [
+        replace(work, image_s=costs.training_s(work.name) * (work.image_s / before.image_s))
+        for work, before in zip(works, base[0], strict=True)
+    ]
+    return works, costs.teach_s * (teach_s / base[1])
 
 
 def require_full_groups(recipe: Recipe, plan: Plan) -> None:

@@ -48,6 +48,8 @@ def device_here(wanted: str, num_ranks: int) -> Device:
 
 def estimate_basis(device: Device) -> str:
     """What the seconds of a plan rest on, in words."""
+    if device.costs is not None:
+        return f"seconds per image measured: {device.costs.source}"
     source = "a product timed now" if device.name == THIS_CPU else "its data sheet"
     return f"an estimate: {device.name} at {device.efficiency:.0%} of {device.tflops_per_s:.3g} TFLOP/s a rank, {source}"
 

@@ -13,6 +13,7 @@ from itertools import accumulate, permutations, product
 import numpy as np
 
 from distill.errors import PlanError
+from distill.plan.shares import largest_part
 
 SEARCH_LIMIT = 20_000  # placements tried one by one; beyond it the heaviest goes first
 NEARLY = 0.01  # placements whose steps differ by less are as good as each other
@@ -29,10 +30,22 @@ class NetworkCost:
     ranks: int | range | None = None
 
 
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What is divided over the ranks of a network: its images, in full KoLeo groups if ``in_groups``."""
+
+    images: int
+    in_groups: bool = False
+
+    def largest(self, count: int) -> int:
+        """Images of the rank with most of ``count``."""
+        return largest_part(self.images, count, in_groups=self.in_groups)
+
+
 def place_networks(
     costs: Sequence[NetworkCost],
     teach_s: float,
-    images_global: int,
+    batch: GlobalBatch,
     num_ranks: int,
     ranks_per_node: int,
     *,
@@ -54,19 +67,24 @@ def place_networks(
         return _as_given(costs, given, num_ranks)
     counts, notes = _count_ranks(costs, num_ranks)
     firsts = _first_ranks(costs, counts, num_ranks, ranks_per_node)
-    total_s = images_global * (teach_s + sum(work.image_s for work in costs))
+    total_s = batch.images * (teach_s + sum(work.image_s for work in costs))
     ideal_s = total_s / num_ranks
 
     def step_s(counts: Sequence[int], firsts: Sequence[int]) -> float:
         student_s = np.zeros(num_ranks)
         for work, count, first in zip(costs, counts, firsts, strict=True):
-            student_s[first : first + count] += work.image_s * images_global / count
-        even = teach_s * images_global / num_ranks
+            student_s[first : first + count] += work.image_s * batch.largest(count)
+        even = teach_s * batch.images / num_ranks
         return float(max(student_s.max(), ideal_s) if is_filled else student_s.max() + even)
 
+    if step_s(counts, firsts) > ideal_s * (1.0 + NEARLY):
+        others = _count_by_slices(costs, num_ranks, batch)
+        other_firsts = _first_ranks(costs, others, num_ranks, ranks_per_node)
+        if step_s(others, other_firsts) < step_s(counts, firsts) * (1.0 - NEARLY):
+            counts, firsts, notes = others, other_firsts, _idle_note(num_ranks - sum(others))
     if not may_overlap or step_s(counts, firsts) <= ideal_s * (1.0 + NEARLY):
         return counts, firsts, notes
-    candidates = _overlapping(costs, num_ranks, images_global)
+    candidates = _overlapping(costs, num_ranks, batch.images)
     found = min(candidates, key=lambda c: (round(step_s(*c) / ideal_s, 2), sum(c[0]), step_s(*c)))
     if step_s(*found) > step_s(counts, firsts) * (1.0 - NEARLY):
         return counts, firsts, notes
@@ -137,8 +155,32 @@ def _count_ranks(costs: Sequence[NetworkCost], num_ranks: int) -> tuple[list[int
     for _ in range(free if flexible else 0):
         heaviest = max(flexible, key=lambda index: costs[index].image_s / counts[index])
         counts[heaviest] += 1
-    idle = num_ranks - sum(counts)
-    return counts, ((f"{idle} ranks only teach",) if idle else ())
+    return counts, _idle_note(num_ranks - sum(counts))
+
+
+def _idle_note(count: int) -> tuple[str, ...]:
+    return (f"{count} ranks only teach",) if count else ()
+
+
+def _count_by_slices(costs: Sequence[NetworkCost], num_ranks: int, batch: GlobalBatch) -> list[int]:
+    """Ranks of each network where slices are coarse: only as many as make the largest slice of the heaviest smaller.
+
+    A rank more than that trains as long as before; it is left to the others, or to teaching.
+    """
+    requested = _requested(costs)
+    counts = [count or 1 for count in requested]
+    most = min(num_ranks, batch.images)
+    while True:
+        load = [c.image_s * batch.largest(n) for c, n in zip(costs, counts, strict=True)]
+        heaviest = max(range(len(costs)), key=lambda index: load[index])
+        if requested[heaviest] is not None:
+            return counts
+        largest = batch.largest(counts[heaviest])
+        more = range(counts[heaviest] + 1, most + 1)
+        needed = next((count for count in more if batch.largest(count) < largest), None)
+        if needed is None or sum(counts) - counts[heaviest] + needed > num_ranks:
+            return counts
+        counts[heaviest] = needed
 
 
 def _requested(costs: Sequence[NetworkCost]) -> list[int | None]:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.errors import PlanError
-from distill.plan.placement import NetworkCost, place_networks
+from distill.plan.placement import GlobalBatch, NetworkCost, place_networks
 from distill.plan.shares import SLACK, fill_exactly, fill_shares, merge_ranges, split_evenly
 from teacher.shapes import KOLEO_GROUP
 
@@ -324,7 +324,7 @@ def _place(
     counts, firsts, notes = place_networks(
         costs,
         teach_s,
-        images_global,
+        GlobalBatch(images_global, options.has_full_groups),
         num_ranks,
         options.ranks_per_node,
         is_filled=not (options.has_even_shares or options.is_teacher_sharded),
@@ -361,6 +361,12 @@ def without(plan: Plan, names: Collection[str]) -> Plan:
         student_s, plan.teach_s, plan.images_global, plan.unit, is_dithered=dithered
     )
     return replace(changed, exact_shares=tuple(shares))
+
+
+def timed_by(plan: Plan, teach_s: float, image_s: Sequence[float]) -> Plan:
+    """The plan with other seconds per image, of its teacher and of its networks; who does what stays."""
+    student_s = _student_seconds(plan.placements, image_s, plan.num_ranks)
+    return replace(plan, teach_s=teach_s, image_s=tuple(image_s), student_s=student_s)
 
 
 def _student_seconds(

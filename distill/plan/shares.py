@@ -77,12 +77,23 @@ def split_evenly(
 
     ``in_groups``: full KoLeo groups wherever there are enough, so that sizes may differ by one group.
     """
-    groups, rest = divmod(images_global, KOLEO_GROUP)
-    is_divisible = rest == 0 and (groups % num_parts == 0 or (in_groups and groups >= num_parts))
-    unit = KOLEO_GROUP if is_divisible else 1
+    unit = _unit(images_global, num_parts, in_groups=in_groups)
     units = images_global // unit
     borders = [unit * (units * part // num_parts) for part in range(num_parts + 1)]
     return tuple(range(start, stop) for start, stop in pairwise(borders))
+
+
+def largest_part(images_global: int, num_parts: int, *, in_groups: bool = False) -> int:
+    """Images of the largest range of ``split_evenly``."""
+    unit = _unit(images_global, num_parts, in_groups=in_groups)
+    return unit * -(-(images_global // unit) // num_parts)
+
+
+def _unit(images_global: int, num_parts: int, *, in_groups: bool) -> int:
+    """Images that stay together: a KoLeo group where those divide, or where there are enough of them."""
+    groups, rest = divmod(images_global, KOLEO_GROUP)
+    is_divisible = rest == 0 and (groups % num_parts == 0 or (in_groups and groups >= num_parts))
+    return KOLEO_GROUP if is_divisible else 1
 
 
 def merge_ranges(parts: Sequence[range]) -> tuple[range, ...]:

@@ -101,6 +101,14 @@ class EngineSpec(Section):
             "default sends less."
         ),
     )
+    placed_by: Literal["flops", "measured"] = machine(
+        "flops",
+        since=2,
+        description=(
+            "What divides the ranks among students: FLOPs, or at a restart the seconds that the run measured. The "
+            "default keeps the bits of a resumed run, whose sums depend on a student's number of ranks."
+        ),
+    )
     balance: int = machine(
         200,
         ge=0,

@@ -116,8 +116,7 @@ def plan_tables(job: "JobPlan", device: "Device") -> list[Table]:
     length = f"{days:.1f} days" if days >= 1 else duration(days * 86_400)
     facts.add_row(
         "speed",
-        f"{plan.step_s:.3g} s a step, {rate:,.0f} images/s, {length} for {job.num_steps:,} steps, if "
-        f"{device.name} reaches {device.efficiency:.0%} of {device.tflops_per_s:.3g} TFLOP/s",
+        f"{plan.step_s:.3g} s a step, {rate:,.0f} images/s, {length} for {job.num_steps:,} steps, {_condition(device)}",
     )
     if len(plan.placements) > 1:
         facts.add_row(
@@ -125,6 +124,13 @@ def plan_tables(job: "JobPlan", device: "Device") -> list[Table]:
         )
     _add_footprint(facts, job.footprint)
     return [table, facts]
+
+
+def _condition(device: "Device") -> str:
+    """What the seconds of a plan rest on."""
+    if device.costs is not None:
+        return f"by the seconds per image of {device.costs.source}"
+    return f"if {device.name} reaches {device.efficiency:.0%} of {device.tflops_per_s:.3g} TFLOP/s"
 
 
 def _add_footprint(facts: Table, footprint: "Footprint") -> None:

@@ -1,13 +1,14 @@
 """Teacher shares that follow the measured speed of every rank.
 
-Every ``every`` steps all ranks exchange how long they took to teach an image and to train a
-step (on a GPU without waiting for their groups; a delayed_reduce: two numbers each, without a barrier). Each computes the same new shares from the same
+Every ``every`` steps all ranks exchange how long they took to teach an image and to train a step of each
+network (on a GPU without waiting for their groups; a delayed_reduce: some numbers each, without a barrier). Each computes the same new shares from the same
 numbers, and they come into force at a later step that no rank has begun to prepare. A slow rank teaches less; the
 others teach more. Targets do not depend on the rank that computes them, so results stay the same bit for
-bit.
+bit. The first measurement is handed on: it is what the networks cost, by which the next start places them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import median_low
 from typing import Protocol, runtime_checkable
 
@@ -16,18 +17,28 @@ import torch.distributed as dist
 from distill.data.loader import STEPS_AHEAD
 from distill.engine.delayed_reduce import DelayedAllReduce, gather_rows
 from distill.plan.by_step import PlanSchedule
-from distill.plan.plan import rebalanced
+from distill.plan.costs import Costs
+from distill.plan.plan import Plan, rebalanced
 from distill.train.student import Stopwatch
 
 SLOW = 1.15  # times the median time per image: a rank is called slow
 RECOVERED = 1.05  # times the median: it no longer is
 MARGIN = 2  # steps, beside look-ahead and what the decoder has in hand
+MEASURED_HERE = "measured in this run"
 WORTH = 0.02  # shares are left alone when the step would become shorter by less
 
 
 @runtime_checkable
 class _Room(Protocol):
     def make_room(self, max_images: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class BalanceListener:
+    """Who hears of what was measured, on every rank alike: a line per event, and what the networks cost, once."""
+
+    event: Callable[[str], None]
+    costs: Callable[[Costs], None]
 
 
 class Balancer:
@@ -38,24 +49,25 @@ class Balancer:
         plan_schedule: PlanSchedule,
         group: dist.ProcessGroup,
         loader: _Room,
-        clocks: tuple[Stopwatch, Sequence[Stopwatch]],
+        clocks: tuple[Stopwatch, Mapping[str, Stopwatch]],
         *,
         lookahead: int,
         every: int,
-        report: Callable[[str], None],
+        listener: BalanceListener,
     ) -> None:
-        """``group``: of the world, for CPU tensors. ``clocks``: of teaching, and of each student on this rank. ``report`` gets one line per event, on rank 0."""
+        """``group``: of the world, for CPU tensors. ``clocks``: of teaching, and of each student on this rank by its name."""
         self._plan_schedule, self._rank = plan_schedule, dist.get_rank(group)
         self._num_ranks = dist.get_world_size(group)
         self._delayed_reduce = DelayedAllReduce(group, lookahead)
         self._loader, self._teaching, self._training = loader, *clocks
+        self._names = [placement.name for placement in plan_schedule.at(0).placements]
         self._every = every
         self._delay = lookahead + STEPS_AHEAD + MARGIN
-        self._report_event = report
+        self._listener, self._is_measured = listener, False
         self._known_slow: set[int] = set()
         self._known_s: dict[int, float] = {}
         self._last_step = -1
-        self._last: tuple[float, float, float] = (0.0, 0.0, 0.0)
+        self._last: Sequence[float] = ()
 
     def after_step(self, step: int) -> None:
         """Counts a finished step of the phase; at the interval, measures, and re-plans once all seconds have arrived.
@@ -69,10 +81,11 @@ class Balancer:
         if step - self._last_step < self._every or self._delayed_reduce.due_step is not None:
             return
         now = self._read()
-        images, teach_s, train_s = (
+        images, teach_s, *train_s = (
             after - before for after, before in zip(now, self._last, strict=True)
         )
-        local = (teach_s / images if images else 0.0, train_s / (step - self._last_step))
+        steps = step - self._last_step
+        local = (teach_s / images if images else 0.0, *(each / steps for each in train_s))
         self._last_step, self._last = step, now
         self._delayed_reduce.start(
             step, gather_rows(local, self._rank, self._num_ranks), dist.ReduceOp.SUM
@@ -80,14 +93,15 @@ class Balancer:
         if self._delayed_reduce.is_due(step):
             self._replan(step, self._delayed_reduce.result().tolist())
 
-    def _read(self) -> tuple[float, float, float]:
-        """Teacher images, seconds of teaching, seconds of training, all so far."""
-        training_s = sum(clock.read_s() for clock in self._training)
+    def _read(self) -> Sequence[float]:
+        """Teacher images, seconds of teaching, seconds of training of each network of the job, all so far."""
+        clocks = [self._training.get(name) for name in self._names]
+        training_s = [0.0 if clock is None else clock.read_s() for clock in clocks]
         teaching_s = self._teaching.read_s()  # first: on a GPU units follow seconds
-        return float(self._teaching.units), teaching_s, training_s
+        return float(self._teaching.units), teaching_s, *training_s
 
-    def _replan(self, step: int, everyone: Sequence[tuple[float, float]]) -> None:
-        """New shares from every rank's seconds per teacher image, and of its students per step."""
+    def _replan(self, step: int, everyone: Sequence[Sequence[float]]) -> None:
+        """New shares from every rank's seconds per teacher image, and of each network per step."""
         from_step, first_measured = (
             step + self._delay,
             self._delayed_reduce.started_at - self._every,
@@ -95,13 +109,15 @@ class Balancer:
         if not self._plan_schedule.has_same_networks(first_measured, from_step):
             return  # a network finishes: what was measured does not hold for what comes
         plan = self._plan_schedule.at(step)
-        measured, student_s = zip(*everyone, strict=True)
+        measured = [rank[0] for rank in everyone]
+        student_s = [sum(rank[1:]) for rank in everyone]
         # of two ranks the faster is the usual one: between them, neither would stand out
         typical = median_low(seconds for seconds in measured if seconds > 0)
         # a rank that computed no targets this time is as fast as it was
         each = [now or self._known_s.get(r, typical) for r, now in enumerate(measured)]
         self._known_s = dict(enumerate(each))
         self._report(self._delayed_reduce.started_at, each, typical)
+        self._hand_on(plan, each, everyone)
         changed = rebalanced(plan, each, student_s)
         before, after = (
             max(
@@ -117,12 +133,28 @@ class Balancer:
         self._plan_schedule.change(from_step, changed)
         self._loader.make_room(changed.largest_shares[self._rank])
 
+    def _hand_on(
+        self, plan: Plan, each: Sequence[float], everyone: Sequence[Sequence[float]]
+    ) -> None:
+        """The seconds per image of the teacher and of every network, once: the first time that all of them were measured."""
+        images = plan.images_global
+        network_s = [
+            sum(rank) / images for rank in zip(*(row[1:] for row in everyone), strict=True)
+        ]
+        if self._is_measured or not all(network_s):
+            return
+        self._is_measured = True
+        shares = zip(plan.exact_shares, each, strict=True)
+        teach_s = sum(share * seconds for share, seconds in shares) / images
+        image_s = dict(zip(self._names, network_s, strict=True))
+        self._listener.costs(Costs(teach_s, image_s, MEASURED_HERE))
+
     def _report(self, step: int, each: Sequence[float], typical: float) -> None:
         """Names a rank once when it becomes slow."""
         slow = {rank for rank, seconds in enumerate(each) if seconds > SLOW * typical}
         recovered = {rank for rank, seconds in enumerate(each) if seconds < RECOVERED * typical}
         for rank in sorted(slow - self._known_slow):
-            self._report_event(
+            self._listener.event(
                 f"step {step}: rank {rank} takes {each[rank] / typical:.2f}x the usual time per image; it will teach less"
             )
         self._known_slow = (self._known_slow | slow) - recovered

@@ -3,13 +3,15 @@
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
 from distill.plan.by_step import PlanSchedule
+from distill.plan.costs import Costs
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import PlanOptions, make_plan
-from distill.train.balance import Balancer
+from distill.train.balance import BalanceListener, Balancer
 from distill.train.groups import make_groups
 from distill.train.student import Stopwatch
 from tests.support.spawn import on_ranks
@@ -43,14 +45,15 @@ def shares_with_a_slow_rank(slow: int, factor: float) -> dict[str, Any]:
     groups = make_groups(plan, timedelta(seconds=60))
     plan_schedule, teaching, training, room = PlanSchedule(plan), Clock(), Clock(), Room()
     told: list[str] = []
+    costs: list[Costs] = []
     balancer = Balancer(
         plan_schedule,
         groups.control,
         room,
-        (teaching, [training]),
+        (teaching, {plan.placements[rank].name: training}),
         lookahead=lookahead,
         every=10,
-        report=told.append,
+        listener=BalanceListener(told.append, costs.append),
     )
     pace = factor if rank == slow else 1.0
     for step in range(1, 42):
@@ -63,6 +66,7 @@ def shares_with_a_slow_rank(slow: int, factor: float) -> dict[str, Any]:
         "early": [len(share) for share in plan_schedule.at(12).shares(12)],
         "late": plan_schedule.at(41).exact_shares,
         "told": told,
+        "costs": [(each.teach_s, dict(each.image_s)) for each in costs],
         "room": room.max_images,
     }
 
@@ -90,3 +94,13 @@ def test_balancer__leaves_equal_ranks_alone() -> None:
     results = on_ranks(3, shares_with_a_slow_rank, 1, 1.0)
     assert all(result["late"] == (100.0, 100.0, 100.0) for result in results)
     assert all(not result["told"] and not result["room"] for result in results)
+
+
+def test_balancer__hands_on_what_the_networks_cost_once_and_alike() -> None:
+    results = on_ranks(3, shares_with_a_slow_rank, 1, 1.5)
+    (measured,) = results[0]["costs"]
+    teach_s, image_s = measured
+    # 300 images of 1 s over three ranks, one of which takes half as long again for its 100
+    assert teach_s == pytest.approx((100 + 150 + 100) / 300, rel=0.02)
+    assert image_s == pytest.approx({"a": 1 / 3, "b": 1.5 / 3, "c": 1 / 3}, rel=0.02)
+    assert all(result["costs"] == [measured] for result in results)
