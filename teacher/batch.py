@@ -28,6 +28,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32, Int64, UInt8
 from torch import Tensor
 
+from teacher.shapes import scaled_size
+
 NUM_GLOBAL = 2
 # of the rows that a network in training sees: what normalises over images has to find them
 CROPS_PER_IMAGE: ContextVar[int] = ContextVar("crops_per_image", default=1)
@@ -289,6 +291,16 @@ def _filled(values: Sequence[float], device: torch.device) -> Float32[Tensor, "3
     single = torch.float32
     filled = [torch.full((1, 1), value, dtype=single, device=device) for value in values]
     return torch.stack(filled)
+
+
+def shrunk(
+    pixels: Float[Tensor, "rows 3 height width"], scale: float
+) -> Float[Tensor, "rows 3 smaller_height smaller_width"]:
+    """Resizes crops to the size that a network sees, bilinear with antialias."""
+    if not len(pixels):
+        return pixels
+    size = [scaled_size(side, scale) for side in pixels.shape[2:]]
+    return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)
 
 
 def resize_grid(

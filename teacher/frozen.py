@@ -22,8 +22,10 @@ from teacher.batch import (
     TeacherTargets,
     normalise,
     resize_grid,
+    shrunk,
 )
 from teacher.heads import Head
+from teacher.shapes import scaled_size
 from teacher.vit import Block
 
 HEAD_ROWS = 256  # masked patches the iBOT head takes at once, the last block padded
@@ -40,6 +42,7 @@ class FrozenTeacher(nn.Module):
         mean: RGB mean in [0, 1] that the backbone was trained with.
         std: RGB standard deviation.
         micro_images: images per forward pass (two global crops each).
+        crop_scale: it sees crops at this part of their size; targets and masks lie on the grid of that size.
 
     ``anchor``: the Gram reference, a frozen backbone that looks at larger versions of the same crops
     (``use_anchor``); None without.
@@ -54,6 +57,7 @@ class FrozenTeacher(nn.Module):
         mean: tuple[float, float, float],
         std: tuple[float, float, float],
         micro_images: int,
+        crop_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -62,6 +66,7 @@ class FrozenTeacher(nn.Module):
         self._anchor: nn.Module | None = None
         self._min_forwards = 0
         self.mean, self.std, self.micro_images = mean, std, micro_images
+        self.crop_scale = crop_scale
         self.requires_grad_(False)
         self.eval()
 
@@ -130,11 +135,24 @@ class FrozenTeacher(nn.Module):
         pixel_stats: Float[Tensor, "images 2 3"] | None,
     ) -> Features:
         missing = self.micro_images - crops.shape[0]
-        pixels = normalise(crops, self.mean, self.std, self.dtype, pixel_stats).flatten(0, 1)
+        pixels = self._pixels(crops, pixel_stats)
         if missing:
             pixels = torch.cat([pixels, pixels.new_zeros(2 * missing, *pixels.shape[1:])])
         network: Backbone = backbone  # type: ignore[assignment]  # nn.Module that satisfies the protocol
         return network(pixels)
+
+    def _pixels(
+        self,
+        crops: UInt8[Tensor, "images 2 3 height width"],
+        pixel_stats: Float[Tensor, "images 2 3"] | None,
+    ) -> Float[Tensor, "rows 3 scaled_height scaled_width"]:
+        if self.crop_scale == 1.0:
+            return normalise(crops, self.mean, self.std, self.dtype, pixel_stats).flatten(0, 1)
+        pixels = normalise(crops, self.mean, self.std, torch.float32, pixel_stats).flatten(0, 1)
+        if not len(pixels):
+            size = [scaled_size(side, self.crop_scale) for side in pixels.shape[2:]]
+            return pixels.new_zeros(0, pixels.shape[1], *size, dtype=self.dtype)
+        return shrunk(pixels, self.crop_scale).to(self.dtype)
 
     def _patch_features(
         self, masked: Float[Tensor, "masked width"]
@@ -190,9 +208,10 @@ class FrozenTeacher(nn.Module):
         return torch.cat(rows).unflatten(0, (crops.shape[0], 2))
 
     def _grid_hw(self, crops: Tensor) -> tuple[int, int]:
-        """The backbone's patch grid on crops of this size."""
+        """The backbone's patch grid on crops of this size, as it sees them."""
         network: Backbone = self.backbone  # type: ignore[assignment]
-        return crops.shape[-2] // network.stride, crops.shape[-1] // network.stride
+        height, width = (scaled_size(side, self.crop_scale) for side in crops.shape[-2:])
+        return height // network.stride, width // network.stride
 
     def _no_patches(self, crops: Tensor) -> Tensor:
         network: Backbone = self.backbone  # type: ignore[assignment]

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from teacher.batch import CROPS_PER_IMAGE, NUM_GLOBAL, Features, StudentBatch, normalise
+from teacher.batch import CROPS_PER_IMAGE, NUM_GLOBAL, Features, StudentBatch, normalise, shrunk
 from teacher.drop_path import ActiveRows, active_rows
 from teacher.gram import gram_sum
 from teacher.heads import Head, SoftAssignment
@@ -28,7 +26,6 @@ from teacher.losses import (
     koleo_loss,
     weigh,
 )
-from teacher.shapes import scaled_size
 
 
 @dataclass(frozen=True)
@@ -173,7 +170,7 @@ def see_global_crops(
 def _pixels(crops: Tensor, batch: StudentBatch, options: TaskOptions) -> Tensor:
     stats = batch.crops.pixel_stats
     pixels = normalise(crops, options.mean, options.std, torch.float32, stats).flatten(0, 1)
-    return pixels if options.crop_scale == 1.0 else _shrunk(pixels, options.crop_scale)
+    return pixels if options.crop_scale == 1.0 else shrunk(pixels, options.crop_scale)
 
 
 def _see(
@@ -192,13 +189,3 @@ def _see(
         rows = {"active_rows": active_rows(depth, options.survival, pixels.device)}
     dtype = next(backbone.parameters()).dtype
     return network(pixels.to(dtype), masks, rope_scale=rope_scale, is_local=is_local, **rows)
-
-
-def _shrunk(
-    pixels: Float[Tensor, "rows 3 height width"], scale: float
-) -> Float[Tensor, "rows 3 smaller_height smaller_width"]:
-    """Resizes crops to the size that the network sees, bilinear with antialias."""
-    if not len(pixels):
-        return pixels
-    size = [scaled_size(side, scale) for side in pixels.shape[2:]]
-    return F.interpolate(pixels, size=size, mode="bilinear", antialias=True)

@@ -29,7 +29,7 @@ from distill.protocols.knn import BASELINE_PX, knn
 from distill.recipe.keys import FamilyRecipe
 from distill.runfolder.manifest import checkpoints
 from distill.runfolder.progress import add_progress
-from distill.runfolder.status import KNN_K
+from distill.runfolder.status import KNN_K, TEACHER
 from distill.runfolder.tensor_file import SUFFIX
 from distill.weights.load import load_backbone
 from students.shapes import BackboneSpec
@@ -103,11 +103,17 @@ class StudentScorer:
         teacher_path: Path,
         specs: Mapping[str, BackboneSpec],
     ) -> None:
-        data, size = recipe.data, recipe.crops.input_size
-        usual = Preparation(size, data.mean, data.std, decoding_of(data).background)
+        data = recipe.data
+        usual = Preparation(
+            recipe.input_size_of(TEACHER), data.mean, data.std, decoding_of(data).background
+        )
         teacher, spec = load_backbone(teacher_path)
         self._preparations = {
-            name: self._preparation(run_folder / "students" / name, each, usual)
+            name: self._preparation(
+                run_folder / "students" / name,
+                each,
+                replace(usual, size=recipe.input_size_of(name)),
+            )
             for name, each in specs.items()
         }
         preparation = self._preparation(teacher_path, spec, usual)

@@ -20,7 +20,7 @@ from distill.engine.engine import Engine
 from distill.job.to_data import build_feed, build_loader
 from distill.listing.storage import Storage
 from distill.plan.by_step import PlanSchedule
-from distill.plan.crop_sizes import crop_schedule
+from distill.plan.crop_sizes import crop_schedule, teacher_grid, teacher_scale
 from distill.plan.from_recipe import Recipe
 from distill.plan.plan import Placement, Plan
 from distill.recipe.init_keys import InitSpec
@@ -158,6 +158,7 @@ def freeze(
         mean=recipe.data.mean,
         std=recipe.data.std,
         micro_images=recipe.engine.teacher_micro_batch,
+        crop_scale=teacher_scale(recipe),
     )
     return teacher.to(device, compute_dtype(recipe))
 
@@ -206,7 +207,8 @@ def build_phase(
     feed.read_by(Reader(rank_context.storage))
     loader = build_loader(recipe, feed, crops, plan_schedule.most_images(rank), rank_context.device)
     numbers = recipe.schedule, recipe.seed, spec.objective
-    schedule = StepSchedule(*numbers, crops, context.teacher_spec, spec.rates, spec.ramp)
+    grid = partial(teacher_grid, recipe, context.teacher_spec)
+    schedule = StepSchedule(*numbers, crops, grid, spec.rates, spec.ramp)
     return Phase(
         name=spec.name,
         num_steps=len(spec.steps),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from distill.engine.engine import Engine
-from distill.errors import CheckpointError, RecipeError
+from distill.errors import RecipeError
 from distill.job.build import (
     PhaseContext,
     PhaseSpec,
@@ -45,11 +45,9 @@ from distill.weights.initial import init_key, load_initial
 from distill.weights.load import load_backbone
 from students.objective import FeatureNormalizer, FeatureTask, build_projectors
 from students.relational import relational_term
-from students.shapes import grid_of
 from students.student import build_backbone, build_heads, seeded
 from teacher.frozen import FrozenTeacher
 from teacher.losses import ExtraTerm, LossTerm
-from teacher.shapes import scaled_size
 from teacher.task import DistillationTask
 
 
@@ -204,16 +202,6 @@ def _student(
     recipe, device = context.recipe, context.rank_context.device
     assert isinstance(recipe, FamilyRecipe), "students are a family's"
     spec, generator = student.backbone_spec(), seeded(recipe.seed, student.label)
-    size = recipe.crops.global_.size
-    grid_hw, teacher_hw = (
-        grid_of(spec, scaled_size(size, student.crop_scale)),
-        grid_of(context.teacher_spec, size),
-    )
-    if grid_hw[0] > teacher_hw[0]:
-        raise CheckpointError(
-            f"students.{student.label}: its {grid_hw} patch grid is finer than the teacher's {teacher_hw}",
-            fix="Choose a student whose stride is at least the teacher's patch size.",
-        )
     backbone = build_backbone(spec, generator, device)
     extra, scale = extra_terms(recipe), student.crop_scale
     options = task_options(recipe, masks_input=False, crop_scale=scale, extra=extra)

@@ -263,7 +263,11 @@ class HeadFitting:
             HEADS_PHASE,
             (backbone, *heads),
             # nothing else has a mask token
-            task_options(recipe, masks_input=isinstance(backbone, ViT)),
+            task_options(
+                recipe,
+                masks_input=isinstance(backbone, ViT),
+                crop_scale=recipe.teacher.crop_scale,
+            ),
         )
         self.engine = build_engine(self.context, HEADS_PHASE, task)
         self.ema = freeze(recipe, rank_context.device, backbone, copies)

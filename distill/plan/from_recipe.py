@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from distill.data.mask_counts import mean_masked
 from distill.errors import PlanError
-from distill.plan.crop_sizes import crop_schedule
+from distill.plan.crop_sizes import crop_schedule, teacher_grid, teacher_scale
 from distill.plan.flops import (
     DEFAULT_DEVICE,
     CropShapes,
@@ -32,13 +32,19 @@ from distill.plan.memory import (
     wire_shape,
 )
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import RANKS_PER_NODE, Placement, Plan, PlanOptions, make_plan, without
+from distill.plan.plan import RANKS_PER_NODE, Plan, PlanOptions, make_plan, without
+from distill.plan.requirements import (
+    require_coarser_grid,
+    require_full_groups,
+    require_full_patches,
+    require_uncut_groups,
+)
 from distill.recipe.keys import HEADS_PHASE, FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import HeadsSpec, StudentSpec
 from distill.recipe.schedules import FamilyStageSpec
 from distill.recipe.types import is_custom
-from students.shapes import BackboneSpec, grid_of, student_heads
-from teacher.shapes import KOLEO_GROUP, HeadShape, scaled_size
+from students.shapes import BackboneSpec, student_heads
+from teacher.shapes import HeadShape
 
 ONLINE = "teacher"  # the name of the pretrained network in metrics, checkpoints and plans
 Recipe = FamilyRecipe | TeacherRecipe
@@ -88,10 +94,18 @@ def kinds_of(
     crops = crop_schedule(recipe, stage)
     quotas = crops.steps.quotas
     for kind, quota in zip(crops.specs, quotas, strict=True):
-        grid_hw = grid_of(spec, kind.global_size)
+        grid_hw = teacher_grid(recipe, spec, kind.global_size)
         masked = crop_shapes(recipe, grid_hw).masked_per_image
         shapes = CropShapes(kind.global_size, kind.local_size, kind.num_local, masked)
         yield quota / sum(quotas), shapes, kind.anchor_size
+
+
+def _fitting_shapes(recipe: FamilyRecipe, shape: TeacherShape) -> CropShapes:
+    """Crops as a teacher sees them whose heads are fitted."""
+    size, scale = recipe.crops.global_.size, teacher_scale(recipe)
+    if scale != 1.0 and recipe.crops.local.count:
+        teacher_grid(recipe, shape.spec, recipe.crops.local.size)
+    return crop_shapes(recipe, teacher_grid(recipe, shape.spec, size)).scaled(scale)
 
 
 def plan_fitting(
@@ -99,7 +113,7 @@ def plan_fitting(
 ) -> Plan:
     """Fresh heads on a frozen teacher, on all ranks; their EMA teaches them."""
     assert shape.heads is not None, "heads to fit have shapes"
-    shapes = crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size))
+    shapes = _fitting_shapes(recipe, shape)
     work = NetworkCost(
         HEADS_PHASE, device.seconds(fitting_tflops(shape.spec, shape.heads, shapes)), num_ranks
     )
@@ -114,7 +128,7 @@ def fitting_footprint_of(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) 
         plan,
         shape.spec,
         shape.heads,
-        crop_shapes(recipe, grid_of(shape.spec, recipe.crops.global_.size)),
+        _fitting_shapes(recipe, shape),
         training_of(recipe),
     )
 
@@ -228,7 +242,7 @@ def _plan_family(
         require_full_groups(recipe, plan)
     for placement in plan.placements:
         if placement.name in normed:
-            _require_uncut_groups(recipe, placement)
+            require_uncut_groups(recipe, placement)
     ends = [f"{s.label} is finished at step {s.steps:,}" for s in recipe.students if s.steps]
     return replace(plan, notes=(*plan.notes, *ends))
 
@@ -238,12 +252,16 @@ def _family_work(
 ) -> tuple[list[NetworkCost], float]:
     """What each student and the teacher take per image, as means over a stage's sizes of crops."""
     kinds = [(share, shapes) for share, shapes, _ in kinds_of(recipe, stage, shape.spec)]
+    if teacher_scale(recipe) != 1.0:
+        teacher_grid(recipe, shape.spec, recipe.crops.input_size)  # it is scored, too
     works = []
     for student in recipe.students:
         spec, image_s = student.backbone_spec(), 0.0
         if is_custom(student.arch):
-            _require_full_patches(recipe, student, spec)
+            require_full_patches(recipe, student, spec)
         for share, shapes in kinds:
+            grid_hw = teacher_grid(recipe, shape.spec, shapes.global_size)
+            require_coarser_grid(student, spec, shapes.global_size, grid_hw[0])
             scaled = shapes.scaled(student.crop_scale)
             if shape.heads is None:
                 cost = regression_tflops(spec, shape.spec.width, scaled)
@@ -252,7 +270,10 @@ def _family_work(
             image_s += share * device.seconds(cost)
         works.append(NetworkCost(student.label, image_s, student.requested_ranks))
     teach_s = sum(
-        share * device.seconds(teaching_tflops(shape.spec, shape.heads, shapes))
+        share
+        * device.seconds(
+            teaching_tflops(shape.spec, shape.heads, shapes.scaled(teacher_scale(recipe)))
+        )
         for share, shapes in kinds
     )
     costs, first = device.costs, recipe.parts[0]
@@ -268,53 +289,6 @@ def _family_work(
     return works, costs.teach_s * (teach_s / base[1])
 
 
-def require_full_groups(recipe: Recipe, plan: Plan) -> None:
-    """Micro-batches must not cut the groups of images that KoLeo compares.
-
-    Raises:
-        PlanError: names the network and batches that work.
-    """
-    micro_batch = recipe.engine.micro_batch
-    for placement in plan.placements:
-        parts = [placement.parts_of(rank, micro_batch) for rank in placement.world_ranks]
-        in_groups = placement.koleo_is_local and all(
-            part.start % KOLEO_GROUP == 0 for each in parts for part in each
-        )
-        if len(parts[0]) > 1 and not in_groups:
-            unit = KOLEO_GROUP * len(placement.slices)
-            near = max(unit, round(plan.images_global / unit) * unit)
-            raise PlanError(
-                f"engine.micro_batch = {micro_batch}: the slices of {placement.name} are not multiples of the KoLeo group of {KOLEO_GROUP} images",
-                fix=f"Write schedule.batch: {near} (a multiple of {unit}), or leave micro_batch out.",
-            )
-
-
-def _require_uncut_groups(recipe: FamilyRecipe, placement: Placement) -> None:
-    """BatchNorm normalises groups of images, which neither ranks nor micro-batches may cut."""
-    micro_batch, num_ranks = recipe.engine.micro_batch, len(placement.slices)
-    parts = [placement.parts_of(rank, micro_batch) for rank in placement.world_ranks]
-    starts = [each.start for each in placement.slices] + [p.start for each in parts for p in each]
-    if any(start % KOLEO_GROUP for start in starts):
-        raise PlanError(
-            f"students.{placement.name}: its BatchNorm normalises groups of {KOLEO_GROUP} images, which {num_ranks} ranks "
-            f"or micro-batches cut at schedule.batch = {recipe.schedule.batch}",
-            fix=f"Use a batch that is a multiple of {KOLEO_GROUP * num_ranks} and micro-batches of {KOLEO_GROUP} or more, or give it ranks: 1.",
-        )
-
-
-def _require_full_patches(recipe: FamilyRecipe, student: StudentSpec, spec: BackboneSpec) -> None:
-    """The rule that the recipe checks for networks it knows."""
-    sizes = {"global.size": recipe.crops.global_.size, "eval_size": recipe.crops.input_size}
-    if recipe.crops.local.count:
-        sizes["local.size"] = recipe.crops.local.size
-    for key, size in sizes.items():
-        if scaled_size(size, student.crop_scale) % spec.stride:
-            raise PlanError(
-                f"crops.{key} = {size}: not a multiple of {spec.stride}, the stride of {student.label}",
-                fix=f"Use a multiple of {spec.stride}.",
-            )
-
-
 def family_footprint(
     recipe: FamilyRecipe, shape: TeacherShape, plan: Plan, stage: FamilyStageSpec | None = None
 ) -> Footprint:
@@ -327,7 +301,7 @@ def family_footprint(
 def _footprint_at(
     recipe: FamilyRecipe, shape: TeacherShape, plan: Plan, crops: CropShapes
 ) -> Footprint:
-    grid_hw = grid_of(shape.spec, crops.global_size)
+    grid_hw = teacher_grid(recipe, shape.spec, crops.global_size)
     students = []
     for student in recipe.students:
         spec = student.backbone_spec()

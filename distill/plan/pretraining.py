@@ -15,13 +15,13 @@ from distill.plan.flops import (
 from distill.plan.from_recipe import (
     ONLINE,
     kinds_of,
-    require_full_groups,
     shape_of_recipe,
     training_of,
 )
 from distill.plan.memory import Footprint, pretraining_footprint
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, PlanOptions, make_plan
+from distill.plan.requirements import require_full_groups
 from distill.recipe.keys import TeacherRecipe
 from distill.recipe.schedules import StageSpec
 from teacher.shapes import ViTSpec

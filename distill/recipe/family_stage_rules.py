@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from distill.listing.document import Loc, Problem
-
-CLOSE = 1e-6  # a side that comes of a factor is an integer of pixels
+from distill.recipe.crop_rules import is_multiple
 
 
 def family_stage_rules(
@@ -46,8 +45,7 @@ def _crop_rules(
                 is_given = key == "global" or label != "the teacher"
                 if size is None or not is_given:
                     continue
-                pixels = size * scale
-                if abs(pixels - round(pixels)) > CLOSE or round(pixels) % stride:
+                if not is_multiple(size * scale, stride):
                     of = "" if scale == 1.0 else f" times crop_scale {scale:g}"
                     yield key_path, f"{size}{of} is not a multiple of {stride} ({label})"
                     break

@@ -259,7 +259,7 @@ class FamilyRecipe(Section):
         from teacher.shapes import scaled_size
 
         scales = {student.label: student.crop_scale for student in self.students}
-        return scaled_size(self.crops.input_size, scales.get(name, 1.0))
+        return scaled_size(self.crops.input_size, scales.get(name, self.teacher.crop_scale))
 
 
 class TeacherRecipe(Section):
@@ -314,6 +314,10 @@ class TeacherRecipe(Section):
         """Steps of the stages before one."""
         names = [each.name for each in self.stages]
         return sum(each.steps for each in self.stages[: names.index(stage.name)])
+
+    def input_size_of(self, name: str) -> int:  # noqa: ARG002  # as of a family
+        """Pixels per side that the finished network is scored at."""
+        return self.crops.input_size
 
 
 Recipe = FamilyRecipe | TeacherRecipe

@@ -345,6 +345,13 @@ class TeacherSource(Section):
         description="Licence of a teacher whose folder states none; a bare text is its name. Null means: as its folder states.",
     )
     fit: FitSpec = science(FitSpec(), description="How heads are trained, for `heads: fit`.")
+    crop_scale: float = science(
+        1.0,
+        since=3,
+        gt=0.0,
+        le=1.0,
+        description="Fraction of every crop's side that the teacher gets; masks and patch targets lie on the grid of that size. 1 is the full crop.",
+    )
 
     @property
     def heads_mode(self) -> HeadsMode:

@@ -5,13 +5,13 @@ hide what is wrong with its neighbours.
 """
 
 import difflib
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from distill.errors import RecipeError
 from distill.listing.document import Loc, Problem
 from distill.listing.extensions import ExtensionKind, require
+from distill.recipe.crop_rules import crop_rules, finer_rules, is_multiple, scale_rules
 from distill.recipe.family_stage_rules import family_stage_rules
 from distill.recipe.init_keys import gram_rules
 from distill.recipe.interval_keys import export_problems
@@ -175,6 +175,7 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
     ends: dict[str, int | None] = {}
     num_steps = parts.get(("schedule", "steps"))
     teacher_stride = _stride(teacher, ("model",))
+    teacher_scale = parts.get(("teacher", "crop_scale"), 1.0)
     for index in items_of(parts, "students"):
         key_path = ("students", index)
         yield from _arch_rules(parts, key_path)
@@ -195,10 +196,10 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
             if scale == 1.0:
                 strides[label] = stride
             else:
-                yield from _scale_rules(parts, key_path, stride, scale)
-            if teacher_stride is not None and stride < teacher_stride * scale:
-                finer = f"patches of {stride} px are finer than the teacher's {teacher_stride} px"
-                yield (*key_path, "patch"), f"{finer}: use {teacher_stride} or a multiple of it"
+                yield from scale_rules(parts, key_path, stride, scale)
+            if teacher_stride is not None:
+                sides_here = (stride, scale), (teacher_stride, teacher_scale)
+                yield from finer_rules(key_path, *sides_here)
         ends[label] = parts.get((*key_path, "steps"))
         if ends[label] is not None and num_steps is not None and ends[label] > num_steps:
             yield (
@@ -207,12 +208,16 @@ def _family_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
             )
     yield from _length_rules(parts, ends)
     if teacher_stride is not None:
-        sides["the teacher"] = teacher_stride, 1.0
+        sides["the teacher"] = teacher_stride, teacher_scale
+        if teacher_scale != 1.0:
+            yield from scale_rules(parts, ("teacher",), teacher_stride, teacher_scale)
     yield from family_stage_rules(parts, items_of(parts, "stages"), sides)
-    strides_of_teacher = {} if teacher_stride is None else {"the teacher": teacher_stride}
+    strides_of_teacher: dict[str, int] = {}
+    if teacher_stride is not None and teacher_scale == 1.0:
+        strides_of_teacher = {"the teacher": teacher_stride}
     for key in ("global", "eval_size"):
-        yield from _crop_rules(parts, key, {**strides_of_teacher, **strides})
-    yield from _crop_rules(parts, "local", strides)
+        yield from crop_rules(parts, key, {**strides_of_teacher, **strides})
+    yield from crop_rules(parts, "local", strides)
     yield from _source_of_teacher_rules(parts, teacher)
 
 
@@ -252,24 +257,6 @@ def _source_of_teacher_rules(parts: Parts, teacher: Parts) -> Iterator[Problem]:
             yield ("data", key), f"{list(value)} is not the teacher recipe's {allowed}"
 
 
-def _is_multiple(pixels: float, stride: int) -> bool:
-    """A side that comes of a factor is a multiple of the patch."""
-    return abs(pixels - round(pixels)) <= 1e-6 and round(pixels) % stride == 0
-
-
-def _scale_rules(parts: Parts, key_path: Loc, stride: int, scale: float) -> Iterator[Problem]:
-    """Every crop at a student's scale must be a multiple of its patch."""
-    for key in (("global", "size"), ("local", "size"), ("eval_size",)):
-        size = parts.get(("crops", *key))
-        if size is None or (key[0] == "local" and parts.get(("crops", "local", "count")) == 0):
-            continue
-        scaled = size * scale
-        if not _is_multiple(scaled, stride):
-            name = ".".join(("crops", *key))
-            text = f"{scale} of {name} = {size} is {scaled:g} px, not a multiple of the patch of {stride}"
-            yield (*key_path, "crop_scale"), text
-
-
 def _teacher_rules(parts: Parts) -> Iterator[Problem]:
     arch, stride = parts.get(("model", "arch")), _stride(parts, ("model",))
     yield from _arch_rules(parts, ("model",))
@@ -277,7 +264,7 @@ def _teacher_rules(parts: Parts) -> Iterator[Problem]:
         yield ("model", "arch"), f"{arch!r} has no mask token: a teacher must be a ViT"
     elif stride is not None:
         for key in ("global", "local", "eval_size"):
-            yield from _crop_rules(parts, key, {str(arch): stride})
+            yield from crop_rules(parts, key, {str(arch): stride})
         for index in items_of(parts, "stages"):
             yield from _stage_crop_rules(parts, index, str(arch), stride)
     before: dict[str, int | None] = {}
@@ -322,7 +309,7 @@ def _stage_crop_rules(parts: Parts, index: int, arch: str, stride: int) -> Itera
         if times is None or size is None or size % stride:
             continue
         scaled = size * times
-        if not _is_multiple(scaled, stride):
+        if not is_multiple(scaled, stride):
             text = f"{times:g} times {size} px is {scaled:g} px, not a multiple of the patch of {stride}"
             yield (*key_path, "gram", "resolution"), text
 
@@ -372,25 +359,3 @@ def _stride(parts: Parts, key_path: Loc) -> int | None:
         return None
     spec = ArchSpec.model_construct(**{key: parts[*key_path, key] for key in keys})
     return None if spec.arch == "convnext" and not spec.depths else spec.stride
-
-
-def _crop_rules(parts: Parts, key: str, strides: Mapping[str, int]) -> Iterator[Problem]:
-    """A crop must be a multiple of the patch of every network that gets it."""
-    key_path = ("crops", key) if key == "eval_size" else ("crops", key, "size")
-    size = parts.get(key_path)
-    if size is None or (key == "local" and parts.get(("crops", "local", "count")) == 0):
-        return
-    wrong: dict[int, list[str]] = {}
-    for label, stride in strides.items():
-        if size % stride:
-            wrong.setdefault(stride, []).append(label)
-    if wrong:
-        unit = math.lcm(*strides.values())
-        near = max(unit, round(size / unit) * unit)
-        patches = " and ".join(
-            f"{stride} ({', '.join(labels)})" for stride, labels in wrong.items()
-        )
-        yield (
-            key_path,
-            f"{size} is not a multiple of {patches} - did you mean {near}?",
-        )

@@ -13,12 +13,11 @@ from distill.errors import RecipeError
 from distill.job.prepare import training_index
 from distill.job.to_data import build_feed, build_loader, decoding_of
 from distill.listing.decode import UndecodableError, decode_rgb
-from distill.plan.crop_sizes import crop_schedule
+from distill.plan.crop_sizes import crop_schedule, teacher_grid
 from distill.plan.from_recipe import shape_of_recipe
 from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.schedules import FamilyStageSpec
-from students.shapes import grid_of
 
 
 def render_step(
@@ -49,7 +48,7 @@ def render_step(
         step += recipe.first_step(stage_spec)
         recipe = recipe.at_stage(stage_spec)
     crops = crop_schedule(recipe, stage_spec)
-    grid_hw = grid_of(shape.spec, crops.at(step).global_size)
+    grid_hw = teacher_grid(recipe, shape.spec, crops.at(step).global_size)
     count = min(num_images, recipe.schedule.batch)
     feeds = [
         build_feed(recipe, index, crops, None, lambda _: range(count), step + 1) for _ in range(2)

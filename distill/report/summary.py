@@ -36,6 +36,7 @@ from distill.runfolder.files import is_full
 from distill.runfolder.metrics import read_rows
 from distill.runfolder.parked import read_parked
 from distill.runfolder.status import (
+    TEACHER,
     TRAINED,
     Status,
     StatusFile,
@@ -84,7 +85,7 @@ def finish(run_folder: Path, wanted: Wanted = Wanted(USUAL[1:])) -> dict[str, An
     device = torch.device("cuda" if has_gpu(job.recipe.engine.device) else "cpu")
     teacher = job.teacher_paths[0]
     data, background = job.recipe.data, decoding_of(job.recipe.data).background
-    usual = Preparation(job.recipe.crops.input_size, data.mean, data.std, background)
+    usual = Preparation(job.recipe.input_size_of(TEACHER), data.mean, data.std, background)
     with _LiveStatus(status_file, status) as live:
         summary = evaluate_run(
             run_folder,

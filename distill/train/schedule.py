@@ -17,7 +17,7 @@ from distill.recipe.schedules import (
     ScheduleSpec,
     TeacherScheduleSpec,
 )
-from students.shapes import BackboneSpec, grid_of
+from students.shapes import BackboneSpec
 from teacher.losses import Objective
 from teacher.task import StepScalars
 
@@ -156,13 +156,13 @@ class StepNumbers:
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """All numbers of every step of a phase. ``backbone``: the teacher's, whose patch grid the masks are on; ``ramp``: how its objective begins."""
+    """All numbers of every step of a phase. ``teacher_grid``: the patch grid that masks are on, by the size of global crops; ``ramp``: how its objective begins."""
 
     settings: ScheduleSpec
     seed: int
     objective: Objective
     crops: CropSchedule
-    backbone: BackboneSpec
+    teacher_grid: Callable[[int], tuple[int, int]]
     rates: Mapping[str, RateSchedule]
     ramp: ObjectiveRamp | None = None
 
@@ -188,4 +188,4 @@ class StepSchedule:
     def _grids(self) -> dict[int, tuple[int, int]]:
         """The patch grid of each size of global crops."""
         sizes = {spec.global_size for spec in self.crops.specs}
-        return {size: grid_of(self.backbone, size) for size in sizes}
+        return {size: self.teacher_grid(size) for size in sizes}

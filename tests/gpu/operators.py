@@ -171,10 +171,10 @@ def _resize(mode: str) -> Operator:
 
 def _antialias(inputs: Inputs) -> list[Tensor]:
     """As crops are shrunk: always in fp32."""
-    from teacher.task import _shrunk
+    from teacher.batch import shrunk
 
     pixels = inputs.draw(IMAGES, 3, 64, 64).detach().float()
-    return [_shrunk(pixels, 0.5)]
+    return [shrunk(pixels, 0.5)]
 
 
 def _normalise(inputs: Inputs) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """A family of tiny students: its batches, its trainers, and the phase that the real loop trains it in."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,8 @@ def some(crops: CropBatch, images: slice) -> CropBatch:
     )
 
 
-def batch_of(step: int) -> tuple[CropBatch, Tensor]:
-    """The whole global batch of a step, the same on every rank."""
+def batch_of(step: int, side: int = 16) -> tuple[CropBatch, Tensor]:
+    """The whole global batch of a step, the same on every rank; ``side``: pixels of global crops."""
     generator = torch.Generator().manual_seed(100 + step)
 
     def draw(*shape: int) -> Tensor:
@@ -65,7 +65,9 @@ def batch_of(step: int) -> tuple[CropBatch, Tensor]:
     pixel_stats = 0.3 + 0.4 * torch.rand(
         IMAGES, 2, 3, generator=generator
     )  # as if from many sources
-    crops = CropBatch(draw(IMAGES, 2, 3, 16, 16), draw(IMAGES, 2, 3, 8, 8), pixel_stats=pixel_stats)
+    sides = (side, side), (side // 2, side // 2)
+    globals_, locals_ = (draw(IMAGES, 2, 3, *hw) for hw in sides)
+    crops = CropBatch(globals_, locals_, pixel_stats=pixel_stats)
     return crops, torch.rand(IMAGES, 2, 4, generator=generator) < 0.3
 
 
@@ -75,7 +77,7 @@ def take(tensor: Tensor, parts: tuple[range, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Ways:
-    """How a family is trained, apart from what it learns; ``ends``: students that finish early; ``has_norms``: students have BatchNorm."""
+    """How a family is trained, apart from what it learns; ``ends``: students that finish early; ``has_norms``: students have BatchNorm; ``crop_scale``: all networks see larger crops at this part of their size."""
 
     has_heads: bool = True
     lookahead: int = 0
@@ -84,6 +86,18 @@ class Ways:
     micro_batch: int | None = None
     ends: tuple[tuple[str, int], ...] = ()
     has_norms: bool = False
+    crop_scale: float = 1.0
+
+    @property
+    def side(self) -> int:
+        """Pixels of a global crop, of which networks see 16."""
+        return round(16 / self.crop_scale)
+
+    @property
+    def wire(self) -> WireShape:
+        """What travels."""
+        crops = {"global_crop_values": self.side**2 * 6, "local_crop_values": self.side**2 * 6 // 4}
+        return replace(WIRE, **crops)
 
 
 WHOLE = Ways()
@@ -119,7 +133,7 @@ def make_pupil(
     group, group_ranks = groups.by_network[name], len(placement.slices)
     relational = ExtraTerm("relational", 0.5, relational_term("softmax", 0.07))
     extra = () if ways.has_heads else (relational,)
-    options = TaskOptions(masks_input=False, mean=MEAN, std=STD, extra=extra)
+    options = TaskOptions(False, MEAN, STD, ways.crop_scale, extra=extra)
     backbone, *heads = network(sum(map(ord, name)))
     if ways.has_norms:
         backbone = normed_backbone(sum(map(ord, name)))
@@ -148,12 +162,12 @@ class Loader:
 
     wait_s = 0.0
 
-    def __init__(self, plan_schedule: PlanSchedule, rank: int) -> None:
-        self._plan_schedule, self._rank = plan_schedule, rank
+    def __init__(self, plan_schedule: PlanSchedule, rank: int, side: int = 16) -> None:
+        self._plan_schedule, self._rank, self._side = plan_schedule, rank, side
 
     def fetch(self, step: int) -> CropBatch:
         share = self._plan_schedule.at(step).share(self._rank, step)
-        return some(batch_of(step)[0], slice(share.start, share.stop))
+        return some(batch_of(step, self._side)[0], slice(share.start, share.stop))
 
     def make_room(self, max_images: int) -> None:
         """Any share fits."""
@@ -193,7 +207,7 @@ class NoSaver:
 
 def frozen_teacher(plan: Plan, groups: Groups, ways: Ways) -> FrozenTeacher:
     """The teacher, its weights cut over all ranks where ``ways`` says so."""
-    taught = teacher(4, has_heads=ways.has_heads)
+    taught = teacher(4, has_heads=ways.has_heads, crop_scale=ways.crop_scale)
     if ways.is_sharded:
         whole = sum(p.numel() for p in taught.backbone.parameters())
         taught.shard(groups.teacher, torch.device("cpu"))
@@ -232,7 +246,7 @@ def family_phase(
         plan_schedule=plan_schedule,
         world_rank=rank,
         schedule=Numbers(),
-        loader=Loader(plan_schedule, rank),
+        loader=Loader(plan_schedule, rank, ways.side),
         masks=Masks(plan_schedule, rank),
         teacher=frozen_teacher(plan, groups, ways),
         teaching=Stopwatch(cpu),

@@ -31,10 +31,15 @@ def network(seed: int) -> tuple[nn.Module, Head, Head]:
     return vit, *heads
 
 
-def teacher(micro_images: int = 2, *, has_heads: bool = True) -> FrozenTeacher:
+def teacher(
+    micro_images: int = 2, *, has_heads: bool = True, crop_scale: float = 1.0
+) -> FrozenTeacher:
     backbone, *heads = network(2)
     dino, ibot = heads if has_heads else (None, None)
-    return FrozenTeacher(backbone, dino, ibot, mean=MEAN, std=STD, micro_images=micro_images)
+    stats = {"mean": MEAN, "std": STD}
+    return FrozenTeacher(
+        backbone, dino, ibot, **stats, micro_images=micro_images, crop_scale=crop_scale
+    )
 
 
 def crops(images: int = IMAGES, *, with_anchor: bool = False) -> CropBatch:

@@ -45,6 +45,43 @@ def ce(bottleneck: Tensor, prototypes: Tensor, target: Tensor) -> Tensor:
     return -(target * torch.log_softmax(prototypes @ bottleneck / 0.1, 0)).sum()
 
 
+@pytest.mark.parametrize("has_heads", [True, False])
+@pytest.mark.parametrize("scale", [0.5, 0.75])
+def test_teach__on_shrunk_crops_equals_crops_shrunk_by_hand(scale: float, has_heads: bool) -> None:
+    side = round(16 / scale) if scale == 0.5 else 32
+    draw = torch.Generator().manual_seed(3)
+    full = torch.randint(0, 256, (IMAGES, 2, 3, side, side), dtype=torch.uint8, generator=draw)
+    batch = CropBatch(full, full[:, :, :, :8, :8])
+    grid = round(side * scale) // 8
+    flags = torch.rand(IMAGES, 2, grid * grid, generator=draw) < 0.4
+    taught = teacher(IMAGES, has_heads=has_heads, crop_scale=scale)
+    targets = taught.teach(batch, PatchMasks.of(flags))
+    mean, std = (torch.tensor(values).view(3, 1, 1) * 255.0 for values in (MEAN, STD))
+    pixels = ((full.float() - mean) / std).flatten(0, 1)
+    hw = (round(side * scale),) * 2
+    by_hand = nn.functional.interpolate(pixels, hw, mode="bilinear", antialias=True)
+    features = taught.backbone(by_hand)
+    rows = features.patch_tokens.flatten(0, 1)[flags.flatten()]
+    tokens = features.class_token
+    if taught.dino_head is not None and taught.ibot_head is not None:
+        tokens, rows = taught.dino_head(tokens), taught.ibot_head(rows)
+    assert torch.equal(targets.class_features.flatten(0, 1), tokens)
+    torch.testing.assert_close(targets.patch_features, rows, rtol=1e-6, atol=1e-7)
+    if not has_heads:
+        assert torch.equal(targets.patch_features, rows)
+    small = teacher(2, has_heads=has_heads, crop_scale=scale)
+    small.pad_forwards(11)  # empty passes, and a last one that is padded
+    alone = [
+        small.teach(
+            CropBatch(full[i : i + 1], full[:1, :, :, :8, :8]), PatchMasks.of(flags[i : i + 1])
+        )
+        for i in range(IMAGES)
+    ]
+    divided = small.teach(batch, PatchMasks.of(flags))
+    assert torch.equal(torch.cat([each.class_features for each in alone]), divided.class_features)
+    assert torch.equal(torch.cat([each.patch_features for each in alone]), divided.patch_features)
+
+
 def test_normalise__by_each_images_own_colours() -> None:
     crops = torch.randint(0, 256, (3, 2, 3, 4, 4), dtype=torch.uint8)
     alike = torch.tensor([MEAN, STD]).expand(3, 2, 3)

@@ -29,7 +29,6 @@ from teacher.losses import koleo_sum
 from tests.support.families import (
     IMAGES,
     WHOLE,
-    WIRE,
     NoSaver,
     Ways,
     batch_of,
@@ -82,11 +81,11 @@ def spoil_(trainer: StudentTrainer, step: int) -> None:
 def predicted_bytes(phase: Phase, ways: Ways) -> int:
     """What the exchange should have brought to this rank."""
     if ways.is_published:
-        return phase.num_steps * gathered_bytes(phase.plan, WIRE)
+        return phase.num_steps * gathered_bytes(phase.plan, ways.wire)
     per_step = []
     for step in range(phase.num_steps):
         per_image = batch_of(step)[1].sum(dim=(1, 2)).numpy()
-        sent = slice_bytes(phase.plan_schedule.at(step), step, WIRE, per_image)
+        sent = slice_bytes(phase.plan_schedule.at(step), step, ways.wire, per_image)
         per_step.append(sent[phase.world_rank])
     return sum(per_step)
 
@@ -226,6 +225,15 @@ def test_family__a_sharded_teacher_gives_the_same_bits(filled: list[dict[str, An
     for rank, result in enumerate(results):
         assert result["losses"] == filled[rank]["losses"]
         assert result["received_bytes"] == result["predicted_bytes"]
+
+
+def test_family__sees_crops_at_half_their_size_and_gets_the_predicted_bytes() -> None:
+    """Full crops travel; targets are those of the size that the teacher sees."""
+    ways = [Ways(lookahead=ahead, crop_scale=0.5) for ahead in (0, 2)]
+    at_once, ahead = (on_ranks(3, train_family, APART, 3, 1, "fp32", None, way) for way in ways)
+    for result, other in zip(at_once, ahead, strict=True):
+        assert result["losses"] == other["losses"]
+        assert result["received_bytes"] == other["received_bytes"] == result["predicted_bytes"]
 
 
 @pytest.mark.slow
