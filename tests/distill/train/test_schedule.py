@@ -79,8 +79,12 @@ def test_recipes__family_reported_and_released_have_the_published_rates() -> Non
 
 
 def _rate(recipe: FamilyRecipe, step: int) -> float:
-    settings = recipe.schedule
-    return learning_rate(settings.lr, step, settings.steps, settings.batch)
+    """At a step of the family; a rate of a stage goes over the steps of the stage."""
+    stage = next(s for s in reversed(recipe.parts) if recipe.first_step(s) <= step)
+    settings = recipe.at_stage(stage).schedule
+    if stage.lr is None:
+        return learning_rate(settings.lr, step, settings.steps, settings.batch)
+    return learning_rate(settings.lr, step - recipe.first_step(stage), stage.steps, settings.batch)
 
 
 @pytest.mark.parametrize("name", ["family_vit", "family_all"])
