@@ -122,7 +122,7 @@ def plan(
         str | None,
         typer.Option(
             "--device",
-            help="h100, h200, a100, cpu, or measured: this machine's; by default the recipe's here.",
+            help="h100, h200, a100, rtx4090, rtx5090, cpu, or measured: this machine's; by default the recipe's here.",
         ),
     ] = None,
     costs: CostsOption = None,

@@ -51,6 +51,8 @@ DEVICES = {
         Device("h100", 989.0, 80.0, 0.4),
         Device("h200", 989.0, 141.0, 0.4),
         Device("a100", 312.0, 80.0, 0.4),
+        Device("rtx4090", 165.2, 24.0, 0.4),  # sums in fp32, dense: Ada architecture white paper
+        Device("rtx5090", 209.5, 32.0, 0.4),  # the same of the RTX Blackwell white paper
         Device("cpu", 0.05, 16.0, 0.5),  # one core with AVX-512
     )
 }

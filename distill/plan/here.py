@@ -81,7 +81,11 @@ def _gpu_here() -> Device:
     texts = [path.read_text() for path in sorted(MODELS_FOLDER.glob("*/information"))]
     found = re.search(r"Model:\s*(.+)", texts[0]) if texts else None
     model = found[1].strip() if found else "a GPU"
-    known = next((each for name, each in DEVICES.items() if name in model.lower()), None)
+    spelled = model.lower().replace(" ", "")  # "RTX 4090" is rtx4090
+    known = next(
+        (each for name, each in DEVICES.items() if name in spelled and "laptop" not in spelled),
+        None,
+    )
     if known is None:
         return replace(DEFAULT_DEVICE, name=f"{model}, taken for an {DEFAULT_DEVICE.name}")
     size = re.search(r"(\d+)\s*GB", model)

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from distill.listing.document import find_recipe
 from distill.plan import here
-from distill.plan.flops import DEFAULT_DEVICE
-from distill.plan.from_recipe import TeacherShape, head_shapes
+from distill.plan.flops import DEFAULT_DEVICE, DEVICES
+from distill.plan.from_recipe import TeacherShape, head_shapes, heads_of_student
 from distill.plan.here import RATE, THIS_CPU, device_here, timed_as, timed_on
 from distill.plan.warnings import find_warnings
 from distill.recipe.keys import FamilyRecipe
+from distill.recipe.networks import FitSpec
 from distill.recipe.reader import load_recipe
 from students.shapes import CATALOG
 from tests.support.command import Run
@@ -47,7 +49,14 @@ def test_device_here__ranks_share_the_cpu(machine: Path) -> None:
         ("NVIDIA H100 80GB HBM3", "h100", 80.0),
         ("NVIDIA H200", "h200", 141.0),
         ("NVIDIA A100-SXM4-40GB", "a100", 40.0),
-        ("NVIDIA GeForce RTX 4090", "NVIDIA GeForce RTX 4090, taken for an h100", 80.0),
+        ("NVIDIA GeForce RTX 4090", "rtx4090", 24.0),
+        ("NVIDIA GeForce RTX 5090", "rtx5090", 32.0),
+        (
+            "NVIDIA GeForce RTX 4090 Laptop GPU",
+            "NVIDIA GeForce RTX 4090 Laptop GPU, taken for an h100",
+            80.0,
+        ),
+        ("NVIDIA GeForce RTX 3090", "NVIDIA GeForce RTX 3090, taken for an h100", 80.0),
     ],
 )
 def test_device_here__a_gpu_by_its_name(
@@ -93,6 +102,31 @@ def test_plan__on_a_machine_with_a_gpu(machine: Path, distill: Run) -> None:
     words = ("plan", "family_vit", "--ranks", "8")
     assert json.loads(distill(*words, "--json").out)["device"] == "h200"
     assert "--device h100" not in distill(*words).out
+
+
+@pytest.mark.parametrize("device", ["rtx4090", "rtx5090"])
+def test_plan__own_pictures_ends_overnight_on_one_gpu_of_a_desktop(
+    device: str, distill: Run
+) -> None:
+    found = distill("plan", "own_pictures", "--ranks", "1", "--device", device, "--json")
+    assert found.code == 0, found.err
+    plan = json.loads(found.out)
+    assert plan["device"] == device and len(plan["ranks"]) == 3
+    assert 3 < 24 * plan["days"] < 9, "from the evening to the morning"
+    assert DEVICES[device].memory_gib > 2 * plan["memory_gib_max"]
+
+
+def test_own_pictures__heads_are_scaled_to_its_students() -> None:
+    recipe = load_recipe(find_recipe("own_pictures"))
+    assert isinstance(recipe, FamilyRecipe)
+    usual, scaled = FitSpec().heads, recipe.teacher.fit.heads
+    for ours, published in ((scaled.dino, usual.dino), (scaled.ibot, usual.ibot)):
+        assert 20 * ours.prototypes < published.prototypes
+    shapes = head_shapes(scaled, 768)
+    for student in recipe.students:
+        spec = student.backbone_spec()
+        num_of_heads = sum(head.parameters for head in heads_of_student(student, spec, shapes))
+        assert num_of_heads < spec.parameters, student.label
 
 
 TEACHER = """\
