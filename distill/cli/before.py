@@ -143,7 +143,7 @@ def plan(
     from distill.plan.flops import find_device
     from distill.plan.from_recipe import on_nodes_of
     from distill.plan.here import THIS_CPU, device_here, estimate_basis
-    from distill.plan.job import check_job, require_fit
+    from distill.plan.job import check_job, main_plan, require_fit
     from distill.screen.tables import plan_tables
 
     num_ranks = count_ranks(loaded.engine.processes, ranks)
@@ -154,7 +154,7 @@ def plan(
     plans = check_job(placed, teacher, num_ranks, assumed, has_files=False)
     if as_json:
         basis = estimate_basis(assumed)
-        print_json({**plans[-1].to_json(), "device": assumed.name, "estimate": basis})
+        print_json({**main_plan(plans).to_json(), "device": assumed.name, "estimate": basis})
     else:
         for each in plans:
             for table in plan_tables(each, assumed):

@@ -11,7 +11,7 @@ from distill.listing.passed_over import PassedOver
 from distill.plan.copies import lacking_memory
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.here import THIS_CPU, device_here, estimate_basis, has_gpu_here
-from distill.plan.job import JobPlan
+from distill.plan.job import JobPlan, main_plan
 from distill.plan.memory import CONTEXT_GIB
 from distill.plan.teacher_source import heads_story, teacher_shape
 from distill.plan.warnings import find_warnings
@@ -128,7 +128,7 @@ class CheckReport:
             "warnings": self.warnings,
             "licence_warning": self.licence_warning,
             "code": [named.to_json() for named in self.code],
-            "plan": self.plans[-1].to_json() if self.plans else None,
+            "plan": main_plan(self.plans).to_json() if self.plans else None,
         }
 
     def _count(self, recipe: Recipe | None) -> int:

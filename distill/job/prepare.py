@@ -36,7 +36,7 @@ from distill.listing.sources import Lister, list_source
 from distill.plan.copies import lacking_memory
 from distill.plan.from_recipe import on_nodes_of
 from distill.plan.here import device_here, timed_on
-from distill.plan.job import check_job
+from distill.plan.job import check_job, main_plan
 from distill.plan.teacher_source import describe_teacher, heads_file
 from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
@@ -246,7 +246,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
         (run_folder / name).unlink(missing_ok=True)
     write_recipes(run_folder, request.recipe, request.overrides, recipes)
     device = device_here(recipe.engine.device, request.ranks_per_node or num_ranks)
-    write_json(run_folder / "plan.json", timed_on(plans[-1].to_json(), device))
+    write_json(run_folder / "plan.json", timed_on(main_plan(plans).to_json(), device))
     write_json(run_folder / "env.json", _environment())
     write_json(run_folder / CHECKSUMS, checksums)
     if licences is not None:  # what stands there holds for files that are gone

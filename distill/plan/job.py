@@ -1,5 +1,6 @@
 """The plans of all parts of a job, and whether each fits on its devices; if not, the nearest plan that does."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +24,7 @@ from distill.recipe.keys import (
     HEADS_PHASE,
     FamilyRecipe,
     TeacherRecipe,
+    is_family_phase,
     is_ours,
 )
 from distill.recipe.schedules import FamilyStageSpec
@@ -104,6 +106,11 @@ def _stage_plan(
         if step - first < stage.steps
     )
     return JobPlan(name, plan, stage.steps, footprint, later)
+
+
+def main_plan(plans: Sequence[JobPlan]) -> JobPlan:
+    """The part that ``plan.json`` and ``--json`` hold: the family's first stage, without a family the teacher's last."""
+    return next((job for job in plans if is_family_phase(job.name)), plans[-1])
 
 
 def require_fit(

@@ -65,7 +65,7 @@ def place_networks(
     if given:
         assert len(given) == len(costs), "ranges for all or for none, a rule of recipes"
         return _as_given(costs, given, num_ranks)
-    counts, notes = _count_ranks(costs, num_ranks)
+    counts, notes = _count_ranks(costs, num_ranks, batch.images)
     firsts = _first_ranks(costs, counts, num_ranks, ranks_per_node)
     total_s = batch.images * (teach_s + sum(work.image_s for work in costs))
     ideal_s = total_s / num_ranks
@@ -75,6 +75,8 @@ def place_networks(
         for work, count, first in zip(costs, counts, firsts, strict=True):
             student_s[first : first + count] += work.image_s * batch.largest(count)
         even = teach_s * batch.images / num_ranks
+        if all(count == num_ranks for count in counts):  # each teaches what it trains on
+            return float(student_s.max() + teach_s * batch.largest(num_ranks))
         return float(max(student_s.max(), ideal_s) if is_filled else student_s.max() + even)
 
     if step_s(counts, firsts) > ideal_s * (1.0 + NEARLY):
@@ -134,7 +136,9 @@ def _overlapping(
         counts[heaviest] = min(grown, allowed[heaviest][-1])
 
 
-def _count_ranks(costs: Sequence[NetworkCost], num_ranks: int) -> tuple[list[int], tuple[str, ...]]:
+def _count_ranks(
+    costs: Sequence[NetworkCost], num_ranks: int, images: int
+) -> tuple[list[int], tuple[str, ...]]:
     """Ranks of each network: as requested, the others by giving each next rank to the network with most work per rank.
 
     That order makes the heaviest rank as light as any division of the ranks can (each rank goes where
@@ -152,7 +156,10 @@ def _count_ranks(costs: Sequence[NetworkCost], num_ranks: int) -> tuple[list[int
     if free < 0:
         return counts, (f"{len(costs)} networks on {num_ranks} ranks: some ranks hold several",)
     flexible = [index for index, count in enumerate(requested) if count is None]
-    for _ in range(free if flexible else 0):
+    for _ in range(free):
+        flexible = [index for index in flexible if counts[index] < images]
+        if not flexible:
+            break
         heaviest = max(flexible, key=lambda index: costs[index].image_s / counts[index])
         counts[heaviest] += 1
     return counts, _idle_note(num_ranks - sum(counts))

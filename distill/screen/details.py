@@ -9,13 +9,14 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from distill.runfolder.metrics import MetricsRow
 from distill.runfolder.progress import ScoredStep
 from distill.runfolder.status import FINAL_STATES
+from distill.screen.console import make_console
 from distill.screen.snapshot import RunSnapshot
 from distill.screen.words import BARS, duration, number_text, sparkline, steps_text
 
@@ -49,7 +50,7 @@ def details(snapshot: RunSnapshot, width: int, num_free: int) -> list[Renderable
 
 def num_lines(parts: Sequence[RenderableType], width: int) -> int:
     """How many lines parts take on a screen."""
-    console = Console(file=io.StringIO(), width=width)
+    console = make_console(file=io.StringIO(), width=width)
     return len(console.render_lines(Group(*parts), pad=False))
 
 

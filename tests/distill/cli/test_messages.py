@@ -92,7 +92,7 @@ OVERRIDES = [
     ("students.small.lr=1e-4", "there is no 'students.small.lr' in this recipe - did you mean 'students.0.lr'?"),
     ("students.3.lr=1e-4", "there is no 'students.3.lr' in this recipe - it has items 0 to 0"),
     ("schedule.drop_path=0.1", "- a key of the teacher's recipe: teacher:schedule.drop_path"),
-    ("stages=[]", "override 'stages': needs either 'students'"),
+    ("stages=[]", "override 'stages': stages is empty: give one at least"),
 ]  # fmt: skip
 
 

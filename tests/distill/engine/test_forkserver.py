@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from distill.engine import forkserver
 from distill.engine.forkserver import choose_start_method
-from distill.job import forkserver
 
 ASKS = """\
 import multiprocessing, os, signal, sys
-from distill.job import forkserver
+from distill.engine import forkserver
 
 def facts(queue):
     import students

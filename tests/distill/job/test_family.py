@@ -70,15 +70,10 @@ def test_plan__of_every_stage_has_the_same_ranks_and_its_costs() -> None:
     sizes = [crop_schedule(recipe, stage).specs for stage in recipe.parts]
     assert [len(each) for each in sizes] == [1, 1, 2]
     # 48 and 64 px in shares 3 and 1, against 256: the mean lies between those of each alone
-    alone = [
-        plan_family(
-            staged(*words, "stages.2.batch=1024", WHOLE), shape, 16, stage=staged(*words).parts[2]
-        ).teach_s
-        for words in (
-            ("stages.2.crops=[{global: 48, local: 16}]",),
-            ("stages.2.crops=[{global: 64, local: 32}]",),
-        )
-    ]
+    alone = []
+    for crops in ("[{global: 48, local: 16}]", "[{global: 64, local: 32}]"):
+        each = staged(f"stages.2.crops={crops}", "stages.2.batch=1024", WHOLE)
+        alone.append(plan_family(each, shape, 16, stage=each.parts[2]).teach_s)
     assert high.teach_s == pytest.approx(0.75 * alone[0] + 0.25 * alone[1])
     footprints = [
         family_footprint(recipe, shape, plan, stage)

@@ -8,7 +8,7 @@ from distill.job.recipe_hash import recipe_hash
 from distill.listing.document import RESOLVED, builtin_recipes
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job
-from distill.recipe.types import Section
+from distill.recipe.types import Section, facts_of
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 STORED = json.loads((FIXTURES / "recipe-hashes-0.1.0.json").read_text())
@@ -16,8 +16,8 @@ RENAMED = {"family_published"}
 
 
 def sections(part: Section) -> Iterator[tuple[str, Section]]:
-    for name in type(part).model_fields:
-        value = getattr(part, name)
+    for name, field in type(part).model_fields.items():
+        value = getattr(part, name) if facts_of(field).since == 1 else None
         items = enumerate(value) if isinstance(value, tuple) else [(None, value)]
         for index, item in items:
             if isinstance(item, Section):
