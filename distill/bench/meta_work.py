@@ -16,17 +16,17 @@ from distill.bench.trace import Counts, count
 from distill.engine.config import EngineSettings, parameter_groups
 from distill.job.build import objective_of, task_options
 from distill.job.family import extra_terms
+from distill.plan.crop_sizes import teacher_grid, teacher_scale
 from distill.plan.from_recipe import TeacherShape, crop_shapes, heads_of_student
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.networks import StudentSpec
 from distill.train.student import SinkhornTargets
 from students.objective import FeatureNormalizer, FeatureTask
-from students.shapes import grid_of
 from students.student import build_empty
 from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets
 from teacher.frozen import FrozenTeacher
 from teacher.heads import Head
-from teacher.shapes import HeadShape
+from teacher.shapes import HeadShape, scaled_size
 from teacher.task import DistillationTask, StepScalars, TaskOptions, see_crops
 
 META = torch.device("meta")
@@ -101,7 +101,7 @@ class FamilyWork:
     @property
     def grid_hw(self) -> tuple[int, int]:
         """The teacher's patch grid."""
-        return grid_of(self.teacher.spec, self.recipe.crops.global_.size)
+        return teacher_grid(self.recipe, self.teacher.spec, self.recipe.crops.global_.size)
 
     def batch(self, images: int) -> StudentBatch:
         """What a student gets."""
@@ -124,9 +124,10 @@ def trace_teacher(family: FamilyWork) -> Traced:
         mean=family.recipe.data.mean,
         std=family.recipe.data.std,
         micro_images=images,
+        crop_scale=teacher_scale(family.recipe),
     )
     crops, masks = family.crops(images), family.masks(images)
-    size = family.recipe.crops.global_.size
+    size = scaled_size(family.recipe.crops.global_.size, teacher.crop_scale)
     pixels = torch.empty(2 * images, 3, size, size, dtype=family.dtype, device=META)
     with torch.no_grad():
         backbone, _ = count(lambda: teacher.backbone(pixels))

@@ -51,6 +51,8 @@ def step_report(request: StepRequest, say: Callable[[str], None]) -> dict[str, A
         "networks": networks,
         "teacher": teacher,
         "ms_per_image": per_image,
+        "teach_s": teacher["ms"] / 1e3,  # with image_s a file of --costs
+        "image_s": {name: each["ms"] / 1e3 for name, each in networks.items()},
         "step": _step(plan, networks, teacher, per_image),
         "device": hardware.name,
         "assumptions": assumptions(hardware),

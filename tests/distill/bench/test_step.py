@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from distill.bench.meta_work import FamilyWork, trace_student, trace_teacher
+from distill.plan.costs import costs_of
 from distill.plan.from_recipe import Recipe
 from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import FamilyRecipe
@@ -41,6 +42,11 @@ def test_bench_step__lists_what_every_network_needs(distill: Any) -> None:
     rows = [report["teacher"], *report["networks"].values()]
     assert all(set(row) >= KEYS for row in rows)
     assert report["ms_per_image"] == pytest.approx(sum(row["ms"] for row in rows))
+    costs = costs_of(report, "a test")
+    assert costs is not None and costs.teach_s == report["teacher"]["ms"] / 1e3
+    assert {name: s * 1e3 for name, s in costs.image_s.items()} == pytest.approx(
+        {name: row["ms"] for name, row in report["networks"].items()}
+    )
     assert report["step"]["ranks"] == 2 and report["step"]["batch"] == 32
     assert report["step"]["ms"] >= report["step"]["ms_in_balance"]
     assert any("TB/s" in each for each in report["assumptions"])
@@ -49,6 +55,16 @@ def test_bench_step__lists_what_every_network_needs(distill: Any) -> None:
         assert sum(each["launches"] for each in of_phases) == row["launches"]
         assert sum(each["other_mb"] for each in of_phases) == pytest.approx(row["other_mb"])
         assert row["phases"]["optimizer"]["launches"] > 0
+
+
+def test_family_work__a_teacher_that_sees_half_has_half_the_grid() -> None:
+    half = family("teacher.crop_scale=0.5", *(f"students.{i}.crop_scale=0.5" for i in range(3)))
+    full = family()
+    assert half.grid_hw == tuple(side // 2 for side in full.grid_hw)
+    assert (
+        trace_teacher(half).phases["forward"].flops
+        < 0.3 * trace_teacher(full).phases["forward"].flops
+    )
 
 
 def test_bench_step__prints_tables_and_what_they_rest_on(distill: Any) -> None:
