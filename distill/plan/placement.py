@@ -65,8 +65,10 @@ def place_networks(
     if given:
         assert len(given) == len(costs), "ranges for all or for none, a rule of recipes"
         return _as_given(costs, given, num_ranks)
-    counts, notes = _count_ranks(costs, num_ranks, batch.images)
+    counts, notes = _count_ranks(costs, num_ranks)
     firsts = _first_ranks(costs, counts, num_ranks, ranks_per_node)
+    if max(counts) > batch.images:  # ranks without an image, which is refused
+        return counts, firsts, notes
     total_s = batch.images * (teach_s + sum(work.image_s for work in costs))
     ideal_s = total_s / num_ranks
 
@@ -136,9 +138,7 @@ def _overlapping(
         counts[heaviest] = min(grown, allowed[heaviest][-1])
 
 
-def _count_ranks(
-    costs: Sequence[NetworkCost], num_ranks: int, images: int
-) -> tuple[list[int], tuple[str, ...]]:
+def _count_ranks(costs: Sequence[NetworkCost], num_ranks: int) -> tuple[list[int], tuple[str, ...]]:
     """Ranks of each network: as requested, the others by giving each next rank to the network with most work per rank.
 
     That order makes the heaviest rank as light as any division of the ranks can (each rank goes where
@@ -156,10 +156,7 @@ def _count_ranks(
     if free < 0:
         return counts, (f"{len(costs)} networks on {num_ranks} ranks: some ranks hold several",)
     flexible = [index for index, count in enumerate(requested) if count is None]
-    for _ in range(free):
-        flexible = [index for index in flexible if counts[index] < images]
-        if not flexible:
-            break
+    for _ in range(free if flexible else 0):
         heaviest = max(flexible, key=lambda index: costs[index].image_s / counts[index])
         counts[heaviest] += 1
     return counts, _idle_note(num_ranks - sum(counts))
