@@ -120,8 +120,11 @@ def measure(request: Request) -> dict[str, Any]:
     """
     family, shape = family_of(request)
     num_ranks, costs = request.num_ranks, request.costs
-    plan = plan_mode(OURS, family, shape, num_ranks, costs)  # what cannot work is reported here
-    if plan.is_teacher_sharded and request.sleep_s is None:
+    plans = {  # what cannot work is reported here
+        name: plan_mode(name, recipe, shape, num_ranks, costs)
+        for name, recipe in modes_of(family, request.against, num_ranks).items()
+    }
+    if plans[OURS].is_teacher_sharded and request.sleep_s is None:
         raise PlanError(
             "bench compares teachers that are replicated on every rank; this one would be sharded",
             fix="Write engine.teacher_sharding=replicated, or use --sleep.",
@@ -135,10 +138,6 @@ def measure(request: Request) -> dict[str, Any]:
         request = replace(request, folder=folder)
         engine_device = "cpu" if request.sleep_s is not None else family.engine.device
         results = run_ranks(request, choose_start_method(engine_device))
-    plans = {
-        name: plan_mode(name, recipe, shape, num_ranks, costs)
-        for name, recipe in modes_of(family, request.against, num_ranks).items()
-    }
     slow = None if request.slow_rank is None else (request.slow_rank, request.slow_factor)
     ranks = [results[rank] for rank in range(num_ranks)]
     flops_s = sum(plan_mode(OURS, family, shape, num_ranks, None).load_s)

@@ -14,9 +14,9 @@ from torch import nn
 
 from distill.bench.trace import Counts, count
 from distill.engine.config import EngineSettings, parameter_groups
-from distill.job.build import objective_of, task_options
+from distill.job.build import compute_dtype, freeze, objective_of, task_options
 from distill.job.family import extra_terms
-from distill.plan.crop_sizes import teacher_grid, teacher_scale
+from distill.plan.crop_sizes import teacher_grid
 from distill.plan.from_recipe import TeacherShape, crop_shapes, heads_of_student
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.networks import StudentSpec
@@ -24,7 +24,6 @@ from distill.train.student import SinkhornTargets
 from students.objective import FeatureNormalizer, FeatureTask
 from students.student import build_empty
 from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets
-from teacher.frozen import FrozenTeacher
 from teacher.heads import Head
 from teacher.shapes import HeadShape, scaled_size
 from teacher.task import DistillationTask, StepScalars, TaskOptions, see_crops
@@ -74,7 +73,7 @@ class FamilyWork:
     @property
     def dtype(self) -> torch.dtype:
         """What its networks compute in."""
-        return torch.bfloat16 if self.recipe.engine.precision == "bf16" else torch.float32
+        return compute_dtype(self.recipe)
 
     def crops(self, images: int) -> CropBatch:
         """Crops of some images."""
@@ -118,21 +117,16 @@ class FamilyWork:
 def trace_teacher(family: FamilyWork) -> Traced:
     """The frozen teacher on one of its micro-batches."""
     images, shape = family.recipe.engine.teacher_micro_batch, family.teacher
-    teacher = FrozenTeacher(
-        build_empty(shape.spec.build, META, family.dtype),
-        *_heads(shape.heads, family.dtype),
-        mean=family.recipe.data.mean,
-        std=family.recipe.data.std,
-        micro_images=images,
-        crop_scale=teacher_scale(family.recipe),
-    )
+    backbone = build_empty(shape.spec.build, META, family.dtype)
+    heads = None if shape.heads is None else _heads(shape.heads, family.dtype)
+    teacher = freeze(family.recipe, META, backbone, heads)
     crops, masks = family.crops(images), family.masks(images)
     size = scaled_size(family.recipe.crops.global_.size, teacher.crop_scale)
     pixels = torch.empty(2 * images, 3, size, size, dtype=family.dtype, device=META)
     with torch.no_grad():
-        backbone, _ = count(lambda: teacher.backbone(pixels))
+        forward, _ = count(lambda: teacher.backbone(pixels))
     full, _ = count(lambda: teacher.teach(crops, masks))
-    phases = {"forward": backbone, "heads": full.minus(backbone)}
+    phases = {"forward": forward, "heads": full.minus(forward)}
     parameters = list(teacher.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     return Traced(shape.spec.width, images, total, 0, phases)
@@ -158,10 +152,9 @@ def trace_student(family: FamilyWork, student: StudentSpec, images: int, group: 
     )
 
 
-def _heads(shapes: tuple[HeadShape, HeadShape] | None, dtype: torch.dtype) -> list[Any]:
-    if shapes is None:
-        return [None, None]
-    return [build_empty(partial(Head, shape), META, dtype) for shape in shapes]
+def _heads(shapes: tuple[HeadShape, HeadShape], dtype: torch.dtype) -> tuple[Any, Any]:
+    dino, ibot = (build_empty(partial(Head, shape), META, dtype) for shape in shapes)
+    return dino, ibot
 
 
 def _task(family: FamilyWork, student: StudentSpec) -> Any:

@@ -8,6 +8,7 @@ first, since a checkpoint may be removed while it is scored; where it is gone al
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
 from torch import nn
@@ -19,7 +20,7 @@ from distill.evaluate.students_over_steps import StudentScorer
 from distill.job.prepare import CHECKPOINTS, Job, read_job
 from distill.protocols.closeness import FEWEST_IMAGES
 from distill.recipe.interval_keys import EvaluateSpec
-from distill.recipe.keys import FamilyRecipe, is_family_phase
+from distill.recipe.keys import FamilyRecipe, Recipe, is_family_phase
 from distill.runfolder.events import Event, note
 from distill.runfolder.manifest import MANIFEST, Manifest, checkpoints
 from distill.runfolder.progress import add_progress, cut_progress, read_progress
@@ -57,14 +58,14 @@ def _written(path: Path) -> float:
         return 0.0
 
 
-def _checkpoints(run_folder: Path) -> Found:
-    """Of the family, oldest first; steps are counted from the family's start."""
+def _checkpoints(run_folder: Path, read_recipe: Callable[[], Recipe]) -> Found:
+    """Of the family, oldest first; steps are counted from the family's start. The recipe is read where there are any."""
     found = [
         each for each in checkpoints(run_folder / CHECKPOINTS) if is_family_phase(each[1].phase)
     ]
     if not found:
         return []
-    recipe = read_job(run_folder).recipe
+    recipe = read_recipe()
     assert isinstance(recipe, FamilyRecipe), "students are a family's"
     steps = [recipe.step_of(manifest.phase, manifest.step) for _, manifest in found]
     return [
@@ -75,7 +76,7 @@ def _checkpoints(run_folder: Path) -> Found:
 
 def forget_later(run_folder: Path) -> None:
     """Removes scores of steps that are trained anew: those after the newest checkpoint. Call when training starts."""
-    newest = _checkpoints(run_folder)[-1:]
+    newest = _checkpoints(run_folder, lambda: read_job(run_folder).recipe)[-1:]
     cut_progress(run_folder, newest[0][1].step if newest else 0)
 
 
@@ -88,9 +89,17 @@ class IntervalScorer:
         self._scorer: StudentScorer | None = None
         self._has_noted, self._is_over = False, False
         scored = max((each.step for each in read_progress(run_folder)), default=0)
-        found = _checkpoints(run_folder)
+        found = self._checkpoints()
         times = [_written(path) for path, manifest in found if manifest.step == scored]
         self._last = scored, max(times, default=0.0)
+
+    @cached_property
+    def _job(self) -> Job:
+        """Read once: it is the same for as long as ranks train."""
+        return read_job(self._folder)
+
+    def _checkpoints(self) -> Found:
+        return _checkpoints(self._folder, lambda: self._job.recipe)
 
     def score_due(self, *, is_end: bool = False) -> bool:
         """Scores the newest checkpoint if it is due, or not scored yet at the end of a run; whether it was.
@@ -98,10 +107,10 @@ class IntervalScorer:
         Raises:
             UserError: the teacher or the images cannot be read.
         """
-        found = [] if self._is_over else _checkpoints(self._folder)
+        found = [] if self._is_over else self._checkpoints()
         if not found:
             return False
-        job = read_job(self._folder)
+        job = self._job
         if not isinstance(job.recipe, FamilyRecipe) or job.recipe.evaluate.every is None:
             return False
         chosen = due(found, job.recipe.evaluate, self._last)

@@ -99,7 +99,6 @@ def shard_teacher(context: PhaseContext, teacher: FrozenTeacher) -> None:
         return
     teacher.shard(context.groups.teacher, context.rank_context.device)
     teacher.to(context.rank_context.device)
-    teacher.pad_forwards(max(context.plan.largest_shares))
 
 
 class Family:

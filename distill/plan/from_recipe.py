@@ -3,11 +3,10 @@
 ``distill.plan.plan`` divides the work; this file computes what the work is.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from distill.data.mask_counts import mean_masked
-from distill.errors import PlanError
 from distill.plan.crop_sizes import crop_schedule, teacher_grid, teacher_scale
 from distill.plan.flops import (
     DEFAULT_DEVICE,
@@ -34,6 +33,7 @@ from distill.plan.memory import (
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import RANKS_PER_NODE, Plan, PlanOptions, make_plan, without
 from distill.plan.requirements import (
+    require_as_many_parts,
     require_coarser_grid,
     require_full_groups,
     require_full_patches,
@@ -90,7 +90,7 @@ def crop_shapes(recipe: Recipe, grid_hw: tuple[int, int]) -> CropShapes:
 def kinds_of(
     recipe: Recipe, stage: FamilyStageSpec, spec: BackboneSpec
 ) -> Iterator[tuple[float, CropShapes, int | None]]:
-    """Kinds of batches under a teacher of a shape, as ``stage_shapes``."""
+    """Kinds of batches of a stage under a teacher of a shape: the share of each, its crops, and the size of its anchor crops."""
     crops = crop_schedule(recipe, stage)
     quotas = crops.steps.quotas
     for kind, quota in zip(crops.specs, quotas, strict=True):
@@ -161,48 +161,41 @@ def plan_family(
     A student has the same ranks in all stages, those that suit the first. The teacher is replicated
     where the device's memory allows it in every stage, sharded where not.
     """
-    is_sharded = _is_sharded(recipe, shape, num_ranks, device)
-    stage = stage or recipe.parts[0]
-    plan = _plan_family(recipe, shape, num_ranks, device, stage, is_sharded=is_sharded)
-    if stage != recipe.parts[0]:
-        first = plan_family(recipe, shape, num_ranks, device)
-        _require_as_many_parts(recipe, stage, plan, first)
-    return plan
-
-
-def _is_sharded(recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device) -> bool:
     sharding = recipe.engine.teacher_sharding
-    if sharding != "auto" or num_ranks == 1:
-        return sharding == "sharded"
+    plans = _plan_stages(recipe, shape, num_ranks, device, is_sharded=sharding == "sharded")
+    may_shard = sharding == "auto" and num_ranks > 1
+    if may_shard and _most_memory(recipe, shape, plans) > device.memory_gib:
+        sharded = _plan_stages(recipe, shape, num_ranks, device, is_sharded=True)
+        if _most_memory(recipe, shape, sharded) <= device.memory_gib:
+            plans = sharded
+    return plans[0 if stage is None else recipe.parts.index(stage)]
 
-    def most(*, is_sharded: bool) -> float:
-        plans = (
-            (stage, _plan_family(recipe, shape, num_ranks, device, stage, is_sharded=is_sharded))
-            for stage in recipe.parts
+
+def _most_memory(recipe: FamilyRecipe, shape: TeacherShape, plans: Sequence[Plan]) -> float:
+    """GiB of the fullest rank of any stage."""
+    pairs = zip(recipe.parts, plans, strict=True)
+    return max(family_footprint(recipe, shape, plan, stage).fullest.total for stage, plan in pairs)
+
+
+def _plan_stages(
+    recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device, *, is_sharded: bool
+) -> tuple[Plan, ...]:
+    """The plans of all stages; a student's engine adds up as many micro-batches in each."""
+    first, *others = recipe.parts
+    placed = _plan_family(recipe, shape, num_ranks, device, first, is_sharded=is_sharded)
+    plans, micro_batch = [placed], recipe.engine.micro_batch
+    for stage in others:
+        plan = _plan_family(
+            recipe, shape, num_ranks, device, stage, is_sharded=is_sharded, placed=placed
         )
-        return max(
-            family_footprint(recipe, shape, plan, stage).fullest.total for stage, plan in plans
-        )
-
-    limit = device.memory_gib
-    return most(is_sharded=False) > limit and most(is_sharded=True) <= limit
-
-
-def _require_as_many_parts(
-    recipe: FamilyRecipe, stage: FamilyStageSpec, plan: Plan, first: Plan
-) -> None:
-    """A student's engine adds up as many micro-batches in all stages."""
-    micro_batch = recipe.engine.micro_batch
-    for placement, before in zip(plan.placements, first.placements, strict=True):
-        parts, first_parts = (
-            len(each.parts_of(each.first_rank, micro_batch)) for each in (placement, before)
-        )
-        if parts != first_parts:
-            raise PlanError(
-                f"engine.micro_batch = {micro_batch}: {parts} micro-batches a step of {placement.name} in stage "
-                f"{stage.name}, {first_parts} in {recipe.parts[0].name}",
-                fix="Choose batches or a micro_batch that give as many in all stages, or leave micro_batch out.",
+        for each, before in zip(plan.placements, placed.placements, strict=True):
+            parts, first_parts = (
+                len(one.parts_of(one.first_rank, micro_batch)) for one in (each, before)
             )
+            what = f"{parts} micro-batches a step of {each.name}"
+            require_as_many_parts(recipe, what, (parts, first_parts), (stage.name, first.name))
+        plans.append(plan)
+    return tuple(plans)
 
 
 def _plan_family(
@@ -213,13 +206,12 @@ def _plan_family(
     stage: FamilyStageSpec,
     *,
     is_sharded: bool,
+    placed: Plan | None = None,
 ) -> Plan:
-    """A stage's plan."""
+    """A stage's plan, with the ranks of ``placed`` where that is given."""
     works, teach_s = _family_work(recipe, shape, device, stage)
     normed = {s.label for s in recipe.students if s.backbone_spec().has_batch_norm}
-    first = recipe.parts[0]
-    if stage != first:
-        placed = _plan_family(recipe, shape, num_ranks, device, first, is_sharded=is_sharded)
+    if placed is not None:
         works = [
             replace(work, ranks=placement.world_ranks)
             for work, placement in zip(works, placed.placements, strict=True)

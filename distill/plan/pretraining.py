@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
-from distill.errors import PlanError
 from distill.plan.flops import (
     DEFAULT_DEVICE,
     CropShapes,
@@ -21,7 +20,7 @@ from distill.plan.from_recipe import (
 from distill.plan.memory import Footprint, pretraining_footprint
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, PlanOptions, make_plan
-from distill.plan.requirements import require_full_groups
+from distill.plan.requirements import require_as_many_parts, require_full_groups
 from distill.recipe.keys import TeacherRecipe
 from distill.recipe.schedules import StageSpec
 from teacher.shapes import ViTSpec
@@ -50,11 +49,8 @@ def plan_stage(
     require_full_groups(recipe, plan)
     first = recipe.at_stage(recipe.stages[0]).schedule.batch
     parts, first_parts = (_num_parts(recipe, images, num_ranks) for images in (batch, first))
-    if parts != first_parts:
-        raise PlanError(
-            f"engine.micro_batch = {recipe.engine.micro_batch}: {parts} micro-batches a step in stage {stage.name}, {first_parts} in {recipe.stages[0].name}",
-            fix="Choose batches or a micro_batch that give as many in all stages, or leave micro_batch out.",
-        )
+    what, names = f"{parts} micro-batches a step", (stage.name, recipe.stages[0].name)
+    require_as_many_parts(recipe, what, (parts, first_parts), names)
     return plan
 
 

@@ -31,6 +31,21 @@ def require_full_groups(recipe: Recipe, plan: Plan) -> None:
             )
 
 
+def require_as_many_parts(
+    recipe: Recipe, what: str, parts: tuple[int, int], stages: tuple[str, str]
+) -> None:
+    """A network has as many micro-batches a step in a stage as in the first; ``what`` names those of the stage.
+
+    Raises:
+        PlanError: names both numbers, and what makes them one.
+    """
+    if parts[0] != parts[1]:
+        raise PlanError(
+            f"engine.micro_batch = {recipe.engine.micro_batch}: {what} in stage {stages[0]}, {parts[1]} in {stages[1]}",
+            fix="Choose batches or a micro_batch that give as many in all stages, or leave micro_batch out.",
+        )
+
+
 def require_uncut_groups(recipe: FamilyRecipe, placement: Placement) -> None:
     """BatchNorm normalises groups of images, which neither ranks nor micro-batches may cut."""
     micro_batch, num_ranks = recipe.engine.micro_batch, len(placement.slices)

@@ -7,7 +7,8 @@ Two kinds, distinguished by their keys: a *family* recipe has ``students``, a *t
 torch, so that the command line starts fast.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Strict
 
@@ -233,21 +234,11 @@ class FamilyRecipe(Section):
 
     def at_stage(self, stage: FamilyStageSpec) -> "FamilyRecipe":
         """The recipe with the schedule that a stage has; the other stages keep theirs."""
-        given = {"lr": stage.lr, "batch": stage.batch, "ema": stage.ema}
-        update = {key: value for key, value in given.items() if value is not None}
-        if not update:
-            return self
-        stages = tuple(
-            each.model_copy(update={"batch": each.batch or self.schedule.batch})
-            for each in self.parts
-        )
-        settings = self.schedule.model_copy(update=update)
-        return self.model_copy(update={"schedule": settings, "stages": stages})
+        return self if self.stages is None else _at_stage(self, self.stages, stage)
 
     def first_step(self, stage: FamilyStageSpec) -> int:
         """Steps of the stages before one."""
-        names = [each.name for each in self.parts]
-        return sum(each.steps for each in self.parts[: names.index(stage.name)])
+        return _steps_before(self.parts, stage)
 
     def step_of(self, phase: str, phase_step: int) -> int:
         """A step of a stage's phase, counted from the family's start."""
@@ -301,19 +292,11 @@ class TeacherRecipe(Section):
 
     def at_stage(self, stage: FamilyStageSpec) -> "TeacherRecipe":
         """The recipe with the schedule that a stage has; the other stages keep theirs."""
-        by_key = {"lr": stage.lr, "batch": stage.batch, "ema": stage.ema}
-        given = {key: value for key, value in by_key.items() if value is not None}
-        stages = tuple(
-            each.model_copy(update={"batch": each.batch or self.schedule.batch})
-            for each in self.stages
-        )
-        settings = self.schedule.model_copy(update=given)
-        return self.model_copy(update={"schedule": settings, "stages": stages})
+        return _at_stage(self, self.stages, stage)
 
     def first_step(self, stage: FamilyStageSpec) -> int:
         """Steps of the stages before one."""
-        names = [each.name for each in self.stages]
-        return sum(each.steps for each in self.stages[: names.index(stage.name)])
+        return _steps_before(self.stages, stage)
 
     def input_size_of(self, name: str) -> int:  # noqa: ARG002  # as of a family
         """Pixels per side that the finished network is scored at."""
@@ -321,6 +304,22 @@ class TeacherRecipe(Section):
 
 
 Recipe = FamilyRecipe | TeacherRecipe
+Staged = TypeVar("Staged", FamilyRecipe, TeacherRecipe)
+
+
+def _at_stage(recipe: Staged, stages: Sequence[FamilyStageSpec], stage: FamilyStageSpec) -> Staged:
+    """The recipe with what a stage changes of its schedule."""
+    by_key = {"lr": stage.lr, "batch": stage.batch, "ema": stage.ema}
+    given = {key: value for key, value in by_key.items() if value is not None}
+    batch = recipe.schedule.batch
+    others = tuple(each.model_copy(update={"batch": each.batch or batch}) for each in stages)
+    settings = recipe.schedule.model_copy(update=given)
+    return recipe.model_copy(update={"schedule": settings, "stages": others})
+
+
+def _steps_before(stages: Sequence[FamilyStageSpec], stage: FamilyStageSpec) -> int:
+    names = [each.name for each in stages]
+    return sum(each.steps for each in stages[: names.index(stage.name)])
 
 
 def extension(recipe: Recipe, kind: type[Of]) -> Of | None:

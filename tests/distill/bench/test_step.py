@@ -67,6 +67,7 @@ def test_family_work__a_teacher_that_sees_half_has_half_the_grid() -> None:
     )
 
 
+@pytest.mark.slow
 def test_bench_step__prints_tables_and_what_they_rest_on(distill: Any) -> None:
     ended = distill("bench", "step", "bench_cpu", "--ranks", "2")
     assert ended.code == 0
