@@ -3,8 +3,9 @@
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -24,6 +25,7 @@ from distill.screen.console import make_console, printable
 
 if TYPE_CHECKING:
     from distill.evaluate.scoring import Wanted
+    from distill.protocols.images import Precision
     from distill.protocols.score import Protocol
 
 Targets = Annotated[
@@ -32,6 +34,10 @@ Targets = Annotated[
         metavar="RUN|WEIGHTS...",
         help="Run folders; with --data also exported folders and files of weights.",
     ),
+]
+PrecisionOption = Annotated[
+    str,
+    typer.Option("--precision", help="auto (bf16 for a large network on a GPU), fp32 or bf16."),
 ]
 
 
@@ -45,6 +51,7 @@ def evaluate(
         ),
     ] = "agreement,knn",
     protocol: Annotated[str, typer.Option("--protocol", help="quick or dinov3.")] = "quick",
+    precision: PrecisionOption = "auto",
     data: Annotated[
         Path | None,
         typer.Option(
@@ -83,15 +90,13 @@ def evaluate(
             allow_code_of(run, allow)
     if over_steps:
         return _score_steps([*paths, *(beside or [])], as_json=as_json)
-    wanted, unknown = _wanted(tasks, protocol)
+    wanted, unknown = _wanted(tasks, protocol, precision)
     if data is None:
         unknown += [f"--tasks {name}: give its pictures with --data SRC" for name in wanted.dense]
     for line in unknown:
         sys.stderr.write(printable(line) + "\n")
-    if data is not None:
-        code = _score_files(paths, data, wanted, as_json=as_json)
-    else:
-        code = _score_runs(paths, wanted, as_json=as_json)
+    score = _score_runs if data is None else partial(_score_files, data)
+    code = score(paths, wanted, as_json=as_json)
     if code or unknown:
         raise typer.Exit(code or RecipeError.exit_code)
     return None
@@ -105,21 +110,31 @@ def _require_run(run: Path) -> None:
     require_run(run)
 
 
-def _wanted(tasks: str, protocol: str) -> tuple["Wanted", list[str]]:
+def _wanted(tasks: str, protocol: str, precision: str = "auto") -> tuple["Wanted", list[str]]:
     """What to compute, and a line for every task that is not known."""
     from distill.evaluate.scoring import Wanted
     from distill.protocols.dense_tasks import DENSE
+    from distill.protocols.images import PRECISIONS
     from distill.protocols.score import PROTOCOLS
     from distill.protocols.tasks import COST, TASKS, chosen_tasks
 
     known, unknown = chosen_tasks([name.strip() for name in tasks.split(",") if name.strip()])
-    found = [each for each in PROTOCOLS if each == protocol]
-    if not found:
-        fix = f"Take one of {', '.join(PROTOCOLS)}."
-        raise RecipeError(f"--protocol {protocol}: not known", fix=fix)
+    for option, given, allowed in (
+        ("--protocol", protocol, PROTOCOLS),
+        ("--precision", precision, PRECISIONS),
+    ):
+        if given not in allowed:
+            fix = f"Take one of {', '.join(allowed)}."
+            raise RecipeError(f"{option} {given}: not known", fix=fix)
     chosen, dense = (tuple(n for n in known if n in among) for among in (TASKS, DENSE))
-    found_protocol: Protocol = "dinov3" if protocol == "dinov3" else "quick"
-    return Wanted(chosen, found_protocol, has_cost=COST in known, dense=dense), unknown
+    wanted = Wanted(
+        chosen,
+        cast("Protocol", protocol),
+        has_cost=COST in known,
+        dense=dense,
+        precision=cast("Precision", precision),
+    )
+    return wanted, unknown
 
 
 def _score_runs(runs: Sequence[Path], wanted: "Wanted", *, as_json: bool) -> int:
@@ -161,12 +176,12 @@ def _score_run(run: Path, wanted: "Wanted", *, as_json: bool) -> dict[str, Any]:
     return summary
 
 
-def _score_files(paths: list[Path], data: Path, wanted: "Wanted", *, as_json: bool) -> int:
+def _score_files(data: Path, paths: Sequence[Path], wanted: "Wanted", *, as_json: bool) -> int:
     import torch
 
     from distill.evaluate.files import evaluate_files
 
-    require_there(paths)
+    require_there(list(paths))
     require_there([data])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with redirect_stdout(sys.stderr):

@@ -31,6 +31,7 @@ from distill.protocols.closeness import FEWEST_IMAGES, MUTUAL_K, closeness, effe
 from distill.protocols.dense_tasks import DENSE, DenseTasks
 from distill.protocols.images import (
     Extracted,
+    Precision,
     Preparation,
     ReadSplit,
     count_images,
@@ -87,6 +88,7 @@ class Wanted:
     k: int = KNN_K
     has_cost: bool = False
     dense: Sequence[str] = ()
+    precision: Precision = "auto"
 
 
 @dataclass
@@ -124,12 +126,12 @@ def score_networks(
         say(what)
         parts = [images.test] if images.reason else [images.train, images.test]
         on_batch = count_images(say, what, 2 * sum(len(part.pixels) for part in parts))
-        dtype = scoring_dtype(network.spec.parameters, device)
+        dtype = scoring_dtype(network.spec.parameters, device, wanted.precision)
         if dtype != torch.float32:
             results.computed_in[network.name] = str(dtype).removeprefix("torch.")
         for is_trained in (True, False):
             backbone = _load(network, device, is_trained=is_trained)
-            found = features_of(backbone, network, parts, device, on_batch)
+            found = features_of(backbone, network, parts, device, on_batch, dtype=dtype)
             if is_trained and wanted.has_cost:
                 say(f"cost of {network.name}")
                 size = network.preparation.size
@@ -159,9 +161,12 @@ def features_of(
     parts: Sequence[ReadSplit],
     device: torch.device,
     on_batch: Callable[[int], None] = lambda _: None,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> list[Extracted]:
-    """Features of each part by a network on ``device``, computed in the dtype of its scores."""
-    dtype, preparation = scoring_dtype(network.spec.parameters, device), network.preparation
+    """Features of each part by a network on ``device``; ``dtype``: of its matrix products, the usual one without."""
+    dtype = dtype or scoring_dtype(network.spec.parameters, device)
+    preparation = network.preparation
     return [
         extract_all(
             backbone,

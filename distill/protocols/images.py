@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ BF16_FROM = (
     500_000_000  # parameters; from ViT-H+ on a GPU computes in bf16: a 7B takes 45 minutes in fp32
 )
 Pixels = Callable[[Location], np.ndarray]
+Precision = Literal["auto", "fp32", "bf16"]
+PRECISIONS: tuple[str, ...] = get_args(Precision)
 log = logging.getLogger(__name__)
 
 
@@ -153,10 +156,13 @@ def extract_all(
     return Extracted(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def scoring_dtype(parameters: int, device: torch.device) -> torch.dtype:
-    """Returns what a network's matrix products are computed in: bf16 for a large one on a GPU, else fp32."""
+def scoring_dtype(
+    parameters: int, device: torch.device, precision: Precision = "auto"
+) -> torch.dtype:
+    """Returns what a network's matrix products are computed in; ``auto`` is bf16 for a large one on a GPU, else fp32."""
     is_large = device.type == "cuda" and parameters >= BF16_FROM
-    return torch.bfloat16 if is_large else torch.float32
+    is_bf16 = is_large if precision == "auto" else precision == "bf16"
+    return torch.bfloat16 if is_bf16 else torch.float32
 
 
 def decode(

@@ -504,6 +504,7 @@ def test_eval__an_unknown_task_is_one_line_and_the_rest_is_scored(
     for words, message in (
         (("--tasks", "segg"), "--tasks segg: not known"),
         (("--protocol", "dinov4"), "--protocol dinov4: not known"),
+        (("--precision", "fp8"), "--precision fp8: not known"),
     ):
         ended = distill("eval", tmp_path, *words)
         assert ended.code == 2 and ended.err.startswith(message) and len(chosen) == 1

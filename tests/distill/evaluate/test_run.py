@@ -3,6 +3,7 @@ import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from distill.evaluate.scoring import Wanted
 from distill.listing.decode import Rgb, decode_rgb
 from distill.protocols.images import (
     BF16_FROM,
+    Extracted,
+    extract_all,
     scoring_dtype,
 )
 from tests.support.scored_run import (
@@ -91,18 +94,26 @@ def test_evaluate_run__a_source_that_is_gone_ends_it(run_folder: Path, tmp_path:
         evaluate_run(run_folder)
 
 
-def test_evaluate_run__a_large_network_on_a_gpu_is_scored_in_bf16(
+def test_evaluate_run__in_bf16_where_told_or_where_a_large_network_is_on_a_gpu(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    in_fp32 = evaluate_run(run_folder)
     assert scoring_dtype(BF16_FROM, torch.device("cuda")) == torch.bfloat16
     assert scoring_dtype(BF16_FROM - 1, torch.device("cuda")) == torch.float32
     assert scoring_dtype(BF16_FROM, CPU) == torch.float32
-    monkeypatch.setattr("distill.evaluate.scoring.scoring_dtype", lambda *_: torch.bfloat16)
-    in_bf16 = evaluate_run(run_folder)
+    assert scoring_dtype(BF16_FROM, torch.device("cuda"), "fp32") == torch.float32
+    in_fp32 = evaluate_run(run_folder)
+    seen = []
+
+    def extract(*args: Any, dtype: torch.dtype, **kwargs: Any) -> Extracted:
+        seen.append(dtype)
+        return extract_all(*args, dtype=dtype, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("distill.evaluate.scoring.extract_all", extract)
+        in_bf16 = evaluate_run(run_folder, wanted=Wanted(precision="bf16"))
     assert in_bf16["teacher"]["knn_in"] == "bfloat16"
     assert in_bf16["teacher"]["knn"] == pytest.approx(in_fp32["teacher"]["knn"], abs=0.2)
-    monkeypatch.undo()
+    assert set(seen) == {torch.bfloat16}
     assert evaluate_run(run_folder) == in_fp32  # what was computed in is not left behind
 
 

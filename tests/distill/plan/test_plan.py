@@ -83,7 +83,7 @@ def test_rebalanced__a_slow_rank_teaches_less_and_nobody_stops() -> None:
     )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     costs=st.lists(st.floats(0.01, 10.0), min_size=2, max_size=6),
     num_ranks=st.integers(1, 12),
@@ -94,10 +94,10 @@ def test_without__the_others_stay_and_teaching_fills_the_gap(
     costs: list[float], num_ranks: int, lookahead: int, step: int
 ) -> None:
     works = [NetworkCost(f"n{index}", cost) for index, cost in enumerate(costs)]
-    plan = make_plan(works, 1.0, 240, num_ranks, PlanOptions(lookahead=lookahead))
+    plan = make_plan(works, 1.0, 96, num_ranks, PlanOptions(lookahead=lookahead))
     changed = without(plan, {"n0"})
     assert changed.placements == plan.placements[1:]
-    assert [i for share in changed.shares(step) for i in share] == list(range(240))
+    assert [i for share in changed.shares(step) for i in share] == list(range(96))
     assert changed.step_s <= plan.step_s * (1 + 1e-9)
     if changed.is_dithered:
         teaching = [
