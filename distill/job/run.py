@@ -93,6 +93,8 @@ def work(
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+    else:
+        heartbeat.set_memory(partial(torch.cuda.max_memory_reserved, device))
     join_ranks(device.type, COLLECTIVE_TIMEOUT, store)
     prepare_deepspeed(device.type)
     run = _Run(job, device, requests, heartbeat)

@@ -59,6 +59,7 @@ COPIES = frozenset(
         "StudentTrainer.read_metrics",
     }
 )
+MEMORY_FILE = Path("/proc/self/statm")
 ROOT = Path(__file__).parents[2]
 OURS = tuple(f"{ROOT / package}{os.sep}" for package in ("distill", "students", "teacher"))
 RECORD_BYTES = 2048  # each record is padded to this, so that a shorter one leaves no rest
@@ -73,7 +74,8 @@ class HeartbeatRecord:
     ``phase_number``: how many phases the rank has entered. ``phase_step``: the step of that phase which
     the rank trains, also while it teaches or loads for a later one. ``boot_id``, ``pid_namespace`` and
     ``start_ticks`` distinguish the process from others with its number; older records lack them.
-    ``storage``: the file that storage refuses, and how, while it is tried again.
+    ``storage``: the file that storage refuses, and how, while it is tried again. ``memory_bytes``: the most that was
+    reserved on its GPU, or what the process takes of the machine's memory; 0 where that is not known.
     """
 
     world_rank: int
@@ -94,6 +96,7 @@ class HeartbeatRecord:
     pid_namespace: str = ""
     start_ticks: int = 0
     storage: str = ""
+    memory_bytes: int = 0
 
     def describe(self) -> str:
         """Who and where, for people: rank, host, phase, step, activity, network."""
@@ -147,12 +150,17 @@ class Heartbeat:
         self._now = _Activity("starting", "", "", 0, 0, self._running_s())
         self._times: dict[tuple[str, str], tuple[int, float]] = {}
         self._beats, self._end, self._storage = 0, "", ""
+        self._read_memory: Callable[[], int] = resident_bytes
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def set_limit(self, limit_s: float) -> None:
         """Sets the seconds that a known activity may take, once the recipe is read; until then it may take long."""
         self._limit_s = limit_s
+
+    def set_memory(self, read: Callable[[], int]) -> None:
+        """Sets what reads the bytes of memory in use, once the device is known; the thread calls it at every beat."""
+        self._read_memory = read
 
     def wait_for_storage(self, text: str) -> None:
         """Notes what storage refuses, empty once it answers; reading then may take minutes. Any thread may call it."""
@@ -218,6 +226,7 @@ class Heartbeat:
             self._process.pid_namespace,
             self._process.start_ticks,
             self._storage,
+            self._read_memory(),
         )
 
     def _running_s(self) -> float:
@@ -243,6 +252,11 @@ class Heartbeat:
     def _write(self) -> None:
         self._beats += 1
         _write_in_place(self._path, json.dumps(asdict(self.record())), RECORD_BYTES)
+
+
+def resident_bytes() -> int:
+    """Memory of the machine that this process takes."""
+    return int(MEMORY_FILE.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _write_in_place(path: Path, text: str, num_bytes: int) -> None:

@@ -53,7 +53,7 @@ def render_panel(snapshot: RunSnapshot, width: int, hint: str = "", height: int 
         parts += [_progress(status, snapshot.now_unix, width - 4), _health(snapshot)]
     parts += _notices(snapshot)
     if status.networks:
-        parts += [Text(), _network_table(snapshot, is_narrow=width < NARROW)]
+        parts += [Text(), _network_table(snapshot, width)]
         if width >= WIDE and height >= TALL:
             parts += details(
                 snapshot, width - 4, height - num_lines(parts, width - 4) - 3
@@ -152,8 +152,9 @@ def _notices(snapshot: RunSnapshot) -> list[Text]:
     return notices
 
 
-def _network_table(snapshot: RunSnapshot, *, is_narrow: bool) -> Table:
-    status = snapshot.status
+def _network_table(snapshot: RunSnapshot, width: int) -> Table:
+    status, is_narrow = snapshot.status, width < NARROW
+    has_memory = width >= WIDE and any(snapshot.memory.values())
     assert status is not None, "the panel of a run without a status has no networks"
     table = Table(box=None, expand=True, pad_edge=False, header_style="dim", show_edge=False)
     table.add_column("network", no_wrap=True, ratio=3)
@@ -162,12 +163,15 @@ def _network_table(snapshot: RunSnapshot, *, is_narrow: bool) -> Table:
     table.add_column("loss", justify="right", no_wrap=True)
     if not is_narrow:
         table.add_column("trend", no_wrap=True, min_width=TREND_CELLS)
-    for heading in ("grad", "wait", "images/s"):
+    for heading in ("grad", "wait", "images/s", *(["memory"] if has_memory else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True, ratio=3)
     for name, network in status.networks.items():
         rows = snapshot.rows[name]
         cells = _network_cells(name, network, rows)
+        if has_memory:
+            most = max(snapshot.memory.get(rank, 0) for rank in network.ranks)
+            cells.insert(-1, f"{most / 2**30:.1f} GiB" if most else NOTHING)
         if is_narrow:
             del cells[3], cells[1]
         table.add_row(*cells, style="dim" if network.state in {"parked", "done", "stopped"} else "")

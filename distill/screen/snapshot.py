@@ -1,15 +1,15 @@
-"""What the files of a run say at one moment. Reads ``status.json``, events, metrics and scores, and nothing else."""
+"""What the files of a run say at one moment. Reads status, events, metrics, scores and, seldom, heartbeats."""
 
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from distill.runfolder.events import Event, read_events
-from distill.runfolder.heartbeat import last_beat_unix
+from distill.runfolder.heartbeat import last_beat_unix, read_records
 from distill.runfolder.metrics import MetricsReader, MetricsRow
 from distill.runfolder.progress import FILE, ScoredStep, read_progress
 from distill.runfolder.status import FINAL_STATES, Status, StatusFile
@@ -32,6 +32,7 @@ class RunSnapshot:
     alive_unix: float = 0.0  # when a rank's heartbeat last moved, looked up where the status is old
     events: Sequence[Event] = ()
     scores: Sequence[ScoredStep] = ()  # of students while they trained
+    memory: Mapping[int, int] = field(default_factory=dict)  # bytes that each rank takes
 
 
 class RunFiles:
@@ -48,6 +49,7 @@ class RunFiles:
         self._alive_unix = self._looked_unix = 0.0
         self._readers: dict[str, MetricsReader] = {}
         self._scores: tuple[int, Sequence[ScoredStep]] = 0, ()
+        self._memory: tuple[float, Mapping[int, int]] = 0.0, {}
 
     def take_snapshot(self) -> RunSnapshot:
         """The run as its files describe it now."""
@@ -72,7 +74,20 @@ class RunFiles:
             alive_unix=self._alive_unix,
             events=read_events(self.run_folder, since_unix=self.since_unix),
             scores=self._read_scores(),
+            memory=self._read_memory(status, now_unix),
         )
+
+    def _read_memory(self, status: Status | None, now_unix: float) -> Mapping[int, int]:
+        """By rank, of a job at work; of a job that ended as it was."""
+        is_due = now_unix - self._memory[0] >= LOOK_EVERY_S
+        if is_due and status is not None and status.state not in FINAL_STATES:
+            num_ranks = 1 + max(
+                (max(n.ranks, default=0) for n in status.networks.values()), default=0
+            )
+            records = read_records(self.run_folder, num_ranks)
+            found = {record.world_rank: record.memory_bytes for record in records}
+            self._memory = now_unix, found
+        return self._memory[1]
 
     def _read_scores(self) -> Sequence[ScoredStep]:
         """Read when the file is another one."""

@@ -20,7 +20,7 @@ from distill.screen.console import make_console
 from distill.screen.panel import render_panel
 from distill.screen.snapshot import RunFiles, RunSnapshot
 
-COLUMNS = 120
+COLUMNS, LINES = 120, 40
 HINT = "Ctrl-C saves and stops"
 SHOWN_MODES = ("ours", "published")
 FIRST_NAMES = {"exchanging": "exchange", "voting": "agreeing", "following": "post-step"}  # in 0.1.0
@@ -35,7 +35,7 @@ def panel(snapshot: RunSnapshot) -> str:
         force_terminal=True,
         color_system="truecolor",
     )
-    console.print(render_panel(snapshot, COLUMNS, HINT))
+    console.print(render_panel(snapshot, COLUMNS, HINT, LINES))
     form = re.sub(r"@font-face \{\{.*?\}\}", "", CONSOLE_SVG_FORMAT, flags=re.DOTALL)
     title = f"distill train {snapshot.name}"
     return console.export_svg(title=title, code_format=form, unique_id="panel")

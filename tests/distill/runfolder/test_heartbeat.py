@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +41,15 @@ def test_pulse__says_where_the_rank_is(tmp_path: Path) -> None:
     assert record.pid == os.getpid() and not record.is_waiting and not record.end
     heartbeat.enter("exchange", 8)
     assert heartbeat.record().is_waiting
+
+
+def test_pulse__has_the_memory_of_the_process_or_of_its_device(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(tmp_path, 0)
+    before = heartbeat.record().memory_bytes
+    held = np.ones(2**26, np.uint8)
+    assert heartbeat.record().memory_bytes > before + held.nbytes / 2 > 2**26
+    heartbeat.set_memory(lambda: 12345)
+    assert heartbeat.record().memory_bytes == 12345
 
 
 def test_pulse__a_known_activity_may_take_the_limit_and_a_new_one_long(tmp_path: Path) -> None:

@@ -2,16 +2,18 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from distill.runfolder.heartbeat import publish_records
 from distill.runfolder.progress import ScoredStep
-from distill.runfolder.status import NetworkStatus
+from distill.runfolder.status import NetworkStatus, StatusFile
 from distill.screen.details import tall_curve
 from distill.screen.panel import render_panel
-from distill.screen.snapshot import RunSnapshot
-from tests.support.status import ROW, STATUS
+from distill.screen.snapshot import LOOK_EVERY_S, RunFiles, RunSnapshot
+from tests.support.status import ROW, SIGN, STATUS
 
 
 def snapshot_of(num_students: int, num_scored: int = 3) -> RunSnapshot:
@@ -53,6 +55,33 @@ def test_panel__on_a_large_screen_curves_terms_and_scores(width: int, height: in
     assert heads.split()[1:-1] == ["network", "dino", "ibot", "koleo", "learning", "rate", "step"]
     (scored,) = (line for line in lines if "0.750" in line and "student-1" in line)
     assert scored.split()[2:-2] == ["150", "0.750", "0.375", "0.900", "0.800"]
+
+
+def test_panel__on_a_large_screen_the_memory_of_the_fullest_rank_of_a_network() -> None:
+    snapshot = replace(snapshot_of(2), memory={0: 3 << 30, 1: 0})
+    networks = dict(snapshot.status.networks) if snapshot.status else {}
+    networks["student-0"] = NetworkStatus((0, 2), "training")
+    assert snapshot.status is not None
+    snapshot = replace(snapshot, status=replace(snapshot.status, networks=networks))
+    (heading,) = (line for line in lines_of(snapshot, 120, 40) if "images/s  " in line)
+    assert heading.split()[-3:-1] == ["memory", "state"]
+    row = next(line for line in lines_of(snapshot, 120, 40) if line.startswith("│ student-0  "))
+    assert row.split()[-4:-1] == ["3.0", "GiB", "training"]
+    assert not any("memory" in line for line in lines_of(snapshot, 119, 40))
+    assert not any("memory" in line for line in lines_of(snapshot_of(2), 120, 40)), "of older runs"
+
+
+def test_run_files__have_the_memory_of_a_job_at_work(tmp_path: Path) -> None:
+    (tmp_path / "heartbeat").mkdir()
+    StatusFile(tmp_path).write(STATUS)
+    now = [1000.0]
+    files = RunFiles(tmp_path, clock=lambda: now[0])
+    publish_records(tmp_path, [replace(SIGN, memory_bytes=5)])
+    assert files.take_snapshot().memory == {0: 5}
+    publish_records(tmp_path, [replace(SIGN, memory_bytes=6)])
+    assert files.take_snapshot().memory == {0: 5}, "heartbeats are read now and then"
+    now[0] += LOOK_EVERY_S
+    assert files.take_snapshot().memory == {0: 6}
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (120, 39), (119, 60)])
