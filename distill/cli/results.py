@@ -1,5 +1,6 @@
 """``distill eval``: scores and pictures of runs, scores of any weights."""
 
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -21,10 +22,12 @@ from distill.cli.options import (
     say,
 )
 from distill.errors import RecipeError, UserError
+from distill.launch.variables import is_launched
 from distill.screen.console import make_console, printable
 
 if TYPE_CHECKING:
     from distill.evaluate.scoring import Wanted
+    from distill.launch.eval_ranks import Task
     from distill.protocols.images import Precision
     from distill.protocols.score import Protocol
 
@@ -38,6 +41,10 @@ Targets = Annotated[
 PrecisionOption = Annotated[
     str,
     typer.Option("--precision", help="auto (bf16 for a large network on a GPU), fp32 or bf16."),
+]
+RanksOption = Annotated[
+    int,
+    typer.Option("--ranks", min=1, help="Local processes that share the images; one per GPU."),
 ]
 
 
@@ -72,6 +79,7 @@ def evaluate(
         list[Path] | None,
         typer.Option("--beside", help="With --over-steps: another run in the same picture."),
     ] = None,
+    ranks: RanksOption = 1,
     allow: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
@@ -96,7 +104,7 @@ def evaluate(
     for line in unknown:
         sys.stderr.write(printable(line) + "\n")
     score = _score_runs if data is None else partial(_score_files, data)
-    code = score(paths, wanted, as_json=as_json)
+    code = score(paths, wanted, ranks, as_json=as_json)
     if code or unknown:
         raise typer.Exit(code or RecipeError.exit_code)
     return None
@@ -137,7 +145,7 @@ def _wanted(tasks: str, protocol: str, precision: str = "auto") -> tuple["Wanted
     return wanted, unknown
 
 
-def _score_runs(runs: Sequence[Path], wanted: "Wanted", *, as_json: bool) -> int:
+def _score_runs(runs: Sequence[Path], wanted: "Wanted", num_ranks: int, *, as_json: bool) -> int:
     """The exit code. Of several runs one that cannot be scored is named, and the others are scored."""
     from distill.runfolder.parked import PARKED_EXIT_CODE
     from distill.screen.tables import unfinished_students
@@ -145,7 +153,7 @@ def _score_runs(runs: Sequence[Path], wanted: "Wanted", *, as_json: bool) -> int
     code, scored = 0, dict[str, Any]()
     for run in runs:
         try:
-            summary = _score_run(run, wanted, as_json=as_json)
+            summary = _score_run(run, wanted, num_ranks, as_json=as_json)
         except UserError as error:
             if len(runs) == 1:
                 raise
@@ -153,41 +161,71 @@ def _score_runs(runs: Sequence[Path], wanted: "Wanted", *, as_json: bool) -> int
             code = error.exit_code
             continue
         scored[str(run)] = summary
-        if not as_json:
+        if not as_json and _is_first_rank():
             _print(summary, str(run) if len(runs) > 1 else "")
         if unfinished_students(summary):
             code = code or PARKED_EXIT_CODE
+    if not _is_first_rank():
+        return code
     if as_json:
         print_json(scored if len(runs) > 1 else next(iter(scored.values())))
     return code
 
 
-def _score_run(run: Path, wanted: "Wanted", *, as_json: bool) -> dict[str, Any]:
-    from distill.report.summary import finish
+def _score_run(run: Path, wanted: "Wanted", num_ranks: int, *, as_json: bool) -> dict[str, Any]:
+    from distill.report.summary import finish, finish_on_rank
     from distill.runfolder.lock import run_lock
     from distill.runfolder.status import StatusFile
 
+    task = partial(finish_on_rank, run, wanted)
+    if not _is_first_rank():
+        return _on_ranks(task, num_ranks)
     with redirect_stdout(sys.stderr if as_json else sys.stdout), run_lock(run) as lock:
         lock.alone(wait_s=0.0)  # a job at work writes the same files
-        summary = finish(run, wanted)
+        is_alone = num_ranks == 1 and not is_launched(os.environ)
+        summary = finish(run, wanted) if is_alone else _on_ranks(task, num_ranks)
     status = StatusFile(run).read()
     if status is not None and status.message:
         sys.stderr.write(printable(status.message) + "\n")
     return summary
 
 
-def _score_files(data: Path, paths: Sequence[Path], wanted: "Wanted", *, as_json: bool) -> int:
-    import torch
-
+def _score_files(
+    data: Path, paths: Sequence[Path], wanted: "Wanted", num_ranks: int, *, as_json: bool
+) -> int:
     from distill.evaluate.files import evaluate_files
 
     require_there(list(paths))
     require_there([data])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with redirect_stdout(sys.stderr):
-        summary = evaluate_files(paths, data, wanted, progress, device=device)
-    print_json(summary) if as_json else _print(summary, "")
+        task = partial(evaluate_files, paths, data, wanted, progress)
+        summary = _on_ranks(task, num_ranks)
+    if _is_first_rank():
+        print_json(summary) if as_json else _print(summary, "")
     return 0
+
+
+def _is_first_rank() -> bool:
+    return not is_launched(os.environ) or os.environ.get("RANK") == "0"
+
+
+def _on_ranks(task: "Task", num_ranks: int) -> dict[str, Any]:
+    """What the task returns here, on local ranks, or as a rank of another launcher."""
+    import torch
+
+    from distill.launch import eval_ranks
+    from distill.launch.local import resume_command
+    from distill.protocols.sharing import ALONE
+
+    summary: dict[str, Any]
+    if is_launched(os.environ):
+        summary = eval_ranks.run_as_rank(task, resume_command())
+    elif num_ranks > 1:
+        summary = eval_ranks.run_locally(task, num_ranks)
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        summary = task(device, ALONE)
+    return summary
 
 
 def _print(summary: dict[str, Any], heading: str) -> None:

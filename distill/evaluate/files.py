@@ -28,6 +28,7 @@ from distill.protocols.images import (
     splits_of,
     unlabelled,
 )
+from distill.protocols.sharing import ALONE, Sharing
 from distill.recipe.keys import FamilyRecipe
 from distill.weights.load import shape_of
 from distill.weights.stated_inputs import stated_inputs
@@ -44,21 +45,28 @@ def evaluate_files(
     source: Path,
     wanted: Wanted,
     say: Callable[[str], None],
-    *,
     device: torch.device,
+    sharing: Sharing = ALONE,
 ) -> dict[str, Any]:
     """A summary as a run has it, every network under ``students``; ``images`` counts what was scored on.
+
+    Collective over ``sharing``: the first rank has the scores, the others return nothing and say nothing.
 
     Raises:
         UserError: weights or images cannot be read.
     """
+    say = say if sharing.is_first else lambda _: None
     networks = [network_of(name, path, spec, say) for name, path, spec in named_networks(paths)]
     say("listing and decoding images")
     networks = with_one_background(networks)
     rgb = networks[0].preparation.background
     dense = open_dense(wanted.dense, source, wanted.protocol, rgb) if wanted.dense else None
-    images, _ = read_source(source, networks, wanted.k, dense)
-    results = score_networks(networks, images, wanted, say, device=device, dense=dense)
+    images, _ = read_source(source, networks, wanted.k, dense, sharing)
+    results = score_networks(
+        networks, images, wanted, say, device=device, dense=dense, sharing=sharing
+    )
+    if not sharing.is_first:
+        return {}
     summary: dict[str, Any] = {
         "data": str(source),
         "images": {"train": len(images.train.pixels), images.part: len(images.test.pixels)},
@@ -145,7 +153,11 @@ def with_one_background(networks: Sequence[Network]) -> list[Network]:
 
 
 def read_source(
-    source: Path, networks: Sequence[Network], k: int, dense: DenseTasks | None = None
+    source: Path,
+    networks: Sequence[Network],
+    k: int,
+    dense: DenseTasks | None = None,
+    sharing: Sharing = ALONE,
 ) -> tuple[Images, tuple[str, ...]]:
     """Images of a source, training and held-out, and the names of their classes; no map is an image.
 
@@ -170,5 +182,7 @@ def read_source(
             scored = scored[0], unlabelled(index), scored[2]
     part = "images" if scored[2] else "held_out"
     pictures = dense.pictures if dense else None
-    images = decode_for(networks, scored[:2], k, part=part, reason=scored[2], pictures=pictures)
+    images = decode_for(
+        networks, scored[:2], k, part=part, reason=scored[2], pictures=pictures, sharing=sharing
+    )
     return images, index.class_names

@@ -8,7 +8,7 @@ scores on any machine.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,11 @@ from distill.protocols.images import (
     Scored,
     log,
     read_preparation,
-    read_split,
     read_splits,
     read_unlabelled,
 )
 from distill.protocols.knn import BASELINE_PX
+from distill.protocols.sharing import ALONE, Sharing, read_shared
 from distill.runfolder.status import TEACHER, write_json
 from distill.weights.load import shape_of
 from students.shapes import BackboneSpec
@@ -35,42 +35,58 @@ from students.shapes import BackboneSpec
 FRESH = ("left_out_of_scores", "knn_reason", "scores", "agreement", "conclusion", "cost")
 
 
+@dataclass(frozen=True)
+class KnownNetworks:
+    """What a job knows of its networks, whose files may not state it.
+
+    ``teacher_folder``: where a teacher that was not trained in this run lies, a folder or a file. ``specs``: what
+    custom students are. ``usual``: how a network whose files state nothing gets its images, and the background of
+    clear pixels for all; without it that is the mean of the teacher's files.
+    """
+
+    teacher_folder: Path | None = None
+    specs: Mapping[str, BackboneSpec] = field(default_factory=dict)
+    usual: Preparation | None = None
+
+
 def evaluate_run(
     run_folder: Path,
     progress: Callable[[str], None] | None = None,
     *,
-    teacher_folder: Path | None = None,
-    specs: Mapping[str, BackboneSpec] | None = None,
-    usual: Preparation | None = None,
+    known: KnownNetworks = KnownNetworks(),  # frozen
     wanted: Wanted = Wanted(),  # noqa: B008  # frozen
     device: torch.device | None = None,
+    sharing: Sharing = ALONE,
 ) -> dict[str, Any]:
     """The run's summary with fresh scores, also written to ``summary.json``.
 
     What else the summary holds (loss, images/s, phases) is kept. Images without labels give no scores; ``knn`` is
-    then None and ``knn_reason`` has the reason. ``progress`` gets what is next. ``teacher_folder`` is where a teacher
-    that was not trained in this run lies, a folder or a file; ``specs`` say what custom students are. ``usual`` is how a network whose files state nothing gets
-    its images, and the background of clear pixels for all; without it that is the mean of the teacher's files.
-    Images that cannot be decoded are in no score and are listed under ``left_out_of_scores``.
+    then None and ``knn_reason`` has the reason. ``progress`` gets what is next. Images that cannot be decoded are in
+    no score and are listed under ``left_out_of_scores``. Collective over ``sharing``: its first rank alone has the
+    scores and writes them, the others return nothing.
 
     Raises:
         UserError: the folder holds no network, or no image index.
     """
     say = progress or log.info
-    folders = network_folders(run_folder, teacher_folder or run_folder / "teacher")
+    usual = known.usual
+    folders = network_folders(run_folder, known.teacher_folder or run_folder / "teacher")
     first = read_preparation(next(iter(folders.values())), 1, usual)
     rgb = background_of("mean", first.mean) if usual is None else usual.background
     networks = []
     for name, folder in folders.items():
-        spec = (specs or {}).get(name) or shape_of(folder)
+        spec = known.specs.get(name) or shape_of(folder)
         preparation = replace(read_preparation(folder, spec.stride, usual), background=rgb)
         networks.append(Network(name, folder, spec, preparation))
     summary = {key: value for key, value in _read_summary(run_folder).items() if key not in FRESH}
     say("decoding images")
-    images = read_run_images(run_folder, networks, wanted.k)
+    images = read_run_images(run_folder, networks, wanted.k, sharing)
     if left_out := [asdict(each) for each in (*images.train.left_out, *images.test.left_out)]:
         summary["left_out_of_scores"] = left_out
-    results = score_networks(networks, images, wanted, say, device=device or torch.device("cpu"))
+    device = device or torch.device("cpu")
+    results = score_networks(networks, images, wanted, say, device=device, sharing=sharing)
+    if not sharing.is_first:
+        return {}
     _merge(summary, networks, results)
     if images.reason:
         summary["knn_reason"] = images.reason
@@ -78,13 +94,15 @@ def evaluate_run(
     return summary
 
 
-def read_run_images(run_folder: Path, networks: Sequence[Network], k: int) -> Images:
+def read_run_images(
+    run_folder: Path, networks: Sequence[Network], k: int, sharing: Sharing = ALONE
+) -> Images:
     """Training and held-out images; all that are there where they cannot be scored."""
     train, test, reason = read_splits(run_folder, k)
     part = "held_out"
     if reason:
         test, part = read_unlabelled(run_folder)
-    return decode_for(networks, (train, test), k, part=part, reason=reason)
+    return decode_for(networks, (train, test), k, part=part, reason=reason, sharing=sharing)
 
 
 def decode_for(
@@ -95,13 +113,15 @@ def decode_for(
     part: str,
     reason: str,
     pictures: Pixels | None = None,
+    sharing: Sharing = ALONE,
 ) -> Images:
-    """Training and held-out images, decoded once for all networks."""
+    """Training and held-out images, decoded once for all networks and ranks."""
     train, test = splits
     sides = [network.preparation.size for network in networks]
     rgb = networks[0].preparation.background
     known, query = (
-        read_split(each, BASELINE_PX, rgb, sides, pictures=pictures) for each in (train, test)
+        read_shared(each, BASELINE_PX, rgb, sides, pictures=pictures, sharing=sharing)
+        for each in (train, test)
     )
     num_train, num_test = len(known.pixels), len(query.pixels)
     if not reason and (num_train < k or not num_test):

@@ -35,7 +35,6 @@ from distill.protocols.images import (
     Preparation,
     ReadSplit,
     count_images,
-    extract_all,
     scoring_dtype,
 )
 from distill.protocols.knn import (
@@ -46,6 +45,7 @@ from distill.protocols.knn import (
 )
 from distill.protocols.map_set import PatchNetwork
 from distill.protocols.score import CannotScoreError, Protocol, Sample, Score
+from distill.protocols.sharing import ALONE, Sharing, extract_shared
 from distill.protocols.tasks import TASKS
 from distill.runfolder.status import KNN_K, TEACHER
 from distill.weights.load import load_backbone
@@ -114,24 +114,31 @@ def score_networks(
     *,
     device: torch.device,
     dense: DenseTasks | None = None,
+    sharing: Sharing = ALONE,
 ) -> Results:
-    """Scores of every network; closeness is to the first of them."""
+    """Scores of every network; closeness is to the first of them.
+
+    Collective over ``sharing``, whose ranks share the features; all but the first one get results that are empty.
+    """
     results = Results()
     near = Nearness(images, networks[0].name)
-    if not images.reason:
+    if not images.reason and sharing.is_first:
         say("k-NN of raw pixels and of colours")
         results.baselines.update(baseline_votes(images, wanted.k))
     for turn, network in enumerate(networks, start=1):
         what = f"k-NN of {network.name} and its untrained copy ({turn} of {len(networks)})"
         say(what)
         parts = [images.test] if images.reason else [images.train, images.test]
-        on_batch = count_images(say, what, 2 * sum(len(part.pixels) for part in parts))
+        total = 2 * sum(len(part.pixels) for part in parts)
+        on_batch = count_images(say, what, total // sharing.num_ranks)
         dtype = scoring_dtype(network.spec.parameters, device, wanted.precision)
         if dtype != torch.float32:
             results.computed_in[network.name] = str(dtype).removeprefix("torch.")
         for is_trained in (True, False):
             backbone = _load(network, device, is_trained=is_trained)
-            found = features_of(backbone, network, parts, device, on_batch, dtype=dtype)
+            found = features_of(backbone, network, parts, device, on_batch, dtype, sharing)
+            if not sharing.is_first:
+                continue
             if is_trained and wanted.has_cost:
                 say(f"cost of {network.name}")
                 size = network.preparation.size
@@ -147,6 +154,8 @@ def score_networks(
                 given = PatchNetwork(backbone, prepared, stride, device, dtype)
                 _score_dense(results, network.name, given, dense, say, is_trained=is_trained)
             del backbone  # before the memory of the next is taken
+    if not sharing.is_first:
+        return results
     say("agreement with the teacher" if networks[0].name == "teacher" else "agreement")
     results.agreement.update(near.to_json())
     results.conclusion.update(_conclude(results, images))
@@ -161,20 +170,22 @@ def features_of(
     parts: Sequence[ReadSplit],
     device: torch.device,
     on_batch: Callable[[int], None] = lambda _: None,
-    *,
     dtype: torch.dtype | None = None,
+    sharing: Sharing = ALONE,
 ) -> list[Extracted]:
-    """Features of each part by a network on ``device``; ``dtype``: of its matrix products, the usual one without."""
-    dtype = dtype or scoring_dtype(network.spec.parameters, device)
-    preparation = network.preparation
+    """Features of each part by a network on ``device``; ``dtype``: of its matrix products, the usual one without.
+
+    Collective over ``sharing``, as ``extract_shared``.
+    """
     return [
-        extract_all(
+        extract_shared(
             backbone,
-            part.batches(preparation),
-            preparation,
+            part,
+            network.preparation,
             device=device,
-            dtype=dtype,
+            dtype=dtype or scoring_dtype(network.spec.parameters, device),
             on_batch=on_batch,
+            sharing=sharing,
         )
         for part in parts
     ]

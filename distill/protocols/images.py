@@ -14,7 +14,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Float64, Int64, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
@@ -77,14 +77,17 @@ class ReadSplit:
     )
 
     def batches(
-        self, preparation: "Preparation", batch: int = BATCH
+        self, preparation: "Preparation", batch: int = BATCH, *, owned: tuple[int, int] = (0, 1)
     ) -> Iterator[UInt8[Tensor, "batch 3 side side"]]:
-        """The images as a network wants them, from memory where they are there."""
+        """The images as a network wants them, from memory where they are there; ``owned``: batch ``i``, ``i + n``, ... alone."""
         by_side = {self.pixels.shape[-1]: self.pixels, **self.others}
+        first, every = owned
         if preparation.size in by_side:
-            yield from by_side[preparation.size].split(batch)
+            yield from by_side[preparation.size].split(batch)[first::every]
         else:
-            yield from decode_images(self.split.locations, preparation, batch)
+            locations = self.split.locations
+            for start in range(first * batch, len(locations), every * batch):
+                yield from decode_images(locations[start : start + batch], preparation, batch)
 
 
 @dataclass(frozen=True)
@@ -131,22 +134,29 @@ def extract_all(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     on_batch: Callable[[int], None] = lambda _: None,
+    points: Float64[Tensor, "images 2"] | None = None,
 ) -> Extracted:
     """Features of images in the order in which they come.
 
     The backbone satisfies ``Backbone``, is in evaluation mode, fp32 and already on ``device``. ``dtype``: of
     its matrix products; sums over blocks stay in fp32. ``on_batch`` is called with the number of images of every batch.
+    ``points``: of each image, in [0, 1); without, the first ones of a fixed seed.
     """
     parts: list[tuple[Tensor, ...]] = []
     generator = torch.Generator().manual_seed(POINT_SEED)
+    done = 0
     for images in batches:
         pixels = normalise(
             images.to(device), preparation.mean, preparation.std, dtype=torch.float32
         )
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             found = backbone(pixels)
-        points = torch.rand(len(images), 2, generator=generator, dtype=torch.float64)
-        rows, columns = (points * torch.tensor(found.grid_hw)).long().unbind(1)
+        if points is None:
+            under_points = torch.rand(len(images), 2, generator=generator, dtype=torch.float64)
+        else:
+            under_points = points[done : done + len(images)]
+        done += len(images)
+        rows, columns = (under_points * torch.tensor(found.grid_hw)).long().unbind(1)
         under = (rows * found.grid_hw[1] + columns).to(device)
         patches = found.patch_tokens
         each = torch.arange(len(images), device=device)
@@ -220,10 +230,7 @@ def read_split(
         StorageError: its storage refuses an image for minutes, or answers for none.
     """
     reader = Reader(limit_s=limit_s)
-    sides = [size]
-    for side in sorted({*others} - {size}):
-        if 3 * len(split.locations) * sum(each**2 for each in (*sides, side)) <= MOST_BYTES:
-            sides.append(side)
+    sides = sides_in_memory(len(split.locations), size, others)
 
     def attempt(location: Location) -> list[UInt8[Tensor, "3 side side"]] | LeftOut:
         try:
@@ -251,6 +258,15 @@ def read_split(
             stacked[side][row] = pixels
         results[index] = []  # its memory is free again
     return ReadSplit(split, stacked.pop(size), left_out, stacked)
+
+
+def sides_in_memory(num_images: int, size: int, others: Iterable[int]) -> list[int]:
+    """``size``, then those of ``others``, the smallest first, whose pixels have room in ``MOST_BYTES`` too."""
+    sides = [size]
+    for side in sorted({*others} - {size}):
+        if 3 * num_images * sum(each**2 for each in (*sides, side)) <= MOST_BYTES:
+            sides.append(side)
+    return sides
 
 
 def read_preparation(weights: Path, stride: int, usual: Preparation | None = None) -> Preparation:

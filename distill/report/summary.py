@@ -18,7 +18,7 @@ from distill.engine.device import has_gpu
 from distill.errors import UserError
 from distill.evaluate.at_intervals import score_after
 from distill.evaluate.milestones import write_after
-from distill.evaluate.run import evaluate_run
+from distill.evaluate.run import KnownNetworks, evaluate_run
 from distill.evaluate.scoring import Wanted
 from distill.export.licences import RECORD
 from distill.job.origin import complete_cards, stored_licences
@@ -26,6 +26,7 @@ from distill.job.prepare import IMAGES, Job, read_job
 from distill.job.to_data import decoding_of
 from distill.listing.decode import Rgb, decode_rgb
 from distill.protocols.images import PICTURE_LIMIT_S, Preparation
+from distill.protocols.sharing import ALONE, Sharing
 from distill.protocols.tasks import USUAL
 from distill.recipe.inputs import DataSpec
 from distill.recipe.keys import FamilyRecipe
@@ -52,11 +53,18 @@ NUM_PHOTOGRAPHS = 4  # rows of the picture
 ALIVE_S = 10.0  # between two signs of life while a network is scored
 
 
-def finish(run_folder: Path, wanted: Wanted = Wanted(USUAL[1:])) -> dict[str, Any]:  # noqa: B008  # frozen
+def finish(
+    run_folder: Path,
+    wanted: Wanted = Wanted(USUAL[1:]),  # noqa: B008  # frozen
+    *,
+    device: torch.device | None = None,
+    sharing: Sharing = ALONE,
+) -> dict[str, Any]:
     """Scores teacher and students, draws ``features.png``, writes ``summary.json`` and the final status.
 
     A disk without room for the picture costs the picture, not the run. A student that was never
-    trained has no folder and no scores: its entry in the summary has 0 steps.
+    trained has no folder and no scores: its entry in the summary has 0 steps. ``device``: by default what the
+    recipe asks for. Collective over ``sharing``, whose other ranks call ``finish_on_rank``.
 
     Raises:
         UserError: the run has not finished.
@@ -66,12 +74,10 @@ def finish(run_folder: Path, wanted: Wanted = Wanted(USUAL[1:])) -> dict[str, An
     status = status_file.read()
     if status is None:
         raise _unfinished(f"{run_folder}: has no status, so it has not trained yet", job)
-    students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
-    entries = {s.label: _entry(run_folder, s.label, status) for s in students}
-
+    entries = _entries(run_folder, job, status)
     timing = read_times(run_folder)
     trained = timing.get(status.phases[-1].name)
-    specs = {s.label: s.backbone_spec() for s in students if entries[s.label]["steps"] != 0}
+    known = _known(job, entries)
     images = run_folder / "data" / IMAGES
     summary: dict[str, Any] = {
         "images": read_object(images) if images.is_file() else {},
@@ -82,26 +88,22 @@ def finish(run_folder: Path, wanted: Wanted = Wanted(USUAL[1:])) -> dict[str, An
         "phases_s": {name: entry["s"] for name, entry in timing.items()},
     }
     write_json(run_folder / "summary.json", summary)
-    device = torch.device("cuda" if has_gpu(job.recipe.engine.device) else "cpu")
-    teacher = job.teacher_paths[0]
-    data, background = job.recipe.data, decoding_of(job.recipe.data).background
-    usual = Preparation(job.recipe.input_size_of(TEACHER), data.mean, data.std, background)
+    device = device or torch.device("cuda" if has_gpu(job.recipe.engine.device) else "cpu")
     with _LiveStatus(status_file, status) as live:
         summary = evaluate_run(
             run_folder,
             live.show,
-            teacher_folder=teacher,
-            specs=specs,
-            usual=usual,
+            known=known,
             wanted=wanted,
             device=device,
+            sharing=sharing,
         )
         live.show("drawing features.png")
         messages = [*unfinished_students(summary), *_left_out(summary)]
         messages += write_after(run_folder, live.show)
         messages += score_after(run_folder, live.show)
-        messages += plot_pictures(job, specs, NUM_PHOTOGRAPHS)
-    messages += complete_cards(job, specs, summary)
+        messages += plot_pictures(job, known.specs, NUM_PHOTOGRAPHS)
+    messages += complete_cards(job, known.specs, summary)
     fates = {
         name: replace(network, state="parked") if entries.get(name, {}).get("parked") else network
         for name, network in status.networks.items()
@@ -109,6 +111,35 @@ def finish(run_folder: Path, wanted: Wanted = Wanted(USUAL[1:])) -> dict[str, An
     ended = replace(status, networks=fates, work_done=1.0, eta_s=0.0)
     status_file.write(write_ending(run_folder, summary, ended, messages))
     return summary
+
+
+def finish_on_rank(
+    run_folder: Path, wanted: Wanted, device: torch.device, sharing: Sharing
+) -> dict[str, Any]:
+    """As ``finish`` on the first rank; the others share its work, write nothing and return nothing."""
+    if sharing.is_first:
+        return finish(run_folder, wanted, device=device, sharing=sharing)
+    job, status = read_job(run_folder), StatusFile(run_folder).read()
+    if status is not None:
+        known = _known(job, _entries(run_folder, job, status))
+        evaluate_run(
+            run_folder, lambda _: None, known=known, wanted=wanted, device=device, sharing=sharing
+        )
+    return {}
+
+
+def _entries(run_folder: Path, job: Job, status: Status) -> dict[str, dict[str, Any]]:
+    """What is known of each student before it is scored."""
+    students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
+    return {s.label: _entry(run_folder, s.label, status) for s in students}
+
+
+def _known(job: Job, entries: Mapping[str, Mapping[str, Any]]) -> KnownNetworks:
+    students = job.recipe.students if isinstance(job.recipe, FamilyRecipe) else ()
+    specs = {s.label: s.backbone_spec() for s in students if entries[s.label]["steps"] != 0}
+    data, background = job.recipe.data, decoding_of(job.recipe.data).background
+    usual = Preparation(job.recipe.input_size_of(TEACHER), data.mean, data.std, background)
+    return KnownNetworks(job.teacher_paths[0], specs, usual)
 
 
 class _LiveStatus:
