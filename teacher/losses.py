@@ -113,7 +113,7 @@ def koleo_sum(
     """Sum over this rank's images of minus the log distance to the nearest other image of its KoLeo group.
 
     The global batch is cut into KoLeo groups of ``group_size`` consecutive positions (the last may
-    be smaller; a lone image adds nothing). ``start`` is the position of the first row here. The
+    be smaller; a lone image adds nothing, and so does a micro-batch without images). ``start`` is the position of the first row here. The
     nearest neighbour is chosen without gradient; the distance has gradients on both sides.
 
     fp32 (float64 stays). Communication: none when no KoLeo group is cut by a rank border (pass
@@ -128,6 +128,8 @@ def koleo_sum(
     if group is not None:
         everyone = _GatherRows.apply(features, start, images_global, group)  # type: ignore[no-untyped-call]
         first = 0
+    if not len(everyone):
+        return everyone.sum()  # argmax needs a column
     local = torch.arange(start, start + features.shape[0], device=features.device)
     others = torch.arange(first, first + everyone.shape[0], device=features.device)
     comparable = (local // group_size)[:, None] == (others // group_size)[None]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distill.data.crops import NUM_GLOBAL
 from distill.errors import CheckpointError
-from distill.plan.plan import Placement
+from distill.plan.slices import Placement
 from distill.recipe.keys import FamilyRecipe
 from distill.runfolder.saver import NONE_HELD, CheckpointPolicy, Saveable, Saver, States
 from distill.runfolder.status import RunState

@@ -11,7 +11,7 @@ from distill.bench.roofline import HOOK_S, LAUNCH_S, RATES, Hardware, Work, esti
 from distill.bench.trace import Counts
 from distill.plan.flops import DEVICES
 from distill.plan.from_recipe import TeacherShape, plan_family
-from distill.plan.plan import Placement, Plan
+from distill.plan.plan import Plan
 from distill.recipe.keys import FamilyRecipe
 
 MB, TERA = 1e6, 1e12
@@ -39,7 +39,7 @@ def step_report(request: StepRequest, say: Callable[[str], None]) -> dict[str, A
     say("counting the teacher")
     teacher = _row(trace_teacher(family), hardware)
     for student, placement in zip(recipe.students, plan.placements, strict=True):
-        images = largest_micro_batch(placement, recipe.engine.micro_batch)
+        images = placement.most_at_once
         say(f"counting {student.label}, {images} images at once")
         traced = trace_student(family, student, images, len(placement.slices))
         row, optimizer = _row(traced, hardware), traced.phases["optimizer"]
@@ -57,12 +57,6 @@ def step_report(request: StepRequest, say: Callable[[str], None]) -> dict[str, A
         "device": hardware.name,
         "assumptions": assumptions(hardware),
     }
-
-
-def largest_micro_batch(placement: Placement, limit: int | None) -> int:
-    """Images that a network takes at once on its fullest rank."""
-    parts = [part for rank in placement.world_ranks for part in placement.parts_of(rank, limit)]
-    return max(part.stop - part.start for part in parts)
 
 
 def assumptions(hardware: Hardware) -> list[str]:

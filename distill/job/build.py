@@ -22,7 +22,8 @@ from distill.listing.storage import Storage
 from distill.plan.by_step import PlanSchedule
 from distill.plan.crop_sizes import crop_schedule, teacher_grid, teacher_scale
 from distill.plan.from_recipe import Recipe
-from distill.plan.plan import Placement, Plan
+from distill.plan.plan import Plan
+from distill.plan.slices import Placement
 from distill.recipe.init_keys import InitSpec
 from distill.recipe.schedules import FamilyStageSpec, ObjectiveSpec
 from distill.train.exchange import AllGather, Slices
@@ -74,9 +75,8 @@ class PhaseContext:
 
     def parts_of(self, name: str) -> tuple[slice, ...]:
         """The micro-batches of a network's slice on this rank."""
-        limits = self.recipe.engine.micro_batch, self.rank_context.micro_batches.get(name)
-        micro_batch = min((limit for limit in limits if limit is not None), default=None)
-        return self.placement(name).parts_of(self.groups.world_rank, micro_batch)
+        limit = self.rank_context.micro_batches.get(name)
+        return self.placement(name).parts_of(self.groups.world_rank, limit)
 
 
 def objective_of(spec: ObjectiveSpec, gram: float = 0.0) -> Objective:

@@ -37,10 +37,10 @@ def run_locally(task: Task, num_ranks: int) -> Any:
     """
     with LocalRanks(choose_start_method("auto"), num_ranks) as ranks:
         ranks.start(_run_local_rank, task)
-        is_over = False
-        while not is_over:
-            is_over = not ranks.are_running
-            ranks.wait(0.0 if is_over else 1.0)
+        are_done = False
+        while not are_done:
+            are_done = not ranks.are_running
+            ranks.wait(0.0 if are_done else 1.0)
             for result in ranks.results.values():
                 if isinstance(result, UserError):
                     raise result

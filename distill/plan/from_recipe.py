@@ -5,6 +5,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TypeVar
 
 from distill.data.mask_counts import mean_masked
 from distill.plan.crop_sizes import crop_schedule, teacher_grid, teacher_scale
@@ -24,12 +26,16 @@ from distill.plan.memory import (
     Footprint,
     Student,
     Training,
+    fitting_bytes,
     fitting_footprint,
     footprint_of,
     head_parameters,
+    kept_bytes,
+    logit_bytes,
     row_bytes,
     wire_shape,
 )
+from distill.plan.micro_batches import AUTO, fitted, has_room, in_micro_batches
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import RANKS_PER_NODE, Plan, PlanOptions, make_plan, without
 from distill.plan.requirements import (
@@ -48,6 +54,7 @@ from teacher.shapes import HeadShape
 
 ONLINE = "teacher"  # the name of the pretrained network in metrics, checkpoints and plans
 Recipe = FamilyRecipe | TeacherRecipe
+RecipeT = TypeVar("RecipeT", FamilyRecipe, TeacherRecipe)
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,15 @@ def plan_fitting(
         HEADS_PHASE, device.seconds(fitting_tflops(shape.spec, shape.heads, shapes)), num_ranks
     )
     teach_s = device.teaching_s(teaching_tflops(shape.spec, shape.heads, shapes))
-    return make_plan([work], teach_s, recipe.schedule.batch, num_ranks)
+    plan = make_plan([work], teach_s, recipe.schedule.batch, num_ranks)
+    if recipe.engine.micro_batch != AUTO:
+        return in_micro_batches(plan, recipe.engine.micro_batch)
+    saved_bytes = fitting_bytes(shape.spec, shape.heads, shapes)
+
+    def footprints(plans: Sequence[Plan]) -> list[Footprint]:
+        return [fitting_footprint_of(recipe, shape, each) for each in plans]
+
+    return fitted([plan], footprints, [{HEADS_PHASE: saved_bytes}], device.memory_gib)[0]
 
 
 def fitting_footprint_of(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Footprint:
@@ -136,9 +151,7 @@ def fitting_footprint_of(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) 
 def training_of(recipe: Recipe) -> Training:
     """What a recipe's engine does that memory depends on."""
     engine = recipe.engine
-    return Training(
-        engine.zero, engine.micro_batch, is_checkpointing=engine.activation_checkpointing
-    )
+    return Training(engine.zero, is_checkpointing=engine.activation_checkpointing)
 
 
 def on_nodes_of(recipe: Recipe, ranks_per_node: int | None) -> Recipe:
@@ -173,29 +186,71 @@ def plan_family(
 
 def _most_memory(recipe: FamilyRecipe, shape: TeacherShape, plans: Sequence[Plan]) -> float:
     """GiB of the fullest rank of any stage."""
+    return max(each.fullest.total for each in _footprints(recipe, shape, plans))
+
+
+def _footprints(
+    recipe: FamilyRecipe, shape: TeacherShape, plans: Sequence[Plan]
+) -> list[Footprint]:
+    """What each stage needs."""
     pairs = zip(recipe.parts, plans, strict=True)
-    return max(family_footprint(recipe, shape, plan, stage).fullest.total for stage, plan in pairs)
+    return [family_footprint(recipe, shape, plan, stage) for stage, plan in pairs]
 
 
 def _plan_stages(
     recipe: FamilyRecipe, shape: TeacherShape, num_ranks: int, device: Device, *, is_sharded: bool
 ) -> tuple[Plan, ...]:
     """The plans of all stages; a student's engine adds up as many micro-batches in each."""
+    if recipe.engine.micro_batch == AUTO:
+        plans = _plan_stages(in_slices(recipe), shape, num_ranks, device, is_sharded=is_sharded)
+        if has_room(_footprints(recipe, shape, plans), device.memory_gib):
+            return plans
     first, *others = recipe.parts
     placed = _plan_family(recipe, shape, num_ranks, device, first, is_sharded=is_sharded)
-    plans, micro_batch = [placed], recipe.engine.micro_batch
+    found = [placed]
     for stage in others:
         plan = _plan_family(
             recipe, shape, num_ranks, device, stage, is_sharded=is_sharded, placed=placed
         )
         for each, before in zip(plan.placements, placed.placements, strict=True):
-            parts, first_parts = (
-                len(one.parts_of(one.first_rank, micro_batch)) for one in (each, before)
-            )
-            what = f"{parts} micro-batches a step of {each.name}"
-            require_as_many_parts(recipe, what, (parts, first_parts), (stage.name, first.name))
-        plans.append(plan)
-    return tuple(plans)
+            what = f"{each.num_parts} micro-batches a step of {each.name}"
+            counts = each.num_parts, before.num_parts
+            require_as_many_parts(recipe, what, counts, (stage.name, first.name))
+        found.append(plan)
+    if recipe.engine.micro_batch != AUTO:
+        return tuple(found)
+    image_bytes = [_image_bytes(recipe, shape, stage) for stage in recipe.parts]
+    footprints = partial(_footprints, recipe, shape)
+    return fitted(found, footprints, image_bytes, device.memory_gib, _uncut(recipe))
+
+
+def in_slices(recipe: RecipeT) -> RecipeT:
+    """The recipe with slices at once, which need not be full KoLeo groups."""
+    engine = recipe.engine.model_copy(update={"micro_batch": None})
+    return recipe.model_copy(update={"engine": engine})
+
+
+def _uncut(recipe: FamilyRecipe) -> set[str]:
+    """Students whose KoLeo groups are not cut: BatchNorm normalises them, and ZeRO 3 gathers weights in one order only."""
+    return {
+        student.label
+        for student in recipe.students
+        if recipe.engine.zero == 3 or student.backbone_spec().has_batch_norm
+    }
+
+
+def _image_bytes(
+    recipe: FamilyRecipe, shape: TeacherShape, stage: FamilyStageSpec
+) -> dict[str, float]:
+    """What an image takes in memory while each student trains on it, at the largest crops of a stage."""
+    kinds = [crops for _, crops, _ in kinds_of(recipe, stage, shape.spec)]
+    return {
+        student.name: max(
+            kept_bytes(student, crops) + (logit_bytes(crops) if shape.heads else 0.0)
+            for crops in kinds
+        )
+        for student in _students(recipe, shape)
+    }
 
 
 def _plan_family(
@@ -230,6 +285,7 @@ def _plan_family(
             ranks_per_node=recipe.engine.ranks_per_node or RANKS_PER_NODE,
         ),
     )
+    plan = in_micro_batches(plan, recipe.engine.micro_batch)
     if recipe.objective.koleo and shape.heads is not None:
         require_full_groups(recipe, plan)
     for placement in plan.placements:
@@ -294,6 +350,16 @@ def _footprint_at(
     recipe: FamilyRecipe, shape: TeacherShape, plan: Plan, crops: CropShapes
 ) -> Footprint:
     grid_hw = teacher_grid(recipe, shape.spec, crops.global_size)
+    students = _students(recipe, shape)
+    patches = grid_hw[0] * grid_hw[1]
+    has_stats = recipe.data.has_source_stats
+    wire = wire_shape(crops, shape.heads, shape.spec.width, patches, has_pixel_stats=has_stats)
+    training = replace(training_of(recipe), lookahead=recipe.engine.lookahead)
+    return footprint_of(plan, students, shape.spec, shape.heads, crops, training, wire)
+
+
+def _students(recipe: FamilyRecipe, shape: TeacherShape) -> list[Student]:
+    """What memory knows of each student, with its heads."""
     students = []
     for student in recipe.students:
         spec = student.backbone_spec()
@@ -306,11 +372,7 @@ def _footprint_at(
             extra, of_rows = head_parameters(heads), row_bytes(heads)
         parameters = spec.parameters + extra
         students.append(Student(student.label, spec, parameters, of_rows, student.crop_scale))
-    patches = grid_hw[0] * grid_hw[1]
-    has_stats = recipe.data.has_source_stats
-    wire = wire_shape(crops, shape.heads, shape.spec.width, patches, has_pixel_stats=has_stats)
-    training = replace(training_of(recipe), lookahead=recipe.engine.lookahead)
-    return footprint_of(plan, students, shape.spec, shape.heads, crops, training, wire)
+    return students
 
 
 def later_plans(recipe: FamilyRecipe, plan: Plan) -> tuple[tuple[int, Plan], ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.plan.flops import CropShapes, Heads
-from distill.plan.plan import Placement, Plan, run_lengths
+from distill.plan.plan import Plan, run_lengths
 from distill.plan.traffic import WireShape, gathered_bytes, slice_bytes
 from students.shapes import BackboneSpec
 from teacher.shapes import PROTOTYPES_AT_ONCE, ViTSpec
@@ -65,14 +65,12 @@ class Training:
 
     Args:
         zero_stage: what is sharded over a group.
-        micro_batch: images at once; None for a slice at once.
         survival: part of the rows that pass through a block.
         is_checkpointing: of each block only the input is kept.
         lookahead: steps that the teacher works ahead, whose batches wait.
     """
 
     zero_stage: int
-    micro_batch: int | None
     survival: float = 1.0
     is_checkpointing: bool = False
     lookahead: int = 0
@@ -221,10 +219,9 @@ def _student_bytes(
     parts = np.zeros((plan.num_ranks, len(STUDENT_PARTS)))
     for student, placement in zip(students, plan.placements, strict=True):
         group, count = len(placement.slices), student.parameters
-        per_image = activation_bytes(student.spec, crops.scaled(student.crop_scale))
-        per_image += kept_by_rows(student.row_bytes, crops)
+        per_image = kept_bytes(student, crops)
         for rank in placement.world_ranks:
-            images = largest_part(placement, rank, training)
+            images = placement.images_at_once(rank)
             logits = images * logit_bytes(crops) if has_heads else 0.0
             is_added_up = images < len(placement.slice_of(rank))
             parts[rank, :4] += (
@@ -238,10 +235,10 @@ def _student_bytes(
     return parts
 
 
-def largest_part(placement: Placement, world_rank: int, training: Training) -> int:
-    """Images of the largest micro-batch of a rank's slice."""
-    parts = placement.parts_of(world_rank, training.micro_batch)
-    return max(part.stop - part.start for part in parts)
+def kept_bytes(student: Student, crops: CropShapes) -> float:
+    """What the backward pass of a student keeps of an image, logits aside."""
+    inside = activation_bytes(student.spec, crops.scaled(student.crop_scale))
+    return inside + kept_by_rows(student.row_bytes, crops)
 
 
 def pretraining_footprint(
@@ -285,11 +282,17 @@ def fitting_footprint(
 ) -> Footprint:
     """Memory of every rank while heads are learned on a frozen backbone, which keeps nothing but the block at work. Nothing travels."""
     backbone, count = spec.parameters, head_parameters(heads)
-    saved_bytes = activation_bytes(spec, crops) / spec.equal_blocks
-    saved_bytes += kept_by_rows(row_bytes(heads), crops)
+    of_logits = logit_bytes(crops)
+    saved_bytes = fitting_bytes(spec, heads, crops) - of_logits
     # the EMA of the heads teaches
     counts = _Counts(teaching=backbone + count, computing=count, trained=count)
-    return _footprint_alone(plan, counts, training, saved_bytes, logit_bytes(crops))
+    return _footprint_alone(plan, counts, training, saved_bytes, of_logits)
+
+
+def fitting_bytes(spec: BackboneSpec, heads: Heads, crops: CropShapes) -> float:
+    """What an image takes in memory while heads are learned on a frozen backbone: the block at work, rows and logits."""
+    inside = activation_bytes(spec, crops) / spec.equal_blocks
+    return inside + kept_by_rows(row_bytes(heads), crops) + logit_bytes(crops)
 
 
 @dataclass(frozen=True)
@@ -309,7 +312,7 @@ def _footprint_alone(
     trained = counts.trained
     memory = []
     for rank in placement.world_ranks:
-        images = largest_part(placement, rank, training)
+        images = placement.images_at_once(rank)
         is_added_up = images < len(placement.slice_of(rank))
         stage = training.zero_stage
         gradients = gradient_bytes(trained, num_ranks, stage, is_added_up=is_added_up)

@@ -28,56 +28,12 @@ from numpy.typing import NDArray
 from distill.errors import PlanError
 from distill.plan.placement import GlobalBatch, NetworkCost, place_networks
 from distill.plan.shares import SLACK, fill_exactly, fill_shares, merge_ranges, split_evenly
-from teacher.shapes import KOLEO_GROUP
+from distill.plan.slices import Placement
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples modulo one spread evenly from the start
 LEAST_SHARE = 0.05  # images per step of a rank that has computed targets before
 RANKS_PER_NODE = 8  # where neither recipe nor launcher say: GPUs of the usual server
 SHARDED_NOTE = "the teacher is sharded over all ranks (ZeRO-3), so shares are even"
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where one network trains: contiguous ranks, each with its slice of the global batch."""
-
-    name: str
-    first_rank: int
-    slices: tuple[range, ...]
-
-    @property
-    def world_ranks(self) -> range:
-        """The world ranks that train this network."""
-        return range(self.first_rank, self.first_rank + len(self.slices))
-
-    def slice_of(self, world_rank: int) -> range:
-        """The positions that one of its ranks trains on."""
-        assert world_rank in self.world_ranks, (
-            f"{self.name} trains on ranks {[*self.world_ranks]}, not on rank {world_rank}"
-        )
-        return self.slices[world_rank - self.first_rank]
-
-    def parts_of(self, world_rank: int, micro_batch: int | None) -> tuple[slice, ...]:
-        """A rank's slice cut into as many micro-batches as the largest slice needs, by numbers within the slice.
-
-        Full KoLeo groups where the slice is, unless a micro-batch is smaller than one.
-        """
-        local = self.slice_of(world_rank)
-        count = 1 if micro_batch is None else -(-self.largest_slice // micro_batch)
-        in_groups = local.start % KOLEO_GROUP == 0 == len(local) % KOLEO_GROUP
-        is_small = micro_batch is not None and micro_batch < KOLEO_GROUP
-        unit = KOLEO_GROUP if in_groups and not is_small else 1
-        borders = [unit * (len(local) // unit * part // count) for part in range(count + 1)]
-        return tuple(slice(start, stop) for start, stop in pairwise(borders))
-
-    @cached_property
-    def largest_slice(self) -> int:
-        """Images of the rank that trains on most."""
-        return max(map(len, self.slices))
-
-    @property
-    def koleo_is_local(self) -> bool:
-        """No KoLeo group is cut by a slice border."""
-        return all(part.start % KOLEO_GROUP == 0 for part in self.slices)
 
 
 @dataclass(frozen=True)
@@ -215,6 +171,7 @@ class Plan:
                 p.name: [p.world_ranks.start, p.world_ranks.stop] for p in self.placements
             },
             "slices": {p.name: run_lengths([len(s) for s in p.slices]) for p in self.placements},
+            "micro_batches": {p.name: p.num_parts for p in self.placements},
             "shares": run_lengths([round(share, 4) for share in self.mean_shares]),
             "utilisation": self.utilisation,
             "utilisation_even_barrier": self.utilisation_even_barrier,

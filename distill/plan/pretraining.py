@@ -1,6 +1,6 @@
 """A stage of pretraining to a plan and what it needs: one network on all ranks, which teaches itself."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from distill.plan.flops import (
@@ -13,11 +13,13 @@ from distill.plan.flops import (
 )
 from distill.plan.from_recipe import (
     ONLINE,
+    in_slices,
     kinds_of,
     shape_of_recipe,
     training_of,
 )
-from distill.plan.memory import Footprint, pretraining_footprint
+from distill.plan.memory import GIB, Footprint, pretraining_footprint
+from distill.plan.micro_batches import AUTO, fitted, has_room, in_micro_batches
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, PlanOptions, make_plan
 from distill.plan.requirements import require_as_many_parts, require_full_groups
@@ -30,6 +32,39 @@ def plan_stage(
     recipe: TeacherRecipe, stage: StageSpec, num_ranks: int, device: Device = DEFAULT_DEVICE
 ) -> Plan:
     """One network on all ranks, which teaches itself; seconds are means over the stage's sizes of crops."""
+    first = recipe.stages[0]
+    if recipe.engine.micro_batch == AUTO:
+        plans = _fitted_stages(recipe, num_ranks, device)
+        return plans[recipe.stages.index(stage)]
+    plan, before = (_plan_alone(recipe, each, num_ranks, device) for each in (stage, first))
+    (each,), (of_first,) = plan.placements, before.placements
+    what, counts = f"{each.num_parts} micro-batches a step", (each.num_parts, of_first.num_parts)
+    require_as_many_parts(recipe, what, counts, (stage.name, first.name))
+    return plan
+
+
+def _fitted_stages(recipe: TeacherRecipe, num_ranks: int, device: Device) -> tuple[Plan, ...]:
+    """The plans of all stages with as few micro-batches as fit, as many in each."""
+
+    def footprints(plans: Sequence[Plan]) -> list[Footprint]:
+        pairs = zip(recipe.stages, plans, strict=True)
+        return [stage_footprint(recipe, stage, plan) for stage, plan in pairs]
+
+    uncut = in_slices(recipe)
+    plans = [_plan_alone(uncut, stage, num_ranks, device) for stage in recipe.stages]
+    if has_room(footprints(plans), device.memory_gib):
+        return tuple(plans)
+    plans = [_plan_alone(recipe, stage, num_ranks, device) for stage in recipe.stages]
+    image_bytes = [
+        {ONLINE: (memory.activations + memory.logits) * GIB / plan.placements[0].most_at_once}
+        for memory, plan in zip([each.fullest for each in footprints(plans)], plans, strict=True)
+    ]
+    bound = [ONLINE] if recipe.engine.zero == 3 else []
+    return fitted(plans, footprints, image_bytes, device.memory_gib, bound)
+
+
+def _plan_alone(recipe: TeacherRecipe, stage: StageSpec, num_ranks: int, device: Device) -> Plan:
+    """A stage by itself."""
     shape = shape_of_recipe(recipe)
     assert shape.heads is not None, "a pretrained teacher has heads"
     train_s = teach_s = 0.0
@@ -46,17 +81,9 @@ def plan_stage(
     batch = recipe.at_stage(stage).schedule.batch
     works = [NetworkCost(ONLINE, train_s, num_ranks)]
     plan = make_plan(works, teach_s, batch, num_ranks, PlanOptions(has_full_groups=in_groups))
+    plan = in_micro_batches(plan, recipe.engine.micro_batch)
     require_full_groups(recipe, plan)
-    first = recipe.at_stage(recipe.stages[0]).schedule.batch
-    parts, first_parts = (_num_parts(recipe, images, num_ranks) for images in (batch, first))
-    what, names = f"{parts} micro-batches a step", (stage.name, recipe.stages[0].name)
-    require_as_many_parts(recipe, what, (parts, first_parts), names)
     return plan
-
-
-def _num_parts(recipe: TeacherRecipe, images_global: int, num_ranks: int) -> int:
-    micro_batch = recipe.engine.micro_batch
-    return 1 if micro_batch is None else -(-images_global // (num_ranks * micro_batch))
 
 
 def stage_shapes(

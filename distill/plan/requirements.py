@@ -1,7 +1,8 @@
 """What a plan must be to the networks that it places: groups of images that are not cut, and grids of patches that meet."""
 
 from distill.errors import PlanError
-from distill.plan.plan import Placement, Plan
+from distill.plan.plan import Plan
+from distill.plan.slices import Placement
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import StudentSpec
 from students.shapes import BackboneSpec
@@ -17,8 +18,10 @@ def require_full_groups(recipe: Recipe, plan: Plan) -> None:
         PlanError: names the network and batches that work.
     """
     micro_batch = recipe.engine.micro_batch
+    if micro_batch is None or isinstance(micro_batch, str):
+        return
     for placement in plan.placements:
-        parts = [placement.parts_of(rank, micro_batch) for rank in placement.world_ranks]
+        parts = [placement.parts_of(rank) for rank in placement.world_ranks]
         in_groups = placement.koleo_is_local and all(
             part.start % KOLEO_GROUP == 0 for each in parts for part in each
         )
@@ -42,14 +45,14 @@ def require_as_many_parts(
     if parts[0] != parts[1]:
         raise PlanError(
             f"engine.micro_batch = {recipe.engine.micro_batch}: {what} in stage {stages[0]}, {parts[1]} in {stages[1]}",
-            fix="Choose batches or a micro_batch that give as many in all stages, or leave micro_batch out.",
+            fix="Choose batches or a micro_batch that give as many in all stages, or `micro_batch: auto`.",
         )
 
 
 def require_uncut_groups(recipe: FamilyRecipe, placement: Placement) -> None:
     """BatchNorm normalises groups of images, which neither ranks nor micro-batches may cut."""
-    micro_batch, num_ranks = recipe.engine.micro_batch, len(placement.slices)
-    parts = [placement.parts_of(rank, micro_batch) for rank in placement.world_ranks]
+    num_ranks = len(placement.slices)
+    parts = [placement.parts_of(rank) for rank in placement.world_ranks]
     starts = [each.start for each in placement.slices] + [p.start for each in parts for p in each]
     if any(start % KOLEO_GROUP for start in starts):
         raise PlanError(

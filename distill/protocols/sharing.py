@@ -50,13 +50,13 @@ class Sharing:
         dist.all_gather_object(values, value)
         return values
 
-    def filled(self, own: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-        """All ``num_rows`` rows, of which this rank has ``own`` at the positions ``rows``. Collective: an all-reduce."""
-        whole = own.new_zeros(num_rows, *own.shape[1:])
-        whole[rows] = own
+    def filled(self, values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+        """All ``num_rows`` rows, of which this rank has the ``values`` at ``rows``. Collective: an all-reduce."""
+        everyone = values.new_zeros(num_rows, *values.shape[1:])
+        everyone[rows] = values
         if self.num_ranks > 1:
-            dist.all_reduce(whole)
-        return whole
+            dist.all_reduce(everyone)
+        return everyone
 
 
 ALONE = Sharing()
@@ -77,14 +77,14 @@ def read_shared(
         UserError: as ``read_split``.
     """
     sides = sides_in_memory(len(split.locations), size, others)
-    own = list(range(sharing.rank, len(split.locations), sharing.num_ranks))
-    part = Scored([split.locations[image] for image in own], split.labels[own])
+    local = list(range(sharing.rank, len(split.locations), sharing.num_ranks))
+    part = Scored([split.locations[image] for image in local], split.labels[local])
     read = read_split(part, size, background, sides, pictures=pictures)
     if sharing.num_ranks == 1:
         return read
     bad = {each.sample for each in read.left_out}
-    found = [image for image in own if str(split.locations[image]) not in bad]
-    named = [(i, str(split.locations[i])) for i in own if i not in {*found}]
+    found = [image for image in local if str(split.locations[image]) not in bad]
+    named = [(i, str(split.locations[i])) for i in local if i not in {*found}]
     reasons = {each.sample: each.reason for each in read.left_out}
     gathered = sharing.gathered((found, [(i, LeftOut(name, reasons[name])) for i, name in named]))
     good = sorted(image for images, _ in gathered for image in images)
@@ -93,9 +93,9 @@ def read_shared(
         sharing.filled(each, rows, len(good)) for each in (read.pixels, *read.others.values())
     )
     left_out = sorted((each for _, names in gathered for each in names), key=lambda each: each[0])
-    kept = Scored([split.locations[image] for image in good], split.labels[good])
+    decoded = Scored([split.locations[image] for image in good], split.labels[good])
     others_read = dict(zip(read.others, more, strict=True))
-    return ReadSplit(kept, pixels, tuple(each for _, each in left_out), others_read)
+    return ReadSplit(decoded, pixels, tuple(each for _, each in left_out), others_read)
 
 
 def extract_shared(

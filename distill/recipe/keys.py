@@ -10,7 +10,7 @@ torch, so that the command line starts fast.
 from collections.abc import Sequence
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import Strict
+from pydantic import Field, Strict
 
 from distill.recipe.extension_keys import Extensions, Of, extensions_key
 from distill.recipe.inputs import CropsSpec, DataSpec, MasksSpec
@@ -80,13 +80,11 @@ class EngineSpec(Section):
             "where it fits."
         ),
     )
-    micro_batch: int | None = machine(
+    micro_batch: Annotated[int, Field(ge=16, multiple_of=16)] | Literal["auto"] | None = machine(
         None,
-        ge=16,
-        multiple_of=16,
         description=(
             "Images that a trained network takes at once, in KoLeo groups of 16. Null means all "
-            "of a rank's slice."
+            "of a rank's slice; `auto` as many as memory holds, network by network."
         ),
     )
     lookahead: int = machine(

@@ -92,7 +92,9 @@ def plan_tables(job: "JobPlan", device: "Device") -> list[Table]:
         title=f"{job.name}: {plan.num_ranks} ranks, {plan.images_global} images a step, {busy}",
         title_justify="left",
     )
-    for column in ("network", "ranks", "images per rank", "seconds per rank", "GiB at most"):
+    columns = ["network", "ranks", "images per rank", "seconds per rank", "GiB at most"]
+    is_cut = any(placement.num_parts > 1 for placement in plan.placements)
+    for column in columns[:3] + ["at once"] * is_cut + columns[3:]:
         table.add_column(column)
 
     def gib(ranks: range) -> str:
@@ -102,12 +104,14 @@ def plan_tables(job: "JobPlan", device: "Device") -> list[Table]:
         ranks = placement.world_ranks
         shown = str(ranks.start) if len(ranks) == 1 else f"{ranks.start}-{ranks.stop - 1}"
         seconds = image_s * placement.largest_slice
-        row = placement.name, shown, _sizes(placement.slices), f"{seconds:.3g}"
-        table.add_row(*row, gib(ranks))
+        at_once = [str(placement.most_at_once)] * is_cut
+        sizes = _sizes(placement.slices)
+        table.add_row(placement.name, shown, sizes, *at_once, f"{seconds:.3g}", gib(ranks))
     low, high = (plan.teach_s * each(plan.mean_shares) for each in (min, max))
     spread = f"{low:.3g} to {high:.3g}" if high > low else f"{low:.3g}"
-    row = "teaching", f"0-{plan.num_ranks - 1}", _shares(plan), spread
-    table.add_row(*row, gib(range(plan.num_ranks)))
+    everyone = range(plan.num_ranks)
+    shown = f"0-{plan.num_ranks - 1}"
+    table.add_row("teaching", shown, _shares(plan), *[""] * is_cut, spread, gib(everyone))
     if plan.notes:
         table.caption, table.caption_justify = "; ".join(plan.notes), "left"
     facts = Table(show_header=False, box=None, padding=(0, 2))

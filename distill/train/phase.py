@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.plan.by_step import PlanSchedule
-from distill.plan.plan import Placement, Plan
+from distill.plan.plan import Plan
+from distill.plan.slices import Placement
 from distill.runfolder.saver import NONE_HELD, Saveable, States
 from distill.train.exchange import Exchange
 from distill.train.masking import DrawnMasks

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distill.engine.engine import Engine, StateSnapshot
-from distill.plan.plan import Placement
+from distill.plan.slices import Placement
 from distill.train.schedule import StepNumbers
 from students.batch_norm import RunningStatistics
 from teacher.batch import StudentBatch

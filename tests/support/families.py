@@ -55,7 +55,7 @@ def some(crops: CropBatch, images: slice) -> CropBatch:
     )
 
 
-def batch_of(step: int, side: int = 16) -> tuple[CropBatch, Tensor]:
+def batch_of(step: int, side: int = 16, images: int = IMAGES) -> tuple[CropBatch, Tensor]:
     """The whole global batch of a step, the same on every rank; ``side``: pixels of global crops."""
     generator = torch.Generator().manual_seed(100 + step)
 
@@ -63,12 +63,12 @@ def batch_of(step: int, side: int = 16) -> tuple[CropBatch, Tensor]:
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
     pixel_stats = 0.3 + 0.4 * torch.rand(
-        IMAGES, 2, 3, generator=generator
+        images, 2, 3, generator=generator
     )  # as if from many sources
     sides = (side, side), (side // 2, side // 2)
-    globals_, locals_ = (draw(IMAGES, 2, 3, *hw) for hw in sides)
+    globals_, locals_ = (draw(images, 2, 3, *hw) for hw in sides)
     crops = CropBatch(globals_, locals_, pixel_stats=pixel_stats)
-    return crops, torch.rand(IMAGES, 2, 4, generator=generator) < 0.3
+    return crops, torch.rand(images, 2, 4, generator=generator) < 0.3
 
 
 def take(tensor: Tensor, parts: tuple[range, ...]) -> Tensor:
@@ -77,7 +77,7 @@ def take(tensor: Tensor, parts: tuple[range, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Ways:
-    """How a family is trained, apart from what it learns; ``ends``: students that finish early; ``has_norms``: students have BatchNorm; ``crop_scale``: all networks see larger crops at this part of their size."""
+    """How a family is trained, apart from what it learns; ``ends``: students that finish early; ``has_norms``: students have BatchNorm; ``crop_scale``: all networks see larger crops at this part of their size; ``images``: of a batch."""
 
     has_heads: bool = True
     lookahead: int = 0
@@ -87,6 +87,7 @@ class Ways:
     ends: tuple[tuple[str, int], ...] = ()
     has_norms: bool = False
     crop_scale: float = 1.0
+    images: int = IMAGES
 
     @property
     def side(self) -> int:
@@ -166,8 +167,10 @@ class Loader:
         self._plan_schedule, self._rank, self._side = plan_schedule, rank, side
 
     def fetch(self, step: int) -> CropBatch:
-        share = self._plan_schedule.at(step).share(self._rank, step)
-        return some(batch_of(step, self._side)[0], slice(share.start, share.stop))
+        plan = self._plan_schedule.at(step)
+        share = plan.share(self._rank, step)
+        batch, _ = batch_of(step, self._side, plan.images_global)
+        return some(batch, slice(share.start, share.stop))
 
     def make_room(self, max_images: int) -> None:
         """Any share fits."""
@@ -183,7 +186,8 @@ class Masks:
         self._plan_schedule, self._rank = plan_schedule, rank
 
     def draw(self, step: int) -> DrawnMasks:
-        plan, masks = self._plan_schedule.at(step), batch_of(step)[1]
+        plan = self._plan_schedule.at(step)
+        masks = batch_of(step, images=plan.images_global)[1]
         share = plan.share(self._rank, step)
         return DrawnMasks(
             PatchMasks.of(masks[share.start : share.stop]),

@@ -48,7 +48,7 @@ def test_plan__imports_no_torch() -> None:
     """Planning is arithmetic: nine students on 4,096 ranks in a second of one core."""
     code = (
         "import sys, distill.cli.app\n"
-        "words = ['plan', 'family_all', 'schedule.batch=8192', '--ranks', '4096', '--json', '--device', 'h100']\n"
+        "words = ['plan', 'family_all', 'schedule.batch=8192', 'stages=null', '--ranks', '4096', '--json', '--device', 'h100']\n"
         "try: distill.cli.app.main(words)\n"
         "except SystemExit as ended: assert not ended.code\n"
         "heavy = {'torch', 'deepspeed', 'nvidia', 'matplotlib', 'PIL'} & set(sys.modules)\n"

@@ -94,9 +94,9 @@ def mixed() -> tuple[str, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_bench__every_mode_and_a_save(precision: str, recipe: Path) -> None:
-    overrides = (f"engine.precision={precision}",)
+def test_bench__every_mode_and_a_save(recipe: Path) -> None:
+    """In fp32: a CPU without instructions for bf16 takes seven times as long, and what waits is the same."""
+    overrides = ("engine.precision=fp32",)
     on_ranks(2, run_bench, recipe, overrides, ("published", "saving"), timeout_s=TIMEOUT_S)
 
 

@@ -89,7 +89,11 @@ def test_read_split__signals_are_heard_while_a_picture_blocks(
     assert process.stdout is not None and process.stdout.readline() == "blocks\n"
     process.send_signal(signum)
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == -signum and printed == "", errors
+    assert printed == "" and errors.strip().endswith("KeyboardInterrupt") == (
+        signum == signal.SIGINT
+    )
+    # CPython forgets that a KeyboardInterrupt ended it where code compiled from text runs at its exit
+    assert process.returncode == -signum or (process.returncode, signum) == (1, signal.SIGINT)
 
 
 def test_run__gives_what_a_call_gives_or_raises() -> None:

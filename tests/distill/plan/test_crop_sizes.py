@@ -26,8 +26,8 @@ def family(*overrides: str) -> FamilyRecipe:
 def test_plan__a_teacher_at_half_of_doubled_crops_costs_what_it_cost() -> None:
     """Only crops grow on the wire; masked patches and their targets stay those of 256 px."""
     halved = [f"students.{i}.crop_scale=0.5" for i in range(5)]
-    before = family("crops={global: 256, local: 112}")
-    after = family(*DOUBLED, *halved)
+    before = family("crops={global: 256, local: 112}", "engine.micro_batch=16")
+    after = family(*DOUBLED, *halved, "engine.micro_batch=16")
     shape = teacher_shape(before, None, has_files=False)
     plans = [plan_family(each, shape, 8, H100) for each in (before, after)]
     assert plans[0].teach_s == plans[1].teach_s
@@ -135,8 +135,8 @@ def test_train__at_several_sizes_gives_the_same_bits_on_two_and_three_ranks(tmp_
     words += [f"students.{index}.crop_scale=0.5" for index in range(2)]
     first = run(recipe, tmp_path / "two", *words, "teacher.crop_scale=0.5")
     source = f"teacher={{weights: {first / 'teacher'}, crop_scale: 0.5}}"
-    for name, more in {"three": "engine.processes=3", "ahead": "engine.lookahead=2"}.items():
-        assert differing(run(recipe, tmp_path / name, *words, source, more), first) == []
+    other = "engine.processes=3", "engine.lookahead=2"
+    assert differing(run(recipe, tmp_path / "three", *words, source, *other), first) == []
     source = f"teacher={{weights: {first / 'teacher'}, crop_scale: 0.25}}"
     ended = run_distill("check", str(recipe), *words, source)
     assert (

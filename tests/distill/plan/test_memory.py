@@ -45,14 +45,15 @@ def test_require_fit__offers_smaller_micro_batches_first() -> None:
 
 
 def test_require_fit__then_more_ranks_then_nothing() -> None:
-    error = refused(family(), 8, replace(H100, memory_gib=40.0))
+    grouped = family("engine.micro_batch=16")
+    error = refused(grouped, 8, replace(H100, memory_gib=40.0))
     assert error.fix.startswith("engine.micro_batch=16 on ")
-    error = refused(family(), 8, replace(H100, memory_gib=8.0))
+    error = refused(grouped, 8, replace(H100, memory_gib=8.0))
     assert error.fix.startswith("No number of ranks tried makes room")
 
 
 def test_plan_family__a_teacher_that_does_not_fit_is_sharded() -> None:
-    recipe = family()
+    recipe = family("engine.micro_batch=16")
     shape = teacher_shape(recipe, None, has_files=False)
     whole = plan_family(recipe, shape, 8, H100)
     assert not whole.is_teacher_sharded
@@ -64,7 +65,7 @@ def test_plan_family__a_teacher_that_does_not_fit_is_sharded() -> None:
         - family_footprint(recipe, shape, sharded).fullest.teacher
     )
     assert saved == pytest.approx(6.716e9 * 2 / 2**30 * (1 - 1 / 8 - 2 / 40), rel=0.01)
-    forced = family("engine.teacher_sharding=replicated")
+    forced = family("engine.micro_batch=16", "engine.teacher_sharding=replicated")
     assert not plan_family(forced, shape, 8, device).is_teacher_sharded
 
 

@@ -109,14 +109,6 @@ def test_without__the_others_stay_and_teaching_fills_the_gap(
         )
 
 
-def test_parts_of__whole_koleo_groups_and_as_many_on_every_rank() -> None:
-    plan = make_plan([NetworkCost("a", 1.0)], 1.0, 16 * 2 * 5, 2)
-    (placement,) = plan.placements
-    assert placement.parts_of(1, None) == (slice(0, 80),)
-    parts = placement.parts_of(1, 32)
-    assert parts == (slice(0, 16), slice(16, 48), slice(48, 80))
-
-
 def test_shares__over_many_steps_are_the_exact_ones() -> None:
     plan = make_plan(
         [NetworkCost("a", 3.0), NetworkCost("b", 1.3)], 1.7, 100, 5, PlanOptions(lookahead=1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from distill.plan.plan import Placement
+from distill.plan.slices import Placement
 from teacher.batch import Delivery, PatchMasks, student_batch
 from tests.support.tiny import crops, masks, teacher
 

@@ -64,7 +64,7 @@ def assert_close_students(one: Path, other: Path) -> None:
 
 @pytest.mark.slow
 def test_train__the_next_start_places_by_what_this_one_measured(tmp_path: Path) -> None:
-    recipe = write_recipes(tmp_path, stage_steps=20, steps=60, save_every=8)
+    recipe = write_recipes(tmp_path, stage_steps=10, steps=40, save_every=8)
     words = ["engine.balance=4", "engine.processes=3", "engine.placed_by=measured"]
     first = run_distill("train", str(recipe), "--out", str(tmp_path / "out"), *words)
     assert first.returncode == 0, first.stdout + first.stderr

@@ -84,7 +84,7 @@ def predicted_bytes(phase: Phase, ways: Ways) -> int:
         return phase.num_steps * gathered_bytes(phase.plan, ways.wire)
     per_step = []
     for step in range(phase.num_steps):
-        per_image = batch_of(step)[1].sum(dim=(1, 2)).numpy()
+        per_image = batch_of(step, images=ways.images)[1].sum(dim=(1, 2)).numpy()
         sent = slice_bytes(phase.plan_schedule.at(step), step, ways.wire, per_image)
         per_step.append(sent[phase.world_rank])
     return sum(per_step)
@@ -103,10 +103,11 @@ def train_family(
     plan = make_plan(
         works,
         1.0,
-        IMAGES,
+        ways.images,
         dist.get_world_size(),
         PlanOptions(
             lookahead=ways.lookahead,
+            has_full_groups=ways.micro_batch is not None,
             has_even_shares=ways.is_published,
             is_teacher_sharded=ways.is_sharded,
         ),
@@ -281,6 +282,19 @@ def test_family__micro_batches_add_up_to_the_whole_slice(
     ways = Ways(has_heads, micro_batch=16)
     results = on_ranks(num_ranks, train_family, FAMILY, 4, zero, "fp32", None, ways)
     for name in "abc":
+        assert merged(results, "losses", name) == pytest.approx(whole["losses"][name], rel=2e-6)
+        for key, tensor in merged(results, "ema", name).items():
+            torch.testing.assert_close(tensor, whole["ema"][name][key], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("zero", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_family__a_rank_with_a_group_less_has_an_empty_micro_batch(zero: int) -> None:
+    """Slices of 16 and 32 images in two micro-batches: as many gradients are added up on every rank of a student."""
+    uneven = [replace(work, ranks=2) for work in FAMILY[1:]]
+    whole = on_ranks(1, train_family, FAMILY[1:], 3, 1, "fp32", None, Ways(images=48))[0]
+    ways = Ways(images=48, micro_batch=16)
+    results = on_ranks(2, train_family, uneven, 3, zero, "fp32", None, ways)
+    for name in "bc":
         assert merged(results, "losses", name) == pytest.approx(whole["losses"][name], rel=2e-6)
         for key, tensor in merged(results, "ema", name).items():
             torch.testing.assert_close(tensor, whole["ema"][name][key], rtol=0, atol=2e-5)
