@@ -15,8 +15,14 @@ DINO and iBOT are one function: cross-entropy between a student's softmax over p
 mixture of assignments. It walks over the prototypes in chunks with a running log-sum-exp and
 recomputes the chunk in the backward pass, so memory is [rows, chunk] and never [rows, prototypes]
 (six matrix products instead of four; exact).
+
+What is done with one chunk is a function of tensors alone (``ChunkSteps``), so that a compiler can take
+it: memory stays that of a chunk, and no number of a step is a constant of the code it makes. Compiled
+steps get few shapes: rows of the cross-entropy are padded by ones that weigh nothing, and in Sinkhorn the last
+rows, which are no full chunk, are worked on as written.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,9 +62,108 @@ class SoftAssignment:
 
     def columns(self, start: int, stop: int) -> Float[Tensor, "rows columns"]:
         """``p[:, start:stop]``, in the dtype of the log factors (fp32, or float64 in tests)."""
-        logits = self.bottleneck @ self.prototypes[start:stop].T
-        logits = logits.to(self.log_rows.dtype).mul_(1.0 / self.temperature)
-        return logits.add_(self.log_rows[:, None]).add_(self.log_columns[start:stop]).exp_()
+        return _assigned(self.factors(start, stop, self.sharpness()))
+
+    def sharpness(self) -> Float[Tensor, ""]:
+        """1 / temperature, where the factors are."""
+        return self.log_rows.new_full((), 1.0 / self.temperature)
+
+    def factors(self, start: int, stop: int, sharpness: Float[Tensor, ""]) -> "Factors":
+        """What ``p[:, start:stop]`` is made of: views."""
+        prototypes, log_columns = self.prototypes[start:stop], self.log_columns[start:stop]
+        return self.bottleneck, prototypes, self.log_rows, log_columns, sharpness
+
+
+Factors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+Sums = tuple[Tensor, Tensor, Tensor, Tensor]  # of each row so far: peak, total, mass, dot
+
+
+def _assigned(factors: Factors) -> Tensor:
+    bottleneck, prototypes, log_rows, log_columns, sharpness = factors
+    logits = (bottleneck @ prototypes.T).to(log_rows.dtype).mul_(sharpness)
+    return logits.add_(log_rows[:, None]).add_(log_columns).exp_()
+
+
+def _balance_columns(
+    bottleneck: Tensor,
+    prototypes: Tensor,
+    log_columns: Tensor | None,
+    sharpness: Tensor,
+    sums: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One chunk of rows in one iteration of Sinkhorn: their log factors, and peak and total of each column so far."""
+    peak, total = sums
+    logits = (bottleneck @ prototypes.T).to(peak.dtype).mul_(sharpness)
+    log_rows = logits.new_zeros(len(logits))
+    if log_columns is not None:
+        log_rows = -torch.logsumexp(logits + log_columns, dim=1)
+    logits.add_(log_rows[:, None])
+    new_peak = torch.maximum(peak, logits.amax(dim=0))
+    total = total * (peak - new_peak).exp() + logits.sub_(new_peak).exp_().sum(dim=0)
+    return log_rows, new_peak, total
+
+
+def _balance_rows(
+    bottleneck: Tensor, prototypes: Tensor, log_columns: Tensor, sharpness: Tensor
+) -> Tensor:
+    """The log factors of one chunk of rows."""
+    logits = (bottleneck @ prototypes.T).to(log_columns.dtype).mul_(sharpness)
+    return -torch.logsumexp(logits + log_columns, dim=1)
+
+
+def _add_to_sums(
+    student: Tensor, prototypes: Tensor, factors: Factors, mixture: Tensor, sums: Sums
+) -> Sums:
+    """One chunk of prototypes in the forward pass of the cross-entropy."""
+    peak, total, mass, dot = sums
+    logits, target = _logits_and_target(student, prototypes, factors, mixture)
+    mass = mass + target.sum(dim=-1)
+    dot = dot + (target * logits).sum(dim=-1)
+    new_peak = torch.maximum(peak, logits.amax(dim=-1))
+    chunk_total = logits.sub_(new_peak[..., None]).exp_().sum(dim=-1)
+    return new_peak, total * (peak - new_peak).exp() + chunk_total, mass, dot
+
+
+def _differentiate(
+    student: Tensor,
+    prototypes: Tensor,
+    factors: Factors,
+    mixture: Tensor,
+    rows: tuple[Tensor, Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """One chunk of prototypes in the backward pass: its part of the student's gradient, and the gradient of the prototypes. ``rows``: log of the total, mass and factor of each row."""
+    log_total, mass, scale = rows
+    logits, target = _logits_and_target(student, prototypes, factors, mixture)
+    softmax = logits.sub_(log_total[..., None]).exp_()
+    grad_logits = softmax.mul_(mass[..., None]).sub_(target).mul_(scale).to(student.dtype)
+    return grad_logits @ prototypes, grad_logits.flatten(0, 1).T @ student.flatten(0, 1)
+
+
+def _logits_and_target(
+    student: Tensor, prototypes: Tensor, factors: Factors, mixture: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Student logits and mixed targets, both [crops, rows, chunk], for one chunk of prototypes."""
+    dtype = factors[2].dtype
+    logits = (student @ prototypes.T).to(dtype).mul_(1.0 / STUDENT_TEMPERATURE)
+    per_target = _assigned(factors).view(mixture.shape[1], student.shape[1], prototypes.shape[0])
+    return logits, torch.einsum("ct,tnk->cnk", mixture.to(dtype), per_target)
+
+
+@dataclass(frozen=True)
+class ChunkSteps:
+    """What is done with one chunk of logits, as written above or as a compiler made it: two steps of Sinkhorn, two of the cross-entropy."""
+
+    balance_columns: Callable[..., tuple[Tensor, Tensor, Tensor]] = _balance_columns
+    balance_rows: Callable[..., Tensor] = _balance_rows
+    add_to_sums: Callable[..., Sums] = _add_to_sums
+    differentiate: Callable[..., tuple[Tensor, Tensor]] = _differentiate
+
+    def for_rows(self, count: int) -> "ChunkSteps":
+        """The steps of Sinkhorn for a chunk of so many rows."""
+        return self if count == ROWS_AT_ONCE else AS_WRITTEN
+
+
+AS_WRITTEN = ChunkSteps()
 
 
 @torch.no_grad()
@@ -67,6 +172,7 @@ def sinkhorn(
     prototypes: Float[Tensor, "prototypes bottleneck"],
     temperature: float,
     group: dist.ProcessGroup | None = None,
+    steps: ChunkSteps = AS_WRITTEN,
 ) -> SoftAssignment:
     """SoftAssignment of all rows of the group to the prototypes, each prototype used equally often.
 
@@ -82,24 +188,25 @@ def sinkhorn(
     """
     dtype = torch.float64 if bottleneck.dtype == torch.float64 else torch.float32
     log_rows = torch.zeros(bottleneck.shape[0], dtype=dtype, device=bottleneck.device)
-    log_columns = torch.zeros(prototypes.shape[0], dtype=dtype, device=bottleneck.device)
+    log_columns = log_rows.new_zeros(prototypes.shape[0])
+    sharpness = log_rows.new_full((), 1.0 / temperature)
+    chunks = [
+        slice(start, start + ROWS_AT_ONCE) for start in range(0, bottleneck.shape[0], ROWS_AT_ONCE)
+    ]
     for iteration in range(ITERATIONS):
         peak = torch.full_like(log_columns, -torch.inf)
         total = torch.zeros_like(log_columns)
-        for start in range(0, bottleneck.shape[0], ROWS_AT_ONCE):
-            chunk = slice(start, start + ROWS_AT_ONCE)
-            logits = (bottleneck[chunk] @ prototypes.T).to(dtype).mul_(1.0 / temperature)
-            if iteration > 0:
-                log_rows[chunk] = -torch.logsumexp(logits + log_columns, dim=1)
-            logits.add_(log_rows[chunk, None])
-            new_peak = torch.maximum(peak, logits.amax(dim=0))
-            total = total * (peak - new_peak).exp() + logits.sub_(new_peak).exp_().sum(dim=0)
-            peak = new_peak
+        before = log_columns if iteration else None
+        for chunk in chunks:
+            rows = bottleneck[chunk]
+            log_rows[chunk], peak, total = steps.for_rows(len(rows)).balance_columns(
+                rows, prototypes, before, sharpness, (peak, total)
+            )
         log_columns = -_log_total_over_group(peak, total, group)
-    for start in range(0, bottleneck.shape[0], ROWS_AT_ONCE):
-        chunk = slice(start, start + ROWS_AT_ONCE)
-        logits = (bottleneck[chunk] @ prototypes.T).to(dtype).mul_(1.0 / temperature)
-        log_rows[chunk] = -torch.logsumexp(logits + log_columns, dim=1)
+    for chunk in chunks:
+        rows = bottleneck[chunk]
+        balance = steps.for_rows(len(rows)).balance_rows
+        log_rows[chunk] = balance(rows, prototypes, log_columns, sharpness)
     return SoftAssignment(bottleneck, prototypes, log_rows, log_columns, temperature)
 
 
@@ -131,24 +238,18 @@ class PrototypeCrossEntropy(torch.autograd.Function):
         assignment: SoftAssignment,
         mixture: Float[Tensor, "crops targets"],
         weights: Float[Tensor, " rows"],
+        steps: ChunkSteps,
     ) -> Float[Tensor, ""]:
-        num_crops, num_rows = student.shape[:2]
-        dtype = assignment.log_rows.dtype
-        peak = student.new_full((num_crops, num_rows), -torch.inf, dtype=dtype)
-        total = student.new_zeros((num_crops, num_rows), dtype=dtype)
-        mass = torch.zeros_like(total)
-        dot = torch.zeros_like(total)
-        for start in range(0, prototypes.shape[0], PROTOTYPES_AT_ONCE):
-            logits, target = _chunk(student, prototypes, assignment, mixture, start)
-            mass += target.sum(dim=-1)
-            dot += (target * logits).sum(dim=-1)
-            new_peak = torch.maximum(peak, logits.amax(dim=-1))
-            chunk_total = logits.sub_(new_peak[..., None]).exp_().sum(dim=-1)
-            total = total * (peak - new_peak).exp() + chunk_total
-            peak = new_peak
+        dtype, sharpness = assignment.log_rows.dtype, assignment.sharpness()
+        zeros = student.new_zeros(3, *student.shape[:2], dtype=dtype)
+        sums = torch.full_like(zeros[0], -torch.inf), zeros[0], zeros[1], zeros[2]
+        for start, stop in _chunks(prototypes):
+            factors = assignment.factors(start, stop, sharpness)
+            sums = steps.add_to_sums(student, prototypes[start:stop], factors, mixture, sums)
+        peak, total, mass, dot = sums
         log_total = peak + total.log()
         ctx.save_for_backward(student, prototypes, mixture, weights, log_total, mass)
-        ctx.assignment = assignment
+        ctx.assignment, ctx.steps = assignment, steps
         return (weights * (mass * log_total - dot)).sum()
 
     @staticmethod
@@ -158,32 +259,40 @@ class PrototypeCrossEntropy(torch.autograd.Function):
         scale = (weights * grad / STUDENT_TEMPERATURE)[None, :, None]
         grad_student = torch.zeros(student.shape, dtype=log_total.dtype, device=student.device)
         grad_prototypes = torch.empty_like(prototypes)
-        for start in range(0, prototypes.shape[0], PROTOTYPES_AT_ONCE):
-            chunk = slice(start, start + PROTOTYPES_AT_ONCE)
-            logits, target = _chunk(student, prototypes, ctx.assignment, mixture, start)
-            softmax = logits.sub_(log_total[..., None]).exp_()
-            grad_logits = softmax.mul_(mass[..., None]).sub_(target).mul_(scale).to(student.dtype)
-            grad_student += grad_logits @ prototypes[chunk]
-            grad_prototypes[chunk] = grad_logits.flatten(0, 1).T @ student.flatten(0, 1)
-        return grad_student.to(student.dtype), grad_prototypes, None, None, None
+        assignment, sharpness = ctx.assignment, ctx.assignment.sharpness()
+        for start, stop in _chunks(prototypes):
+            factors = assignment.factors(start, stop, sharpness)
+            rows = log_total, mass, scale
+            part, grad_prototypes[start:stop] = ctx.steps.differentiate(
+                student, prototypes[start:stop], factors, mixture, rows
+            )
+            grad_student += part
+        return grad_student.to(student.dtype), grad_prototypes, None, None, None, None
 
 
-def _chunk(
-    student: Float[Tensor, "crops rows bottleneck"],
-    prototypes: Float[Tensor, "prototypes bottleneck"],
-    assignment: SoftAssignment,
-    mixture: Float[Tensor, "crops targets"],
-    start: int,
-) -> tuple[Tensor, Tensor]:
-    """Student logits and mixed targets, both [crops, rows, chunk], for one chunk of prototypes."""
-    stop = min(start + PROTOTYPES_AT_ONCE, prototypes.shape[0])
-    dtype = assignment.log_rows.dtype
-    logits = (student @ prototypes[start:stop].T).to(dtype).mul_(1.0 / STUDENT_TEMPERATURE)
-    columns = assignment.columns(start, stop)
-    num_targets = mixture.shape[1]
-    per_target = columns.view(num_targets, student.shape[1], stop - start)
-    target = torch.einsum("ct,tnk->cnk", mixture.to(dtype), per_target)
-    return logits, target
+def _chunks(prototypes: Tensor) -> list[tuple[int, int]]:
+    count, most = prototypes.shape[0], PROTOTYPES_AT_ONCE
+    return [(start, min(start + most, count)) for start in range(0, count, most)]
+
+
+def _padded(
+    student: Tensor, assignment: SoftAssignment, weights: Tensor
+) -> tuple[Tensor, SoftAssignment, Tensor]:
+    """The rows, and up to an eighth more that have no target and no weight: eight counts from one power of two to the next."""
+    count = student.shape[1]
+    step = max(1, 2 ** (count.bit_length() - 1) // 8)
+    missing = -count % step
+    if not missing:
+        return student, assignment, weights
+    num_targets = assignment.log_rows.shape[0] // count
+    bottleneck = F.pad(assignment.bottleneck.unflatten(0, (num_targets, count)), (0, 0, 0, missing))
+    log_rows = assignment.log_rows.unflatten(0, (num_targets, count))
+    padded = replace(
+        assignment,
+        bottleneck=bottleneck.flatten(0, 1),
+        log_rows=F.pad(log_rows, (0, missing), value=-torch.inf).flatten(0, 1),
+    )
+    return F.pad(student, (0, 0, 0, missing)), padded, F.pad(weights, (0, missing))
 
 
 def cross_entropy(
@@ -192,6 +301,7 @@ def cross_entropy(
     assignment: SoftAssignment,
     mixture: Float[Tensor, "crops targets"],
     weights: Float[Tensor, " rows"],
+    steps: ChunkSteps = AS_WRITTEN,
 ) -> Float[Tensor, ""]:
     """Weighted sum of cross-entropies between student crops and the teacher targets they are paired with.
 
@@ -204,8 +314,12 @@ def cross_entropy(
 
     Source: DINOv3 report, section 3.1; Caron et al. 2021, equation 3.
     """
+    if not student.shape[1]:
+        steps = AS_WRITTEN
+    if steps is not AS_WRITTEN:
+        student, assignment, weights = _padded(student, assignment, weights)
     loss: Tensor = PrototypeCrossEntropy.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        student, prototypes, assignment, mixture, weights
+        student, prototypes, assignment, mixture, weights, steps
     )
     return loss
 
@@ -219,6 +333,11 @@ class Prototypes(nn.Module):
     def __init__(self, shape: HeadShape) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(shape.prototypes, shape.bottleneck))
+        self.steps = AS_WRITTEN
+
+    def use_steps(self, steps: ChunkSteps) -> None:
+        """From now on a chunk of logits is worked on in this way."""
+        self.steps = steps
 
     def forward(
         self,
@@ -228,7 +347,7 @@ class Prototypes(nn.Module):
         weights: Float[Tensor, " rows"],
     ) -> Float[Tensor, ""]:
         """Weighted sum of cross-entropies to the assignment; see ``cross_entropy``."""
-        return cross_entropy(student, self.weight, assignment, mixture, weights)
+        return cross_entropy(student, self.weight, assignment, mixture, weights, self.steps)
 
 
 class Head(nn.Module):

@@ -44,6 +44,7 @@ FLAT = {"__init__.py", "__main__.py", "errors.py"}  # all that lies in distill/ 
 SETS_FROM_OUTSIDE = {
     "distill/cli/bench.py": "a table of rich",
     "distill/data/pack.py": "an entry of tarfile",
+    "distill/engine/compiled.py": "the forward function of a block, and limits of torch's compiler",
     "distill/engine/deepspeed_private.py": "DeepSpeed",
     "distill/engine/engine.py": "DeepSpeed and torch's fused optimizer",
     "distill/screen/panel.py": "a table of rich",

@@ -15,6 +15,8 @@ from torch import nn
 from distill.data.bad_samples import FILE as BAD_SAMPLES_FILE
 from distill.data.index import ImageIndex
 from distill.data.locations import Reader
+from distill.engine.compile_choice import Compiling, compiling
+from distill.engine.compiled import compile_parts, compile_trained
 from distill.engine.config import EngineSettings
 from distill.engine.engine import Engine
 from distill.job.to_data import build_feed, build_loader
@@ -145,13 +147,22 @@ def build_engine(
         freezes_backbone=init is not None and init.freeze_backbone > 0,
     )
     device = context.rank_context.device
+    if _compiling(context.recipe, device).trained:
+        is_first = context.placement(name).first_rank == groups.world_rank
+        compile_trained(
+            task.to(device), name, context.rank_context.run_folder if is_first else None
+        )
     return Engine(task.to(device), groups.by_network[name], groups.alone, settings)
+
+
+def _compiling(recipe: Recipe, device: torch.device) -> Compiling:
+    return compiling(recipe.engine.compile, device.type, recipe.engine.zero)
 
 
 def freeze(
     recipe: Recipe, device: torch.device, backbone: nn.Module, heads: tuple[Head, Head] | None
 ) -> FrozenTeacher:
-    """A teacher in the recipe's precision, on its device."""
+    """A teacher in the recipe's precision, on its device, compiled where the recipe wants that."""
     teacher = FrozenTeacher(
         backbone,
         *(heads or (None, None)),
@@ -160,6 +171,8 @@ def freeze(
         micro_images=recipe.engine.teacher_micro_batch,
         crop_scale=teacher_scale(recipe),
     )
+    if _compiling(recipe, device).frozen:
+        compile_parts(teacher)
     return teacher.to(device, compute_dtype(recipe))
 
 

@@ -35,7 +35,7 @@ from distill.listing.source_paths import source_path
 from distill.listing.sources import Lister, list_source
 from distill.plan.copies import lacking_memory
 from distill.plan.from_recipe import on_nodes_of
-from distill.plan.here import device_here, timed_on
+from distill.plan.here import device_here, timed_on, why_not_compiled
 from distill.plan.job import check_job, main_plan
 from distill.plan.teacher_source import describe_teacher, heads_file
 from distill.recipe.inputs import DataSpec, SourceSpec
@@ -210,7 +210,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     recipes, gone = with_fingerprints(recipes, None if fresh else run_folder, checksums)
     recipe, teacher_recipe = recipes
     plans = check_job(on_nodes_of(recipe, request.ranks_per_node), teacher_recipe, num_ranks)
-    starts = check_inits(recipes, gone)
+    eager, starts = why_not_compiled(recipes), check_inits(recipes, gone)
     _refuse_foreign_folder(run_folder)
     tiles = run_folder.parent / ".photographs"
     train, held_out, facts = _indices(recipe.data, tiles, say)
@@ -233,7 +233,7 @@ def prepare(request: JobRequest, *, num_ranks: int, fresh: bool, say: Callable[[
     refuse_another_teacher(job.teacher, resumed)
     lacking = lacking_memory(recipe, plans, num_ranks, request.ranks_per_node)
     resumes = [*describe_resume(job.networks, resumed), *describe_starts(starts, resumed)]
-    _say_all(say, (*describe_teacher(recipe), *resumes, *lacking))
+    _say_all(say, (*describe_teacher(recipe), *resumes, *lacking, *eager))
     stored: dict[str, Any] = {"request": asdict(request), "data_fingerprint": fingerprint}
     make_folder(run_folder.resolve())  # a link may lead to a folder that is not there yet
     marker = run_folder / "job.json"

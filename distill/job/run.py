@@ -31,10 +31,7 @@ from distill.engine.micro_batches import agreed_micro_batches
 from distill.engine.peer_copies import PeerCopies
 from distill.export.save import fingerprint, write_heads
 from distill.job.agreement import require_agreement
-from distill.job.build import (
-    PhaseContext,
-    RankContext,
-)
+from distill.job.build import PhaseContext, RankContext
 from distill.job.family import Family, load_teacher, shard_teacher
 from distill.job.prepare import CHECKPOINTS, FITTED_HEADS, Job
 from distill.job.pretraining import HeadFitting, Pretraining
@@ -48,13 +45,7 @@ from distill.plan.from_recipe import ONLINE, TeacherShape, plan_family, plan_fit
 from distill.plan.here import timed_as
 from distill.plan.pretraining import plan_stage
 from distill.plan.teacher_source import teacher_shape
-from distill.recipe.keys import (
-    HEADS_PHASE,
-    EngineSpec,
-    FamilyRecipe,
-    TeacherRecipe,
-    is_ours,
-)
+from distill.recipe.keys import HEADS_PHASE, EngineSpec, FamilyRecipe, TeacherRecipe, is_ours
 from distill.runfolder.events import Event, note
 from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.manifest import NetworkFacts
@@ -70,9 +61,8 @@ from distill.train.placing import agreed_costs, place_family
 from distill.train.recorder import Recorder, RecordPolicy
 from distill.weights.containers import read_again
 
-COLLECTIVE_TIMEOUT = timedelta(
-    minutes=10
-)  # longer than any save or first step here; a dead peer fails at once
+# longer than any save or first step here; a dead peer fails at once
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
 def work(

@@ -3,14 +3,16 @@
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from distill.engine.compile_choice import compiling
 from distill.plan.flops import DEFAULT_DEVICE, DEVICES, Device
+from distill.recipe.keys import Recipe
 
 THIS_CPU = "this CPU"
 DEVICES_FOLDER = Path("/dev")  # has nvidia0, nvidia1, ... where GPUs are handed to this process
@@ -44,6 +46,20 @@ def device_here(wanted: str, num_ranks: int) -> Device:
     if wanted == "cuda":
         return DEFAULT_DEVICE
     return Device(THIS_CPU, _cpu_rate() / num_ranks, _memory_gib() / num_ranks, CPU_EFFICIENCY)
+
+
+def why_not_compiled(recipes: Sequence[Recipe | None]) -> list[str]:
+    """A line where recipes compile less on this machine than one might expect.
+
+    Raises:
+        SetupError: one wants to compile, and this machine cannot.
+    """
+    engines = [recipe.engine for recipe in recipes if recipe is not None]
+    lines = []
+    for engine in engines:
+        device_type = "cuda" if engine.device != "cpu" and has_gpu_here() else "cpu"
+        lines.append(compiling(engine.compile, device_type, engine.zero).why_not)
+    return [line for line in dict.fromkeys(lines) if line]
 
 
 def estimate_basis(device: Device) -> str:

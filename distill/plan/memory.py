@@ -28,8 +28,8 @@ REDUCED_AT_ONCE = (
 )
 # Bytes in the bucket per gradient, and of the rank's shard: its bf16 gradients and their fp32 sum
 ONE_PART_BYTES, SEVERAL_PARTS_BYTES, STAGE_3_BYTES = (2, 6), (4, 4), (2, 4)
-# Per row and prototype of a chunk: logits and targets in fp32, those of the chunk before, and their makings
-LOGIT_BYTES = 22
+# Per row and prototype of a chunk: logits and targets in fp32, and their makings
+LOGIT_BYTES = 12
 PROJECTED_BYTES = (
     12  # per row and channel of a projected feature: in fp32, normalised, and its target normalised
 )

@@ -121,6 +121,14 @@ class EngineSpec(Section):
             "since they are slower; a CPU always does."
         ),
     )
+    compile: bool | Literal["auto"] = machine(
+        "auto",
+        since=3,
+        description=(
+            "Whether torch's compiler joins the operators of blocks and of the loss. `auto` does on a "
+            "GPU, with triton; a CPU needs `true` and a C++ compiler."
+        ),
+    )
     log_every: int = machine(
         10,
         ge=1,
@@ -167,6 +175,8 @@ class EngineSpec(Section):
 
 Tracker = Literal["jsonl", "tensorboard", "wandb", "mlflow", "trackio"]
 Log = Annotated[tuple[Tracker, ...], Strict(False)]
+FORMAT = "Number of the recipe format whose defaults hold. A recipe without it has format 1, so that an upgrade never changes what it means."
+SEED = "Seed of everything that is random: weights, order of images, crops, masks."
 LOG = "Trackers that get the metrics, each in a separate process. `metrics/NAME.jsonl`, which the default names, is always written."
 
 
@@ -174,18 +184,8 @@ class FamilyRecipe(Section):
     """Distils every student from one frozen teacher, in one job."""
 
     name: Name = machine(description="Name of the run's folder.")
-    format: Format = machine(
-        1,
-        description=(
-            "Number of the recipe format whose defaults hold. A recipe without it has format 1, "
-            "so that an upgrade never changes what it means."
-        ),
-    )
-    seed: int = science(
-        0,
-        ge=0,
-        description="Seed of everything that is random: weights, order of images, crops, masks.",
-    )
+    format: Format = machine(1, description=FORMAT)
+    seed: int = science(0, ge=0, description=SEED)
     teacher: TeacherSource = science(
         description="The frozen teacher: a recipe to train first, or its weights."
     )
@@ -255,18 +255,8 @@ class TeacherRecipe(Section):
     """Pretrains a teacher in stages."""
 
     name: Name = machine(description="Name of the run's folder.")
-    format: Format = machine(
-        1,
-        description=(
-            "Number of the recipe format whose defaults hold. A recipe without it has format 1, "
-            "so that an upgrade never changes what it means."
-        ),
-    )
-    seed: int = science(
-        0,
-        ge=0,
-        description="Seed of everything that is random: weights, order of images, crops, masks.",
-    )
+    format: Format = machine(1, description=FORMAT)
+    seed: int = science(0, ge=0, description=SEED)
     model: Model = science(
         description="The network to pretrain, a ViT; a bare text is an architecture."
     )

@@ -25,6 +25,7 @@ EventKind = Literal[
     "restarted",
     "storage",
     "not copied",
+    "not compiled",
     "placed",
 ]
 

@@ -45,6 +45,9 @@ PAUSE_S = (
 )
 SELDOM = frozenset({"starting", BETWEEN_PHASES, "post-step", "saving"})  # now and then very long
 WAITING = frozenset({"exchange", "agreeing"})  # activities that are nothing but waiting for others
+COMPILER = (
+    "torch/_dynamo/convert_frame.py"  # on the stack while a graph is compiled, never while it runs
+)
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 DEVICE_WAITS = ("torch/cuda/streams.py", "torch/cuda/__init__.py")  # where ``synchronize`` is
 # Functions of ours that wait for a device inside a call of C, which leaves no frame: what is copied has to be
@@ -198,8 +201,10 @@ class Heartbeat:
         """The record as it would be written now."""
         now = self._now
         count, longest = self._times.get((now.name, now.network), (0, 0.0))
-        frame, is_in_wait = _frame_of(sys._current_frames().get(self._main or 0))
-        is_known = count >= FIRST_TIMES and now.name not in SELDOM
+        stands = sys._current_frames().get(self._main or 0)
+        frame, is_in_wait = _frame_of(stands)
+        is_first = count < FIRST_TIMES or _is_compiling(stands)
+        is_known = not is_first and now.name not in SELDOM
         allowed_s = max(self._limit_s, SLOWER * longest) if is_known else FIRST_ALLOWED_S
         if now.name == "loading":
             allowed_s = max(allowed_s, LOADING_ALLOWED_S)
@@ -283,6 +288,15 @@ def _frame_of(frame: FrameType | None) -> tuple[str, bool]:
             return f"{where} in {code.co_name}", is_in_wait or code.co_qualname in COPIES
         frame = frame.f_back
     return innermost, is_in_wait
+
+
+def _is_compiling(frame: FrameType | None) -> bool:
+    """Whether a thread stands in torch's compiler: a shape is new, which may be at any step."""
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(COMPILER):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def record_path(folder: Path, world_rank: int) -> Path:

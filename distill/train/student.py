@@ -66,10 +66,11 @@ class SinkhornTargets:
     ) -> SoftAssignments:
         """SoftAssignments of the slice; the balance is over the full group."""
         class_features = batch.targets.class_features.transpose(0, 1).flatten(0, 1)
-        dino, ibot = self.dino_head.prototypes.weight, self.ibot_head.prototypes.weight
+        dino, ibot = self.dino_head.prototypes, self.ibot_head.prototypes
+        patch_features = batch.targets.patch_features
         return SoftAssignments(
-            sinkhorn(class_features, dino, temperature, group),
-            sinkhorn(batch.targets.patch_features, ibot, temperature, group),
+            sinkhorn(class_features, dino.weight, temperature, group, dino.steps),
+            sinkhorn(patch_features, ibot.weight, temperature, group, ibot.steps),
         )
 
     def state(self) -> dict[str, Tensor]:

@@ -2,11 +2,12 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from distill.errors import CheckpointError, DataError
+from distill.errors import CheckpointError, DataError, SetupError
 from distill.job import prepare as module
 from distill.job.prepare import JobRequest, prepare
 from distill.runfolder.lock import run_lock
@@ -141,3 +142,13 @@ def test_prepare__an_index_of_another_label_depth_is_refused(tmp_path: Path) -> 
                 prepare(request, num_ranks=1, fresh=True, say=lambda _: None)
         else:
             prepare(request, num_ranks=1, fresh=False, say=lambda _: None)
+
+
+def test_prepare__refuses_to_compile_trained_networks_under_zero_3(
+    request_of_link: JobRequest,
+) -> None:
+    overrides = ("engine.compile=true", "engine.zero=3")
+    request = replace(request_of_link, overrides=overrides)
+    with pytest.raises(SetupError, match=r"cannot be compiled with engine\.zero = 3"):
+        prepare(request, num_ranks=1, fresh=False, say=lambda _: None)
+    assert not Path(request.run_folder).exists(), "nothing is left"

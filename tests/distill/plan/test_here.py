@@ -10,7 +10,7 @@ from distill.listing.document import find_recipe
 from distill.plan import here
 from distill.plan.flops import DEFAULT_DEVICE, DEVICES
 from distill.plan.from_recipe import TeacherShape, head_shapes, heads_of_student
-from distill.plan.here import RATE, THIS_CPU, device_here, timed_as, timed_on
+from distill.plan.here import RATE, THIS_CPU, device_here, timed_as, timed_on, why_not_compiled
 from distill.plan.warnings import find_warnings
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.networks import FitSpec
@@ -41,6 +41,17 @@ def test_device_here__ranks_share_the_cpu(machine: Path) -> None:
     assert one.name == two.name == THIS_CPU
     assert (one.tflops_per_s, two.tflops_per_s) == (0.2, 0.1)
     assert two.memory_gib == pytest.approx(one.memory_gib / 2)
+
+
+def test_why_not_compiled__a_gpu_without_triton_gets_one_line(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    recipe = load_recipe(find_recipe("family_vit"))
+    assert why_not_compiled([recipe, None]) == []
+    add_gpu(machine, "NVIDIA H100 80GB HBM3")
+    (line,) = why_not_compiled([recipe, recipe])
+    assert line == "engine.compile: nothing is compiled, the package triton is not installed"
 
 
 @pytest.mark.parametrize(

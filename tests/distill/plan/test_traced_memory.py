@@ -60,7 +60,7 @@ def test_kept_by_rows__is_within_a_tenth_of_what_heads_keep() -> None:
 
 
 def test_logit_bytes__is_within_a_tenth_of_what_the_loss_holds_at_once() -> None:
-    """Above what it keeps for the backward pass; with three chunks of prototypes, as the chunk before is still there."""
+    """Above what it keeps for the backward pass; with three chunks of prototypes, of which the one before is gone."""
     images, heads = 4, (HeadShape(48, 8, 64, 12_288), HeadShape(48, 8, 64, 12_288))
     task = meta_task(CATALOG["vits16"], heads, torch.bfloat16)
     _, assignments = meta_batch(images, (256, 112), 8, MASKED, heads)
