@@ -94,8 +94,9 @@ def _balance_columns(
     """One chunk of rows in one iteration of Sinkhorn: their log factors, and peak and total of each column so far."""
     peak, total = sums
     logits = (bottleneck @ prototypes.T).to(peak.dtype).mul_(sharpness)
-    log_rows = logits.new_zeros(len(logits))
-    if log_columns is not None:
+    if log_columns is None:
+        log_rows = torch.zeros(bottleneck.shape[0], dtype=peak.dtype, device=peak.device)
+    else:
         log_rows = -torch.logsumexp(logits + log_columns, dim=1)
     logits.add_(log_rows[:, None])
     new_peak = torch.maximum(peak, logits.amax(dim=0))
