@@ -42,6 +42,7 @@ MOST_PARAMETERS = 7  # beside self; a command has one for each of its options
 FLAT = {"__init__.py", "__main__.py", "errors.py"}  # all that lies in distill/ itself
 # Files that set an attribute of another object, and whose it is
 SETS_FROM_OUTSIDE = {
+    "distill/bench/compiled_work.py": "a part of a network that is counted, and inductor's last step",
     "distill/cli/bench.py": "a table of rich",
     "distill/data/pack.py": "an entry of tarfile",
     "distill/engine/compiled.py": "the forward function of a block, and limits of torch's compiler",

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from distill.bench.trace import Counts, count
+from distill.bench.compiled_work import Compiler, Part, Parts
+from distill.bench.trace import Counts, Made, count
 from distill.engine.config import EngineSettings, parameter_groups
 from distill.job.build import compute_dtype, freeze, objective_of, task_options
 from distill.job.family import extra_terms
@@ -24,7 +25,7 @@ from distill.train.student import SinkhornTargets
 from students.objective import FeatureNormalizer, FeatureTask
 from students.student import build_empty
 from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets
-from teacher.heads import Head
+from teacher.heads import AS_WRITTEN, ChunkSteps, Head
 from teacher.shapes import HeadShape, scaled_size
 from teacher.task import DistillationTask, StepScalars, TaskOptions, see_crops
 
@@ -114,8 +115,8 @@ class FamilyWork:
         return StudentBatch(crops, masks, targets, self.grid_hw, 0, all_images)
 
 
-def trace_teacher(family: FamilyWork) -> Traced:
-    """The frozen teacher on one of its micro-batches."""
+def trace_teacher(family: FamilyWork, compiler: Compiler | None = None) -> Traced:
+    """The frozen teacher on one of its micro-batches; with a ``compiler``, its blocks compiled."""
     images, shape = family.recipe.engine.teacher_micro_batch, family.teacher
     backbone = build_empty(shape.spec.build, META, family.dtype)
     heads = None if shape.heads is None else _heads(shape.heads, family.dtype)
@@ -123,33 +124,57 @@ def trace_teacher(family: FamilyWork) -> Traced:
     crops, masks = family.crops(images), family.masks(images)
     size = scaled_size(family.recipe.crops.global_.size, teacher.crop_scale)
     pixels = torch.empty(2 * images, 3, size, size, dtype=family.dtype, device=META)
+    parts = Parts(teacher) if compiler else None
     with torch.no_grad():
         forward, _ = count(lambda: teacher.backbone(pixels))
+    blocks = parts.take() if parts else []
     full, _ = count(lambda: teacher.teach(crops, masks))
     phases = {"forward": forward, "heads": full.minus(forward)}
+    if compiler:
+        phases["forward"] = forward.plus(compiler.change(blocks).forward)
     parameters = list(teacher.parameters())
     total = sum(parameter.numel() for parameter in parameters)
     return Traced(shape.spec.width, images, total, 0, phases)
 
 
-def trace_student(family: FamilyWork, student: StudentSpec, images: int, group: int) -> Traced:
-    """A student on a micro-batch of ``images``, and its optimizer's step on one of ``group`` ranks."""
+def trace_student(
+    family: FamilyWork,
+    student: StudentSpec,
+    images: int,
+    group: int,
+    compiler: Compiler | None = None,
+) -> Traced:
+    """A student on a micro-batch of ``images``, and its optimizer's step on one of ``group`` ranks; with a ``compiler``, its blocks and the chunks of logits compiled."""
     task = _task(family, student).train()
+    parts = Parts(task) if compiler else None
+    steps = parts.steps() if parts else AS_WRITTEN
     batch, scalars = family.batch(images), StepScalars(objective_of(family.recipe.objective), 1, 1)
-    sinkhorn, targets = count(_targets(family, batch))
-    forward, _ = count(lambda: see_crops(task.backbone, batch, task.options, scalars))
-    full, losses = count(lambda: task(batch, targets, scalars))
-    backward, _ = count(losses.total.backward)
+    called: dict[str, list[Part]] = {}
+
+    def counted(phase: str, work: Callable[[], Made]) -> tuple[Counts, Made]:
+        found = count(work)
+        called[phase] = parts.take() if parts else []
+        return found
+
+    sinkhorn, targets = counted("sinkhorn", _targets(family, batch, steps))
+    forward, _ = counted("forward", lambda: see_crops(task.backbone, batch, task.options, scalars))
+    full, losses = counted("full", lambda: task(batch, targets, scalars))
+    backward, _ = counted("backward", losses.total.backward)
     optimizer, _ = count(partial(_optimise, _shards(family.recipe, task, group), family.dtype))
-    parameters = [each for each in task.parameters() if each.requires_grad]
-    phases = (forward, full.minus(forward), backward, sinkhorn, optimizer)
-    return Traced(
-        task.backbone.width,
-        images,
-        sum(each.numel() for each in parameters),
-        len(parameters),
-        dict(zip(PHASES, phases, strict=True)),
+    phases = dict(
+        zip(PHASES, (forward, full.minus(forward), backward, sinkhorn, optimizer), strict=True)
     )
+    if compiler:
+        blocks = compiler.change(called["forward"])
+        in_loss = [part for part in called["full"] if part.module is None]
+        phases["forward"] = forward.plus(blocks.forward)
+        phases["loss"] = phases["loss"].plus(compiler.change(in_loss).forward)
+        chunks = compiler.change(called["backward"]).forward
+        phases["backward"] = backward.plus(blocks.backward).plus(chunks)
+        phases["sinkhorn"] = sinkhorn.plus(compiler.change(called["sinkhorn"]).forward)
+    parameters = [each for each in task.parameters() if each.requires_grad]
+    total = sum(each.numel() for each in parameters)
+    return Traced(task.backbone.width, images, total, len(parameters), phases)
 
 
 def _heads(shapes: tuple[HeadShape, HeadShape], dtype: torch.dtype) -> tuple[Any, Any]:
@@ -174,13 +199,16 @@ def _task(family: FamilyWork, student: StudentSpec) -> Any:
     return DistillationTask(backbone, dino, ibot, options, None, 1, koleo_is_local=True)
 
 
-def _targets(family: FamilyWork, batch: StudentBatch) -> Callable[[], Any]:
+def _targets(family: FamilyWork, batch: StudentBatch, steps: ChunkSteps) -> Callable[[], Any]:
     """Makes what a student is compared with: of a micro-batch, where a job makes it of the slice at once."""
     builder: FeatureNormalizer | SinkhornTargets
     if family.teacher.heads is None:
         builder = FeatureNormalizer(family.teacher.spec.width, META)
     else:
-        builder = SinkhornTargets(*_heads(family.teacher.heads, family.dtype))
+        heads = _heads(family.teacher.heads, family.dtype)
+        for head in heads:
+            head.prototypes.use_steps(steps)
+        builder = SinkhornTargets(*heads)
     return partial(builder.build_targets, batch, TEMPERATURE, None)
 
 

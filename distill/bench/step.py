@@ -6,9 +6,12 @@ from typing import Any
 
 from rich.table import Table
 
+from distill.bench.compiled_work import Compiler
 from distill.bench.meta_work import PHASES, FamilyWork, Traced, trace_student, trace_teacher
 from distill.bench.roofline import HOOK_S, LAUNCH_S, RATES, Hardware, Work, estimate
 from distill.bench.trace import Counts
+from distill.engine.compile_choice import what_is_lacking
+from distill.errors import SetupError
 from distill.plan.flops import DEVICES
 from distill.plan.from_recipe import TeacherShape, plan_family
 from distill.plan.plan import Plan
@@ -25,23 +28,43 @@ class StepRequest:
     teacher: TeacherShape
     hardware: Hardware
     num_ranks: int
+    is_compiled: bool = False
 
 
 def step_report(request: StepRequest, say: Callable[[str], None]) -> dict[str, Any]:
     """The figures of every network, of the teacher and of a step, as plain data. ``say`` takes a line per network.
 
+    Of a compiled step ``as_written`` has the same figures without the compiler.
+
     Raises:
         PlanError: the family does not go onto these ranks.
+        SetupError: a compiled step is wanted, and there is no C++ compiler.
     """
+    if not request.is_compiled:
+        return _report(request, say, None)
+    lacking = what_is_lacking("cpu")
+    if lacking:
+        raise SetupError(
+            f"--compiled: {lacking}, and inductor asks it what this CPU has before it makes any code",
+            fix="Install one, or count the step as written, without --compiled.",
+        )
+    written = _report(request, say, None)
+    say("the same, compiled")
+    return {**_report(request, say, Compiler()), "as_written": written}
+
+
+def _report(
+    request: StepRequest, say: Callable[[str], None], compiler: Compiler | None
+) -> dict[str, Any]:
     recipe, hardware = request.recipe, request.hardware
     plan = plan_family(recipe, request.teacher, request.num_ranks, DEVICES[hardware.name])
     family, networks = FamilyWork(recipe, request.teacher), {}
     say("counting the teacher")
-    teacher = _row(trace_teacher(family), hardware)
+    teacher = _row(trace_teacher(family, compiler), hardware)
     for student, placement in zip(recipe.students, plan.placements, strict=True):
         images = placement.most_at_once
         say(f"counting {student.label}, {images} images at once")
-        traced = trace_student(family, student, images, len(placement.slices))
+        traced = trace_student(family, student, images, len(placement.slices), compiler)
         row, optimizer = _row(traced, hardware), traced.phases["optimizer"]
         row["phases"]["optimizer"] = _phase(optimizer, placement.largest_slice)
         seconds = optimizer.other_bytes / (hardware.other_tb_s * TERA)
@@ -55,15 +78,18 @@ def step_report(request: StepRequest, say: Callable[[str], None]) -> dict[str, A
         "image_s": {name: each["ms"] / 1e3 for name, each in networks.items()},
         "step": _step(plan, networks, teacher, per_image),
         "device": hardware.name,
-        "assumptions": assumptions(hardware),
+        "assumptions": assumptions(hardware, is_compiled=compiler is not None),
     }
 
 
-def assumptions(hardware: Hardware) -> list[str]:
+def assumptions(hardware: Hardware, *, is_compiled: bool) -> list[str]:
     """What the figures rest on, one sentence each."""
     rates = ", ".join(f"{hardware.rate(width):.0f} at width {width}" for width in RATES)
+    how = "counted on the meta device by operators, eager"
+    if is_compiled:
+        how = "blocks and chunks of logits by inductor's schedule for a CPU, the rest by operators, eager"
     return [
-        "Estimated: counted on the meta device by operators, eager; nothing ran on a GPU.",
+        f"Estimated: {how}; nothing ran on a GPU.",
         f"Products of {hardware.name} in TFLOP/s: {rates}.",
         f"Other kernels: {hardware.other_tb_s:.2f} TB/s; inputs and outputs of each go through memory.",
         f"The host takes {LAUNCH_S * 1e6:.0f} us a launch and {HOOK_S * 1e6:.0f} us a trained tensor and micro-batch.",
@@ -139,9 +165,15 @@ def _step(
 
 
 def step_tables(report: dict[str, Any]) -> list[Table]:
-    """The figures for people."""
+    """The figures for people; of a compiled step those as written first."""
+    if "as_written" not in report:
+        return _tables(report, "estimated")
+    return [*_tables(report["as_written"], "as written"), *_tables(report, "compiled")]
+
+
+def _tables(report: dict[str, Any], what: str) -> list[Table]:
     rows = {"teacher": report["teacher"], **report["networks"]}
-    table = Table(title=f"estimated for {report['device']}, per image", title_justify="left")
+    table = Table(title=f"{what} for {report['device']}, per image", title_justify="left")
     names = "", "images at once", "launches", "an image", "TF", "matmul MB", "other MB", "ms"
     for name in (*names, "bound by", "MFU"):
         table.add_column(name, justify="left" if name in ("", "bound by") else "right")
@@ -185,7 +217,14 @@ def _phase_table(rows: dict[str, dict[str, Any]]) -> Table:
 def step_lines(report: dict[str, Any]) -> list[str]:
     """What the tables do not say."""
     step = report["step"]
+    written = report.get("as_written")
+    compared = []
+    if written is not None:
+        compared.append(
+            f"compiled {report['ms_per_image']:.2f} ms an image in place of {written['ms_per_image']:.2f} ms as written"
+        )
     return [
+        *compared,
         f"a step of {step['batch']:,} images on {step['ranks']} ranks: {step['ms']:,.0f} ms on rank {step['slowest_rank']}, "
         f"{step['ms_in_balance']:,.0f} ms in perfect balance; the plan has {step['ms_planned']:,.0f} ms",
         *report["assumptions"],

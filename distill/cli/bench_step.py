@@ -30,6 +30,13 @@ def bench_step(
     ranks: Annotated[
         int, typer.Option("--ranks", min=1, help="Ranks of the step; 8 are a node.")
     ] = A_NODE,
+    compiled: Annotated[
+        bool,
+        typer.Option(
+            "--compiled",
+            help="Count the kernels that torch's compiler makes of blocks, loss and Sinkhorn (`engine.compile`), beside those as written. Needs a C++ compiler.",
+        ),
+    ] = False,
     allow: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
@@ -49,7 +56,8 @@ def bench_step(
 
     hardware = find_hardware(device)  # before files are read
     shape = teacher_shape(loaded, teacher, has_files=False)
-    report = step_report(StepRequest(loaded, shape, hardware, ranks), progress)
+    request = StepRequest(loaded, shape, hardware, ranks, compiled)
+    report = step_report(request, progress)
     if as_json:
         print_json(report)
         return

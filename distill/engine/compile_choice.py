@@ -35,7 +35,7 @@ def compiling(setting: Setting, device_type: str, zero_stage: int) -> Compiling:
     is_wanted = device_type == "cuda" if setting == "auto" else setting
     if not is_wanted or device_type == "meta":
         return Compiling()
-    lacking = _lacking(device_type)
+    lacking = what_is_lacking(device_type)
     if lacking and setting == "auto":
         return Compiling(why_not=f"engine.compile: nothing is compiled, {lacking}")
     if lacking:
@@ -53,8 +53,8 @@ def compiling(setting: Setting, device_type: str, zero_stage: int) -> Compiling:
     )
 
 
-def _lacking(device_type: str) -> str:
-    """What the compiler needs and this machine does not have; empty where it has all."""
+def what_is_lacking(device_type: str) -> str:
+    """Returns what the compiler needs and this machine does not have; empty where it has all."""
     names: tuple[str, ...] = (os.environ.get("CXX", "g++"),)
     if device_type == "cuda":
         if importlib.util.find_spec("triton") is None:
