@@ -1,6 +1,7 @@
 """``distill doctor``, ``check`` and ``plan``: what can be checked before anything is trained."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,10 +23,23 @@ from distill.cli.options import (
     say,
     with_data,
 )
+from distill.cli.simulate import (
+    AssumeOption,
+    DaysOption,
+    JitterOption,
+    MtbfOption,
+    SeedOption,
+    SimulateOption,
+    assumptions_of,
+    chances_of,
+    refuse_alone,
+    show_simulation,
+)
 from distill.errors import DataError, RecipeError
 from distill.screen.console import make_console
 
 if TYPE_CHECKING:
+    from distill.plan.flops import Device
     from distill.plan.job import JobPlan
     from distill.recipe.keys import Recipe, TeacherRecipe
 
@@ -126,6 +140,12 @@ def plan(
         ),
     ] = None,
     costs: CostsOption = None,
+    simulate: SimulateOption = False,
+    jitter: JitterOption = None,
+    mtbf: MtbfOption = None,
+    days: DaysOption = None,
+    seed: SeedOption = None,
+    assume: AssumeOption = None,
     allow: AllowCodeOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
@@ -135,6 +155,11 @@ def plan(
     A recipe that names its teacher's arch is planned before the weights are there.
     """
     allow_code(allow, recipe)
+    if simulate:
+        chances, guesses = chances_of(jitter, mtbf, days, seed), assumptions_of(assume or [])
+    else:
+        refuse_alone(jitter, mtbf, days, seed, assume)
+
     from distill.recipe.reader import load_job
 
     loaded, teacher = load_job(recipe, list(overrides or []))
@@ -142,28 +167,49 @@ def plan(
     from distill.plan.costs import read_costs
     from distill.plan.flops import find_device
     from distill.plan.from_recipe import on_nodes_of
-    from distill.plan.here import THIS_CPU, device_here, estimate_basis
-    from distill.plan.job import check_job, main_plan, require_fit
-    from distill.screen.tables import plan_tables
+    from distill.plan.here import device_here
+    from distill.plan.job import check_job
 
     num_ranks = count_ranks(loaded.engine.processes, ranks)
     assumed = find_device(device) if device else device_here(loaded.engine.device, num_ranks)
     if costs is not None:
         assumed = replace(assumed, costs=read_costs(Path(costs)))
     placed = loaded if ranks is not None else on_nodes_of(loaded, num_ranks)  # this machine's
+    if simulate:
+        show_simulation((placed, teacher), num_ranks, assumed, chances, guesses, as_json=as_json)
+        return
     plans = check_job(placed, teacher, num_ranks, assumed, has_files=False)
+    _show_plans(plans, assumed, as_json=as_json)
+    _judge_fit(plans, (loaded, teacher), assumed)
+
+
+def _show_plans(plans: "Sequence[JobPlan]", assumed: "Device", *, as_json: bool) -> None:
+    """The plans of all parts as tables, or that of the main part as JSON."""
+    from distill.plan.here import THIS_CPU, estimate_basis
+    from distill.plan.job import main_plan
+    from distill.screen.tables import plan_tables
+
     if as_json:
         basis = estimate_basis(assumed)
         print_json({**main_plan(plans).to_json(), "device": assumed.name, "estimate": basis})
-    else:
-        for each in plans:
-            for table in plan_tables(each, assumed):
-                make_console().print(table)
-        other = "; for GPUs: --device h100" if assumed.name == THIS_CPU else ""
-        say(f"for {assumed.name}{other}")
+        return
+    for each in plans:
+        for table in plan_tables(each, assumed):
+            make_console().print(table)
+    other = "; for GPUs: --device h100" if assumed.name == THIS_CPU else ""
+    say(f"for {assumed.name}{other}")
+
+
+def _judge_fit(
+    plans: "Sequence[JobPlan]", recipes: "tuple[Recipe, TeacherRecipe | None]", assumed: "Device"
+) -> None:
+    """Refuses plans that do not fit; warns of them on this CPU, where GiB are those of a GPU."""
+    from distill.plan.here import THIS_CPU
+    from distill.plan.job import require_fit
+
     for job in plans:
         if assumed.name != THIS_CPU:
-            require_fit(job, loaded, teacher, assumed)
+            require_fit(job, *recipes, assumed)
         elif (
             needed := job.footprint.fullest
         ).total > assumed.memory_gib:  # --device cpu refuses it

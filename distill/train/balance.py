@@ -41,73 +41,32 @@ class BalanceListener:
     costs: Callable[[Costs], None]
 
 
-class Balancer:
-    """Re-plans the shares of one phase; the same calls on every rank."""
+class MeasuredShares:
+    """New shares from the seconds of every rank; the same on every rank, without communication. A simulation follows the same ones."""
 
     def __init__(
-        self,
-        plan_schedule: PlanSchedule,
-        group: dist.ProcessGroup,
-        loader: _Room,
-        clocks: tuple[Stopwatch, Mapping[str, Stopwatch]],
-        *,
-        lookahead: int,
-        every: int,
-        listener: BalanceListener,
+        self, plan_schedule: PlanSchedule, lookahead: int, every: int, listener: BalanceListener
     ) -> None:
-        """``group``: of the world, for CPU tensors. ``clocks``: of teaching, and of each student on this rank by its name."""
-        self._plan_schedule, self._rank = plan_schedule, dist.get_rank(group)
-        self._num_ranks = dist.get_world_size(group)
-        self._delayed_reduce = DelayedAllReduce(group, lookahead)
-        self._loader, self._teaching, self._training = loader, *clocks
+        self._plan_schedule, self._every, self._listener = plan_schedule, every, listener
         self._names = [placement.name for placement in plan_schedule.at(0).placements]
-        self._every = every
         self._delay = lookahead + STEPS_AHEAD + MARGIN
-        self._listener, self._is_measured = listener, False
+        self._is_measured = False
         self._known_slow: set[int] = set()
         self._known_s: dict[int, float] = {}
-        self._last_step = -1
-        self._last: Sequence[float] = ()
 
-    def after_step(self, step: int) -> None:
-        """Counts a finished step of the phase; at the interval, measures, and re-plans once all seconds have arrived.
+    def follow(
+        self, step: int, started_at: int, everyone: Sequence[Sequence[float]]
+    ) -> Plan | None:
+        """The plan that is put in force at a later step; None where shares stay.
 
-        Communication: one delayed_reduce over the world per interval.
+        Args:
+            step: finished steps of the phase.
+            started_at: the step at which the seconds were handed in.
+            everyone: of every rank, seconds per teacher image and of each network per step.
         """
-        if self._last_step < 0:  # the first step loads libraries and finds algorithms: not counted
-            self._last_step, self._last = step, self._read()
-        if self._delayed_reduce.is_due(step):
-            self._replan(step, self._delayed_reduce.result().tolist())
-        if step - self._last_step < self._every or self._delayed_reduce.due_step is not None:
-            return
-        now = self._read()
-        images, teach_s, *train_s = (
-            after - before for after, before in zip(now, self._last, strict=True)
-        )
-        steps = step - self._last_step
-        local = (teach_s / images if images else 0.0, *(each / steps for each in train_s))
-        self._last_step, self._last = step, now
-        self._delayed_reduce.start(
-            step, gather_rows(local, self._rank, self._num_ranks), dist.ReduceOp.SUM
-        )
-        if self._delayed_reduce.is_due(step):
-            self._replan(step, self._delayed_reduce.result().tolist())
-
-    def _read(self) -> Sequence[float]:
-        """Teacher images, seconds of teaching, seconds of training of each network of the job, all so far."""
-        clocks = [self._training.get(name) for name in self._names]
-        training_s = [0.0 if clock is None else clock.read_s() for clock in clocks]
-        teaching_s = self._teaching.read_s()  # first: on a GPU units follow seconds
-        return float(self._teaching.units), teaching_s, *training_s
-
-    def _replan(self, step: int, everyone: Sequence[Sequence[float]]) -> None:
-        """New shares from every rank's seconds per teacher image, and of each network per step."""
-        from_step, first_measured = (
-            step + self._delay,
-            self._delayed_reduce.started_at - self._every,
-        )
+        from_step, first_measured = step + self._delay, started_at - self._every
         if not self._plan_schedule.has_same_networks(first_measured, from_step):
-            return  # a network finishes: what was measured does not hold for what comes
+            return None  # a network finishes: what was measured does not hold for what comes
         plan = self._plan_schedule.at(step)
         measured = [rank[0] for rank in everyone]
         student_s = [sum(rank[1:]) for rank in everyone]
@@ -116,7 +75,7 @@ class Balancer:
         # a rank that computed no targets this time is as fast as it was
         each = [now or self._known_s.get(r, typical) for r, now in enumerate(measured)]
         self._known_s = dict(enumerate(each))
-        self._report(self._delayed_reduce.started_at, each, typical)
+        self._report(started_at, each, typical)
         self._hand_on(plan, each, everyone)
         changed = rebalanced(plan, each, student_s)
         before, after = (
@@ -129,9 +88,9 @@ class Balancer:
             for which in (plan, changed)
         )
         if after > before * (1.0 - WORTH):
-            return
+            return None
         self._plan_schedule.change(from_step, changed)
-        self._loader.make_room(changed.largest_shares[self._rank])
+        return changed
 
     def _hand_on(
         self, plan: Plan, each: Sequence[float], everyone: Sequence[Sequence[float]]
@@ -158,3 +117,67 @@ class Balancer:
                 f"step {step}: rank {rank} takes {each[rank] / typical:.2f}x the usual time per image; it will teach less"
             )
         self._known_slow = (self._known_slow | slow) - recovered
+
+
+class Balancer:
+    """Re-plans the shares of one phase; the same calls on every rank."""
+
+    def __init__(
+        self,
+        plan_schedule: PlanSchedule,
+        group: dist.ProcessGroup,
+        loader: _Room,
+        clocks: tuple[Stopwatch, Mapping[str, Stopwatch]],
+        *,
+        lookahead: int,
+        every: int,
+        listener: BalanceListener,
+    ) -> None:
+        """``group``: of the world, for CPU tensors. ``clocks``: of teaching, and of each student on this rank by its name."""
+        self._rank = dist.get_rank(group)
+        self._num_ranks = dist.get_world_size(group)
+        self._delayed_reduce = DelayedAllReduce(group, lookahead)
+        self._loader, self._teaching, self._training = loader, *clocks
+        self._names = [placement.name for placement in plan_schedule.at(0).placements]
+        self._every = every
+        self._shares = MeasuredShares(plan_schedule, lookahead, every, listener)
+        self._last_step = -1
+        self._last: Sequence[float] = ()
+
+    def after_step(self, step: int) -> None:
+        """Counts a finished step of the phase; at the interval, measures, and re-plans once all seconds have arrived.
+
+        Communication: one delayed_reduce over the world per interval.
+        """
+        if self._last_step < 0:  # the first step loads libraries and finds algorithms: not counted
+            self._last_step, self._last = step, self._read()
+        if self._delayed_reduce.is_due(step):
+            self._replan(step)
+        if step - self._last_step < self._every or self._delayed_reduce.due_step is not None:
+            return
+        now = self._read()
+        images, teach_s, *train_s = (
+            after - before for after, before in zip(now, self._last, strict=True)
+        )
+        steps = step - self._last_step
+        local = (teach_s / images if images else 0.0, *(each / steps for each in train_s))
+        self._last_step, self._last = step, now
+        self._delayed_reduce.start(
+            step, gather_rows(local, self._rank, self._num_ranks), dist.ReduceOp.SUM
+        )
+        if self._delayed_reduce.is_due(step):
+            self._replan(step)
+
+    def _read(self) -> Sequence[float]:
+        """Teacher images, seconds of teaching, seconds of training of each network of the job, all so far."""
+        clocks = [self._training.get(name) for name in self._names]
+        training_s = [0.0 if clock is None else clock.read_s() for clock in clocks]
+        teaching_s = self._teaching.read_s()  # first: on a GPU units follow seconds
+        return float(self._teaching.units), teaching_s, *training_s
+
+    def _replan(self, step: int) -> None:
+        """Puts the shares in force that follow from what every rank has handed in."""
+        started_at = self._delayed_reduce.started_at
+        changed = self._shares.follow(step, started_at, self._delayed_reduce.result().tolist())
+        if changed is not None:
+            self._loader.make_room(changed.largest_shares[self._rank])
