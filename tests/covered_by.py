@@ -21,6 +21,7 @@ COVERED_BY = {
     "distill.bench.pillow_reference": "tests/distill/data/test_loader.py",
     "distill.bench.modes": "tests/distill/bench/test_measure.py",
     "distill.bench.report": "tests/distill/bench/test_measure.py",
+    "distill.bench.turns": "tests/distill/bench/test_measure.py",
     "distill.bench.stand_ins": "tests/distill/train/test_waits.py",
     "distill.runfolder.saver": "tests/chaos/test_disk.py",
     "distill.cli.before": "tests/distill/cli/test_app.py",

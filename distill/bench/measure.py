@@ -26,6 +26,7 @@ import torch.distributed as dist
 from distill.bench.modes import OURS, SAVING, modes_of, plan_mode
 from distill.bench.report import build_report
 from distill.bench.stand_ins import (
+    Jitter,
     SleepingStudent,
     SleepingTeacher,
     Span,
@@ -36,6 +37,7 @@ from distill.bench.stand_ins import (
     Unsaved,
     Witness,
 )
+from distill.bench.turns import BLOCK, block_steps, simulated_step_s, traced_steps
 from distill.data.index import ImageIndex, make_index
 from distill.data.locations import Location
 from distill.data.sources import Found
@@ -70,7 +72,6 @@ from students.student import build_backbone, build_heads, seeded
 from teacher.frozen import FrozenTeacher
 from teacher.losses import Objective
 
-BLOCK = 10  # measured steps of one mode before the next has its turn
 TIMEOUT = timedelta(minutes=10)
 
 
@@ -79,6 +80,7 @@ class Request:
     """What to measure. ``slow_rank`` (with ``sleep_s``) works ``slow_factor`` times as long.
 
     ``costs``: a file with the seconds per image that plans assume, and sleeps take.
+    ``jitter`` (with ``sleep_s``): of the work of a rank and step, relative.
     ``index``: a folder with the index of the recipe's images; synthetic ones where it is None.
     ``folder``: where logs and the saves of the mode ``saving`` go; ``measure`` makes one.
     """
@@ -95,21 +97,12 @@ class Request:
     costs: str | None = None
     index: str | None = None
     folder: str = ""
+    jitter: float = 0.0
 
     @property
     def num_blocks(self) -> int:
         """Turns of each mode."""
         return -(-self.num_steps // BLOCK)
-
-
-def block_steps(lookahead: int) -> int:
-    """Steps of a turn: the first ones fill the look-ahead, the last ones use it up, neither is counted."""
-    return BLOCK + 2 * lookahead + 1
-
-
-def traced_steps(lookahead: int) -> int:
-    """Steps of a turn whose middle one is drawn."""
-    return 2 * lookahead + 3
 
 
 def measure(request: Request) -> dict[str, Any]:
@@ -120,9 +113,9 @@ def measure(request: Request) -> dict[str, Any]:
     """
     family, shape = family_of(request)
     num_ranks, costs = request.num_ranks, request.costs
+    modes = modes_of(family, request.against, num_ranks)
     plans = {  # what cannot work is reported here
-        name: plan_mode(name, recipe, shape, num_ranks, costs)
-        for name, recipe in modes_of(family, request.against, num_ranks).items()
+        name: plan_mode(name, recipe, shape, num_ranks, costs) for name, recipe in modes.items()
     }
     if plans[OURS].is_teacher_sharded and request.sleep_s is None:
         raise PlanError(
@@ -144,6 +137,11 @@ def measure(request: Request) -> dict[str, Any]:
     turns = [each for each, _ in ranks]
     report = build_report(family, plans, turns, request.sleep_s, slow, flops_s)
     for name, figures in report["modes"].items():
+        if request.sleep_s is not None:
+            scale = request.sleep_s / plans[OURS].step_s
+            steps = request.warmup_steps, request.num_blocks
+            found_s = simulated_step_s(plans[name], modes[name], steps, request.jitter, slow)
+            figures["simulated_step_s"] = scale * found_s
         figures["timeline"] = [
             [[round(start, 6), round(stop, 6), *what] for start, stop, *what in traces[name]]
             for _, traces in ranks
@@ -278,6 +276,7 @@ class Bench:
         plan = context.plan
         factor = self.request.slow_factor if self.rank == self.request.slow_rank else 1.0
         pace = self.scale * factor
+        jitter = Jitter(self.request.jitter, self.rank)
         spec = PhaseSpec(
             FAMILY_PHASE,
             range(recipe.schedule.steps),
@@ -287,11 +286,13 @@ class Bench:
             exchange=AllGather if recipe.engine.exchange == "all_gather" else Slices,
         )
         trainers = tuple(
-            SleepingStudent(placement, groups.by_network[placement.name], image_s * pace, self.rank)
+            SleepingStudent(
+                placement, groups.by_network[placement.name], image_s * pace, self.rank, jitter
+            )
             for placement, image_s in zip(plan.placements, plan.image_s, strict=True)
             if self.rank in placement.world_ranks
         )
-        return build_phase(context, spec, SleepingTeacher(plan.teach_s * pace), trainers)
+        return build_phase(context, spec, SleepingTeacher(plan.teach_s * pace, jitter), trainers)
 
     def run(self) -> Turns:
         """Blocks of steps, the modes in turn."""

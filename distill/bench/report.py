@@ -188,7 +188,7 @@ def tables(report: dict[str, Any]) -> list[Any]:
         table.add_row(
             name,
             f"{step['median']:.3f} ({step['min']:.3f} - {step['max']:.3f})",
-            f"{found['predicted_step_s']:.3f}",
+            f"{found.get('simulated_step_s', found['predicted_step_s']):.3f}",
             f"{found['images_per_s']:,.0f}",
             f"{found['utilisation']:.1%}",
             f"{found['predicted_utilisation']:.1%}",

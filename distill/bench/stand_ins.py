@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distill.bench.turns import rank_factors
 from distill.data.crops import NUM_GLOBAL
 from distill.errors import CheckpointError
 from distill.plan.slices import Placement
@@ -205,16 +206,31 @@ class SyntheticLoader:
         """Nothing to let go of."""
 
 
+class Jitter:
+    """The factor of a sleeping rank's work, another one from each teaching on."""
+
+    def __init__(self, jitter: float, world_rank: int) -> None:
+        self._next, self.factor = rank_factors(jitter, world_rank), 1.0
+
+    def renew(self) -> None:
+        """The next factor."""
+        self.factor = float(self._next()[0])
+
+
+NO_JITTER = Jitter(0.0, 0)
+
+
 class SleepingTeacher:
     """Sleeps for every image and returns constant features."""
 
-    def __init__(self, image_s: float) -> None:
-        self._image_s = image_s
+    def __init__(self, image_s: float, jitter: Jitter) -> None:
+        self._image_s, self._jitter = image_s, jitter
 
     def teach(self, crops: CropBatch, masks: PatchMasks) -> TeacherTargets:
         """Zeros, one number per token."""
+        self._jitter.renew()
         num_images = len(crops.global_crops)
-        time.sleep(num_images * self._image_s)
+        time.sleep(num_images * self._image_s * self._jitter.factor)
         return TeacherTargets(
             torch.zeros(num_images, NUM_GLOBAL, 1), torch.zeros(sum(masks.counts), 1)
         )
@@ -232,8 +248,14 @@ class SleepingStudent:
     """Takes its time for its slice, and meets the others of its group as gradients would. It has no weights."""
 
     def __init__(
-        self, placement: Placement, group: dist.ProcessGroup, image_s: float, world_rank: int
+        self,
+        placement: Placement,
+        group: dist.ProcessGroup,
+        image_s: float,
+        world_rank: int,
+        jitter: Jitter = NO_JITTER,
     ) -> None:
+        self._jitter = jitter
         self.name, self.placement, self.group = placement.name, placement, group
         self.training = Stopwatch(torch.device("cpu"))
         self.images, self.stop_step = placement.slice_of(world_rank), None
@@ -253,7 +275,7 @@ class SleepingStudent:
         """Sleeps, then one all-reduce over the group."""
         del batch, numbers  # its time is that of the plan
         with self.training.running():
-            time.sleep(self._seconds)
+            time.sleep(self._seconds * self._jitter.factor)
         dist.all_reduce(torch.zeros(1), group=self.group)
         return Attempt(is_applied=torch.ones((), dtype=torch.bool), terms={})
 

@@ -11,7 +11,7 @@ factor of mean 1, another one for every rank and step, of which nothing is known
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,7 +99,7 @@ class _Clocks:
 
 
 class Timeline:
-    """One phase of a family's job on all ranks. ``clock_s``: where each rank is, [ranks]."""
+    """One phase of a family's job on all ranks. ``clock_s``: where each rank is, [ranks]; ``marks``: where they were."""
 
     def __init__(
         self,
@@ -133,6 +133,7 @@ class Timeline:
         self._last = self._clocks.read()
         self._handed_in: tuple[int, list[list[float]]] | None = None
         self.clock_s = np.zeros(plan.num_ranks)
+        self.marks: list[Seconds] = []
         self._factor = self._pace
 
     @property
@@ -140,8 +141,15 @@ class Timeline:
         """The plan in force at the end."""
         return self._plan_schedule.at(np.iinfo(np.int64).max)
 
-    def run(self, start_step: int, num_steps: int) -> StepTimes:
-        """The steps from ``start_step`` to before ``num_steps``, which ends the phase: look-ahead is filled and used up."""
+    def meet(self) -> None:
+        """All ranks wait for the last."""
+        self.clock_s = np.full_like(self.clock_s, self.clock_s.max())
+
+    def run(self, start_step: int, num_steps: int, read_after: Collection[int] = ()) -> StepTimes:
+        """The steps from ``start_step`` to before ``num_steps``, which ends the phase: look-ahead is filled and used up.
+
+        After ``read_after`` of them ``marks`` gets the clocks of all ranks.
+        """
         on_the_way: deque[Seconds] = deque()
         rows = np.empty((num_steps - start_step, len(COLUMNS)))
         for step in range(start_step, num_steps):
@@ -153,6 +161,8 @@ class Timeline:
             exchange_wait_s, spread_s = self._exchange(on_the_way.popleft())
             train_s, group_wait_s = self._train()
             self._after_step(step + 1)
+            if step - start_step + 1 in read_after:
+                self.marks.append(self.clock_s.copy())
             times = (self.clock_s.max(), work_s + train_s, exchange_wait_s, group_wait_s, spread_s)
             rows[step - start_step] = times
         return StepTimes(len(self.clock_s), *rows.T)

@@ -26,6 +26,7 @@ from distill.cli.options import (
     count_ranks,
     print_json,
 )
+from distill.cli.simulate import read_jitter
 from distill.errors import DataError, RecipeError
 from distill.runfolder.files import replace_text
 from distill.screen.console import make_console
@@ -49,6 +50,22 @@ bench_app = typer.Typer(
     no_args_is_help=True,
 )
 bench_app.command("step")(bench_step)
+AgainstOption = Annotated[
+    str,
+    typer.Option(
+        "--against", help="published, separate, saving, flops, several with commas, or none."
+    ),
+]
+SleepOption = Annotated[
+    float | None,
+    typer.Option("--sleep", min=0.01, help="Networks sleep instead; a planned step lasts this."),
+]
+SlowOption = Annotated[
+    str | None, typer.Option("--slow", help="RANK=FACTOR: with --sleep, a slow rank.")
+]
+SleepJitterOption = Annotated[
+    str | None, typer.Option("--jitter", metavar="N%", help="With --sleep: of a rank's step.")
+]
 ImageSourceOption = Annotated[
     str, typer.Option("--data", help="synthetic images, or the recipe's: synthetic or recipe.")
 ]
@@ -91,23 +108,12 @@ def bench(
     ranks: Annotated[
         int | None, typer.Option("--ranks", min=1, help="Local processes; by default the recipe's.")
     ] = None,
-    against: Annotated[
-        str,
-        typer.Option(
-            "--against", help="published, separate, saving, flops, several with commas, or none."
-        ),
-    ] = "published,separate",
+    against: AgainstOption = "published,separate",
     steps: Annotated[int, typer.Option("--steps", min=10, help="Measured steps per mode.")] = 30,
     warmup: Annotated[int, typer.Option("--warmup", min=1, help="Steps before them.")] = 10,
-    sleep: Annotated[
-        float | None,
-        typer.Option(
-            "--sleep", min=0.01, help="Networks sleep instead; a planned step lasts this."
-        ),
-    ] = None,
-    slow: Annotated[
-        str | None, typer.Option("--slow", help="RANK=FACTOR: with --sleep, a slow rank.")
-    ] = None,
+    sleep: SleepOption = None,
+    slow: SlowOption = None,
+    jitter: SleepJitterOption = None,
     costs: CostsOption = None,
     data: ImageSourceOption = "synthetic",
     picture: Annotated[
@@ -123,13 +129,24 @@ def bench(
     texts, json_file = _json_file(list(overrides or []), is_wanted=as_json)
     family, modes = _family_of(recipe, texts), _modes(against, sleep, costs)
     slow_rank, slow_factor = _slow(slow, sleep)
+    spread = _jitter(jitter, sleep)
 
     from distill.bench.measure import Request, measure
     from distill.bench.report import plot_report, tables
 
     num_ranks = count_ranks(family.engine.processes, ranks)
     request = Request(
-        recipe, tuple(texts), modes, num_ranks, steps, warmup, sleep, slow_rank, slow_factor, costs
+        recipe,
+        tuple(texts),
+        modes,
+        num_ranks,
+        steps,
+        warmup,
+        sleep,
+        slow_rank,
+        slow_factor,
+        costs,
+        jitter=spread,
     )
     with tempfile.TemporaryDirectory() as folder:
         if _is_recipe(data):
@@ -208,6 +225,15 @@ def _slow(text: str | None, sleep: float | None) -> tuple[int | None, float]:
         return int(rank), float(factor)
     except ValueError as error:
         raise RecipeError(f"--slow {text}: not RANK=FACTOR", fix="Write --slow 2=1.5.") from error
+
+
+def _jitter(text: str | None, sleep: float | None) -> float:
+    """The part that ``--jitter`` is."""
+    if text is None:
+        return 0.0
+    if sleep is None:
+        raise RecipeError("--jitter needs --sleep", fix="Add --sleep 0.5.")
+    return read_jitter(text)
 
 
 def loader_report(

@@ -88,6 +88,8 @@ def test_bench__sleeps_take_the_planned_time(recipe: Path) -> None:
 def test_bench__says_what_is_wrong(distill: Run, recipe: Path) -> None:
     for words, message in (
         (("--slow", "1=2"), "--slow needs --sleep"),
+        (("--jitter", "2%"), "--jitter needs --sleep"),
+        (("--jitter", "2", "--sleep", "1"), "--jitter 2: not a percentage"),
         (("--slow", "x", "--sleep", "1"), "--slow x: not RANK=FACTOR"),
         (("--data", "mine"), "--data mine: not known"),
         (
@@ -99,3 +101,15 @@ def test_bench__says_what_is_wrong(distill: Run, recipe: Path) -> None:
     ):
         ended = distill("bench", str(recipe), *words)
         assert ended.code == 2 and message in ended.err
+
+
+@pytest.mark.slow
+def test_bench__a_sleeping_step_with_jitter_takes_what_is_simulated(recipe: Path) -> None:
+    """Three ranks, jitter of a fifth, and the third half as slow again; sleeps never end early, so a step never takes less."""
+    words = ("--ranks", "3", "--sleep", "0.6", "--jitter", "20%", "--slow", "2=1.5")
+    report = run(
+        recipe, "schedule.batch=96", "engine.teacher_micro_batch=1", *words, "--against", "none"
+    )
+    ours = report["modes"]["ours"]
+    assert ours["simulated_step_s"] > 1.1 * ours["predicted_step_s"]
+    assert ours["step_s"]["median"] == pytest.approx(ours["simulated_step_s"], rel=0.03)
