@@ -16,7 +16,7 @@ COVERED_BY = {
     "distill.report.run_record": "tests/distill/report/test_page.py",
     "distill.report.sections": "tests/distill/report/test_page.py",
     "distill.report.time_use": "tests/distill/report/test_page.py",
-    "distill.bench.dense_self_test": "tests/distill/bench/test_self_test.py",
+    "distill.evaluate.dense_self_test": "tests/distill/evaluate/test_self_test.py",
     "distill.bench.loader": "tests/distill/cli/test_data.py",
     "distill.bench.pillow_reference": "tests/distill/data/test_loader.py",
     "distill.bench.modes": "tests/distill/bench/test_measure.py",

@@ -60,7 +60,7 @@ SETS_FROM_OUTSIDE = {
 # Writes without the one writer of distill/runfolder/files.py: files that write so, and why they may
 WRITES_PLAINLY = {
     "distill/launch/node_watch.py": "into the memory of a node",
-    "distill/bench/dense_self_test.py": "into a temporary folder that nobody else reads",
+    "distill/evaluate/dense_self_test.py": "into a temporary folder that nobody else reads",
     "distill/engine/local_ranks.py": "into a temporary folder that nobody else reads yet",
     "distill/bench/loader.py": "images of a temporary folder",
     "distill/data/index.py": "inside a folder that gets its name when it is synced",

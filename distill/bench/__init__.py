@@ -1,1 +1,1 @@
-"""Measures the throughput of jobs and loaders beside what the plan predicts, and tests the evaluation on made-up images."""
+"""Measures the throughput of jobs and loaders beside what the plan predicts, counts a step, simulates days of a job."""

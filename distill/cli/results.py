@@ -238,7 +238,7 @@ def _print(summary: dict[str, Any], heading: str) -> None:
 
 def _test(protocol: "Protocol", *, as_json: bool) -> None:
     """Prints every check; exit code 1 where one fails."""
-    from distill.bench.self_test import self_test
+    from distill.evaluate.self_test import self_test
 
     checks = self_test(progress, protocol)
     if as_json:

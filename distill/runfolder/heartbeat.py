@@ -62,7 +62,6 @@ COPIES = frozenset(
         "StudentTrainer.read_metrics",
     }
 )
-MEMORY_FILE = Path("/proc/self/statm")
 ROOT = Path(__file__).parents[2]
 OURS = tuple(f"{ROOT / package}{os.sep}" for package in ("distill", "students", "teacher"))
 RECORD_BYTES = 2048  # each record is padded to this, so that a shorter one leaves no rest
@@ -261,7 +260,7 @@ class Heartbeat:
 
 def resident_bytes() -> int:
     """Memory of the machine that this process takes."""
-    return int(MEMORY_FILE.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _write_in_place(path: Path, text: str, num_bytes: int) -> None:

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.bench import dense_self_test
-from distill.bench.self_test import write_network
+from distill.evaluate import dense_self_test
 from distill.evaluate.files import evaluate_files
 from distill.evaluate.scoring import Wanted
+from distill.evaluate.self_test import write_network
 from distill.listing.decode import Rgb, decode_rgb
 from distill.protocols import images, map_set
 from distill.protocols.dense_tasks import open_dense

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distill.bench import dense_self_test, self_test
-from distill.bench.self_test import Check
 from distill.data.maps import decode_depth
-from distill.evaluate import scoring
+from distill.evaluate import dense_self_test, scoring, self_test
+from distill.evaluate.self_test import Check
 from distill.protocols.tasks import TASKS
 from tests.support.command import Run
 

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from distill.bench import dense_self_test
+from distill.evaluate import dense_self_test
 from distill.evaluate.files import evaluate_files
 from distill.evaluate.scoring import Wanted
 from distill.export.save import ExportFacts, write_backbone
