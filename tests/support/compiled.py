@@ -2,6 +2,7 @@
 
 python -m tests.support.compiled graphs                          every architecture of the catalogue, small, and custom students
 python -m tests.support.compiled steps BACKEND PRECISION ZERO    four steps of a task on one rank, in two micro-batches
+python -m tests.support.compiled sharded                         a teacher of which two ranks hold a part each
 python -m tests.support.compiled chunks BACKEND                  Sinkhorn and cross-entropy at sizes that divide nothing
 
 Prints JSON: largest differences, relative to the largest value, and what torch counted.
@@ -15,11 +16,13 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo.utils as dynamo
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from distill.engine.compiled import allow_shapes, compile_parts, compiled_steps
@@ -29,6 +32,7 @@ from distill.train.student import SinkhornTargets
 from students.custom import probe
 from students.shapes import CATALOG, ConvNeXtSpec
 from students.student import build_backbone, seeded
+from teacher.batch import PatchMasks
 from teacher.heads import AS_WRITTEN, cross_entropy, sinkhorn
 from teacher.losses import Objective
 from teacher.shapes import ViTSpec
@@ -173,6 +177,34 @@ def _one_rank() -> Iterator[None]:
             dist.destroy_process_group()
 
 
+def sharded() -> Facts:
+    """Whether targets are the same bits on each of two ranks, which have other numbers of images."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_teach_in_parts, (folder,), nprocs=2)
+        return {path.name: path.read_text() for path in Path(folder).glob("rank-*")}
+
+
+def _teach_in_parts(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    group, images, targets = dist.group.WORLD, (4, 3)[rank], []
+    assert group is not None
+    for is_compiled in (False, True):
+        teacher = tiny.teacher()
+        if is_compiled:
+            assert not compile_parts(teacher, "aot_eager")
+        teacher.shard(group, torch.device("cpu"))
+        teacher.pad_forwards(4)
+        targets.append(teacher.teach(tiny.crops(images), PatchMasks.of(tiny.masks(images))))
+    one, other = targets
+    is_equal = torch.equal(one.class_features, other.class_features)
+    is_equal &= torch.equal(one.patch_features, other.patch_features)
+    graphs_made = dynamo.counters["stats"]["unique_graphs"]
+    (Path(folder) / f"rank-{rank}").write_text(f"{is_equal}, {graphs_made} graphs")
+    dist.destroy_process_group()
+
+
 def chunks(backend: str) -> Facts:
     """Sinkhorn of 300 rows to 37 prototypes at two temperatures, and the cross-entropy of 19 rows to their targets."""
     allow_shapes()
@@ -210,6 +242,8 @@ if __name__ == "__main__":
             facts = graphs()
         case ["steps", backend_name, precision_name, stage]:
             facts = steps(backend_name, precision_name, int(stage))
+        case ["sharded"]:
+            facts = sharded()
         case ["chunks", backend_name]:
             facts = chunks(backend_name)
         case _:

@@ -71,6 +71,12 @@ def test_engine__trains_with_kernels_of_the_compiler_as_it_is_written() -> None:
     assert facts["losses"] < 1e-6 and facts["norms"] < 1e-5
 
 
+@pytest.mark.slow
+def test_compile_parts__a_teacher_may_be_sharded_afterwards() -> None:
+    """Parts are gathered around the forward function that is compiled: the same bits, from one graph."""
+    assert facts_of("sharded") == dict.fromkeys(("rank-0", "rank-1"), "True, 1 graphs")
+
+
 RECIPE = """\
 name: tiny
 format: 3
