@@ -1,6 +1,7 @@
 """Modules whose test has another name than theirs: which test covers them. ``tests.test_layout`` checks that it reaches them."""
 
 COVERED_BY = {
+    "distill.curation.rows": "tests/distill/curation/test_kmeans.py",
     "distill.bench.meta_work": "tests/distill/bench/test_step.py",
     "distill.cli.bench_step": "tests/distill/cli/test_app.py",
     "distill.recipe.init_keys": "tests/distill/job/test_initial.py",

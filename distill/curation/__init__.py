@@ -1,0 +1,1 @@
+"""From a heap of pictures to a training set."""
