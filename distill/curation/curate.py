@@ -1,5 +1,6 @@
 """From embeddings to a balanced choice of so many images: checks, the hierarchy of their clusters, the balanced draw."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from distill.errors import DataError
 
 
 @dataclass(frozen=True)
-class Choice:
+class CurationTarget:
     """What to choose, and how.
 
     Attributes:
@@ -81,7 +82,7 @@ class UnitVectors:
 
 def curate(
     embeddings: Vectors,
-    choice: Choice,
+    choice: CurationTarget,
     folder: Path,
     *,
     pool: Bool[np.ndarray, " images"] | None = None,
@@ -105,7 +106,7 @@ def curate(
     check_levels(levels, len(chosen))
     vectors = UnitVectors(embeddings, None if pool is None else chosen)
     _check_lengths(vectors, chosen)
-    made_from = f"{choice.made_from} {len(chosen)} {int(chosen.sum())}"
+    made_from = f"{choice.made_from} {hashlib.sha256(chosen.tobytes()).hexdigest()}"
     settings = Settings(levels, choice.seed, default_rounds(len(chosen)), made_from=made_from)
     found = build(vectors, settings, folder, progress)
     parents = [level.parents for level in found]
@@ -129,7 +130,7 @@ def curate(
     return curated
 
 
-def _check_target(choice: Choice, num_images: int) -> None:
+def _check_target(choice: CurationTarget, num_images: int) -> None:
     most = num_images * choice.repeats
     if not 1 <= choice.target <= most:
         again = f", each up to {choice.repeats} times" if choice.repeats > 1 else ""

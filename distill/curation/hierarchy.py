@@ -68,8 +68,8 @@ def default_levels(num_images: int, target: int) -> tuple[int, ...]:
 
     First level: two clusters for each image to draw, but five images in each on average, and at most 16 sqrt(images), so
     that the cost grows with images^1.5. Top level: half the target, at most a quarter of the first; a budget of two images for
-    each cluster. There the draw spreads over kinds of pictures, so there must be more clusters than kinds; a kind
-    smaller than that is found by the levels below. The level between is the geometric mean. Small pools have fewer levels.
+    each cluster. Kinds of pictures that share a top cluster share its budget, so the draw is most even with more clusters
+    than kinds. The level between is the geometric mean. Small pools have fewer levels.
     """
     first = max(1, min(2 * target, num_images // 5, int(16 * math.sqrt(num_images))))
     top = max(1, min(target // 2, first // 4))
