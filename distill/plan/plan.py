@@ -5,8 +5,9 @@ students leave (water filling): rank r teaches ``n_r`` images so that ``n_r * te
 students' cost`` is the same for all r. Such shares are rarely integers. With look-ahead, ranks need to
 agree on average only, so each step rounds them differently: the borders between shares are shifted
 by a number u in [0, 1) that changes every step, and over the steps every rank teaches its exact
-share. Without look-ahead every step ends together, so one rounding is kept, the one whose largest
-load is smallest.
+share. A group meets after every step, though, and waits for those of its ranks that teach one image
+more; where full units make its step shorter than that, shares are such units, the same in every step. Without
+look-ahead every step ends together, so one rounding is kept, the one whose largest load is smallest.
 
 Shares and slices are contiguous ranges of positions in the global batch, in rank order; together
 they say exactly which image goes where.
@@ -27,11 +28,10 @@ from numpy.typing import NDArray
 
 from distill.errors import PlanError
 from distill.plan.placement import GlobalBatch, NetworkCost, place_networks
-from distill.plan.shares import SLACK, fill_exactly, fill_shares, merge_ranges, split_evenly
+from distill.plan.shares import SLACK, fill_shares, merge_ranges, refill_shares, split_evenly
 from distill.plan.slices import Placement
 
 GOLDEN = (math.sqrt(5.0) - 1.0) / 2.0  # its multiples modulo one spread evenly from the start
-LEAST_SHARE = 0.05  # images per step of a rank that has computed targets before
 RANKS_PER_NODE = 8  # where neither recipe nor launcher say: GPUs of the usual server
 SHARDED_NOTE = "the teacher is sharded over all ranks (ZeRO-3), so shares are even"
 
@@ -251,7 +251,8 @@ def make_plan(
     elif is_even:
         exact, unit = [float(len(part)) for part in split_evenly(images_global, num_ranks)], 1
     else:
-        exact = fill_shares(student_s, teach_s, images_global, unit, is_dithered=is_dithered)
+        groups = [p.world_ranks for p in placements] if is_dithered else None
+        exact = fill_shares(student_s, [teach_s] * num_ranks, images_global, unit, groups)
     return Plan(
         images_global=images_global,
         num_ranks=num_ranks,
@@ -313,10 +314,9 @@ def without(plan: Plan, names: Collection[str]) -> Plan:
     changed = replace(plan, placements=placements, image_s=image_s, student_s=student_s)
     if not plan.is_filled:
         return changed
-    dithered = plan.is_dithered
-    shares = fill_shares(
-        student_s, plan.teach_s, plan.images_global, plan.unit, is_dithered=dithered
-    )
+    groups = [p.world_ranks for p in placements] if plan.is_dithered else None
+    teach_s = [plan.teach_s] * plan.num_ranks
+    shares = fill_shares(student_s, teach_s, plan.images_global, plan.unit, groups)
     return replace(changed, exact_shares=tuple(shares))
 
 
@@ -344,11 +344,6 @@ def rebalanced(plan: Plan, teach_s: Sequence[float], student_s: Sequence[float])
     """
     if not plan.is_dithered:
         return plan
-    exact = fill_exactly(student_s, teach_s, plan.images_global)
-    # a rank that teaches goes on to, however little: its decoder waits for a step with an image
-    least = [LEAST_SHARE if before else 0.0 for before in plan.exact_shares]
-    floored = [max(share, floor) for share, floor in zip(exact, least, strict=True)]
-    scale = plan.images_global / sum(floored)
-    return replace(
-        plan, exact_shares=tuple(share * scale for share in floored), student_s=tuple(student_s)
-    )
+    groups = [placement.world_ranks for placement in plan.placements]
+    shares = refill_shares(plan.exact_shares, student_s, teach_s, plan.unit, groups)
+    return replace(plan, exact_shares=tuple(shares), student_s=tuple(student_s))

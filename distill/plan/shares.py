@@ -9,16 +9,71 @@ from numpy.typing import NDArray
 
 from teacher.shapes import KOLEO_GROUP
 
+LEAST_SHARE = 0.05  # images per step of a rank that has computed targets before
 SLACK = 1e-9  # floating-point room when a load is compared with the level
 
 
 def fill_shares(
-    student_s: Sequence[float], teach_s: float, images_global: int, unit: int, *, is_dithered: bool
+    student_s: Sequence[float],
+    teach_s: Sequence[float],
+    images_global: int,
+    unit: int,
+    groups: Sequence[range] | None,
 ) -> list[float]:
-    """Shares that fill the gaps: exact ones where steps may differ, integers where they may not."""
-    if is_dithered:
-        return fill_exactly(student_s, [teach_s] * len(student_s), images_global)
-    return [float(size) for size in fill_units(student_s, teach_s, images_global, unit)]
+    """Shares that fill the gaps: exact ones where steps may differ, full units where they may not or where that costs more.
+
+    ``teach_s``: of each rank per image. ``groups``: ranks that meet after every step, where steps may differ; else None.
+    """
+    if groups is None:
+        return [float(size) for size in fill_units(student_s, teach_s, images_global, unit)]
+    return steady_shares(
+        fill_exactly(student_s, teach_s, images_global), student_s, teach_s, unit, groups
+    )
+
+
+def refill_shares(
+    before: Sequence[float],
+    student_s: Sequence[float],
+    teach_s: Sequence[float],
+    unit: int,
+    groups: Sequence[range],
+) -> list[float]:
+    """Shares that fill the gaps of measured seconds, in the place of those of ``before``."""
+    images_global = round(sum(before))
+    exact = fill_exactly(student_s, teach_s, images_global)
+    # a rank that teaches goes on to, however little: its decoder waits for a step with an image
+    least = [LEAST_SHARE if share else 0.0 for share in before]
+    floored = [max(share, floor) for share, floor in zip(exact, least, strict=True)]
+    scale = images_global / sum(floored)
+    scaled = [share * scale for share in floored]
+    return steady_shares(scaled, student_s, teach_s, unit, groups)
+
+
+def steady_shares(
+    exact: Sequence[float],
+    student_s: Sequence[float],
+    teach_s: Sequence[float],
+    unit: int,
+    groups: Sequence[range],
+) -> list[float]:
+    """Exact shares, or full units where a step is shorter by them.
+
+    A share that is rounded another way in every step is that long on average. But in a group that meets after
+    every step some rank has the larger number in each of them, which is what all of it waits for.
+    """
+    meets = np.zeros(len(student_s), bool)
+    for group in groups:
+        meets[group.start : group.stop] |= len(group) > 1
+    local, cost, shares = np.asarray(student_s), np.asarray(teach_s), np.asarray(exact)
+    if not meets.any():
+        return list(exact)
+    waited_for = np.where(meets, np.ceil(shares / unit - SLACK) * unit, shares)
+    units = np.asarray(fill_units(student_s, teach_s, round(sum(exact)), unit), np.float64)
+    is_shorter = (local + cost * units).max() < (local + cost * waited_for).max() - SLACK
+    if not is_shorter or ((units == 0) & (shares > 0)).any():  # a rank that teaches goes on to
+        return list(exact)
+    sizes: list[float] = units.tolist()
+    return sizes
 
 
 def fill_exactly(
@@ -41,16 +96,16 @@ def fill_exactly(
 
 
 def fill_units(
-    student_s: Sequence[float], teach_s: float, images_global: int, unit: int
+    student_s: Sequence[float], teach_s: Sequence[float], images_global: int, unit: int
 ) -> list[int]:
-    """Shares in full units with the smallest largest load that full units allow.
+    """Shares in full units with the smallest largest load that full units allow; ``teach_s`` of each rank per image.
 
     The level is found among the loads that some rank would reach with some share; then one unit is
     taken from the fullest rank until the batch is divided.
     """
-    local, cost = np.asarray(student_s), teach_s * unit
+    local, cost = np.asarray(student_s), np.asarray(teach_s) * unit
     units = images_global // unit
-    exact = np.asarray(fill_exactly(student_s, [teach_s] * len(student_s), images_global)) / unit
+    exact = np.asarray(fill_exactly(student_s, teach_s, images_global)) / unit
     low = np.floor(exact)
     # at the level of the exact filling at most `units` fit; one more unit on every rank is enough
     candidates = sorted({*(local + cost * low), *(local + cost * (low + 1))})
@@ -66,7 +121,7 @@ def fill_units(
     for _ in range(surplus):
         fullest = int(load.argmax())
         sizes[fullest] -= 1
-        load[fullest] = load[fullest] - cost if sizes[fullest] > 0 else -np.inf
+        load[fullest] = load[fullest] - cost[fullest] if sizes[fullest] > 0 else -np.inf
     return [int(size) * unit for size in sizes]
 
 

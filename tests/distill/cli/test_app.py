@@ -293,12 +293,12 @@ def test_plan__the_reported_launch(distill: Run) -> None:
     plan = json.loads(distill("plan", "family_reported", "--ranks", "296", *H100, "--json").out)
     assert list(plan["ranks"].values()) == [48, 48, 80, 120]
     assert plan["utilisation_even_barrier"] == pytest.approx(0.851, abs=0.004)
-    assert plan["utilisation"] == pytest.approx(1.0)
+    assert plan["utilisation"] == pytest.approx(0.978, abs=0.002)  # full images in a group
     assert plan["exchange_bytes_max"] < 32e6
     assert plan["exchange_bytes_all_gather"] > 3.4e9
     assert plan["memory_gib_max"] < 80
     shown = distill("plan", "family_reported", "--ranks", "296", *H100).out
-    assert "busy 100%" in shown
+    assert "busy 98%" in shown
 
 
 def test_plan__ranks_as_the_recipe_says_them(distill: Run) -> None:
@@ -346,7 +346,7 @@ def test_plan__eight_ranks_are_balanced(distill: Run) -> None:
     result = distill("plan", "family_vit", "--ranks", "8", "--device", "h200", "--json")
     plan = json.loads(result.out)
     assert list(plan["ranks"].values()) == [1, 1, 1, 2, 3]
-    assert plan["utilisation"] == pytest.approx(1.0)
+    assert plan["utilisation"] > 0.997
     assert plan["gain"] == pytest.approx(2.92, rel=0.01)
 
 

@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from distill.errors import PlanError
 from distill.plan.placement import NetworkCost
-from distill.plan.plan import LEAST_SHARE, PlanOptions, make_plan, rebalanced, without
-from distill.plan.shares import split_evenly
+from distill.plan.plan import PlanOptions, make_plan, rebalanced, without
+from distill.plan.shares import LEAST_SHARE, split_evenly
 from teacher.shapes import KOLEO_GROUP
 
 costs = st.lists(st.floats(0.01, 10.0), min_size=1, max_size=9)
@@ -57,16 +57,15 @@ def test_make_plan__every_image_is_taught_once_and_trained_on_by_every_student(
     for rank in range(num_ranks):
         hosted = {i for p in plan.placements if rank in p.world_ranks for i in p.slice_of(rank)}
         assert {i for part in plan.required_positions[rank] for i in part} == hosted
-    # never worse than even shares, up to one unit of rounding where every step is rounded alike
-    slack = 0.0 if plan.is_dithered else teaching * max(unit, 1)
+    # never worse than even shares, up to one unit of rounding where every step, or a group, is rounded alike
+    slack = teaching * max(unit, 1)
     assert plan.step_s <= (max(plan.even_load_s) + slack) * (1 + 1e-9)
     assert plan.gain <= plan.gain_bound * (1 + 1e-9)
 
 
 def test_rebalanced__a_slow_rank_teaches_less_and_nobody_stops() -> None:
-    plan = make_plan(
-        [NetworkCost("a", 3.0), NetworkCost("b", 1.3)], 1.7, 100, 5, PlanOptions(lookahead=1)
-    )
+    works = [NetworkCost(f"n{each}", each) for each in (1.0, 0.9, 1.1, 1.3, 0.8)]
+    plan = make_plan(works, 1.7, 100, 5, PlanOptions(lookahead=1))  # no groups that meet
     slow = [1.7, 1.7, 1.7 * 1.5, 1.7, 1.7]
     changed = rebalanced(plan, slow, plan.student_s)
     assert sum(changed.exact_shares) == pytest.approx(100)
@@ -98,12 +97,12 @@ def test_without__the_others_stay_and_teaching_fills_the_gap(
     changed = without(plan, {"n0"})
     assert changed.placements == plan.placements[1:]
     assert [i for share in changed.shares(step) for i in share] == list(range(96))
-    assert changed.step_s <= plan.step_s * (1 + 1e-9)
+    assert changed.step_s <= plan.step_s * (1 + 1e-9) + 1.0  # an image's rounding in a group
     if changed.is_dithered:
         teaching = [
             load for load, own in zip(changed.load_s, changed.student_s, strict=True) if load > own
         ]
-        assert max(teaching) == pytest.approx(min(teaching))
+        assert max(teaching) - min(teaching) <= 1.0 + 1e-9  # an image: a group is rounded alike
         assert max(changed.student_s) <= max(teaching) * (1 + 1e-9) or changed.step_s == max(
             changed.student_s
         )
@@ -139,17 +138,20 @@ def test_make_plan__eight_ranks_are_balanced_and_full() -> None:
         "hp": 3,
     }
     assert plan.utilisation_even_barrier == pytest.approx(0.73, abs=0.01)
-    assert plan.utilisation == pytest.approx(1.0)
-    assert plan.gain == pytest.approx(2.92, abs=0.01) == plan.gain_bound
+    assert plan.utilisation > 0.997  # an image of 240, by which a group's ranks do not differ
+    assert plan.gain == pytest.approx(2.92, abs=0.01)
+    assert plan.gain_bound == pytest.approx(2.92, abs=0.01)
 
 
 def test_make_plan__the_published_launch() -> None:
-    """S S+ B L on 48 48 80 120 of 296 ranks: 85.1% with even shares, 100% filled."""
+    """S S+ B L on 48 48 80 120 of 296 ranks: 85.1% with even shares, 97.7% in full images."""
     ranks = {"s": 48, "sp": 48, "b": 80, "l": 120}
     works = [NetworkCost(name, PUBLISHED[name], count) for name, count in ranks.items()]
     plan = make_plan(works, 7.10, 1920, 296, PlanOptions(lookahead=2))
     assert plan.utilisation_even_barrier == pytest.approx(0.851, abs=0.001)
-    assert plan.utilisation == pytest.approx(1.0)
+    assert plan.utilisation == pytest.approx(0.977, abs=0.001)
+    assert {len(share) for share in plan.shares(3)} == {5, 7, 8}
+    assert plan.shares(3) == plan.shares(4)  # no group waits for ranks that teach one more
     # with a barrier every step an image is an image: one more or less per rank is 11% of its step
     assert make_plan(works, 7.10, 1920, 296).utilisation > 0.97
 
@@ -157,7 +159,7 @@ def test_make_plan__the_published_launch() -> None:
 def test_make_plan__thousands_of_ranks_are_planned_in_no_time() -> None:
     works = [NetworkCost(f"s{i}", 0.2 * (i + 1)) for i in range(9)]
     plan = make_plan(works, 7.10, 8192, 4096, PlanOptions(lookahead=2))
-    assert plan.utilisation == pytest.approx(1.0)
+    assert plan.utilisation > 0.94  # two images a rank, of which a group has one more or less
     assert len(plan.shares(7)) == 4096
 
 

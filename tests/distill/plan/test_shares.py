@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distill.plan.shares import fill_exactly, fill_units
+from distill.plan.shares import fill_exactly, fill_shares, fill_units
 
 
 @settings(max_examples=100, deadline=None)
@@ -23,7 +23,7 @@ def test_fill_whole__is_the_best_division_there_is(
         # a rank that teaches nothing does not lengthen the step by more than its students
         return max(own + cost * size for own, size in zip(load, sizes, strict=True))
 
-    sizes = fill_units(load, cost, images, 1)
+    sizes = fill_units(load, [cost] * len(load), images, 1)
     assert sum(sizes) == images and min(sizes) >= 0
     divisions = (d for d in product(range(images + 1), repeat=len(load)) if sum(d) == images)
     assert largest(sizes) == pytest.approx(min(map(largest, divisions)))
@@ -45,3 +45,17 @@ def test_fill_exactly__is_level(load: list[float], cost: float, images: int) -> 
     assert all(
         own >= level * (1 - 1e-9) for own, share in zip(load, shares, strict=True) if not share
     )
+
+
+def test_fill_shares__a_group_that_meets_gets_full_units_where_that_is_shorter() -> None:
+    """By exact shares some rank of each group teaches one more in every step, and all of the group wait for it."""
+    student_s, teach_s = [2.0] * 5 + [1.2] * 5, [1.0] * 10
+    alone = [range(rank, rank + 1) for rank in range(10)]
+    exact = fill_shares(student_s, teach_s, 75, 1, alone)
+    assert exact == pytest.approx([7.1] * 5 + [7.9] * 5)
+    steady = fill_shares(student_s, teach_s, 75, 1, [range(5), range(5, 10)])
+    assert (
+        steady == [7.0] * 5 + [8.0] * 5
+    )  # 9.0 and 9.2 s a step, where exact ones take 10.0 and 9.2
+    slow = fill_shares(student_s, [2.0, *teach_s[1:]], 75, 1, [range(5), range(5, 10)])
+    assert sum(slow) == 75 and slow[0] < 5 <= min(slow[1:])
