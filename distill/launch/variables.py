@@ -112,11 +112,12 @@ def _contradiction(variables: Mapping[str, str]) -> str:
 
 def _values(variables: Mapping[str, str]) -> str:
     shown = [name for name, text in variables.items() if text or name not in OF_NODE]
-    texts = {name: f" = {_shortened(variables[name])}" for name in shown}
+    texts = {name: f" = {shortened(variables[name])}" for name in shown}
     return ", ".join(name + (texts[name] if variables[name] else " not set") for name in shown)
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """Returns a value as one line of at most ``LONGEST`` letters."""
     shown = text if text.isprintable() else repr(text)  # on one line
     return f"{shown[:LONGEST]}..." if len(shown) > LONGEST else shown
 
