@@ -16,6 +16,7 @@ from distill.cli.before import check, doctor, plan
 from distill.cli.bench import bench_app
 from distill.cli.data import data_app
 from distill.cli.export import export
+from distill.cli.launch import launch_app
 from distill.cli.look import look
 from distill.cli.recipes import recipes_app
 from distill.cli.report import compare, log, runs
@@ -135,5 +136,6 @@ app.command("report", rich_help_panel=RESULTS)(report_page)
 app.command("runs", rich_help_panel=RESULTS)(runs)
 app.command("compare", rich_help_panel=RESULTS)(compare)
 app.command("log", rich_help_panel=RESULTS)(log)
+app.add_typer(launch_app, name="launch", rich_help_panel=TRAIN)
 app.add_typer(bench_app, name="bench", rich_help_panel=TRAIN)
 app.command("export", rich_help_panel=RESULTS)(export)

@@ -1,0 +1,119 @@
+"""The script that runs a job under SLURM: the command line that people type, with what a requeue needs."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from distill.errors import RecipeError, SetupError
+
+GRACE_S = 300  # from the signal to the end of the time limit
+PLAIN = re.compile(r"[\w.,:/@%+=&|()\[\]*~-]+")  # of a value in a line that sbatch reads
+SUBMIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """What the script is made of; ``passed_on`` has options of sbatch such as ``partition``, by name."""
+
+    name: str
+    command: tuple[str, ...]
+    run_folder: Path
+    folder: Path  # the job's working folder
+    nodes: int
+    gpus_per_node: int | None = None
+    cpus_per_task: int | None = None
+    container: str | None = None
+    passed_on: dict[str, str] = field(default_factory=dict)
+
+
+def script_of(job: SlurmJob) -> str:
+    """Returns the script for ``sbatch``: one task on each node, which starts the ranks of its GPUs.
+
+    Raises:
+        RecipeError: a value holds letters that a line of options cannot.
+    """
+    out = job.run_folder.parent / f"{job.run_folder.name}-%j.out"
+    options = {
+        "job-name": re.sub(r"[^\w.-]", "_", job.name),
+        "nodes": str(job.nodes),
+        "ntasks-per-node": "1",
+        "chdir": str(job.folder),
+        "output": str(out),
+        "open-mode": "append",
+        "signal": f"TERM@{GRACE_S}",
+    }
+    if job.gpus_per_node is not None:
+        options["gpus-per-node"] = str(job.gpus_per_node)
+    if job.cpus_per_task is not None:
+        options["cpus-per-task"] = str(job.cpus_per_task)
+    options |= job.passed_on
+    for name, value in options.items():
+        if not PLAIN.fullmatch(value):
+            raise RecipeError(
+                f"--{name} {value!r}: a line of an sbatch script cannot hold it",
+                fix="Use letters, digits and . , : / @ % + = & | ( ) [ ] * ~ - only, without spaces.",
+            )
+    lines = [f"#SBATCH --{name}={value}" for name, value in options.items()]
+    lines += ["#SBATCH --requeue"]
+    lines += [] if job.cpus_per_task is not None else ["#SBATCH --exclusive"]
+    status = shlex.quote(str(job.run_folder / "status.json"))
+    return "\n".join(
+        [
+            "#!/bin/bash",
+            *lines,
+            "",
+            shlex.join([*_srun(job), *job.command]),
+            "code=$?",
+            "# saved because the time was nearly over: queued again, and the same command goes on; scancel ends it for good",
+            f'if [ $code = 0 ] && grep -q \'"state": "stopped"\' {status}; then',
+            '  scontrol requeue "$SLURM_JOB_ID"',
+            "fi",
+            "exit $code",
+            "",
+        ]
+    )
+
+
+def _srun(job: SlurmJob) -> list[str]:
+    words = ["srun", "--kill-on-bad-exit=1"]
+    is_shared = job.cpus_per_task is not None
+    words += [f"--cpus-per-task={job.cpus_per_task}"] if is_shared else ["--cpu-bind=none"]
+    if job.container is not None:
+        folders = dict.fromkeys([str(job.folder), str(job.run_folder.parent)])
+        words += [
+            f"--container-image={job.container}",
+            f"--container-mounts={','.join(f'{each}:{each}' for each in folders)}",
+            f"--container-workdir={job.folder}",
+        ]
+    return words
+
+
+def submit(script: str) -> str:
+    """Hands the script to ``sbatch``; returns the id of the job.
+
+    Raises:
+        SetupError: there is no sbatch here, or it refuses the script.
+    """
+    if shutil.which("sbatch") is None:
+        raise SetupError(
+            "sbatch: not found, nothing was submitted",
+            fix="Type the command on a login node of the cluster, or add --dry-run to see the script.",
+        )
+    words: Sequence[str] = ["sbatch", "--parsable"]
+    try:
+        done = subprocess.run(
+            words, input=script, capture_output=True, text=True, timeout=SUBMIT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise SetupError(
+            f"sbatch has not answered in {SUBMIT_S:.0f} s",
+            fix="Look at squeue before you submit again: the job may be there.",
+        ) from error
+    if done.returncode != 0:
+        reason = " ".join(done.stderr.split())[:300] or f"exit code {done.returncode}"
+        raise SetupError(f"sbatch refuses the script: {reason}", fix="Correct the options.")
+    return done.stdout.strip().partition(";")[0]

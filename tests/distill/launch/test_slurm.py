@@ -1,0 +1,67 @@
+"""The script for sbatch: what it holds, that values cannot break out of it, and that a missing sbatch is one line."""
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from distill.errors import RecipeError, SetupError
+from distill.launch.slurm import SlurmJob, script_of, submit
+
+JOB = SlurmJob(
+    name="my family",
+    command=("python", "-m", "distill", "train", "my recipe.yaml", "a=[1, $(date)]"),
+    run_folder=Path("/shared/runs/family"),
+    folder=Path("/shared"),
+    nodes=8,
+    gpus_per_node=4,
+    passed_on={"partition": "gpu", "constraint": "a100&ib"},
+)
+
+
+def test_script__has_what_a_requeue_needs_and_quotes_the_command() -> None:
+    script = script_of(JOB)
+    lines = script.splitlines()
+    for option in (
+        "nodes=8",
+        "ntasks-per-node=1",
+        "gpus-per-node=4",
+        "signal=TERM@300",
+        "open-mode=append",
+        "job-name=my_family",
+        "partition=gpu",
+        "constraint=a100&ib",
+        "requeue",
+        "exclusive",
+    ):
+        assert f"#SBATCH --{option}" in lines
+    assert "srun --kill-on-bad-exit=1 --cpu-bind=none python -m distill train 'my recipe.yaml' 'a=[1, $(date)]'" in lines  # fmt: skip
+    assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
+
+
+def test_script__shares_a_node_and_runs_in_a_container() -> None:
+    script = script_of(replace(JOB, cpus_per_task=16, container="nvcr.io#nvidia/pytorch:25.01"))
+    assert "--exclusive" not in script and "srun --kill-on-bad-exit=1 --cpus-per-task=16" in script
+    assert "--container-mounts=/shared:/shared,/shared/runs:/shared/runs" in script
+
+
+@pytest.mark.parametrize("value", ["gpu\n#SBATCH --uid=0", "a b", "$(date)", ""])
+def test_script__refuses_values_that_would_be_more_than_a_value(value: str) -> None:
+    with pytest.raises(RecipeError, match=r"--partition .*: a line of an sbatch script"):
+        script_of(replace(JOB, passed_on={"partition": value}))
+
+
+def test_submit__returns_the_id_or_why_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SetupError, match="sbatch: not found, nothing was submitted"):
+        submit("#!/bin/bash\n")
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\nread first; echo '81;cluster'\n")
+    sbatch.chmod(0o755)
+    assert submit("#!/bin/bash\n") == "81"
+    sbatch.write_text("#!/bin/sh\necho 'invalid partition' >&2; exit 1\n")
+    with pytest.raises(SetupError, match="sbatch refuses the script: invalid partition"):
+        submit("#!/bin/bash\n")
