@@ -18,6 +18,7 @@ COVERED_BY = {
     "distill.report.sections": "tests/distill/report/test_page.py",
     "distill.report.time_use": "tests/distill/report/test_page.py",
     "distill.evaluate.dense_self_test": "tests/distill/evaluate/test_self_test.py",
+    "distill.screen.simulation": "tests/distill/cli/test_simulate.py",
     "distill.bench.loader": "tests/distill/cli/test_data.py",
     "distill.bench.pillow_reference": "tests/distill/data/test_loader.py",
     "distill.bench.modes": "tests/distill/bench/test_measure.py",
