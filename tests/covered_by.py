@@ -1,6 +1,8 @@
 """Modules whose test has another name than theirs: which test covers them. ``tests.test_layout`` checks that it reaches them."""
 
 COVERED_BY = {
+    "distill.curation.choice": "tests/distill/curation/test_embeddings.py",
+    "distill.cli.curation": "tests/distill/curation/test_embeddings.py",
     "distill.curation.rows": "tests/distill/curation/test_kmeans.py",
     "distill.bench.meta_work": "tests/distill/bench/test_step.py",
     "distill.cli.bench_step": "tests/distill/cli/test_app.py",
@@ -83,7 +85,7 @@ COVERED_BY = {
     "distill.plan.job": "tests/distill/plan/test_memory.py",
     "distill.plan.teacher_source": "tests/distill/plan/test_memory.py",
     "distill.plan.warnings": "tests/distill/plan/test_here.py",
-    "distill.cli.check_report": "tests/distill/plan/test_here.py",
+    "distill.screen.check_report": "tests/distill/plan/test_here.py",
     "distill.plan.traffic": "tests/distill/train/test_ranks.py",
     "distill.plan.requirements": "tests/distill/plan/test_crop_sizes.py",
     "distill.recipe.crop_rules": "tests/distill/plan/test_crop_sizes.py",

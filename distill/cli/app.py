@@ -14,6 +14,7 @@ import typer
 
 from distill.cli.before import check, doctor, plan
 from distill.cli.bench import bench_app
+from distill.cli.curation import curate, embed
 from distill.cli.data import data_app
 from distill.cli.export import export
 from distill.cli.launch import launch_app
@@ -38,6 +39,8 @@ New here?  distill doctor → distill recipes copy quickstart my.yaml
 app = typer.Typer(
     help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
 )
+data_app.command("embed")(embed)
+data_app.command("curate")(curate)
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Before you train")
 app.add_typer(data_app, name="data", rich_help_panel="Data and weights")
 app.add_typer(weights_app, name="weights", rich_help_panel="Data and weights")

@@ -73,8 +73,8 @@ def check(
 
     Code that the recipe names is listed and not loaded, unless --allow-code is given.
     """
-    from distill.cli.named_code import code_named_by
     from distill.recipe.reader import load_job
+    from distill.screen.named_code import code_named_by
 
     allow_code(allow, recipe)
     try:
@@ -99,7 +99,7 @@ def check(
     except DataError as error:  # to a check, data that is not there is a wrong recipe
         raise RecipeError(error.message, fix=error.fix) from error
 
-    from distill.cli.check_report import CheckReport
+    from distill.screen.check_report import CheckReport
 
     report = CheckReport(loaded, teacher, num_ranks, plans, facts, code, licence, passed)
     if as_json:

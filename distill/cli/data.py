@@ -39,7 +39,7 @@ LimitOption = Annotated[
 ]
 
 
-class _Bar:
+class ProgressBar:
     """A progress bar on standard error with counts and the time left."""
 
     def __init__(self, what: str) -> None:
@@ -47,14 +47,15 @@ class _Bar:
         self._progress = Progress(*columns, console=make_console(to_stderr=True), transient=True)
         self._task = self._progress.add_task(what, total=None)
 
-    def __enter__(self) -> "_Bar":
-        self._progress.start()
+    def __enter__(self) -> "ProgressBar":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
     def __call__(self, done: int, total: int) -> None:
+        """Shows the bar from the first count on: what is refused before has its line alone."""
+        self._progress.start()
         self._progress.update(self._task, completed=done, total=total)
 
 
@@ -68,7 +69,7 @@ def check(
     """Decode every image once: counts, sizes, formats, duplicates, and each broken file. Exit code 1 when any is broken."""
     from distill.data.dataset_report import take_report
 
-    with _Bar("checking") as bar:
+    with ProgressBar("checking") as bar:
         found = take_report(sources, max_megapixels=max_megapixels, progress=bar)
     if as_json:
         sys.stdout.write(json.dumps([each.to_json() for each in found], indent=2) + "\n")
@@ -128,7 +129,7 @@ def pack(
     *sources, out = words
     passed = PassedOver()
     require_there(sources)
-    with _Bar("packing") as bar:
+    with ProgressBar("packing") as bar:
         counts = write(
             sources,
             out,

@@ -12,12 +12,12 @@ from itertools import islice
 from pathlib import Path
 
 from distill.data.bad_images import MAX_MEGAPIXELS, Header, measure
-from distill.data.index import INDEX_FOLDER, ImageIndex, make_index
+from distill.data.index import ImageIndex, make_index
 from distill.errors import DataError
 from distill.listing.headers import Decoder
 from distill.listing.locations import Reader
 from distill.listing.passed_over import PassedOver
-from distill.listing.sources import Found, Lister, list_source, refuse_added
+from distill.listing.sources import INDEX_FOLDER, Found, Lister, list_source, refuse_added
 
 FULL_CHECK_FILES = 20_000
 CHECK_THREADS = 4
@@ -118,6 +118,22 @@ class _Survey:
 
     found: list[Found]
     headers: list[Header] | None
+
+
+def list_images(
+    source: Path,
+    lister: Lister | None = None,
+    *,
+    passed_over: PassedOver,
+    label_depth: int | None = None,
+) -> list[Found]:
+    """Every image of a source: those of the index that it brings, else as ``list_source``.
+
+    Raises:
+        DataError: as ``list_source``, or its index is damaged.
+    """
+    index = _packed_index(source, lister)
+    return _survey(source, index, passed_over, lister, label_depth).found
 
 
 def _packed_index(source: Path, lister: Lister | None) -> ImageIndex | None:

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 
 from distill.data.bad_images import examine, name_format
+from distill.data.build_index import list_images
 from distill.listing.decode import Picture, UndecodableError, decode_picture
 from distill.listing.labels import label_lines
 from distill.listing.locations import Reader
 from distill.listing.passed_over import PassedOver
-from distill.listing.sources import Found, list_source
+from distill.listing.sources import Found
 
 REMARKS = {
     "transparent": "clear pixels lie on data.background",
@@ -98,7 +99,7 @@ def take_report(
     """
     besides = [PassedOver() for _ in sources]
     listed = [
-        list_source(source, passed_over=passed)
+        list_images(source, passed_over=passed)
         for source, passed in zip(sources, besides, strict=True)
     ]
     total, done = sum(map(len, listed)), 0

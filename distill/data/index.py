@@ -32,7 +32,6 @@ from distill.listing.sources import Found
 from distill.runfolder.files import make_folder, replaced
 
 FORMAT = 1
-INDEX_FOLDER = "index"  # within a packed source
 
 
 @dataclass(frozen=True)

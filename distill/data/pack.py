@@ -18,11 +18,10 @@ from pathlib import Path
 
 from distill.data.bad_images import examine, name_format
 from distill.data.build_index import build_index
-from distill.data.index import INDEX_FOLDER
 from distill.errors import DataError
 from distill.listing.locations import Reader
 from distill.listing.passed_over import PassedOver
-from distill.listing.sources import Found, list_source
+from distill.listing.sources import INDEX_FOLDER, Found, list_source
 from distill.runfolder.files import make_folder, replace_text, replaced
 
 FORMAT = 1

@@ -16,7 +16,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from distill.data.build_index import build_index, source_name
+from distill.data.build_index import build_index, list_images, source_name
 from distill.data.index import ImageIndex
 from distill.data.photographs import photograph_paths, write_tiles
 from distill.data.split import split, why_nothing_is_held_out
@@ -32,7 +32,7 @@ from distill.listing.extensions import BUILTIN, ExtensionKind, find
 from distill.listing.labels import label_lines
 from distill.listing.passed_over import PassedOver
 from distill.listing.source_paths import source_path
-from distill.listing.sources import Lister, list_source
+from distill.listing.sources import Lister
 from distill.plan.copies import lacking_memory
 from distill.plan.from_recipe import on_nodes_of
 from distill.plan.here import device_here, timed_on, why_not_compiled
@@ -178,7 +178,7 @@ def check_data(
 def _count_images(source: SourceSpec, passed_over: PassedOver) -> int:
     if source.path == BUILTIN_PHOTOGRAPHS:
         return len(photograph_paths())
-    found = list_source(
+    found = list_images(
         Path(source.path),
         _lister_of(source),
         passed_over=passed_over,

@@ -257,6 +257,7 @@ def list_parquet(path: Path) -> Iterator[Found]:
         yield Found(location, label or "")
 
 
+INDEX_FOLDER = "index"  # in a folder that was packed or chosen: which images there are
 CONTAINERS = {".tar": list_tar, ".parquet": list_parquet}
 
 
@@ -277,6 +278,8 @@ def find_problem(source: str, *, has_lister: bool) -> str:
     if paths and (has_lister or len(paths) > 1):
         return ""
     if paths and paths[0].is_dir():
+        if (paths[0] / INDEX_FOLDER / "index.json").is_file():
+            return ""
         if any(suffix_of(name) in known for _, _, names in os.walk(paths[0]) for name in names):
             return ""
         kinds = ", ".join(sorted(suffix[1:] for suffix in known))

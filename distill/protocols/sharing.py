@@ -6,10 +6,12 @@
 Batches are those of one process, so that features have the same bits on any number of ranks.
 """
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -43,12 +45,18 @@ class Sharing:
         return self.rank == 0
 
     def gathered(self, value: Any) -> list[Any]:
-        """The values of all ranks by rank. Collective: an all-gather of small objects."""
+        """The values of all ranks by rank, which JSON can hold. Collective: two all-reduces."""
         if self.num_ranks == 1:
             return [value]
-        values: list[Any] = [None] * self.num_ranks
-        dist.all_gather_object(values, value)
-        return values
+        data = np.frombuffer(json.dumps(value).encode(), np.uint8).copy()
+        sizes = torch.zeros(self.num_ranks, dtype=torch.int64)
+        sizes[self.rank] = len(data)
+        dist.all_reduce(sizes)
+        texts = torch.zeros(self.num_ranks, int(sizes.max()), dtype=torch.uint8)
+        texts[self.rank, : len(data)] = torch.from_numpy(data)
+        dist.all_reduce(texts)
+        pairs = zip(texts, sizes.tolist(), strict=True)
+        return [json.loads(text[:size].numpy().tobytes()) for text, size in pairs]
 
     def filled(self, values: Tensor, rows: Tensor, num_rows: int) -> Tensor:
         """All ``num_rows`` rows, of which this rank has the ``values`` at ``rows``. Collective: an all-reduce."""
@@ -82,20 +90,20 @@ def read_shared(
     read = read_split(part, size, background, sides, pictures=pictures)
     if sharing.num_ranks == 1:
         return read
-    bad = {each.sample for each in read.left_out}
-    found = [image for image in local if str(split.locations[image]) not in bad]
-    named = [(i, str(split.locations[i])) for i in local if i not in {*found}]
     reasons = {each.sample: each.reason for each in read.left_out}
-    gathered = sharing.gathered((found, [(i, LeftOut(name, reasons[name])) for i, name in named]))
+    found = [image for image in local if str(split.locations[image]) not in reasons]
+    named = [(i, str(split.locations[i])) for i in local if str(split.locations[i]) in reasons]
+    gathered = sharing.gathered((found, [(i, name, reasons[name]) for i, name in named]))
     good = sorted(image for images, _ in gathered for image in images)
     rows = torch.searchsorted(torch.tensor(good), torch.tensor(found, dtype=torch.int64))
     pixels, *more = (
         sharing.filled(each, rows, len(good)) for each in (read.pixels, *read.others.values())
     )
-    left_out = sorted((each for _, names in gathered for each in names), key=lambda each: each[0])
+    left_out = sorted((i, name, reason) for _, bad in gathered for i, name, reason in bad)
     decoded = Scored([split.locations[image] for image in good], split.labels[good])
     others_read = dict(zip(read.others, more, strict=True))
-    return ReadSplit(decoded, pixels, tuple(each for _, each in left_out), others_read)
+    named_out = tuple(LeftOut(name, reason) for _, name, reason in left_out)
+    return ReadSplit(decoded, pixels, named_out, others_read)
 
 
 def extract_shared(

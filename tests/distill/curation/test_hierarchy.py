@@ -60,6 +60,7 @@ def on_each_rank(folder: Path) -> list[np.ndarray]:
     return [array for each in levels for array in (each.parents, each.centroids.numpy())]
 
 
+@pytest.mark.slow
 def test_hierarchy__is_the_same_on_one_rank_and_two(tmp_path: Path) -> None:
     (alone,) = on_ranks(1, on_each_rank, tmp_path / "one")
     for found in on_ranks(2, on_each_rank, tmp_path / "two"):

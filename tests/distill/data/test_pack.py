@@ -8,10 +8,10 @@ from PIL import Image
 from distill.data import pack as packing
 from distill.data.build_index import build_index
 from distill.data.dataset_report import take_report
-from distill.data.index import INDEX_FOLDER
 from distill.data.pack import pack
 from distill.errors import DataError
 from distill.listing.locations import Reader
+from distill.listing.sources import INDEX_FOLDER
 from tests.support.pictures import picture
 
 

@@ -109,7 +109,7 @@ def test_evaluate_run__in_bf16_where_told_or_where_a_large_network_is_on_a_gpu(
         return extract_all(*args, dtype=dtype, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("distill.evaluate.scoring.extract_all", extract)
+        patch.setattr("distill.protocols.sharing.extract_all", extract)
         in_bf16 = evaluate_run(run_folder, wanted=Wanted(precision="bf16"))
     assert in_bf16["teacher"]["knn_in"] == "bfloat16"
     assert in_bf16["teacher"]["knn"] == pytest.approx(in_fp32["teacher"]["knn"], abs=0.2)

@@ -29,7 +29,7 @@ def refused(recipe: FamilyRecipe, num_ranks: int, device: Device, phase: int = -
 
 
 @pytest.mark.parametrize("num_ranks", [8, 64])
-@pytest.mark.parametrize("name", ["family_vit", "family_all"])
+@pytest.mark.parametrize("name", ["family_vit", pytest.param("family_all", marks=pytest.mark.slow)])
 def test_recipes__fit_on_the_hardware_their_heads_name(name: str, num_ranks: int) -> None:
     recipe, _ = load_job(name, [])
     job = check_job(recipe, None, num_ranks, H100, has_files=False)[-1]

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from distill.cli.named_code import NamedCode
 from distill.listing.passed_over import PassedOver
 from distill.plan.copies import lacking_memory
 from distill.plan.flops import DEFAULT_DEVICE, Device
@@ -17,6 +16,7 @@ from distill.plan.teacher_source import heads_story, teacher_shape
 from distill.plan.warnings import find_warnings
 from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe, is_ours
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
+from distill.screen.named_code import NamedCode
 from distill.screen.words import duration
 
 PROCESS_GIB = 0.7  # of a rank on a CPU before its first image: the interpreter and libraries
