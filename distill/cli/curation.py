@@ -50,16 +50,14 @@ def curate(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Choose a balanced part of embedded images, as a source for training; nothing is copied."""
-    from distill.curation.choice import CHOICE, choose
+    from distill.curation.choice import choose
     from distill.curation.curate import CurationTarget
     from distill.curation.embeddings import StoredEmbeddings
-    from distill.weights.containers import read_object
 
     wanted = None if levels is None else _levels(levels)
     choice = CurationTarget(target, wanted, seed, leaves, repeats)
     with ProgressBar("clusters") as bar:
-        choose(StoredEmbeddings.open(embeddings), choice, out, bar)
-    facts = read_object(out / CHOICE)
+        facts = choose(StoredEmbeddings.open(embeddings), choice, out, bar)
     if as_json:
         print_json(facts)
         return

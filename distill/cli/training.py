@@ -43,13 +43,14 @@ def _start(recipe: str, overrides: list[str], options: "Options", *, as_json: bo
     from distill.launch.task import run_as_task
     from distill.recipe.reader import load_job
 
-    parsed, _ = load_job(recipe, overrides)
-    code = run_as_task(resume_command(), options.processes, parsed.engine)
+    code = run_as_task(
+        resume_command(), options.processes, lambda: load_job(recipe, overrides)[0].engine
+    )
     if code is not None:
         raise typer.Exit(code)
     if not as_json:
         raise typer.Exit(run(recipe, overrides, options))
-    folder = options.out / (options.name or parsed.name)
+    folder = options.out / (options.name or load_job(recipe, overrides)[0].name)
     with redirect_stdout(sys.stderr):
         code = run(recipe, overrides, options)
     if os.environ.get("RANK", "0") == "0":

@@ -8,14 +8,16 @@ clusters/                     centroids, kept while they are made
 
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from distill.curation.curate import Curated, CurationTarget, curate
+from distill.curation.curate import CurationTarget, curate
 from distill.curation.embeddings import StoredEmbeddings
-from distill.curation.hierarchy import Fitted, default_levels
+from distill.curation.hierarchy import Fitted
+from distill.curation.rows import write_array
 from distill.listing.sources import INDEX_FOLDER
-from distill.runfolder.files import make_folder, replaced
+from distill.runfolder.files import make_folder
 from distill.runfolder.status import write_json
 
 CHOICE = "choice.json"
@@ -27,8 +29,11 @@ def choose(
     target: CurationTarget,
     folder: Path,
     progress: Fitted | None = None,
-) -> Curated:
+) -> dict[str, Any]:
     """Chooses images and writes the folder; the same call goes on after a kill, and writes the same bytes.
+
+    Returns:
+        What ``choice.json`` holds.
 
     Raises:
         DataError: as ``curate``.
@@ -38,21 +43,16 @@ def choose(
     make_folder(folder)
     found = curate(embeddings, target, folder / CLUSTERS, pool=pool, progress=progress)
     images = np.repeat(np.arange(meta.rows, dtype=np.int64), found.times)
-    for name, values in (
-        ("times", found.times),
-        ("clusters", found.paths),
-        ("similarity", found.similarity),
-    ):
-        with replaced(folder / f"{name}.npy") as aside, aside.open("wb") as file:
-            np.save(file, values, allow_pickle=False)
-    levels = target.levels or default_levels(int(pool.sum()), target.target)
+    write_array(folder / "times.npy", found.times)
+    write_array(folder / "clusters.npy", found.paths)
+    write_array(folder / "similarity.npy", found.similarity)
     facts = {
         "format": 1,
-        **asdict(replace(target, levels=tuple(levels))),
+        **asdict(replace(target, levels=found.levels)),
         "embeddings": asdict(meta),
         "pool": int(pool.sum()),
         "chosen": len(images),
     }
     embeddings.index.subset(images).save(folder / INDEX_FOLDER)
     write_json(folder / CHOICE, facts)
-    return found
+    return facts

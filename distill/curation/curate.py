@@ -44,8 +44,9 @@ class CurationTarget:
 
 @dataclass(frozen=True)
 class Curated:
-    """For every image of the pool how often it is chosen, its clusters from the images up, and the cosine to the first one's centroid."""
+    """For every image how often it is chosen, its clusters from the images up, and the cosine to the first one's centroid; and the ``levels`` that were wanted."""
 
+    levels: tuple[int, ...]
     times: Int64[np.ndarray, " images"]
     paths: Int32[np.ndarray, "levels images"]
     similarity: Float[np.ndarray, " images"]
@@ -120,6 +121,7 @@ def curate(
     )
     total = embeddings.num_rows
     curated = Curated(
+        levels,
         np.zeros(total, np.int64),
         np.full((len(levels), total), -1, np.int32),
         np.zeros(total, np.float32),

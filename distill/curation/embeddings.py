@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from distill.curation.rows import write_array
 from distill.data.build_index import build_index
 from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
@@ -39,7 +40,7 @@ from distill.protocols.images import (
     resized,
     scoring_dtype,
 )
-from distill.runfolder.files import make_folder, replaced
+from distill.runfolder.files import make_folder
 from distill.runfolder.status import write_json
 from distill.weights.load import load_backbone
 
@@ -192,8 +193,7 @@ def embed(
     for path, rows in todo:
         locations = [index.location(image) for image in rows]
         features = _features(backbone, scored, locations, device, on_batch)
-        with replaced(path) as aside, aside.open("wb") as file:
-            np.save(file, features.numpy().astype(np.float16), allow_pickle=False)
+        write_array(path, features.numpy().astype(np.float16))
     return StoredEmbeddings.open(folder)
 
 

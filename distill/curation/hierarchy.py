@@ -8,7 +8,6 @@ kinds of pictures, whatever their frequency. Vo et al. 2024 (arXiv 2405.15613), 
 Beside the hierarchy lies what it was made from; every fit is kept as soon as it ends, so that the same call goes on after a kill.
 """
 
-import io
 import json
 import math
 from collections.abc import Callable
@@ -22,9 +21,9 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from distill.curation.kmeans import assign, fit
-from distill.curation.rows import Vectors, VectorsInMemory, in_memory, is_shared
+from distill.curation.rows import Vectors, VectorsInMemory, in_memory, is_shared, write_array
 from distill.errors import DataError
-from distill.runfolder.files import make_folder, remove, replaced, write_file
+from distill.runfolder.files import make_folder, remove
 from distill.runfolder.status import write_json
 
 FIT_ON_AT_LEAST = 2**17  # rows; and at least ROWS_PER_CENTROID for each centroid
@@ -205,9 +204,9 @@ class _Store:
 
     def keep(self, index: int, level: Level) -> None:
         if self._first:
-            self._write(self._path(index, "parents"), level.parents)
-            self._write(self._path(index, "distances"), level.distances)
-            self._write(self._path(index, "centroids"), level.centroids.numpy())
+            write_array(self._path(index, "parents"), level.parents)
+            write_array(self._path(index, "distances"), level.distances)
+            write_array(self._path(index, "centroids"), level.centroids.numpy())
             for path in self.folder.glob(f"level-{index + 1}-fit-*.npy"):
                 remove(path)
         self._wait()
@@ -222,21 +221,12 @@ class _Store:
 
     def keep_fit(self, index: int, fit_number: int, centroids: Tensor) -> None:
         if self._first:
-            self._write(self._path(index, f"fit-{fit_number}"), centroids.numpy())
+            write_array(self._path(index, f"fit-{fit_number}"), centroids.numpy())
             remove(self._path(index, f"fit-{fit_number - 1}"))
         self._wait()
 
     def _path(self, index: int, what: str) -> Path:
         return self.folder / f"level-{index + 1}-{what}.npy"
-
-    def _write(self, path: Path, values: np.ndarray) -> None:
-        header = io.BytesIO()
-        array = np.ascontiguousarray(values)
-        np.lib.format.write_array_header_1_0(
-            header, np.lib.format.header_data_from_array_1_0(array)
-        )
-        with replaced(path) as aside:
-            write_file(aside, [header.getvalue(), array.data.cast("B")])
 
     def _wait(self) -> None:
         if is_shared():

@@ -9,6 +9,7 @@ vectors of length 1 and 17 billion rows a number keeps 28 bits after the point, 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+from distill.runfolder.files import replaced
 
 BLOCK_ROWS = 1024
 FIXED_BITS = 62  # of a sum, without its sign; one is left free
@@ -76,6 +79,12 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if is_shared():
         dist.all_reduce(value)
     return value
+
+
+def write_array(path: Path, values: np.ndarray) -> None:
+    """Writes an ``.npy`` file, which gets its name when it is complete and synced; no objects."""
+    with replaced(path) as aside, aside.open("wb") as file:
+        np.save(file, values, allow_pickle=False)
 
 
 def take_rows(rows: Vectors, wanted: Int64[np.ndarray, " wanted"]) -> Float[Tensor, "wanted width"]:

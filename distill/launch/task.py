@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from distill.errors import SetupError
@@ -21,8 +21,12 @@ ENDS_S = 15.0  # for the other ranks to end by themselves once one has failed
 PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
-def run_as_task(command: str, wanted: int | None, engine: "EngineSpec") -> int | None:
+def run_as_task(
+    command: str, wanted: int | None, read_engine: Callable[[], "EngineSpec"]
+) -> int | None:
     """Sets the variables of a rank if this process is a task that is one; prints which, in one line.
+
+    ``read_engine`` reads the recipe's, and is called by the only task of a node alone.
 
     Returns:
         None where the process goes on, as a rank or alone; else the exit code of the ranks that the task started.
@@ -34,7 +38,7 @@ def run_as_task(command: str, wanted: int | None, engine: "EngineSpec") -> int |
     task = task_of(os.environ, command)
     if task is None:
         return None
-    available = _available(engine) if wanted is None and task.num_local == 1 else 1
+    available = _available(read_engine()) if wanted is None and task.num_local == 1 else 1
     num_ranks = ranks_of_task(task, wanted, available, command)
     if task.num_tasks * num_ranks == 1:
         return None

@@ -26,7 +26,6 @@ from distill.plan.memory import (
     Footprint,
     Student,
     Training,
-    fitting_bytes,
     fitting_footprint,
     footprint_of,
     head_parameters,
@@ -35,7 +34,7 @@ from distill.plan.memory import (
     row_bytes,
     wire_shape,
 )
-from distill.plan.micro_batches import AUTO, fitted, has_room, in_micro_batches
+from distill.plan.micro_batches import AUTO, fitted, fitted_alone, has_room, in_micro_batches
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import RANKS_PER_NODE, Plan, PlanOptions, make_plan, without
 from distill.plan.requirements import (
@@ -128,12 +127,11 @@ def plan_fitting(
     plan = make_plan([work], teach_s, recipe.schedule.batch, num_ranks)
     if recipe.engine.micro_batch != AUTO:
         return in_micro_batches(plan, recipe.engine.micro_batch)
-    saved_bytes = fitting_bytes(shape.spec, shape.heads, shapes)
 
     def footprints(plans: Sequence[Plan]) -> list[Footprint]:
         return [fitting_footprint_of(recipe, shape, each) for each in plans]
 
-    return fitted([plan], footprints, [{HEADS_PHASE: saved_bytes}], device.memory_gib)[0]
+    return fitted_alone([plan], footprints, device.memory_gib)[0]
 
 
 def fitting_footprint_of(recipe: FamilyRecipe, shape: TeacherShape, plan: Plan) -> Footprint:

@@ -282,17 +282,11 @@ def fitting_footprint(
 ) -> Footprint:
     """Memory of every rank while heads are learned on a frozen backbone, which keeps nothing but the block at work. Nothing travels."""
     backbone, count = spec.parameters, head_parameters(heads)
-    of_logits = logit_bytes(crops)
-    saved_bytes = fitting_bytes(spec, heads, crops) - of_logits
+    saved_bytes = activation_bytes(spec, crops) / spec.equal_blocks
+    saved_bytes += kept_by_rows(row_bytes(heads), crops)
     # the EMA of the heads teaches
     counts = _Counts(teaching=backbone + count, computing=count, trained=count)
-    return _footprint_alone(plan, counts, training, saved_bytes, of_logits)
-
-
-def fitting_bytes(spec: BackboneSpec, heads: Heads, crops: CropShapes) -> float:
-    """What an image takes in memory while heads are learned on a frozen backbone: the block at work, rows and logits."""
-    inside = activation_bytes(spec, crops) / spec.equal_blocks
-    return inside + kept_by_rows(row_bytes(heads), crops) + logit_bytes(crops)
+    return _footprint_alone(plan, counts, training, saved_bytes, logit_bytes(crops))
 
 
 @dataclass(frozen=True)

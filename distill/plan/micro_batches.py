@@ -70,6 +70,21 @@ def fitted(
         plans = tuple(_with(plan, {heaviest.name: count}) for plan in plans)
 
 
+def fitted_alone(
+    plans: Sequence[Plan],
+    footprints: Callable[[Sequence[Plan]], Sequence[Footprint]],
+    memory_gib: float,
+    uncut: Collection[str] = (),
+) -> tuple[Plan, ...]:
+    """As ``fitted``, of plans of one network, whose footprints have what its images take."""
+    image_bytes = []
+    for plan, found in zip(plans, footprints(plans), strict=True):
+        (placement,) = plan.placements
+        taken = (found.fullest.activations + found.fullest.logits) * GIB
+        image_bytes.append({placement.name: taken / placement.most_at_once})
+    return fitted(plans, footprints, image_bytes, memory_gib, uncut)
+
+
 def most_parts(plans: Sequence[Plan], name: str, least: int) -> int:
     """Micro-batches that a network can have in every stage, of ``least`` images on its fullest rank."""
     placements = [p for plan in plans for p in plan.placements if p.name == name]

@@ -18,8 +18,8 @@ from distill.plan.from_recipe import (
     shape_of_recipe,
     training_of,
 )
-from distill.plan.memory import GIB, Footprint, pretraining_footprint
-from distill.plan.micro_batches import AUTO, fitted, has_room, in_micro_batches
+from distill.plan.memory import Footprint, pretraining_footprint
+from distill.plan.micro_batches import AUTO, fitted_alone, has_room, in_micro_batches
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, PlanOptions, make_plan
 from distill.plan.requirements import require_as_many_parts, require_full_groups
@@ -47,20 +47,15 @@ def _fitted_stages(recipe: TeacherRecipe, num_ranks: int, device: Device) -> tup
     """The plans of all stages with as few micro-batches as fit, as many in each."""
 
     def footprints(plans: Sequence[Plan]) -> list[Footprint]:
-        pairs = zip(recipe.stages, plans, strict=True)
-        return [stage_footprint(recipe, stage, plan) for stage, plan in pairs]
+        return [stage_footprint(recipe, *pair) for pair in zip(recipe.stages, plans, strict=True)]
 
     uncut = in_slices(recipe)
     plans = [_plan_alone(uncut, stage, num_ranks, device) for stage in recipe.stages]
     if has_room(footprints(plans), device.memory_gib):
         return tuple(plans)
     plans = [_plan_alone(recipe, stage, num_ranks, device) for stage in recipe.stages]
-    image_bytes = [
-        {ONLINE: (memory.activations + memory.logits) * GIB / plan.placements[0].most_at_once}
-        for memory, plan in zip([each.fullest for each in footprints(plans)], plans, strict=True)
-    ]
     bound = [ONLINE] if recipe.engine.zero == 3 else []
-    return fitted(plans, footprints, image_bytes, device.memory_gib, bound)
+    return fitted_alone(plans, footprints, device.memory_gib, bound)
 
 
 def _plan_alone(recipe: TeacherRecipe, stage: StageSpec, num_ranks: int, device: Device) -> Plan:

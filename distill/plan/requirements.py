@@ -18,7 +18,7 @@ def require_full_groups(recipe: Recipe, plan: Plan) -> None:
         PlanError: names the network and batches that work.
     """
     micro_batch = recipe.engine.micro_batch
-    if micro_batch is None or isinstance(micro_batch, str):
+    if not isinstance(micro_batch, int):
         return
     for placement in plan.placements:
         parts = [placement.parts_of(rank) for rank in placement.world_ranks]

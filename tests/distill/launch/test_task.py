@@ -42,18 +42,18 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_run_as_task__is_a_rank_and_says_so_once(
     environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_as_task(COMMAND, None, CPU) is None
+    assert run_as_task(COMMAND, None, lambda: CPU) is None
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("0", "2")
     assert os.environ["MASTER_ADDR"] == "localhost"
     assert "SLURM: 2 tasks, 1 on this node, each is a rank" in capsys.readouterr().err
-    assert run_as_task(COMMAND, None, CPU) is None  # it is a rank by now
+    assert run_as_task(COMMAND, None, lambda: CPU) is None  # it is a rank by now
     assert capsys.readouterr().err == ""
 
 
 def test_run_as_task__starts_the_ranks_of_its_node(environment: pytest.MonkeyPatch) -> None:
     started = []
     environment.setattr(task, "run_ranks", lambda *given: started.append(given) or 7)
-    assert run_as_task(COMMAND, 3, CPU) == 7
+    assert run_as_task(COMMAND, 3, lambda: CPU) == 7
     (_, variables) = started[0]
     assert [each["RANK"] for each in variables] == ["0", "1", "2"]
     assert {each["WORLD_SIZE"] for each in variables} == {"6"}
@@ -63,7 +63,7 @@ def test_run_as_task__starts_the_ranks_of_its_node(environment: pytest.MonkeyPat
 def test_run_as_task__a_host_without_an_address(environment: pytest.MonkeyPatch) -> None:
     environment.setenv("SLURM_STEP_NODELIST", "no-such-host.invalid,other")
     with pytest.raises(SetupError, match=r"no-such-host\.invalid, the host of rank 0") as error:
-        run_as_task(COMMAND, None, CPU)
+        run_as_task(COMMAND, None, lambda: CPU)
     assert "MASTER_ADDR=10.0.0.1 srun" in error.value.fix
 
 
