@@ -96,10 +96,16 @@ class StoredEmbeddings:
                 np.load(path, mmap_mode="r", allow_pickle=False)
                 for path, _ in _shards_of(folder, meta)
             )
-        except ValueError as error:
+        except (OSError, EOFError, ValueError) as error:
             raise DataError(
                 f"{folder}: a shard cannot be read ({error})", fix="Remove it, and embed again."
             ) from error
+        for shard, (path, rows) in zip(shards, _shards_of(folder, meta), strict=True):
+            if (shard.shape, shard.dtype) != ((len(rows), meta.width), np.float16):
+                raise DataError(
+                    f"{path}: {shard.dtype} numbers of shape {shard.shape}, not float16 of {(len(rows), meta.width)}",
+                    fix="Remove it, and embed again.",
+                )
         return StoredEmbeddings(folder, meta, ImageIndex.load(folder / INDEX_FOLDER), shards)
 
     @property

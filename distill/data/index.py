@@ -178,6 +178,7 @@ class ImageIndex:
             labels=None if self.labels is None else self.labels[images],
             class_names=self.class_names,
             containers=self.containers,
+            held_out=None if self.held_out is None else self.held_out[images],
             sources=tuple((s, n) for (s, _), n in zip(self.sources, counts, strict=True)),
             passed_over=self.passed_over,
             decoders=None if self.decoders is None else self.decoders[images],

@@ -1,5 +1,7 @@
 """Which images are trained on and which are held out to score networks on."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from distill.data.index import ImageIndex
@@ -25,6 +27,7 @@ def split(index: ImageIndex, fraction: float) -> tuple[ImageIndex, ImageIndex | 
         is_held_out[members[order[: max(count, 0)]]] = True
     if not fraction or not is_held_out.any() or is_held_out.all():
         return index, None
+    index = replace(index, held_out=None)  # the parts are not split again
     return index.subset(np.flatnonzero(~is_held_out)), index.subset(np.flatnonzero(is_held_out))
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 from distill.curation import embeddings as module
 from distill.curation.embeddings import StoredEmbeddings, embed
 from distill.data.build_index import build_index
+from distill.data.split import split
 from distill.errors import DataError
 from distill.weights.load import load_backbone
 from tests.support.command import Run
@@ -133,6 +134,38 @@ def test_curate__writes_a_source_that_training_reads_the_same_bytes_every_time(
     assert distill("data", "check", tmp_path / "a").code == 0
     other = distill(*words[:-1], 4, "-o", tmp_path / "a")
     assert other.code == 0 or "seed" in other.err
+
+
+def test_curate__of_what_folders_hold_out_nothing_is_trained_on(
+    made: tuple[Path, Path], tmp_path: Path, distill: Run
+) -> None:
+    heap = tmp_path / "heap"
+    shutil.copytree(made[0], heap / "train")
+    shutil.copytree(made[0], heap / "val")
+    assert distill("data", "embed", heap, "--with", made[1], "-o", tmp_path / "emb").code == 0
+    words = ("data", "curate", tmp_path / "emb", "--target", 30, "--levels", "6,3")
+    assert distill(*words, "-o", tmp_path / "chosen").code == 0
+    train, held_out = split(build_index([tmp_path / "chosen"], max_bad_fraction=0.0), 0.2)
+    assert held_out is not None and len(train) + len(held_out) == 30
+    for part, name in ((train, "train"), (held_out, "val")):
+        paths = [Path(str(part.location(image))) for image in range(len(part))]
+        assert {path.relative_to(heap).parts[0] for path in paths} == {name}
+
+
+@pytest.mark.parametrize("damage", [b"", b"no array", "shape", "kind"])
+def test_curate__a_damaged_shard_is_one_line(
+    made: tuple[Path, Path], tmp_path: Path, distill: Run, damage: bytes | str
+) -> None:
+    embed([made[0]], made[1], tmp_path / "emb", silent, device=CPU)
+    shard = tmp_path / "emb" / "class-00001.npy"
+    if isinstance(damage, bytes):
+        shard.write_bytes(damage)
+    else:
+        rows = 5 if damage == "shape" else SHARD_ROWS
+        np.save(shard, np.zeros((rows, 16), np.float16 if damage == "shape" else np.float32))
+    result = distill("data", "curate", tmp_path / "emb", "--target", 5, "-o", tmp_path / "chosen")
+    assert result.code == 1 and "Remove it, and embed again." in result.err
+    assert len(result.err.strip().splitlines()) == 2 and str(tmp_path / "emb") in result.err
 
 
 @pytest.mark.parametrize(
