@@ -53,7 +53,7 @@ COVERED_BY = {
     "distill.engine.group_as_world": "tests/distill/train/test_ranks.py",
     "distill.engine.layouts": "tests/distill/train/test_ranks.py",
     "distill.errors": "tests/distill/cli/test_app.py",
-    "distill.launch.presence": "tests/chaos/test_run_folder.py",
+    "distill.runfolder.presence": "tests/chaos/test_run_folder.py",
     "distill.evaluate.scoring": "tests/distill/evaluate/test_run.py",
     "distill.protocols.tasks": "tests/distill/evaluate/test_run.py",
     "distill.evaluate.export_choice": "tests/distill/cli/test_export.py",

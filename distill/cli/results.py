@@ -21,8 +21,8 @@ from distill.cli.options import (
     require_there,
     say,
 )
+from distill.engine.variables import is_launched
 from distill.errors import RecipeError, UserError
-from distill.launch.variables import is_launched
 from distill.screen.console import make_console, printable
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from distill.engine.variables import OF_RANK, is_launched, is_number, shortened
 from distill.errors import RecipeError, SetupError
-from distill.launch.variables import OF_RANK, is_launched, is_number, shortened
 
 FIRST_PORT, NUM_PORTS = 15000, 10000  # below the ports that kernels give to connections
 BATCH_STEPS = 4294967280  # SLURM numbers the steps that no srun made from here on

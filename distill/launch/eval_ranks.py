@@ -19,9 +19,9 @@ from distill.engine.device import take_device
 from distill.engine.forkserver import choose_start_method
 from distill.engine.join import MeetingPlace, join_ranks
 from distill.engine.local_ranks import LocalRanks
+from distill.engine.variables import launched_rank
 from distill.errors import SetupError, UserError
 from distill.launch.rendezvous import open_store
-from distill.launch.variables import launched_rank
 from distill.protocols.sharing import Sharing
 
 TIMEOUT = timedelta(days=1)  # the first rank fits probes between two batches of features

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
 
+from distill.engine.node import ranks_on_node
+from distill.engine.variables import is_launched, launched_rank
 from distill.errors import StorageError, UserError
 from distill.launch.milestones import exporting
-from distill.launch.node import ranks_on_node
 from distill.launch.trackers import feeding
-from distill.launch.variables import is_launched, launched_rank
 from distill.runfolder.lock import run_lock
 from distill.runfolder.parked import PARKED_EXIT_CODE
 from distill.runfolder.requests import SAVE, STOP, forget, handling, is_requested, leave_request

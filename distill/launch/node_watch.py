@@ -18,7 +18,6 @@ from math import ceil
 from pathlib import Path
 
 from distill.launch.board import FAILED, GONE
-from distill.launch.presence import FolderPresence
 from distill.launch.watchdog import StragglerReport, Watchdog, is_late
 from distill.runfolder.failure import FILE
 from distill.runfolder.heartbeat import (
@@ -30,6 +29,7 @@ from distill.runfolder.heartbeat import (
     record_files,
     record_path,
 )
+from distill.runfolder.presence import FolderPresence
 
 TAKE_OVER_S = 3.0  # silence of lower ranks after which the next one does their part
 LOOKED_PER_S = 20.0  # for a cause of failure, by all nodes together

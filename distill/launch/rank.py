@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 
 from distill.engine.join import MeetingPlace
+from distill.engine.node import require_node_size
 from distill.errors import StorageError
 from distill.job.prepare import read_job
 from distill.job.run import work
 from distill.launch.board import board_of, leave_board, sweep_boards
 from distill.launch.disk import DiskWatch, send
-from distill.launch.node import require_node_size
 from distill.launch.node_watch import NodeWatch
 from distill.launch.process import end_with
 from distill.launch.watchdog import StragglerReport, end_ranks

@@ -23,10 +23,10 @@ from pathlib import Path
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, not listed
 
+from distill.engine.node import ranks_on_node
+from distill.engine.variables import LaunchedRank
 from distill.errors import SetupError, UserError
 from distill.job.prepare import launch_of
-from distill.launch.node import ranks_on_node
-from distill.launch.variables import LaunchedRank
 from distill.runfolder.failure import LOST_EXIT_CODE
 
 CONNECT_S = 600.0  # for every rank to be started

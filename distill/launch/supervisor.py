@@ -13,7 +13,6 @@ from pathlib import Path
 
 from distill.engine.local_ranks import LocalRanks
 from distill.launch.disk import DiskWatch, receive
-from distill.launch.presence import FolderPresence
 from distill.launch.rank import GRACE_S, LauncherLink, entry
 from distill.launch.watchdog import Watchdog, end_ranks
 from distill.runfolder.events import Event, EventKind, note
@@ -26,6 +25,7 @@ from distill.runfolder.failure import (
     write_failure,
 )
 from distill.runfolder.heartbeat import HeartbeatRecord, forget_records, read_records
+from distill.runfolder.presence import FolderPresence
 from distill.runfolder.process_identity import this_process
 from distill.runfolder.requests import STOP, is_requested
 

@@ -16,11 +16,11 @@ from PIL import Image
 
 from distill.data.build_index import build_index
 from distill.data.dataset_report import take_report
+from distill.engine.node import ranks_on_node
+from distill.engine.variables import is_launched, launched_rank
 from distill.export.convert import convert
 from distill.export.save import ExportFacts, write_backbone, write_heads
 from distill.job.resolved_yaml import resolved_yaml
-from distill.launch.node import ranks_on_node
-from distill.launch.variables import is_launched, launched_rank
 from distill.listing.document import builtin_recipes
 from distill.plan.job import check_job
 from distill.recipe.reader import load_job

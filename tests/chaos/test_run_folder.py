@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from distill.launch import presence
-from distill.launch.presence import FolderPresence
 from distill.runfolder.failure import LOST_EXIT_CODE
+from distill.runfolder.presence import FolderPresence
 from tests.support import jobs
 from tests.support.storage_faults import ROOT
 
-FAULT = "import distill.launch.presence as presence\npresence.GONE_LIMIT_S = {limit_s}\n"
+FAULT = "import distill.runfolder.presence as presence\npresence.GONE_LIMIT_S = {limit_s}\n"
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 
 from distill.launch.board import FAILED, GONE
 from distill.launch.node_watch import NodeWatch
-from distill.launch.presence import GONE_LIMIT_S
 from distill.launch.watchdog import StragglerReport
 from distill.runfolder.failure import FILE
 from distill.runfolder.heartbeat import (
@@ -19,6 +18,7 @@ from distill.runfolder.heartbeat import (
     read_records,
     record_path,
 )
+from distill.runfolder.presence import GONE_LIMIT_S
 from tests.support.status import LIMIT_S, SIGN
 
 STRIDE_S = 2.0  # less than what counts as a pause

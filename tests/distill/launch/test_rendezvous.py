@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not listed
 
+from distill.engine.variables import LaunchedRank
 from distill.errors import DataError, SetupError, UserError
 from distill.job.prepare import launch_of
 from distill.launch import rendezvous
 from distill.launch.rendezvous import Rendezvous, open_store
-from distill.launch.variables import LaunchedRank
 from tests.support.jobs import ENVIRONMENT, write_recipes
 
 

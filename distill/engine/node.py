@@ -10,8 +10,8 @@ import re
 import socket
 from collections.abc import Mapping
 
+from distill.engine.variables import LONGEST, is_number
 from distill.errors import PlanError, SetupError
-from distill.launch.variables import LONGEST, is_number
 
 OF_THIS_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 OF_ALL_NODES = "SLURM_STEP_TASKS_PER_NODE"

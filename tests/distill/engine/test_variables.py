@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from distill.engine.variables import LaunchedRank, is_launched, launched_rank
 from distill.errors import RecipeError
-from distill.launch.variables import LaunchedRank, is_launched, launched_rank
 from tests.support.jobs import ENVIRONMENT, write_recipes
 
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}

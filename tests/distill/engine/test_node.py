@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, not listed
 
+from distill.engine.node import ranks_on_node, require_node_size
 from distill.errors import PlanError, SetupError
 from distill.job.prepare import JobRequest
 from distill.launch import local
-from distill.launch.node import ranks_on_node, require_node_size
 
 OPTIONS = local.Options(processes=3, out=Path("runs"), name=None, fresh=False, plain=True)
 
