@@ -91,6 +91,7 @@ COVERED_BY = {
     "distill.recipe.crop_rules": "tests/distill/plan/test_crop_sizes.py",
     "distill.export.licence_files": "tests/distill/export/test_licences.py",
     "distill.listing.document": "tests/distill/job/test_resume.py",
+    "distill.listing.problem_text": "tests/distill/recipe/test_keys.py",
     "distill.recipe.extension_keys": "tests/distill/recipe/test_keys.py",
     "distill.recipe.interval_keys": "tests/distill/recipe/test_keys.py",
     "distill.recipe.inputs": "tests/distill/recipe/test_keys.py",

@@ -95,8 +95,8 @@ def _options_of(command: Any) -> list[str]:
 
 def _keys_like(name: str) -> list[str]:
     """Keys of recipes with this dotted or last name, those outside of lists first; the name itself where it has a dot."""
+    from distill.listing.problem_text import LISTS, path_of
     from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-    from distill.recipe.messages import LISTS, path_of
     from distill.recipe.types import all_keys
 
     if "." in name or ":" in name:

@@ -25,10 +25,11 @@ from distill.listing.document import (
     read_document,
     with_overrides,
 )
+from distill.listing.problem_text import refuse, render
 from distill.recipe.extension_keys import find_section, unread_section, with_sections
 from distill.recipe.formats import format_of, with_defaults_of
 from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe
-from distill.recipe.messages import explain, place_of, refuse, render, resembled
+from distill.recipe.messages import explain, place_of, resembled
 from distill.recipe.networks import HEADS_MODES
 from distill.recipe.rules import Parts, find_conflicts, items_of
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS, Section, fields_of, section_in
