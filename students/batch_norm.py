@@ -27,6 +27,8 @@ from teacher.shapes import KOLEO_GROUP
 
 GROUP_IMAGES = KOLEO_GROUP  # between these every slice and micro-batch is cut
 NUM_TRACKED = "num_batches_tracked"
+PLAIN = (_BatchNorm.forward, nn.SyncBatchNorm.forward)  # what a group's statistics stand for
+NORM_DROP_ACT = ("timm.layers.norm_act", "BatchNormAct2d")  # normalises, drops and activates
 _COUNTS: ContextVar[bool] = ContextVar("counts", default=False)
 
 
@@ -99,11 +101,27 @@ class GroupedBatchNorm(_BatchNorm):
         return none if sums is None else sums
 
 
+class GroupedBatchNormAct(GroupedBatchNorm):
+    """The BatchNorm layer of timm that drops and activates what it normalised."""
+
+    def __init__(self, plain: _BatchNorm) -> None:
+        """Takes over ``drop`` and ``act`` of ``plain``, too."""
+        super().__init__(plain)
+        self.drop, self.act = plain.drop, plain.act
+
+    def forward(
+        self, x: Float[Tensor, "rows channels *size"]
+    ) -> Float[Tensor, "rows channels *size"]:
+        """As ``GroupedBatchNorm``, then dropout, then the activation."""
+        return self.act(self.drop(super().forward(x)))  # type: ignore[operator]
+
+
 def group_norms(network: nn.Module) -> None:
     """Replaces every BatchNorm inside by a ``GroupedBatchNorm`` with the same weights and names.
 
     Raises:
-        ValueError: one has no running statistics: it would normalise by whatever is in the batch.
+        ValueError: one has no running statistics, so that it would normalise by whatever is in the batch, or does
+            more than BatchNorm, which its replacement would not do.
     """
     for name, child in list(network.named_children()):
         if not isinstance(child, _BatchNorm):
@@ -112,8 +130,22 @@ def group_norms(network: nn.Module) -> None:
             raise ValueError(
                 f"{name}: BatchNorm without running statistics; leave track_running_stats on"
             )
+        elif (type(child).__module__, type(child).__name__) == NORM_DROP_ACT:
+            network.add_module(name, GroupedBatchNormAct(child))
+        elif _does_more(child):
+            raise ValueError(
+                f"{name}: {type(child).__name__} does more than BatchNorm, which training would leave out; "
+                "use nn.BatchNorm2d, and another module for the rest"
+            )
         else:
             network.add_module(name, GroupedBatchNorm(child))
+
+
+def _does_more(norm: _BatchNorm) -> bool:
+    """Whether it has another forward pass, parts (a parametrised weight is one) or hooks."""
+    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks)
+    is_plain = getattr(norm.forward, "__func__", None) in PLAIN
+    return not is_plain or any(True for _ in norm.children()) or any(hooks)
 
 
 class RunningStatistics:

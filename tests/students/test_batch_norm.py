@@ -1,15 +1,18 @@
 """BatchNorm of a student: groups against plain BatchNorm, running statistics against their definition."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from students.batch_norm import (
     GROUP_IMAGES,
+    NORM_DROP_ACT,
     GroupedBatchNorm,
+    GroupedBatchNormAct,
     RunningStatistics,
     counting,
     group_norms,
@@ -98,6 +101,66 @@ def test_running_statistics__are_the_mean_over_groups_of_counted_passes() -> Non
 def test_group_norms__refuses_what_would_normalise_by_the_batch_alone() -> None:
     with pytest.raises(ValueError, match="1: BatchNorm without running statistics"):
         group_norms(layers(track_running_stats=False))
+
+
+class Activated(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.drop, self.act = nn.Dropout(0.0), nn.PReLU(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
+
+
+def test_group_norms__keeps_the_activation_of_timms_layer() -> None:
+    module, name = NORM_DROP_ACT
+    of_timm = type(name, (Activated,), {"__module__": module})
+    plain = nn.Sequential(nn.Conv2d(3, 4, 2, 2), of_timm(4)).double()
+    grouped = copy.deepcopy(plain)
+    group_norms(grouped)
+    assert isinstance(grouped[1], GroupedBatchNormAct)
+    assert grouped.state_dict().keys() == plain.state_dict().keys()
+    images = pixels(2 * ROWS)
+    wanted = torch.cat([plain(part) for part in images.split(ROWS)])
+    torch.testing.assert_close(grouped(images), wanted, rtol=1e-12, atol=1e-12)
+    grouped.eval().load_state_dict(plain.eval().state_dict())
+    torch.testing.assert_close(grouped(images), plain(images), rtol=1e-12, atol=0)
+
+
+def with_a_forward_of_its_own() -> nn.Module:
+    norm = nn.BatchNorm2d(4)
+    norm.forward = lambda x: x.relu()  # type: ignore[method-assign]
+    return norm
+
+
+def with_a_hook() -> nn.Module:
+    norm = nn.BatchNorm2d(4)
+    norm.register_forward_hook(lambda *found: found[-1].relu())
+    return norm
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Activated(4),
+        with_a_forward_of_its_own,
+        with_a_hook,
+        lambda: spectral_norm(nn.BatchNorm2d(4), dim=0),
+        lambda: nn.LazyBatchNorm2d(),
+    ],
+)
+def test_group_norms__refuses_what_does_more_than_batch_norm(make: Callable[[], nn.Module]) -> None:
+    network = nn.Sequential(nn.Sequential(make()))
+    with pytest.raises(ValueError, match="does more than BatchNorm"):
+        group_norms(network)
+
+
+def test_group_norms__takes_a_synchronised_layer_as_a_plain_one() -> None:
+    network = nn.Sequential(nn.SyncBatchNorm(4))
+    group_norms(network)
+    assert type(network[0]) is GroupedBatchNorm
 
 
 def test_running_statistics__of_a_network_without_batch_norm_are_empty() -> None:
