@@ -1,36 +1,78 @@
 """``distill data embed`` and ``curate``: from a heap of pictures to a balanced part of it."""
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from distill.cli.data import ProgressBar, SourcesArgument
-from distill.cli.options import DebugOption, JsonOption, print_json, progress, say
+from distill.cli.options import (
+    DebugOption,
+    JsonOption,
+    RanksOption,
+    join_launch,
+    print_json,
+    progress,
+    say,
+)
+from distill.engine.variables import is_first
 from distill.errors import RecipeError
+
+QUICKSTART = Path("runs/quickstart")
 
 
 def embed(
     sources: SourcesArgument,
     out: Annotated[Path, typer.Option("-o", "--out", help="The folder of the embeddings.")],
     network: Annotated[
-        Path, typer.Option("--with", metavar="NETWORK", help="Exported folder, weights, RUN:NAME.")
-    ],
+        Path | None,
+        typer.Option(
+            "--with",
+            metavar="NETWORK",
+            help="Exported folder, weights, RUN:NAME; by default the quickstart's teacher.",
+        ),
+    ] = None,
     size: Annotated[
         int | None, typer.Option("--size", min=1, help="Side in px; by default the network's.")
     ] = None,
+    features: Annotated[
+        Literal["class", "class+patch"],
+        typer.Option("--features", help="With class+patch the mean of the patches too."),
+    ] = "class",
+    ranks: RanksOption = 1,
+    as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
-    """Write the class feature of every image. Run the same command again to go on after a stop."""
-    import torch
+    """Write the features of every image. Run the same command again to go on after a stop."""
+    from distill.curation.embed import EmbedRequest, embed_on_rank
+    from distill.launch.local import resume_command
+    from distill.launch.on_ranks import run_on_ranks
 
-    from distill.curation.embeddings import embed as write
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = write(sources, network, out, progress, size=size, device=device)
-    lost = found.num_rows - int(found.usable().sum())
+    join_launch()
+    request = EmbedRequest(tuple(sources), network or _usual_network(), out, size, features)
+    task = partial(embed_on_rank, request, progress)
+    facts = run_on_ranks(task, ranks, resume_command())
+    if not is_first(os.environ):
+        return
+    if as_json:
+        print_json(facts)
+        return
+    lost = facts["rows"] - facts["usable"]
     left = f", {lost:,} of them cannot be decoded" if lost else ""
-    say(f"{found.num_rows:,} images in {out}, {found.width} numbers each{left}")
+    say(f"{facts['rows']:,} images in {out}, {facts['width']} numbers each{left}")
+    if facts["embedded_now"]:
+        say(f"{facts['embedded_now']:,} images now, {facts['images_per_s']:,.0f} a second")
+
+
+def _usual_network() -> Path:
+    if not (QUICKSTART / "job.json").is_file():
+        raise RecipeError(
+            "distill data embed: no network is named, and the quickstart was not run here",
+            fix="Name one: --with FOLDER, WEIGHTS or RUN:NAME. Or first: distill train quickstart.",
+        )
+    return Path(f"{QUICKSTART}:teacher")
 
 
 def curate(

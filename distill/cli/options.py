@@ -62,6 +62,10 @@ CostsOption = Annotated[
         help="Seconds per image of each network, as bench --json measures them, in place of FLOPs.",
     ),
 ]
+RanksOption = Annotated[
+    int,
+    typer.Option("--ranks", min=1, help="Local processes that share the images; one per GPU."),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -120,6 +124,14 @@ def count_ranks(processes: int | str, requested: int | None) -> int:
     from distill.launch.local import count_processes
 
     return count_processes(requested or processes)
+
+
+def join_launch() -> None:
+    """Makes this process a rank where it is a task of srun, mpirun or another scheduler."""
+    from distill.launch.local import resume_command
+    from distill.launch.on_ranks import become_rank
+
+    become_rank(resume_command())
 
 
 def require_run(run: Path) -> None:

@@ -14,20 +14,22 @@ from distill.cli.options import (
     AllowCodeOption,
     DebugOption,
     JsonOption,
+    RanksOption,
     allow_code_of,
+    join_launch,
     print_json,
     progress,
     require_run,
     require_there,
     say,
 )
-from distill.engine.variables import is_launched
+from distill.engine.variables import is_first, is_launched
 from distill.errors import RecipeError, UserError
 from distill.screen.console import make_console, printable
 
 if TYPE_CHECKING:
     from distill.evaluate.scoring import Wanted
-    from distill.launch.eval_ranks import Task
+    from distill.launch.on_ranks import Task
     from distill.protocols.images import Precision
     from distill.protocols.score import Protocol
 
@@ -41,10 +43,6 @@ Targets = Annotated[
 PrecisionOption = Annotated[
     str,
     typer.Option("--precision", help="auto (bf16 for a large network on a GPU), fp32 or bf16."),
-]
-RanksOption = Annotated[
-    int,
-    typer.Option("--ranks", min=1, help="Local processes that share the images; one per GPU."),
 ]
 
 
@@ -85,17 +83,13 @@ def evaluate(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Score students and teacher on held-out images, say how near they are, and draw their features."""
+    join_launch()
     paths = targets or []
     if self_test:
         return _test(_wanted(tasks, protocol)[0].protocol, as_json=as_json)
     if not paths:
         raise RecipeError("distill eval: nothing to score", fix="Give a run folder or weights.")
-    if data is None or over_steps:
-        for run in paths:
-            _require_run(run)
-    for run in paths:
-        if (run / "job.json").is_file():
-            allow_code_of(run, allow)
+    _open(paths, allow, are_runs=data is None or over_steps)
     if over_steps:
         return _score_steps([*paths, *(beside or [])], as_json=as_json)
     wanted, unknown = _wanted(tasks, protocol, precision)
@@ -108,6 +102,15 @@ def evaluate(
     if code or unknown:
         raise typer.Exit(code or RecipeError.exit_code)
     return None
+
+
+def _open(paths: Sequence[Path], allow: bool, *, are_runs: bool) -> None:
+    """Refuses what is no run where runs are wanted; applies ``--allow-code`` to each run."""
+    for path in paths:
+        if are_runs:
+            _require_run(path)
+        if (path / "job.json").is_file():
+            allow_code_of(path, allow)
 
 
 def _require_run(run: Path) -> None:
@@ -161,11 +164,11 @@ def _score_runs(runs: Sequence[Path], wanted: "Wanted", num_ranks: int, *, as_js
             code = error.exit_code
             continue
         scored[str(run)] = summary
-        if not as_json and _is_first_rank():
+        if not as_json and is_first(os.environ):
             _print(summary, str(run) if len(runs) > 1 else "")
         if unfinished_students(summary):
             code = code or PARKED_EXIT_CODE
-    if not _is_first_rank():
+    if not is_first(os.environ):
         return code
     if as_json:
         print_json(scored if len(runs) > 1 else next(iter(scored.values())))
@@ -178,7 +181,7 @@ def _score_run(run: Path, wanted: "Wanted", num_ranks: int, *, as_json: bool) ->
     from distill.runfolder.status import StatusFile
 
     task = partial(finish_on_rank, run, wanted)
-    if not _is_first_rank():
+    if not is_first(os.environ):
         return _on_ranks(task, num_ranks)
     with redirect_stdout(sys.stderr if as_json else sys.stdout), run_lock(run) as lock:
         lock.alone(wait_s=0.0)  # a job at work writes the same files
@@ -200,31 +203,17 @@ def _score_files(
     with redirect_stdout(sys.stderr):
         task = partial(evaluate_files, paths, data, wanted, progress)
         summary = _on_ranks(task, num_ranks)
-    if _is_first_rank():
+    if is_first(os.environ):
         print_json(summary) if as_json else _print(summary, "")
     return 0
 
 
-def _is_first_rank() -> bool:
-    return not is_launched(os.environ) or os.environ.get("RANK") == "0"
-
-
 def _on_ranks(task: "Task", num_ranks: int) -> dict[str, Any]:
-    """What the task returns here, on local ranks, or as a rank of another launcher."""
-    import torch
-
-    from distill.launch import eval_ranks
+    """What the task returns: on ranks that another launcher started, else on ``num_ranks`` of this machine."""
     from distill.launch.local import resume_command
-    from distill.protocols.sharing import ALONE
+    from distill.launch.on_ranks import run_on_ranks
 
-    summary: dict[str, Any]
-    if is_launched(os.environ):
-        summary = eval_ranks.run_as_rank(task, resume_command())
-    elif num_ranks > 1:
-        summary = eval_ranks.run_locally(task, num_ranks)
-    else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        summary = task(device, ALONE)
+    summary: dict[str, Any] = run_on_ranks(task, num_ranks, resume_command())
     return summary
 
 

@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 from distill.data.bad_images import MAX_MEGAPIXELS, Header, measure
+from distill.data.file_sizes import refuse_changed
 from distill.data.index import ImageIndex, make_index
 from distill.errors import DataError
 from distill.listing.headers import Decoder
@@ -147,6 +148,7 @@ def _packed_index(source: Path, lister: Lister | None) -> ImageIndex | None:
         return None
     index = ImageIndex.load(folder)
     refuse_added(source, [path for _, path in index.containers], folder)
+    refuse_changed(index, source, "Bring back what it was, or embed and choose again.")
     return index
 
 

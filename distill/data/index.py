@@ -6,6 +6,7 @@
     hw.npy            height and width;  labels.npy  class, -1 for images without, where there are classes
     held_out.npy      images that their folder (val/, test/) holds out, where there are some
     decoders.npy      who decodes each image, by its header; missing in indexes of version 0.1.0
+    file_bytes.npy    bytes of the file each image lies in, in an index that is a source but holds no images itself
 
 Opening costs the same for a thousand images and for a billion; ``distill.data.build_index`` makes one.
 """
@@ -49,6 +50,7 @@ class ImageIndex:
         held_out: images that their folder holds out, [images]; None where no folder does.
         passed_over: what the sources hold besides.
         decoders: ``Decoder`` of each image, [images]; None where none was decided.
+        file_bytes: of the file, shard or table that each image lies in, [images]; None where they were not counted.
     """
 
     names: NDArray[np.uint8]
@@ -62,6 +64,7 @@ class ImageIndex:
     held_out: NDArray[np.bool_] | None = None
     passed_over: PassedOver = field(default_factory=PassedOver)
     decoders: NDArray[np.uint8] | None = None
+    file_bytes: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         """Images."""
@@ -182,6 +185,7 @@ class ImageIndex:
             sources=tuple((s, n) for (s, _), n in zip(self.sources, counts, strict=True)),
             passed_over=self.passed_over,
             decoders=None if self.decoders is None else self.decoders[images],
+            file_bytes=None if self.file_bytes is None else self.file_bytes[images],
         )
 
 
@@ -193,8 +197,9 @@ ARRAYS: Mapping[str, type] = {
     "labels": np.int32,
     "held_out": np.bool_,
     "decoders": np.uint8,
+    "file_bytes": np.int64,
 }
-OPTIONAL = frozenset({"labels", "held_out", "decoders"})
+OPTIONAL = frozenset({"labels", "held_out", "decoders", "file_bytes"})
 
 
 FILES = {"locations": "places.npy"}  # format 1 is older than the name of the field

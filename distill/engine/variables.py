@@ -44,6 +44,11 @@ def is_launched(environment: Mapping[str, str]) -> bool:
     return any(environment.get(name) for name in OF_RANK)
 
 
+def is_first(environment: Mapping[str, str]) -> bool:
+    """Returns whether this process is alone, or rank 0 of another launcher."""
+    return not is_launched(environment) or environment.get("RANK") == "0"
+
+
 def launched_rank(environment: Mapping[str, str], command: str) -> LaunchedRank:
     """Returns which rank this process is; ``command`` is the command line, for the line to type.
 

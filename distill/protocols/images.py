@@ -301,8 +301,11 @@ def count_images(say: Callable[[str], None], what: str, total: int) -> Callable[
         now_s = time.monotonic()
         if now_s - last_s > REPORT_EVERY_S:
             last_s = now_s
-            left_s = (now_s - began_s) / done * (total - done)
-            say(f"{what}: {done:,} of {total:,} images, {left_s / 60:.0f} min left")
+            rate = done / (now_s - began_s)
+            left_min = max(0, total - done) / rate / 60
+            say(
+                f"{what}: {done:,} of {total:,} images, {rate:,.0f} a second, {left_min:.0f} min left"
+            )
 
     return on_batch
 

@@ -107,8 +107,8 @@ def test_count_images__names_what_is_left(monkeypatch: pytest.MonkeyPatch) -> No
         now[0] += 30.0
         on_batch(100)
     assert lines == [
-        "k-NN: 100 of 1,000 images, 4 min left",
-        "k-NN: 200 of 1,000 images, 4 min left",
+        "k-NN: 100 of 1,000 images, 3 a second, 4 min left",
+        "k-NN: 200 of 1,000 images, 3 a second, 4 min left",
     ]
 
 

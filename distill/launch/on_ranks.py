@@ -1,7 +1,7 @@
-"""``distill eval`` on several ranks: processes of this machine, or ranks of another launcher.
+"""A command that trains nothing on several ranks: processes of this machine, or those of another launcher.
 
 --ranks N       this process starts N of them and takes the result of rank 0
-torchrun, srun  this process is a rank; rank 0 goes on with the result, the others have none
+torchrun, srun  this process is a rank; rank 0 goes on with the result
 """
 
 import os
@@ -19,17 +19,41 @@ from distill.engine.device import take_device
 from distill.engine.forkserver import choose_start_method
 from distill.engine.join import MeetingPlace, join_ranks
 from distill.engine.local_ranks import LocalRanks
-from distill.engine.variables import launched_rank
+from distill.engine.variables import is_launched, launched_rank
 from distill.errors import SetupError, UserError
+from distill.launch.detect import task_of
 from distill.launch.rendezvous import open_store
-from distill.protocols.sharing import Sharing
+from distill.protocols.sharing import ALONE, Sharing
 
 TIMEOUT = timedelta(days=1)  # the first rank fits probes between two batches of features
 RESTART = "TORCHELASTIC_RESTART_COUNT"  # a store that outlives a start keeps its keys
 Task = Callable[[torch.device, Sharing], Any]  # can be pickled; its result is that of rank 0
 
 
-def run_locally(task: Task, num_ranks: int) -> Any:
+def become_rank(command: str) -> None:
+    """Sets the variables of a rank where this process is a task of a scheduler; ``command`` is the line to type again.
+
+    Raises:
+        RecipeError: the variables of the scheduler contradict each other.
+        SetupError: no variable names the host of task 0.
+    """
+    task = task_of(os.environ, command)
+    if task is not None:
+        os.environ.update(task.to_variables(1))
+
+
+def run_on_ranks(task: Task, num_ranks: int, command: str) -> Any:
+    """Returns what ``task`` returned on rank 0; on the other ranks of another launcher what it returned there.
+
+    Raises:
+        UserError: as the task does, or as a launch does.
+    """
+    if is_launched(os.environ):
+        return _run_as_rank(task, command)
+    return _run_locally(task, num_ranks) if num_ranks > 1 else task(take_device("auto"), ALONE)
+
+
+def _run_locally(task: Task, num_ranks: int) -> Any:
     """Returns what ``task`` returned on rank 0 of ``num_ranks`` processes of this machine.
 
     Raises:
@@ -47,19 +71,19 @@ def run_locally(task: Task, num_ranks: int) -> Any:
             failed = {rank: code for rank, code in ranks.exit_codes.items() if code != 0}
             for rank, code in failed.items():
                 fix = "The lines above have the cause."
-                raise UserError(f"distill eval: rank {rank} ended with exit code {code}", fix=fix)
+                raise UserError(f"rank {rank} ended with exit code {code}", fix=fix)
         return ranks.results[0]
 
 
-def run_as_rank(task: Task, command: str) -> Any:
-    """Returns what ``task`` returned on this rank of another launcher. ``command``: the line to type again, for errors.
+def _run_as_rank(task: Task, command: str) -> Any:
+    """Returns what ``task`` returned on this rank of another launcher.
 
     Raises:
         RecipeError: the variables of the launch are wrong.
         SetupError: its ranks do not come together.
     """
     here = launched_rank(os.environ, command)
-    store = PrefixStore(f"eval {os.environ.get(RESTART, '0')}", open_store(here))
+    store = PrefixStore(f"task {os.environ.get(RESTART, '0')}", open_store(here))
     return _run_rank(task, store)
 
 
@@ -81,7 +105,7 @@ def _run_rank(task: Task, store: MeetingPlace) -> Any:
         join_ranks("cpu", TIMEOUT, store)
     except dist.DistError as error:
         raise SetupError(
-            f"distill eval: rank {rank} of {num_ranks} cannot join the others ({str(error).splitlines()[0]})",
+            f"rank {rank} of {num_ranks} cannot join the others ({str(error).splitlines()[0]})",
             fix="Start the ranks again, all of them.",
         ) from error
     try:

@@ -1,0 +1,33 @@
+"""A small heap of pictures, a network, and its embeddings in small shards."""
+
+from pathlib import Path
+
+import pytest
+
+from distill.curation import embed as module
+from distill.curation.embed import EmbedRequest, embed
+from distill.curation.embeddings import Features, StoredEmbeddings
+from tests.support.scored_run import CPU, TINY_VIT, export, write_splits
+
+SHARD_ROWS = 8
+WIDTH = 16
+
+
+def make_heap(root: Path) -> tuple[Path, Path]:
+    """Twenty-one pictures in three folders, and a network."""
+    write_splits(root, (7, 1))
+    export(root / "network", TINY_VIT, 16)
+    return root / "train", root / "network"
+
+
+def embedded(
+    heap: Path, network: Path, folder: Path, features: Features = "class"
+) -> StoredEmbeddings:
+    """Embeds a heap on this process."""
+    embed(EmbedRequest((heap,), network, folder, None, features), lambda _: None, CPU)
+    return StoredEmbeddings.open(folder)
+
+
+def use_small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes shards of ``SHARD_ROWS`` rows."""
+    monkeypatch.setattr(module, "shard_rows", lambda _: SHARD_ROWS)
