@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Plan
 from distill.train.balance import BalanceListener, MeasuredShares
+from distill.train.by_step import PlanSchedule
 
 Seconds = NDArray[np.float64]
 Factors = Callable[[], Seconds]

@@ -21,13 +21,13 @@ from distill.engine.config import EngineSettings
 from distill.engine.engine import Engine
 from distill.job.to_data import build_feed, build_loader
 from distill.listing.storage import Storage
-from distill.plan.by_step import PlanSchedule
 from distill.plan.crop_sizes import crop_schedule, teacher_grid, teacher_scale
 from distill.plan.from_recipe import Recipe
 from distill.plan.plan import Plan
 from distill.plan.slices import Placement
 from distill.recipe.init_keys import InitSpec
 from distill.recipe.schedules import FamilyStageSpec, ObjectiveSpec
+from distill.train.by_step import PlanSchedule
 from distill.train.exchange import AllGather, Slices
 from distill.train.groups import Groups
 from distill.train.masking import StepMasks

@@ -16,9 +16,9 @@ import torch.distributed as dist
 
 from distill.data.loader import STEPS_AHEAD
 from distill.engine.delayed_reduce import DelayedAllReduce, gather_rows
-from distill.plan.by_step import PlanSchedule
 from distill.plan.costs import Costs
 from distill.plan.plan import Plan, rebalanced
+from distill.train.by_step import PlanSchedule
 from distill.train.student import Stopwatch
 
 SLOW = 1.15  # times the median time per image: a rank is called slow

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Plan
 from distill.plan.traffic import Counts
+from distill.train.by_step import PlanSchedule
 from distill.train.student import Stopwatch
 from teacher.batch import CropBatch, Delivery, PatchMasks, TeacherTargets, onto
 

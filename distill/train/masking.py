@@ -9,10 +9,10 @@ import torch
 
 from distill.data.mask_counts import mask_counts
 from distill.data.masks import draw_masks
-from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Plan
 from distill.plan.traffic import Counts
 from distill.recipe.inputs import MasksSpec
+from distill.train.by_step import PlanSchedule
 from teacher.batch import PatchMasks
 
 

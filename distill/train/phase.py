@@ -11,10 +11,10 @@ from typing import Protocol, runtime_checkable
 import torch.distributed as dist
 from torch import Tensor
 
-from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Plan
 from distill.plan.slices import Placement
 from distill.runfolder.saver import NONE_HELD, Saveable, States
+from distill.train.by_step import PlanSchedule
 from distill.train.exchange import Exchange
 from distill.train.masking import DrawnMasks
 from distill.train.schedule import StepNumbers

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from distill.engine.config import EngineSettings
 from distill.engine.engine import Engine, StepRates
-from distill.plan.by_step import PlanSchedule
 from distill.plan.plan import Plan, without
 from distill.plan.traffic import WireShape
+from distill.train.by_step import PlanSchedule
 from distill.train.exchange import AllGather, Slices
 from distill.train.groups import Groups
 from distill.train.masking import DrawnMasks

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from distill.bench.simulate import BLOCK, Chances, rhythm_of, simulate_steps
 from distill.bench.stand_ins import Unsaved
 from distill.bench.timeline import Timeline, drawn, jitter_factors
-from distill.plan.by_step import PlanSchedule
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import Placement, Plan, PlanOptions, make_plan
 from distill.train.balance import BalanceListener, Balancer
+from distill.train.by_step import PlanSchedule
 from distill.train.groups import make_groups
 from distill.train.loop import run_phase
 from distill.train.phase import Decision, Phase

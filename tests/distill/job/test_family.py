@@ -8,7 +8,6 @@ from distill.errors import PlanError, RecipeError
 from distill.job.family import _student_rates
 from distill.job.resume import joining_steps
 from distill.listing.document import builtin_recipes
-from distill.plan.by_step import PlanSchedule
 from distill.plan.crop_sizes import crop_schedule
 from distill.plan.from_recipe import family_footprint, later_plans, plan_family
 from distill.plan.job import check_job
@@ -16,6 +15,7 @@ from distill.plan.teacher_source import teacher_shape
 from distill.recipe.keys import FamilyRecipe, is_ours
 from distill.recipe.reader import load_job
 from distill.runfolder.manifest import FORMAT_VERSION, Manifest, NetworkFacts
+from distill.train.by_step import PlanSchedule
 from tests.support.jobs import (
     assert_equal_students,
     run_and_interrupt,

@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distill.plan.by_step import PlanSchedule
 from distill.plan.costs import Costs
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import PlanOptions, make_plan
 from distill.train.balance import BalanceListener, Balancer
+from distill.train.by_step import PlanSchedule
 from distill.train.groups import make_groups
 from distill.train.student import Stopwatch
 from tests.support.spawn import on_ranks

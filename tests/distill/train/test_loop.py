@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from distill.bench.stand_ins import SleepingStudent
-from distill.plan.by_step import PlanSchedule
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import Plan, PlanOptions, make_plan
 from distill.runfolder.failure import failure_of
 from distill.runfolder.heartbeat import Heartbeat
+from distill.train.by_step import PlanSchedule
 from distill.train.exchange import Outgoing
 from distill.train.faults import FaultHandler
 from distill.train.loop import run_phase

@@ -1,8 +1,8 @@
 """Plans that change at steps."""
 
-from distill.plan.by_step import PlanSchedule
 from distill.plan.placement import NetworkCost
 from distill.plan.plan import PlanOptions, make_plan, rebalanced, without
+from distill.train.by_step import PlanSchedule
 
 
 def test_timetable__the_newest_plan_that_has_begun_is_in_force() -> None:
