@@ -48,6 +48,7 @@ SETS_FROM_OUTSIDE = {
     "distill/data/pack.py": "an entry of tarfile",
     "distill/engine/compiled.py": "the forward function of a block, and limits of torch's compiler",
     "distill/engine/deepspeed_private.py": "DeepSpeed",
+    "distill/engine/added_up.py": "DeepSpeed",
     "distill/engine/engine.py": "DeepSpeed and torch's fused optimizer",
     "distill/screen/panel.py": "a table of rich",
     "distill/screen/tables.py": "tables of rich",

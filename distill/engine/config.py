@@ -15,8 +15,8 @@ MOST_AT_ONCE = 500_000_000  # gradients that are reduced together, DeepSpeed's l
 class EngineSettings:
     """How one network is optimised. ``precision`` is "fp32" or "bf16" (fp32 master weights either way).
 
-    A step's gradient is the sum of ``num_parts`` micro-batches', added up in fp32. In bf16 that takes
-    stage 2 in place of 1, which adds up in bf16, where late micro-batches round away.
+    A step's gradient is the sum of ``num_parts`` micro-batches', added up in fp32: under stage 1 before it is reduced
+    (``distill.engine.added_up``), under stages 2 and 3 by DeepSpeed afterwards.
     ``lr_factor``: of a parameter's learning rate, by its name. ``freezes_backbone``: some steps do not train
     what is named ``backbone.``. ``first_id``: where stage 3 counts this network's parameters from, the same
     on every rank, another for every network. ``clip_by``: "network", or "module" for a norm of the backbone
@@ -34,6 +34,11 @@ class EngineSettings:
     clip_by: str = "network"
     freezes_backbone: bool = False
     decays_tokens: bool = False
+
+    @property
+    def deepspeed_parts(self) -> int:
+        """Micro-batches that DeepSpeed adds up; the others reach it as one."""
+        return 1 if self.zero_stage == 1 else self.num_parts
 
 
 def part_of(parameter: str, clip_by: str) -> str:
@@ -63,7 +68,7 @@ def parameter_groups(module: nn.Module, settings: EngineSettings) -> list[dict[s
 
 def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str, Any]:
     """Returns DeepSpeed's configuration of one engine; ``num_parameters``: of its network."""
-    adds_halves = settings.precision == "bf16" and settings.num_parts > 1
+    adds_halves = settings.precision == "bf16" and settings.deepspeed_parts > 1
     zero: dict[str, Any] = {
         "stage": settings.zero_stage,
         "overlap_comm": False,
@@ -76,10 +81,10 @@ def deepspeed_config(settings: EngineSettings, num_parameters: int) -> dict[str,
             "sub_group_size": ONE_GROUP,
         }
     else:
-        zero |= {"stage": 2 if adds_halves else settings.zero_stage, "compute_grad_norm": False}
+        zero |= {"compute_grad_norm": False}
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": max(1, settings.images_per_rank),
-        "gradient_accumulation_steps": settings.num_parts,
+        "gradient_accumulation_steps": settings.deepspeed_parts,
         "gradient_clipping": settings.gradient_clip
         if settings.zero_stage == 3 and settings.clip_by == "network"
         else 0.0,

@@ -22,8 +22,9 @@ OF_PROCESS = (
     "deepspeed.runtime.zero.parameter_offload:DeepSpeedZeRoOffload._register_deepspeed_module",
     "deepspeed.runtime.zero.partition_parameters:Init.param_id",
 )
-# of the optimizer of stages 1 and 2, of the optimizer of stage 3, of a parameter under stage 3
+# of the optimizer of stages 1 and 2, of stage 1 with micro-batches, of the optimizer of stage 3, of a parameter under stage 3
 OF_FLAT = ("single_partition_of_fp32_groups", "bit16_groups_flat", "bit16_groups")
+OF_ADDING = ("_coalesce_grad_reduction", "setup_buckets", "reduce_gradients")
 OF_PIECES = ("fp32_partitioned_groups_flat", "fp16_partitioned_groups_flat", "fp16_groups")
 OF_PARAMETER = ("ds_numel", "ds_shape", "partition_numel")
 

@@ -35,6 +35,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.engine.added_up import AddedUp
 from distill.engine.config import CLIPPED_AS, EngineSettings, deepspeed_config, parameter_groups
 from distill.engine.deepspeed_private import count_from, require_private_names
 from distill.engine.group_as_world import GroupAsWorld, GroupLayout
@@ -97,7 +98,7 @@ class Engine:
         import deepspeed
         import deepspeed.comm.comm as comm
 
-        self.group, self._num_parts = group, settings.num_parts
+        self.group, self._num_parts = group, settings.deepspeed_parts
         self._mpu = GroupLayout(group, self_group)
         device = next(module.parameters()).device
         self._world = GroupAsWorld(comm.cdb, group, device)
@@ -121,6 +122,11 @@ class Engine:
                 mpu=self._mpu,
                 dist_init_required=False,
             )
+        self._added_up = (
+            AddedUp(self._engine, self._zero, module.parameters(), settings.num_parts)
+            if settings.num_parts > self._num_parts
+            else None
+        )
         self._shards = shards_of(self._zero, module, group)
         self._states = [self._zero.optimizer.state[shard] for shard in self._shards.weights]
         for shard, state in zip(self._shards.weights, self._states, strict=True):
@@ -174,21 +180,27 @@ class Engine:
             param_group["weight_decay"] = rates.weight_decay if param_group["is_decayed"] else 0.0
         skipped_before = self._engine.skipped_steps
         with self._as_world():
-            self._engine.backward(
-                self.poison_if_nonfinite(loss) * self._num_parts
-            )  # DeepSpeed divides by it
-            is_last = self._engine.is_gradient_accumulation_boundary()
-            if is_last and self._divides:
+            if not self._backward(self.poison_if_nonfinite(loss)):
+                return
+            if self._divides:
                 self.reduce_grad_norm()
             self._engine.step()
-        if not is_last:
-            return
         if not self._judges:
             norm = float(self._engine.get_global_grad_norm())
             self.grad_norm = torch.full_like(self.grad_norm, norm)
             is_applied = self._engine.skipped_steps == skipped_before
             self.is_applied = torch.full_like(self.is_applied, is_applied)
         self._update_ema(rates.ema_momentum)
+
+    def _backward(self, loss: Tensor) -> bool:
+        """One micro-batch's gradients; returns whether it was the step's last, whose sum is then averaged over the group."""
+        if self._added_up is not None:
+            return self._added_up.backward(loss)
+        self._engine.backward(loss * self._num_parts)  # DeepSpeed divides by it
+        is_last = bool(self._engine.is_gradient_accumulation_boundary())
+        if not is_last:
+            self._engine.step()
+        return is_last
 
     @torch.no_grad()
     def reduce_grad_norm(self) -> None:

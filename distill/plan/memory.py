@@ -28,6 +28,9 @@ REDUCED_AT_ONCE = (
 )
 # Bytes in the bucket per gradient, and of the rank's shard: its bf16 gradients and their fp32 sum
 ONE_PART_BYTES, SEVERAL_PARTS_BYTES, STAGE_3_BYTES = (2, 6), (4, 4), (2, 4)
+SUM_BYTES = (
+    4  # of micro-batches that stage 1 adds up before it reduces (``distill.engine.added_up``)
+)
 # Per row and prototype of a chunk: logits and targets in fp32, and their makings
 LOGIT_BYTES = 12
 PROJECTED_BYTES = (
@@ -345,9 +348,14 @@ def activation_bytes(spec: BackboneSpec, crops: CropShapes) -> float:
 
 def gradient_bytes(count: int, group: int, zero_stage: int, *, is_added_up: bool) -> float:
     """Bytes of the gradients of ``count`` parameters on one of ``group`` ranks, with DeepSpeed's bucket; added up over micro-batches or not."""
-    several = SEVERAL_PARTS_BYTES if is_added_up else ONE_PART_BYTES
-    bucket, shard = STAGE_3_BYTES if zero_stage == 3 else several
-    return bucket * min(count, REDUCED_AT_ONCE) + shard * count / group
+    by_stage = {
+        1: ONE_PART_BYTES,
+        2: SEVERAL_PARTS_BYTES if is_added_up else ONE_PART_BYTES,
+        3: STAGE_3_BYTES,
+    }
+    bucket, shard = by_stage[zero_stage]
+    added_up = SUM_BYTES * count if zero_stage == 1 and is_added_up else 0
+    return added_up + bucket * min(count, REDUCED_AT_ONCE) + shard * count / group
 
 
 def row_bytes(heads: Heads) -> tuple[int, int]:

@@ -79,6 +79,8 @@ def test_gradient_bytes__hold_the_bucket_of_deepspeed() -> None:
     """A network's gradients at most, and never more than 500 million of them."""
     small = gradient_bytes(10**6, 4, 1, is_added_up=False)
     assert small == 2 * 10**6 + 6 * 10**6 / 4
-    large = gradient_bytes(2 * 10**9, 4, 1, is_added_up=True)
+    added_up = gradient_bytes(10**6, 4, 1, is_added_up=True)
+    assert added_up == small + 4 * 10**6
+    large = gradient_bytes(2 * 10**9, 4, 2, is_added_up=True)
     assert large == 4 * 500 * 10**6 + 4 * 2 * 10**9 / 4
     assert gradient_bytes(10**6, 1, 3, is_added_up=True) == 6 * 10**6
