@@ -17,7 +17,8 @@ import importlib
 import inspect
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -97,7 +98,7 @@ def probe(factory: str, args_json: str) -> CustomSpec:
     count = sum(parameter.numel() for parameter in network.parameters())
     spec = CustomSpec(factory, args_json, width, stride, count, has_batch_norm=has_batch_norm)
     height, across = (stride * patches for patches in PROBE_STRIDES)
-    with torch.no_grad():
+    with torch.no_grad(), _in_one_line(factory, "its forward pass"):
         found = network.eval()(torch.zeros(2, 3, height, across))
     if not isinstance(found, tuple) or len(found) != 2:
         raise ValueError(
@@ -137,12 +138,36 @@ def _has_batch_norm(network: nn.Module, factory: str) -> bool:
 
 @lru_cache(maxsize=256)
 def count_flops(spec: CustomSpec, size: int) -> float:
-    """Operations of one forward pass on one crop of ``size`` pixels, a multiply-add as two; counted, not estimated."""
+    """Operations of one forward pass on one crop of ``size`` pixels, a multiply-add as two; counted, not estimated.
+
+    Raises:
+        ValueError: it does not take crops of this size.
+    """
     with torch.random.fork_rng(devices=[]):
         network = build_custom(spec).eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, spec.in_channels, size, size))
+    pixels = torch.zeros(1, spec.in_channels, size, size)
+    counting_flops = FlopCounterMode(display=False)
+    with (
+        counting_flops as counter,
+        torch.no_grad(),
+        _in_one_line(spec.factory, f"a crop of {size} px"),
+    ):
+        network(pixels)
     return float(counter.get_total_flops())
+
+
+@contextmanager
+def _in_one_line(factory: str, what: str) -> Iterator[None]:
+    """Whatever code from outside raises, as a ValueError of one line that names the factory."""
+    try:
+        yield
+    except Exception as error:
+        raise _as_one_line(factory, what, error) from error
+
+
+def _as_one_line(factory: str, what: str, error: Exception) -> ValueError:
+    reason = (str(error).strip().splitlines() or ["no message"])[0]
+    return ValueError(f"{factory}: {what}: {type(error).__name__}: {reason}")
 
 
 def _facts(network: nn.Module, factory: str) -> tuple[int, int]:
@@ -180,6 +205,8 @@ def _from_module(module_name: str, name: str, args: Mapping[str, Any]) -> nn.Mod
             f"{module_name}:{name}: {error}; run distill in the folder that holds the module, "
             "or pass --allow-code if it lies beside the recipe"
         ) from error
+    except Exception as error:
+        raise _as_one_line(f"{module_name}:{name}", "its module", error) from error
     if not callable(getattr(module, name, None)):
         known = [key for key in vars(module) if not key.startswith("_")]
         close = difflib.get_close_matches(name, known, n=1)
@@ -192,10 +219,8 @@ def _from_module(module_name: str, name: str, args: Mapping[str, Any]) -> nn.Mod
             f"{module_name}:{name}: is a {type(found).__name__}; "
             "must be a function or class that returns a network"
         )
-    try:
+    with _in_one_line(f"{module_name}:{name}", "the factory"):
         network = getattr(module, name)(**args)
-    except TypeError as error:
-        raise ValueError(f"{module_name}:{name}: {error}") from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{module_name}:{name}: gave a {type(network).__name__}, not an nn.Module")
     return network
@@ -215,14 +240,10 @@ class _TransformersNetwork(nn.Module):
             library = importlib.import_module(TRANSFORMERS)
         except ImportError as error:
             raise ValueError(f"transformers:{name}: {error}; pip install transformers") from error
-        try:
-            backbone = _from_transformers(library, name, args)
-        except (ValueError, OSError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"transformers:{name}: {reason}") from error
-        self.backbone = backbone.eval()  # what looks at the map must not move its statistics
         side = 224
-        with torch.no_grad():
+        with torch.no_grad(), _in_one_line(f"transformers:{name}", "its network"):
+            backbone = _from_transformers(library, name, args)
+            self.backbone = backbone.eval()  # what looks at the map must not move its statistics
             last = self._map(torch.zeros(1, 3, side, side))
         self.train()
         self.width, self.stride = int(last.shape[1]), side // int(last.shape[2])
@@ -259,7 +280,11 @@ def _from_transformers(library: Any, name: str, args: Mapping[str, Any]) -> nn.M
 
 
 class _TimmNetwork(nn.Module):
-    """The last feature map of a timm model, and what it pools from it."""
+    """The last feature map of a timm model, and what it pools from it.
+
+    Where layers behind the pooling give that another width, as in MobileNetV3 and EfficientNet, they are left out:
+    the class feature is the map's mean, so that both features have one width, as the protocol wants.
+    """
 
     def __init__(self, name: str, args: Mapping[str, Any]) -> None:
         super().__init__()
@@ -269,15 +294,22 @@ class _TimmNetwork(nn.Module):
             raise ValueError(
                 f"timm:{name}: timm cannot be imported ({error}); pip install timm"
             ) from error
-        self.model = library.create_model(name, pretrained=False, num_classes=0, **args).eval()
         side = 224
-        with torch.no_grad():
+        self.is_mean = False
+        with torch.no_grad(), _in_one_line(f"timm:{name}", "its network"):
+            model = library.create_model(name, pretrained=False, num_classes=0, **args)
+            self.model = model.eval()
             class_feature, last = self(torch.zeros(1, 3, side, side))
+            self.is_mean = class_feature.shape[1] != last.shape[1]
+            if self.is_mean:
+                model.prune_intermediate_layers(1, prune_norm=False, prune_head=True)
         self.train()
-        self.width, self.stride = int(class_feature.shape[1]), side // int(last.shape[2])
+        self.width, self.stride = int(last.shape[1]), side // int(last.shape[2])
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        final, maps = self.model.forward_intermediates(
+        final, (patch_map,) = self.model.forward_intermediates(
             image, indices=1, output_fmt="NCHW", norm=True
         )
-        return self.model.forward_head(final, pre_logits=True), maps[-1]
+        if self.is_mean:
+            return patch_map.mean(dim=(2, 3)), patch_map
+        return self.model.forward_head(final, pre_logits=True), patch_map

@@ -5,9 +5,12 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from students.custom import count_flops, probe
 from students.shapes import CustomSpec
@@ -133,6 +136,18 @@ NETS = {
         "        self.norm = nn.BatchNorm2d(4, track_running_stats=False)\n    def forward(self, x):\n        m = self.norm(self.conv(x))\n        return m.mean((2, 3)), m\n",
         "norm: BatchNorm without running statistics",
     ),
+    "an error in the forward pass": (
+        "    def forward(self, x):\n        return self.conv(x.flatten())\n",
+        "net_an_error_in_the_forward_pass:Net: its forward pass: RuntimeError: ",
+    ),
+    "an error in the factory": (
+        "        raise RuntimeError('no GPU:\\ntwo lines')\n",
+        "net_an_error_in_the_factory:Net: the factory: RuntimeError: no GPU:$",
+    ),
+    "an error in the module": (
+        "        pass\nprint(1 / 0)\n",
+        "net_an_error_in_the_module:Net: its module: ZeroDivisionError: division by zero$",
+    ),
     "no stride": (
         "        del self.stride\n    def forward(self, x):\n        return x\n",
         "must have an integer 'stride'",
@@ -146,8 +161,56 @@ def test_probe__refuses_what_breaks_the_protocol(
 ) -> None:
     body, message = NETS[kind]
     factory = write(tmp_path, f"net_{kind.replace(' ', '_')}", body, monkeypatch)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         probe(factory, "{}")
+    assert "\n" not in str(refused.value)
+
+
+def test_count_flops__of_a_crop_that_the_network_does_not_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = "    def forward(self, x):\n        assert x.shape[-1] > 32, 'too small'\n"
+    body += "        m = self.conv(x)\n        return m.mean((2, 3)), m\n"
+    spec = probe(write(tmp_path, "largenet", body, monkeypatch), "{}")
+    with pytest.raises(ValueError, match="Net: a crop of 32 px: AssertionError: too small"):
+        count_flops(spec, 32)
+
+
+class Headed(nn.Module):
+    """What timm's MobileNetV3 is to us: layers behind the pooling that make the class feature wider than the map."""
+
+    def __init__(self, behind: int) -> None:
+        super().__init__()
+        self.stem, self.conv_head = nn.Conv2d(3, 4, 32, 32), nn.Linear(4, behind)
+
+    def forward_intermediates(self, image: Tensor, **how: Any) -> tuple[Tensor, list[Tensor]]:
+        assert how == {"indices": 1, "output_fmt": "NCHW", "norm": True}
+        found = self.stem(image)
+        return found, [found]
+
+    def forward_head(self, found: Tensor, *, pre_logits: bool) -> Tensor:
+        assert pre_logits
+        return self.conv_head(found.mean(dim=(2, 3)))  # type: ignore[no-any-return]
+
+    def prune_intermediate_layers(self, indices: int, **how: bool) -> None:
+        assert (indices, how) == (1, {"prune_norm": False, "prune_head": True})
+        del self.conv_head
+
+
+def test_probe__class_feature_of_timm_is_the_maps_mean_where_it_would_have_another_width(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timm = ModuleType("timm")
+    timm.create_model = lambda name, **how: Headed(int(name[1:]))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    image = torch.randn(2, 3, 64, 96)
+    for name, has_head in (("w4", True), ("w9", False)):
+        spec = probe(f"timm:{name}", "{}")
+        network = spec.build()
+        found = network(image)
+        assert (spec.width, spec.stride) == (4, 32) and found.class_token.shape == (2, 4)
+        is_mean = torch.allclose(found.class_token, found.patch_tokens.mean(1), atol=1e-6)
+        assert is_mean != has_head == ("network.model.conv_head.weight" in network.state_dict())
 
 
 @pytest.mark.parametrize(
