@@ -16,6 +16,7 @@ import difflib
 import importlib
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,8 +33,12 @@ from students.batch_norm import counting, group_norms
 from students.shapes import CustomSpec
 from teacher.batch import Features
 
-REMOTE_CODE = "trust_remote_code"  # lets transformers run modules of a folder
+# Arguments by which a library runs code, reads pickles or fetches files that are named elsewhere
+LEADS_OUTSIDE = re.compile(
+    r'"(trust_remote_code|auto_map|use_pretrained_backbone|checkpoint_path|\w*attn_implementation(?=": "[^"]*/))"'
+)
 TRANSFORMERS, TIMM = "transformers", "timm"
+OUTER = "network."  # before the names of the factory's network, in an ``Adapted``
 PROBE_STRIDES = (4, 6)  # sides of the test image in patches: not square, so a transposed map shows
 
 
@@ -69,7 +74,7 @@ class Adapted(nn.Module):
 def build_custom(spec: CustomSpec) -> Adapted:
     """The network on the CPU, with the weights that its factory gives; code from outside may not stand the meta device."""
     with torch.device("cpu"):
-        network = Adapted(spec, _make(spec.factory, json.loads(spec.args_json)))
+        network = Adapted(spec, make_network(spec.factory, json.loads(spec.args_json)))
         group_norms(network)
         return network
 
@@ -92,7 +97,7 @@ def probe(factory: str, args_json: str) -> CustomSpec:
     """
     args = json.loads(args_json)
     with torch.random.fork_rng(devices=[]):
-        network = _make(factory, args)
+        network = make_network(factory, args)
     width, stride = _facts(network, factory)
     has_batch_norm = _has_batch_norm(network, factory)
     count = sum(parameter.numel() for parameter in network.parameters())
@@ -181,8 +186,19 @@ def _facts(network: nn.Module, factory: str) -> tuple[int, int]:
     return facts[0], facts[1]
 
 
-def _make(factory: str, args: Mapping[str, Any]) -> nn.Module:
+def make_network(factory: str, args: Mapping[str, Any]) -> nn.Module:
+    """The network of a factory, as it gives it.
+
+    Raises:
+        ValueError: it cannot be built.
+    """
     source, _, name = factory.partition(":")
+    outside = LEADS_OUTSIDE.search(json.dumps(args))
+    if source in (TRANSFORMERS, TIMM) and outside is not None:
+        raise ValueError(
+            f"{factory}: args.{outside[1]}: not allowed, it runs code, reads pickles or fetches files from elsewhere; "
+            'write arch: "module:Factory" for a module of yours'
+        )
     if source == TRANSFORMERS:
         return _TransformersNetwork(name, args)
     if source == TIMM:
@@ -203,7 +219,7 @@ def _from_module(module_name: str, name: str, args: Mapping[str, Any]) -> nn.Mod
     except ImportError as error:
         raise ValueError(
             f"{module_name}:{name}: {error}; run distill in the folder that holds the module, "
-            "or pass --allow-code if it lies beside the recipe"
+            "or pass --allow-code if it lies beside the recipe or the weights"
         ) from error
     except Exception as error:
         raise _as_one_line(f"{module_name}:{name}", "its module", error) from error
@@ -231,11 +247,6 @@ class _TransformersNetwork(nn.Module):
 
     def __init__(self, name: str, args: Mapping[str, Any]) -> None:
         super().__init__()
-        if REMOTE_CODE in args:
-            raise ValueError(
-                f"transformers:{name}: args.{REMOTE_CODE} = {args[REMOTE_CODE]}: not allowed, code of "
-                'a folder of weights is never run; write arch: "module:Factory" for a module of yours'
-            )
         try:
             library = importlib.import_module(TRANSFORMERS)
         except ImportError as error:

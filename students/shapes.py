@@ -4,6 +4,7 @@ A spec knows its network: what it costs, how it is built and how its weights beg
 asks the spec and does not ask which kind of network it is.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,6 +16,7 @@ from teacher.shapes import FP32_BYTES, NORM_BYTES, VALUE_BYTES, HeadShape, ViTSp
 if TYPE_CHECKING:
     import torch
 
+FACTORY = re.compile(r"[A-Za-z_][\w.]*:[\w./-]+")  # of a network from outside
 CONVNEXT_NORM_EPS = 1e-6
 NUM_STAGES = 4  # of the published ConvNeXts
 STEM = 4  # pixels per side of a ConvNeXt's first convolution; each later stage halves the map

@@ -9,9 +9,11 @@ import typer
 
 from distill.cli.data import ProgressBar, SourcesArgument
 from distill.cli.options import (
+    AllowCodeOption,
     DebugOption,
     JsonOption,
     RanksOption,
+    allow_code_of,
     join_launch,
     print_json,
     progress,
@@ -43,6 +45,7 @@ def embed(
     ] = "class",
     ranks: RanksOption = 1,
     as_json: JsonOption = False,
+    allow: AllowCodeOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Write the features of every image. Run the same command again to go on after a stop."""
@@ -51,7 +54,9 @@ def embed(
     from distill.launch.on_ranks import run_on_ranks
 
     join_launch()
-    request = EmbedRequest(tuple(sources), network or _usual_network(), out, size, features)
+    network = network or _usual_network()
+    allow_code_of(network, allow)
+    request = EmbedRequest(tuple(sources), network, out, size, features)
     task = partial(embed_on_rank, request, progress)
     facts = run_on_ranks(task, ranks, resume_command())
     if not is_first(os.environ):

@@ -1,4 +1,4 @@
-"""``distill export``: students of a finished run for Hugging Face, timm, Meta's code or ONNX.
+"""``distill export``: students of a finished run for Hugging Face, timm, Meta's code, ONNX or their factory.
 
 Nothing heavy is imported until the verb runs; ``distill.cli.app`` adds the verb to the command line.
 """
@@ -77,7 +77,7 @@ def export(
         str | None,
         typer.Option(
             "--to",
-            metavar="[hf|timm|meta|onnx|NAME]",
+            metavar="[hf|timm|meta|onnx|factory|NAME]",
             help="The library that is to read the files, or a format that an installed package adds.",
         ),
     ] = None,
@@ -105,7 +105,7 @@ def export(
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
-    """Write a student for Hugging Face, timm, Meta or ONNX, and verify the outputs agree."""
+    """Write a student for Hugging Face, timm, Meta, ONNX or its factory, and verify the outputs agree."""
     from distill.evaluate.export_choice import require
     from distill.export.choice import Choice
 
@@ -114,6 +114,7 @@ def export(
     formats = require(choice)
     require_there([each for each in (labels, calibrate) if each is not None])
     allow_code_of(run, allow)
+    choice.require_room(folders)
 
     with redirect_stdout(sys.stderr if as_json else sys.stdout):
         finished = _export_all(run, folders, choice, out, is_quiet=as_json)

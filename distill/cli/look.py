@@ -90,9 +90,7 @@ def _viewed(networks: list[Path], over_steps: Path | None, *, allow: bool) -> "l
         raise RecipeError("distill look: no network to look with, or two ways", fix=fix)
     named = networks if over_steps is None else [over_steps]
     for path in named:
-        run = split_name(path)[0]
-        if (run / "job.json").is_file():
-            allow_code_of(run, allow)
+        allow_code_of(path, allow)
     if over_steps is None:
         return networks_of(networks, _progress)
     require_run(split_name(over_steps)[0])

@@ -51,7 +51,7 @@ AllowCodeOption = Annotated[
     bool,
     typer.Option(
         "--allow-code",
-        help="Run code that the recipe names outside the folder you stand in: of installed packages, beside the recipe, in the run.",
+        help="Run code that the recipe or weights name outside the folder you stand in: of installed packages, beside them, in the run.",
     ),
 ]
 CostsOption = Annotated[
@@ -112,11 +112,16 @@ def allow_code(is_given: bool, recipe: str, *folders: Path) -> None:
     sys.path.extend(str(folder.absolute()) for folder in (Path(recipe).parent, *folders))
 
 
-def allow_code_of(run: Path, is_given: bool) -> None:
-    """Applies ``--allow-code`` to a run folder: code is looked for in it, and beside its recipe."""
-    if is_given:
-        recipe: str = json.loads((run / "job.json").read_text())["request"]["recipe"]
-        allow_code(is_given, recipe, run)
+def allow_code_of(network: Path, is_given: bool) -> None:
+    """Applies ``--allow-code`` to a run folder, ``RUN:NAME`` or weights: code is looked for in the folder, and beside its recipe or it."""
+    if not is_given:
+        return
+    from distill.evaluate.files import split_name
+
+    folder = split_name(network)[0]
+    job = folder / "job.json"
+    recipe = json.loads(job.read_text())["request"]["recipe"] if job.is_file() else str(folder)
+    allow_code(is_given, recipe, folder if folder.is_dir() else folder.parent)
 
 
 def count_ranks(processes: int | str, requested: int | None) -> int:

@@ -109,8 +109,7 @@ def _open(paths: Sequence[Path], allow: bool, *, are_runs: bool) -> None:
     for path in paths:
         if are_runs:
             _require_run(path)
-        if (path / "job.json").is_file():
-            allow_code_of(path, allow)
+        allow_code_of(path, allow)
 
 
 def _require_run(run: Path) -> None:

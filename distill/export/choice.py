@@ -1,6 +1,7 @@
 """What the command line asks of an export, and what of it does not fit together."""
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from distill.export.heads import FORMS, HEAD_KINDS
 from distill.export.int8 import require_quantiser
 from distill.export.onnx import require_exporter
 from distill.listing.extensions import ExtensionKind, find
+from distill.weights.custom_folders import factory_of
+
+CUSTOM_FORMS = ("onnx", "factory")  # of custom students; formats of other packages may take any
+BUILTIN_FORMS = ("hf", "timm", "meta", "onnx")  # of the networks that come with distill
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class Choice:
             self._require_head(self.head)
             return "+".join(f"{form}-{self.head}" for form in self.forms)
         if self.to is None:
-            raise RecipeError("distill export: no --to", fix="Name one of hf, timm, meta, onnx.")
+            raise RecipeError(
+                "distill export: no --to", fix="Name one of hf, timm, meta, onnx, factory."
+            )
         if self.labels is not None:
             raise RecipeError("--labels: --with-head is missing", fix="Add --with-head knn.")
         exporter: Exporter = find(ExtensionKind.EXPORTER, self.to, "--to")
@@ -62,6 +69,28 @@ class Choice:
             require_quantiser()
         exporter.require()
         return self.to
+
+    def require_room(self, folders: Mapping[str, Path]) -> None:
+        """Refuses networks that a format has no form for, before anything is written. Runs no factory.
+
+        Args:
+            folders: of the networks, by name.
+
+        Raises:
+            RecipeError: a custom student is to be written in a published layout, or another network for a factory.
+        """
+        for name, folder in folders.items():
+            factory = factory_of(folder)
+            forms = CUSTOM_FORMS if factory else BUILTIN_FORMS
+            others = BUILTIN_FORMS if factory else CUSTOM_FORMS
+            for form in self.forms:
+                if form in forms or form not in others:
+                    continue
+                kind = f"a custom student, made by {factory}" if factory else "no custom student"
+                raise RecipeError(
+                    f"--to {form}: {name} is {kind}",
+                    fix=f"Use --to {' or '.join(forms)}, or leave it out by --student.",
+                )
 
     @property
     def forms(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from distill.errors import CheckpointError
 from distill.export.save import write_tensors
 from distill.runfolder.files import make_folder, replaced
 from distill.weights.containers import open_weights
+from distill.weights.custom_folders import factory_of
 from distill.weights.hf_config import hf_config, preprocessor_config
 from distill.weights.identity import catalogue_name
 from distill.weights.inspect import Inspection, inspect
@@ -56,6 +57,11 @@ def convert(
     """
     if target.exists():
         raise CheckpointError(f"{target}: exists", fix="Choose another place, or remove it first.")
+    if factory := factory_of(source):
+        raise CheckpointError(
+            f"{source}: a custom student, made by {factory}, has no {layout} form",
+            fix="Use distill export --to onnx or --to factory.",
+        )
     backbone, spec = load_backbone(source, dtype=dtype or torch.float32, prefix=prefix)
     _require_room(spec, layout)
     state = backbone.state_dict()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.errors import SetupError
+from distill.errors import SetupError, UserError
 from students.shapes import BackboneSpec
 
 MAX_GRID = 1024  # patches per side; 16,384 px at stride 16
@@ -30,14 +30,15 @@ FEATURES, LOGITS = ("class_token", "patch_tokens"), "logits"
 
 
 class _NamedOutputs(nn.Module):
-    """A backbone whose parameters are widened to fp32, and whose features and logits are a plain tuple."""
+    """A backbone whose weights are widened to fp32, and whose features and logits are a plain tuple."""
 
     def __init__(self, backbone: nn.Module, head: nn.Module | None) -> None:
         super().__init__()
         self.backbone, self.head = backbone, head
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, ...]:
-        weights = {name: each.float() for name, each in self.backbone.named_parameters()}
+        named = (*self.backbone.named_parameters(), *self.backbone.named_buffers())
+        weights = {name: each.float() for name, each in named if each.is_floating_point()}
         found = torch.func.functional_call(self.backbone, weights, (pixel_values,))
         features = found.class_token, found.patch_tokens
         return features if self.head is None else (*features, self.head(*features))
@@ -72,6 +73,7 @@ def write_onnx(
 
     Raises:
         SetupError: the exporter's libraries are missing.
+        UserError: the network cannot be traced with free batch, height and width.
     """
     require_exporter()
     graph = _NamedOutputs(backbone.to(dtype), head).eval()
@@ -84,16 +86,19 @@ def write_onnx(
         2: stride * rows,
         3: stride * columns,
     }
-    with _quiet():
-        program = torch.onnx.export(
-            graph,
-            (sample,),
-            dynamo=True,
-            dynamic_shapes=(free,),
-            input_names=["pixel_values"],
-            output_names=[*FEATURES, *([] if head is None else [LOGITS])],
-            verbose=False,
-        )
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                graph,
+                (sample,),
+                dynamo=True,
+                dynamic_shapes=(free,),
+                input_names=["pixel_values"],
+                output_names=[*FEATURES, *([] if head is None else [LOGITS])],
+                verbose=False,
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise _cannot(error) from error
     assert program is not None, "torch.onnx.export with dynamo=True returns a program"
     patches = program.model.graph.outputs[1]
     assert patches.shape is not None, "the exporter knows the rank of each output"
@@ -103,6 +108,17 @@ def write_onnx(
         node.metadata_props.clear()  # stack traces, with the paths of this machine
     num_bytes = sum(each.numel() * each.element_size() for each in backbone.parameters())
     program.save(str(path), external_data=num_bytes > ONE_FILE_BYTES)
+
+
+def _cannot(error: Exception) -> UserError:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    return UserError(
+        f"--to onnx: the network cannot be traced with free batch, height and width ({reason})",
+        fix="Let its forward function treat every size alike, or use --to factory.",
+    )
 
 
 def _refuse_broken_patches(graph: Any, stride: int) -> None:

@@ -47,6 +47,7 @@ BUILTIN: Mapping[ExtensionKind, Mapping[str, str]] = {  # name -> "module:object
         "timm": "distill.export.to_timm:EXPORTER",
         "meta": "distill.export.to_meta:EXPORTER",
         "onnx": "distill.export.to_onnx:EXPORTER",
+        "factory": "distill.export.to_factory:EXPORTER",
     },
     ExtensionKind.LAUNCHER: {
         "local": "distill.launch.local:run_locally",

@@ -1,8 +1,8 @@
-"""Code from outside that a recipe names: where it is, and whether it may run.
+"""Code from outside that a recipe or weights name: where it is, and whether it may run.
 
 What lies in the folder that the user stands in may run, and so may what an installed package declares for
 distill by an entry point. Any other function of any module needs ``--allow-code``: a recipe is a file from
-somebody, and could name one that does harm.
+somebody, and could name one that does harm. So does code in a folder that came with the weights that name it.
 """
 
 import importlib.util
@@ -23,18 +23,28 @@ def allow() -> None:
     os.environ[ALLOWED] = "1"
 
 
-def require_allowed(factory: str) -> None:
+def require_allowed(factory: str, key: str = "arch", weights: Path | None = None) -> None:
     """Refuses the factory of a custom student that may not run. A module that is not found is left to the import.
 
+    Args:
+        factory: ``module:object``.
+        key: what names it, for the message.
+        weights: the folder of weights that names it, if it is one.
+
     Raises:
-        RecipeError: it is outside the folder that the user stands in, and was not allowed.
+        RecipeError: it is outside the folder that the user stands in, or in one folder there with the weights, and
+            was not allowed.
     """
     path = path_of(factory)
-    if path is None or os.environ.get(ALLOWED) or _is_here(path):
+    if path is None or os.environ.get(ALLOWED):
         return
+    parts = _parts_here(path)
+    if parts and (weights is None or parts[:1] != _parts_here(weights)[:1]):
+        return
+    where = "came with the weights" if parts else "is not in the folder you stand in"
     raise RecipeError(
-        f"arch = {factory}: runs code of {path}, which is not in the folder you stand in",
-        fix="If you trust the recipe, pass --allow-code.",
+        f"{key} = {factory}: runs code of {path}, which {where}",
+        fix="If you trust it, pass --allow-code.",
     )
 
 
@@ -67,7 +77,8 @@ def _find(module: str) -> ModuleSpec | None:
     return found
 
 
-def _is_here(path: Path) -> bool:
-    """Whether a file lies in the current folder and is not installed there."""
+def _parts_here(path: Path) -> tuple[str, ...]:
+    """The parts of a path below the current folder; none where it is elsewhere or is installed there."""
     here, resolved = Path.cwd().resolve(), path.resolve()
-    return resolved.is_relative_to(here) and not INSTALLED & set(resolved.relative_to(here).parts)
+    parts = resolved.relative_to(here).parts if resolved.is_relative_to(here) else ()
+    return () if INSTALLED & set(parts) else parts

@@ -33,9 +33,9 @@ def teacher_shape(
         shape = TeacherShape(spec, head_shapes(source.fit.heads, spec.width))
     else:
         from distill.weights.heads import head_shapes_of  # who only plans reads no file
-        from distill.weights.load import shape_of
+        from distill.weights.load import stated_shape
 
-        spec, heads = shape_of(weights), None
+        spec, heads = stated_shape(weights), None
         if spec.in_channels != IMAGE_CHANNELS:
             raise CheckpointError(
                 f"teacher.weights = {weights}: takes images of {spec.in_channels} channels, ours have 3",

@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from distill.listing.document import Loc
-from students.shapes import CATALOG
+from students.shapes import CATALOG, FACTORY
 
 ARCHITECTURES = tuple(CATALOG)
 FREE_SIZES = ("vit", "convnext")
@@ -143,7 +143,7 @@ def _known_arch(name: str) -> str:
     if name in ARCHITECTURES or name in FREE_SIZES:
         return name
     if is_custom(name):
-        if re.fullmatch(r"[A-Za-z_][\w.]*:[\w./-]+", name):
+        if FACTORY.fullmatch(name):
             return name
         raise ValueError(f"{name!r}: write package.module:factory, transformers:NAME or timm:NAME")
     close = difflib.get_close_matches(name, [*ARCHITECTURES, *FREE_SIZES], n=1)

@@ -39,14 +39,25 @@ def ending_of(run_folder: Path, summary: Mapping[str, Any]) -> Ending:
     if not students:
         folders = {"teacher": str(run_folder / "teacher")}
     run = shlex.quote(str(run_folder))
-    export = f"distill export {run} --to hf" + ("" if students else " --student teacher")
+    has_custom = any(map(_is_custom, folders.values()))
+    form, forms = ("onnx", "onnxruntime") if has_custom else ("hf", "Hugging Face")
+    others = "factory" if has_custom else "timm, meta, onnx"
+    export = f"distill export {run} --to {form}" + ("" if students else " --student teacher")
     commands = {f"distill report {run}": "the page of the run again, or of several beside it"}
-    commands[export] = "files for Hugging Face; also timm, meta, onnx"
+    commands[export] = f"files for {forms}; also {others}"
     if students:
         commands[f"distill compare {run} OTHER"] = "recipe and scores of both"
     else:
         commands[f"distill eval {run} --over-steps"] = "scores of every checkpoint that is left"
     return Ending(folders, commands)
+
+
+def _is_custom(folder: str) -> bool:
+    """Whether a factory made the network, which has no form of a library."""
+    from distill.weights.hf_config import CUSTOM_TYPE
+
+    config = Path(folder) / "config.json"
+    return config.is_file() and CUSTOM_TYPE in config.read_text(encoding="utf-8")
 
 
 def ending_box(run_folder: Path, summary: Mapping[str, Any]) -> Panel:

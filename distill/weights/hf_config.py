@@ -11,6 +11,7 @@ from teacher.shapes import ViTSpec
 LARGEST = 65_536  # of any number in a config; more is no network, and slow to say so
 MOST_BLOCKS, MOST_STAGES = 256, 8
 CUSTOM_TYPE = "distill_custom"  # no library's; the weights belong to the factory's code
+CUSTOM_USE = "It is scored by distill eval, looked at by distill look, and no teacher."
 MODEL_TYPES = frozenset({"dinov3_vit", "dinov3_convnext", CUSTOM_TYPE})
 
 
@@ -114,9 +115,8 @@ def spec_from_hf_config(config: Mapping[str, Any]) -> BackboneSpec:
             norm_eps=_read_float(config, "layer_norm_eps"),
         )
     if kind == CUSTOM_TYPE:
-        factory = _read(config, "factory")
-        raise ValueError(
-            f"a custom network, made by {factory}: only the recipe that names it loads it"
+        raise ForeignError(
+            f"a custom student, made by {_shown(_read(config, 'factory'))}", CUSTOM_USE
         )
     if kind != "dinov3_vit":
         other = " - DINOv2 has learned position embeddings" if "dinov2" in str(kind) else ""

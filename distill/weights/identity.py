@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from distill.weights.layouts import Layout, renamed_vit, shapes
+from students.custom import OUTER
 from students.foreign import ForeignError, describe_foreign
 from students.shapes import CATALOG, BackboneSpec, ConvNeXtSpec, CustomSpec
 from teacher.shapes import ViTSpec
@@ -34,7 +35,7 @@ class Identity:
     """What a file's tensors are.
 
     ``prefix`` stands before every key of the backbone in the file; ``is_nested``: ``model.`` stands before its
-    blocks, too. ``notes``: what else to report of the file.
+    blocks, too. ``left_out``: stands before every name here, and not in the file. ``notes``: what else to report of the file.
     """
 
     layout: Layout
@@ -45,11 +46,12 @@ class Identity:
     has_heads: bool
     is_nested: bool = False
     notes: tuple[str, ...] = ()
+    left_out: str = ""
 
     def stored_name(self, name: str) -> str:
         """The name in the file of a tensor of the backbone."""
         is_inside = self.is_nested and name.startswith(("layer.", "stages."))
-        return f"{self.prefix}{NESTED if is_inside else ''}{name}"
+        return f"{self.prefix}{NESTED if is_inside else ''}{name.removeprefix(self.left_out)}"
 
 
 def identify(
@@ -106,12 +108,15 @@ def identify(
 
 
 def _custom(found: Shapes, spec: CustomSpec) -> Identity:
-    """Tensors of a network from outside: they fit its code, or not."""
+    """Tensors of a network from outside: they fit its code, or not; under our names, or those of the factory's network."""
     wanted = shapes(spec, "hf")
+    inner = {name.removeprefix(OUTER): shape for name, shape in wanted.items()}
+    left_out = OUTER if inner.keys() == found.keys() else ""
+    wanted = inner if left_out else wanted
     wrong = sorted(k for k in wanted.keys() | found.keys() if wanted.get(k) != found.get(k))
     if wrong:
         raise ValueError(f"{len(wrong)} tensors do not fit {spec.factory}, first {wrong[0]}")
-    return Identity("hf", spec, None, "", (), has_heads=False)
+    return Identity("hf", spec, None, "", (), has_heads=False, left_out=left_out)
 
 
 def _is_extra(name: str) -> bool:

@@ -24,6 +24,7 @@ from distill.weights.containers import (
     open_weights,
     read_json,
 )
+from distill.weights.custom_folders import custom_spec
 from distill.weights.hf_config import spec_from_hf_config
 from distill.weights.identity import Identity, identify
 from distill.weights.layouts import Origin, origins
@@ -110,11 +111,18 @@ def _require_floats(container: Container, identity: Identity) -> None:
 
 
 def shape_of(path: Path) -> BackboneSpec:
-    """The shape of a backbone, from names, config and a few small tensors.
+    """The shape of a backbone, from names, config and a few small tensors, or from the factory of a custom student.
 
     Raises:
+        RecipeError: as ``load_backbone``.
         CheckpointError: as ``load_backbone``, as far as it shows without reading the others.
     """
+    container = open_weights(path)
+    return identify_layout(container, custom_spec(path)).spec
+
+
+def stated_shape(path: Path) -> BackboneSpec:
+    """As ``shape_of``, and runs nothing: a custom student is a CheckpointError."""
     return identify_layout(open_weights(path)).spec
 
 
@@ -128,15 +136,16 @@ def load_backbone(
 ) -> tuple[nn.Module, BackboneSpec]:
     """The network in a file or folder, in eval mode, and its shape.
 
-    ``spec``: what the network is, where the caller knows. A custom network is loaded only then: the
-    code that a file names is not run because a file names it. ``prefix``: as ``identify_layout``.
+    ``spec``: what the network is, where the caller knows. The factory of a custom student is run without it only
+    where it may (``distill.weights.custom_folders``). ``prefix``: as ``identify_layout``.
 
     Raises:
+        RecipeError: the factory of a custom student is not allowed to run.
         CheckpointError: it is damaged, is something else, does not fit its config, or holds numbers
             that are not finite; nothing is returned half-loaded.
     """
     container = open_weights(path)
-    identity = identify_layout(container, spec, prefix)
+    identity = identify_layout(container, spec or custom_spec(path), prefix)
     backbone = build_empty(identity.spec.build, device, dtype)
     copy_backbone(container, identity, backbone, lambda _, tensor: tensor)
     for parameter in backbone.parameters():

@@ -54,7 +54,7 @@ def test_probe__the_documented_example_works(mynet: str) -> None:
 
 
 def test_documented_example__has_at_most_twenty_lines() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
+    block = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)[0]
     assert len([line for line in block.splitlines() if line.strip()]) <= 20
 
 
@@ -260,6 +260,17 @@ def test_probe__takes_functions_and_classes_only(
         probe("reexports:system", "{}")
 
 
-def test_probe__never_lets_transformers_run_code_of_a_folder() -> None:
-    with pytest.raises(ValueError, match="trust_remote_code = True: not allowed"):
-        probe("transformers:./folder", '{"trust_remote_code": true}')
+@pytest.mark.parametrize(
+    ("factory", "key", "value"),
+    [
+        ("transformers:./folder", "trust_remote_code", True),
+        ("transformers:detr", "use_pretrained_backbone", True),
+        ("transformers:dinov2", "attn_implementation", "somebody/kernels"),
+        ("timm:resnet18", "checkpoint_path", "weights.pth"),
+    ],
+)
+def test_probe__never_lets_a_library_run_or_fetch_what_lies_elsewhere(
+    factory: str, key: str, value: object
+) -> None:
+    with pytest.raises(ValueError, match=f"args.{key}: not allowed"):
+        probe(factory, json.dumps({"outer": {key: value}}))

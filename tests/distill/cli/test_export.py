@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from distill.cli import app as cli
 from distill.export import to_hf
 from distill.runfolder.parked import Parked, write_parked
+from tests.support.custom_nets import forget, write_module, write_student
 from tests.support.exports import CONVNEXT, GATED, VIT, names, write_network
 from tests.support.scored_run import write_splits
 
@@ -201,6 +202,26 @@ def test_export__one_clear_line(
     assert got == code and not out
     assert message in err and fix in err and "Traceback" not in err
     assert not (finished / "export").exists()
+
+
+def test_export__a_custom_student(
+    run: Any, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factory = write_module(tmp_path, "cli_nets")
+    monkeypatch.chdir(tmp_path)
+    write_student(finished / "students" / "mine", factory)
+    code, out, _ = run(finished, "--to", "factory", "--student", "mine")
+    assert code == 0 and out.startswith("mine: ")
+    assert names(finished / "export" / "factory") == {"mine"}
+    for words, line in (
+        ((finished, "--to", "hf"), "--to hf: mine is a custom student, made by cli_nets:Normed"),
+        ((finished, "--to", "factory"), "--to factory: convnext is no custom student"),
+        ((finished, "--student", "mine", "--to", "meta"), "Fix: Use --to onnx or factory"),
+    ):
+        code, out, err = run(*words)
+        assert code == 2 and not out and line in err
+    assert names(finished / "export") == {"factory"}
+    forget(factory)
 
 
 def test_export__without_a_format(run: Any, finished: Path) -> None:

@@ -53,7 +53,7 @@ def test_require_allowed__takes_the_current_folder_and_nothing_else(
         RecipeError, match=r"arch = torch\.hub:load: runs code of .*hub\.py"
     ) as error:
         require_allowed("torch.hub:load")
-    assert error.value.fix == "If you trust the recipe, pass --allow-code."
+    assert error.value.fix == "If you trust it, pass --allow-code."
     sys.path.append(str(tmp_path / "here" / ".venv" / "lib" / "site-packages" / "vendored"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")

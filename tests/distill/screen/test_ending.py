@@ -34,6 +34,14 @@ def test_ending__names_folders_and_three_commands() -> None:
     assert "distill export a --to hf --student teacher" in teacher.commands
 
 
+def test_ending__custom_students_are_for_onnxruntime(tmp_path: Path) -> None:
+    folder = tmp_path / "students" / "small"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "distill_custom", "factory": "a:b"}')
+    commands = ending_of(tmp_path, {"students": {"small": {"steps": 3}}}).commands
+    assert commands[f"distill export {tmp_path} --to onnx"] == "files for onnxruntime; also factory"
+
+
 def test_box__has_scores_folders_commands_and_the_line_that_sums_up() -> None:
     file = io.StringIO()
     summary = {**SUMMARY, "conclusion": {"text": "small is [b]good"}}
