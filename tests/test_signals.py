@@ -76,11 +76,11 @@ def assert_nothing_left(process: "subprocess.Popen[str]") -> None:
 def test_sigterm__to_the_whole_group_saves_and_the_same_command_goes_on(
     start: Start, run: Path
 ) -> None:
-    process = start("engine.log_every=1")
+    process = start("engine.log_every=1", "--stopped-code", "75")
     wait_until_both_train(process, run)
     os.killpg(process.pid, signal.SIGTERM)
     told, _ = process.communicate(timeout=60)
-    assert process.returncode == 0, told
+    assert process.returncode == 75, told
     assert_nothing_left(process)
     status = jobs.status_of(run)
     assert status["state"] == "stopped" and "resume with: distill train" in told

@@ -47,6 +47,15 @@ RestartsOption = Annotated[
         "--max-restarts", min=0, help="Times the job starts again by itself when a rank fails."
     ),
 ]
+StoppedCodeOption = Annotated[
+    int,
+    typer.Option(
+        "--stopped-code",
+        min=0,
+        max=125,
+        help="Exit code where SIGTERM stopped the job before its end, for a scheduler that starts it again.",
+    ),
+]
 AllowCodeOption = Annotated[
     bool,
     typer.Option(

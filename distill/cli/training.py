@@ -24,6 +24,7 @@ from distill.cli.options import (
     RecipeArgument,
     RestartsOption,
     RunArgument,
+    StoppedCodeOption,
     allow_code,
     print_json,
     require_run,
@@ -44,7 +45,10 @@ def _start(recipe: str, overrides: list[str], options: "Options", *, as_json: bo
     from distill.recipe.reader import load_job
 
     code = run_as_task(
-        resume_command(), options.processes, lambda: load_job(recipe, overrides)[0].engine
+        resume_command(),
+        options.processes,
+        lambda: load_job(recipe, overrides)[0].engine,
+        options.stopped_code,
     )
     if code is not None:
         raise typer.Exit(code)
@@ -73,6 +77,7 @@ def training_verb(accept: Callable[[str, list[str]], None]) -> Callable[..., Non
         name: NameOption = None,
         fresh: FreshOption = False,
         max_restarts: RestartsOption = 0,
+        stopped_code: StoppedCodeOption = 0,
         plain: PlainOption = False,
         allow: AllowCodeOption = False,
         as_json: JsonOption = False,
@@ -90,6 +95,7 @@ def training_verb(accept: Callable[[str, list[str]], None]) -> Callable[..., Non
             fresh=fresh,
             plain=plain or as_json,
             max_restarts=max_restarts,
+            stopped_code=stopped_code,
         )
         _start(recipe, texts, options, as_json=as_json)
 

@@ -71,10 +71,13 @@ def work(
     heartbeat: Heartbeat,
     store: MeetingPlace,
     report_save: Callable[[str], None] = lambda _: None,
-) -> None:
+) -> bool:
     """Runs one rank of a prepared job; the launcher has set the usual rank variables, ``store`` is as in ``join_ranks``.
 
     ``report_save`` gets the result of every save on rank 0, empty for a good one.
+
+    Returns:
+        False where the job was stopped before its end.
 
     After an error the process group still stands: the caller writes down the cause, then leaves it.
     """
@@ -89,8 +92,9 @@ def work(
     prepare_deepspeed(device.type)
     run = _Run(job, device, requests, heartbeat)
     run.recorder.report_saves_to(report_save)
-    run.run()
+    is_done = run.run()
     dist.destroy_process_group()
+    return is_done
 
 
 class _Run:
@@ -192,8 +196,8 @@ class _Run:
         weights = Path(str(recipe.teacher.weights))
         return read_again(self.storage, weights, lambda: teacher_shape(recipe, self.teacher_recipe))
 
-    def run(self) -> None:
-        """Every phase that is not finished yet, then the results; returns early after a stop that was saved."""
+    def run(self) -> bool:
+        """Every phase that is not finished yet, then the results; returns early, and False, after a stop that was saved."""
         order = [phase.name for phase in self.recorder.status.phases]
         left = order[order.index(self.saved[1].phase) if self.saved else 0 :]
         is_trained = self.teacher_recipe is None or is_ours(left[0])
@@ -203,12 +207,13 @@ class _Run:
             return self._stopped()
         if self.job.request.until == HEADS_PHASE:
             text = f"heads are in {self.job.run_folder / FITTED_HEADS}"
-            return self.recorder.show("stopped", message=text)
+            self.recorder.show("stopped", message=text)
+            return True
         if self.family is not None and not self._train_family(left):
             return self._stopped()
         self._remove_copies(is_saved=True)
         self.recorder.show("exporting")
-        return None
+        return True
 
     def _remove_copies(self, *, is_saved: bool) -> None:
         """Frees the memory of the nodes, also of what a start with ``checkpoint.peer`` left. Collective over the world."""
@@ -217,10 +222,11 @@ class _Run:
         else:
             remove_where_saved(self.job.run_folder, self.control, is_saved=is_saved)
 
-    def _stopped(self) -> None:
+    def _stopped(self) -> bool:
         self._remove_copies(is_saved=self.saver.is_saved)
         text = "saved" if self.saver.is_saved else self.recorder.status.message
         self.recorder.show("stopped", message=f"{text}; run the same command to go on")
+        return False
 
     def _pretrain(self, names: list[str]) -> bool:
         recipe = self.teacher_recipe

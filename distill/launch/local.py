@@ -52,6 +52,7 @@ class Options:
     plain: bool
     until: str | None = None  # the phase to end after; None for the full job
     max_restarts: int = 0  # of all local ranks, when one fails
+    stopped_code: int = 0  # exit code where the job was stopped before its end
 
 
 class Launcher(Protocol):
@@ -71,7 +72,7 @@ class Launcher(Protocol):
 
 
 def run(recipe: str, overrides: list[str], options: Options) -> int:
-    """Prepares and runs a job; the exit code is how it ended: 0 finished or stopped by SIGTERM, 5 finished with a parked student, 130 stopped by Ctrl-C.
+    """Prepares and runs a job; the exit code is how it ended: 0 finished or, if ``stopped_code`` is, stopped by SIGTERM, 5 finished with a parked student, 130 stopped by Ctrl-C.
 
     Raises:
         UserError: with the exit code of the failure: 1, or 4 where a rank died or hung.
@@ -160,7 +161,8 @@ def run_locally(request: "JobRequest", options: Options, engine: "EngineSpec") -
                 failure = supervisor.run()
             if signals.num_interrupts > 1:
                 raise _ended_at_once(folder)
-            return _finalize(folder, failure, was_interrupted=signals.num_interrupts > 0)
+            stopped_code = STOPPED_EXIT_CODE if signals.num_interrupts else options.stopped_code
+            return _finalize(folder, failure, stopped_code)
 
 
 @contextmanager
@@ -206,8 +208,8 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
     request = replace(request, ranks_per_node=ranks_per_node, launch=rendezvous.nonce)
     if here.rank != 0:
         rendezvous.join(folder, request.overrides)
-        entry(request.run_folder, None, rendezvous.store_of_ranks())
-        return 0
+        is_done = entry(request.run_folder, None, rendezvous.store_of_ranks())
+        return 0 if is_done else options.stopped_code
     console = make_console()
     with run_lock(folder) as lock:
         with rendezvous.failing_together():
@@ -226,14 +228,14 @@ def run_as_rank(request: "JobRequest", options: Options, engine: "EngineSpec") -
         with feeding(folder, job.recipe.log), _screen(folder, console, live=False):
             with exporting(folder, job.recipe):
                 entry(request.run_folder, None, rendezvous.store_of_ranks())
-            code = _finalize(folder, None, was_interrupted=False)
+            code = _finalize(folder, None, options.stopped_code)
         # torchrun would start all ranks again, only to end with the same students parked
         is_hidden = code == PARKED_EXIT_CODE and "TORCHELASTIC_RUN_ID" in os.environ
         return 0 if is_hidden else code
 
 
-def _finalize(run_folder: Path, failure: "Failure | None", *, was_interrupted: bool) -> int:
-    """Scores and pictures of a finished run, or the reason why it is not finished."""
+def _finalize(run_folder: Path, failure: "Failure | None", stopped_code: int) -> int:
+    """Scores and pictures of a finished run, or the reason why it is not finished; the exit code."""
     from distill.report.summary import finish
     from distill.runfolder.status import StatusFile
     from distill.screen.tables import unfinished_students
@@ -245,7 +247,7 @@ def _finalize(run_folder: Path, failure: "Failure | None", *, was_interrupted: b
         status_file.mark_failed(failure.message)
         raise failure.to_error()
     if status is None or status.state != "exporting":
-        return STOPPED_EXIT_CODE if was_interrupted else 0
+        return stopped_code
     missing = f"scores are missing: distill eval {run_folder}"
     with handling(dict.fromkeys((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), _end_scoring)):
         try:

@@ -62,8 +62,12 @@ class LauncherLink:
     saves: Connection
 
 
-def entry(run_folder: str, launcher: LauncherLink | None, store: MeetingPlace) -> None:
-    """Runs one rank of the prepared job; ``launcher`` is None under another launcher, ``store`` as in ``join_ranks``."""
+def entry(run_folder: str, launcher: LauncherLink | None, store: MeetingPlace) -> bool:
+    """Runs one rank of the prepared job; ``launcher`` is None under another launcher, ``store`` as in ``join_ranks``.
+
+    Returns:
+        False where the job was stopped before its end.
+    """
     folder, rank = Path(run_folder), int(os.environ["RANK"])
     if launcher is not None:
         # not by the heartbeat, which begins later and ends with the job
@@ -77,7 +81,7 @@ def entry(run_folder: str, launcher: LauncherLink | None, store: MeetingPlace) -
             if launcher is not None:
                 lock.share()
             with guard, heartbeat:
-                _work(folder, requests, heartbeat, guard, launcher, store)
+                return _work(folder, requests, heartbeat, guard, launcher, store)
     except _StuckError as stuck:
         os._exit(stuck.exit_code)  # the usual end would wait for the process group too
 
@@ -97,7 +101,7 @@ def _work(
     guard: "RankMonitor",
     launcher: LauncherLink | None,
     store: MeetingPlace,
-) -> None:
+) -> bool:
     """Runs the job; after an error the cause is on disk before anything is destroyed, unless another rank has to show it."""
     try:
         job = read_job(folder)
@@ -105,7 +109,7 @@ def _work(
         heartbeat.set_limit(job.recipe.engine.hang_limit_s)
         guard.watch_others(job.recipe.engine.hang_limit_s)
         report = guard.take_save if launcher is None else partial(send, launcher.saves)
-        work(job, requests, heartbeat, store, report)
+        return work(job, requests, heartbeat, store, report)
     except BaseException as error:
         is_lost = is_lost_connection(error)
         failure = None if is_lost else failure_of(error, heartbeat.record(), folder)

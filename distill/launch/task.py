@@ -22,11 +22,14 @@ PASSED_ON = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 def run_as_task(
-    command: str, wanted: int | None, read_engine: Callable[[], "EngineSpec"]
+    command: str,
+    wanted: int | None,
+    read_engine: Callable[[], "EngineSpec"],
+    stopped_code: int = 0,
 ) -> int | None:
     """Sets the variables of a rank if this process is a task that is one; prints which, in one line.
 
-    ``read_engine`` reads the recipe's, and is called by the only task of a node alone.
+    ``read_engine`` reads the recipe's, and is called by the only task of a node alone; ``stopped_code`` is that of ``--stopped-code``.
 
     Returns:
         None where the process goes on, as a rank or alone; else the exit code of the ranks that the task started.
@@ -49,7 +52,7 @@ def run_as_task(
         os.environ.update(task.to_variables(1))
         return None
     each = [task.to_variables(num_ranks, local_rank) for local_rank in range(num_ranks)]
-    return run_ranks([sys.executable, "-m", "distill", *sys.argv[1:]], each)
+    return run_ranks([sys.executable, "-m", "distill", *sys.argv[1:]], each, stopped_code)
 
 
 def _require_address(task: LaunchedTask, command: str) -> None:
@@ -72,11 +75,13 @@ def _available(engine: "EngineSpec") -> int:
     return 1 if is_on_cpu else count_processes(engine.processes)
 
 
-def run_ranks(command: Sequence[str], variables: Sequence[Mapping[str, str]]) -> int:
+def run_ranks(
+    command: Sequence[str], variables: Sequence[Mapping[str, str]], stopped_code: int = 0
+) -> int:
     """Runs a command once for each set of variables; signals to stop and to save are passed on.
 
     Returns:
-        0, or the exit code of the first one that failed, 128 + the number of its signal for a killed one. The others have
+        0, ``stopped_code`` where a rank ended with it and none failed, or the exit code of the first one that failed, 128 + the number of its signal for a killed one. The others have
         ``ENDS_S`` then.
     """
     ranks: list[subprocess.Popen[bytes]] = []
@@ -97,7 +102,7 @@ def run_ranks(command: Sequence[str], variables: Sequence[Mapping[str, str]]) ->
         try:
             for each in variables:
                 ranks.append(subprocess.Popen(list(command), env={**os.environ, **each}))
-            return _wait(ranks)
+            return _wait(ranks, stopped_code)
         finally:
             for rank in ranks:
                 if rank.poll() is None:
@@ -105,12 +110,13 @@ def run_ranks(command: Sequence[str], variables: Sequence[Mapping[str, str]]) ->
                 rank.wait()
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], stopped_code: int) -> int:
     failed_at, code = 0.0, 0
     while True:
         codes = [rank.poll() for rank in ranks]
-        if not code and (bad := next((each for each in codes if each), 0)):
+        bad = next((each for each in codes if each not in {None, 0, stopped_code}), None)
+        if not code and bad is not None:
             failed_at, code = time.monotonic(), bad if bad > 0 else 128 - bad
         if None not in codes or (code and time.monotonic() - failed_at > ENDS_S):
-            return code
+            return code or max(each for each in codes if each is not None)
         time.sleep(LOOK_S)

@@ -31,7 +31,7 @@ def test_finalize__a_signal_ends_the_scoring_and_says_how_to_get_scores(
     requests = list[int]()
     # as the launcher has it while ranks train
     with handling({number: lambda *_: requests.append(1)}), pytest.raises(UserError) as ended:
-        _finalize(tmp_path, None, was_interrupted=False)
+        _finalize(tmp_path, None, 0)
     signal.signal(signal.SIGHUP, before)
     assert ended.value.exit_code == STOPPED_EXIT_CODE and not requests
     assert f"distill eval {tmp_path}" in ended.value.fix
@@ -51,7 +51,12 @@ def test_finalize__storage_that_stays_away_while_scoring_leaves_a_run_to_score(
     file = StatusFile(tmp_path, interval_s=0.0)
     file.write(STATUS.ended("exporting", ""))
     with pytest.raises(StorageError) as ended:
-        _finalize(tmp_path, None, was_interrupted=False)
+        _finalize(tmp_path, None, 0)
     status = file.read()
     assert ended.value.exit_code == 4 and status is not None and status.state == "stopped"
     assert status.message == f"scores are missing: distill eval {tmp_path}"
+
+
+def test_finalize__a_job_that_was_stopped_ends_with_the_code_asked_for(tmp_path: Path) -> None:
+    StatusFile(tmp_path, interval_s=0.0).write(STATUS.ended("stopped", "saved"))
+    assert _finalize(tmp_path, None, 75) == 75

@@ -54,7 +54,7 @@ def test_run_as_task__starts_the_ranks_of_its_node(environment: pytest.MonkeyPat
     started = []
     environment.setattr(task, "run_ranks", lambda *given: started.append(given) or 7)
     assert run_as_task(COMMAND, 3, lambda: CPU) == 7
-    (_, variables) = started[0]
+    (_, variables, _) = started[0]
     assert [each["RANK"] for each in variables] == ["0", "1", "2"]
     assert {each["WORLD_SIZE"] for each in variables} == {"6"}
     assert "RANK" not in os.environ
@@ -92,3 +92,19 @@ def test_run_ranks__a_signal_to_stop_reaches_every_rank(tmp_path: Path) -> None:
 
     threading.Thread(target=stop_when_ready, daemon=True).start()
     assert run_ranks([sys.executable, "-c", code], [{"RANK": "0"}, {"RANK": "1"}]) == 0
+
+
+def test_run_ranks__a_stopped_rank_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "ENDS_S", 0.0)  # the other one would be killed
+    code = "import os, sys, time; time.sleep(float(os.environ['WAIT'])); sys.exit(75)"
+    both = [{"WAIT": "0"}, {"WAIT": "1.5"}]
+    assert run_ranks([sys.executable, "-c", code], both, 75) == 75
+    assert run_ranks([sys.executable, "-c", "import sys; sys.exit(75)"], [{}]) == 75
+    assert (
+        run_ranks(
+            [sys.executable, "-c", "import os, sys; sys.exit(int(os.environ['C']))"],
+            [{"C": "75"}, {"C": "4"}],
+            75,
+        )
+        == 4
+    )
