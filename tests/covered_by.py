@@ -52,6 +52,7 @@ COVERED_BY = {
     "distill.engine.engine": "tests/distill/train/test_ranks.py",
     "distill.engine.group_as_world": "tests/distill/train/test_ranks.py",
     "distill.engine.layouts": "tests/distill/train/test_ranks.py",
+    "distill.launch.submit": "tests/distill/launch/test_slurm.py",
     "distill.errors": "tests/distill/cli/test_app.py",
     "distill.runfolder.presence": "tests/chaos/test_run_folder.py",
     "distill.evaluate.scoring": "tests/distill/evaluate/test_run.py",

@@ -50,6 +50,7 @@ SETS_FROM_OUTSIDE = {
     "distill/engine/deepspeed_private.py": "DeepSpeed",
     "distill/engine/added_up.py": "DeepSpeed",
     "distill/engine/engine.py": "DeepSpeed and torch's fused optimizer",
+    "distill/launch/k8s.py": "options of ruamel's writer",
     "distill/screen/panel.py": "a table of rich",
     "distill/screen/tables.py": "tables of rich",
     "distill/engine/device.py": "switches of torch",

@@ -98,6 +98,58 @@ def slurm(
     say(f"distill watch {shlex.quote(str(run_folder))}")
 
 
+@launch_app.command("k8s")
+def k8s(
+    recipe: RecipeArgument,
+    image: Annotated[str, typer.Option("--image", help="Container image that has distill.")],
+    claim: Annotated[
+        str, typer.Option("--claim", help="Volume claim of a disk that all pods can write.")
+    ],
+    overrides: OverridesArgument = None,
+    nodes: NodesOption = 1,
+    gpus_per_node: GpusPerNodeOption = None,
+    resource: Annotated[
+        list[str] | None,
+        typer.Option("--resource", metavar="NAME=QUANTITY", help="Of each pod; may be repeated."),
+    ] = None,
+    mount: Annotated[
+        Path, typer.Option("--mount", help="Where the disk is in the pods; runs are in its runs/.")
+    ] = Path("/shared"),
+    kind: Annotated[
+        str, typer.Option("--kind", metavar="job|trainjob", help="trainjob: of Kubeflow Trainer.")
+    ] = "job",
+    namespace: Annotated[str | None, typer.Option("--namespace")] = None,
+    name: NameOption = None,
+    dry_run: DryRunOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Apply a manifest that runs the job in pods, which save, come back and go on by themselves."""
+    from distill.launch.k8s import (
+        RECIPE_PATH,
+        PodJob,
+        apply,
+        manifest_of,
+        name_of,
+        recipes_of,
+        resources_of,
+    )
+    from distill.recipe.reader import load_job
+
+    run = name or load_job(recipe, list(overrides or []))[0].name
+    texts, needed = recipes_of(recipe, list(overrides or []))
+    words = _words(RECIPE_PATH, needed, mount / "runs", name, gpus_per_node)
+    resources = resources_of(resource or [], gpus_per_node)
+    job = PodJob(
+        name_of(run), tuple(words), texts, image, claim, str(mount), nodes, resources, namespace
+    )
+    manifest = manifest_of(job, kind)
+    if dry_run:
+        sys.stdout.write(manifest)
+        return
+    say(apply(manifest))
+    say(f"where the disk of {claim} is mounted: distill watch {shlex.quote(f'runs/{run}')}")
+
+
 @launch_app.command("ssh")
 def ssh(
     recipe: RecipeArgument,

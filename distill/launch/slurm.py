@@ -2,17 +2,14 @@
 
 import re
 import shlex
-import shutil
-import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from distill.errors import RecipeError, SetupError
+from distill.errors import RecipeError
+from distill.launch.submit import hand_over
 
 GRACE_S = 300  # from the signal to the end of the time limit
 PLAIN = re.compile(r"[\w.,:/@%+=&|()\[\]*~-]+")  # of a value in a line that sbatch reads
-SUBMIT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -98,22 +95,6 @@ def submit(script: str) -> str:
     Raises:
         SetupError: there is no sbatch here, or it refuses the script.
     """
-    if shutil.which("sbatch") is None:
-        raise SetupError(
-            "sbatch: not found, nothing was submitted",
-            fix="Type the command on a login node of the cluster, or add --dry-run to see the script.",
-        )
-    words: Sequence[str] = ["sbatch", "--parsable"]
-    try:
-        done = subprocess.run(
-            words, input=script, capture_output=True, text=True, timeout=SUBMIT_S, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise SetupError(
-            f"sbatch has not answered in {SUBMIT_S:.0f} s",
-            fix="Look at squeue before you submit again: the job may be there.",
-        ) from error
-    if done.returncode != 0:
-        reason = " ".join(done.stderr.split())[:300] or f"exit code {done.returncode}"
-        raise SetupError(f"sbatch refuses the script: {reason}", fix="Correct the options.")
-    return done.stdout.strip().partition(";")[0]
+    words = ["sbatch", "--parsable"]
+    printed = hand_over(script, words, look_at="squeue", correct="Correct the options.")
+    return printed.partition(";")[0]

@@ -19,11 +19,27 @@ def test_slurm__a_dry_run_prints_the_script_and_makes_no_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_k8s__a_dry_run_prints_the_manifest_and_contacts_no_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no kubectl
+    words = ("quickstart", "--image", "i", "--claim", "c", "--name", "My_Run", "--nodes", "2")
+    assert exit_code_of("launch", "k8s", *words, "--dry-run") == 0
+    manifest = capsys.readouterr().out
+    assert "name: my-run" in manifest and '- "My_Run"' in manifest and "completions: 2" in manifest
+    assert list(tmp_path.iterdir()) == []
+    assert exit_code_of("launch", "k8s", *words) == 3
+    assert "kubectl: not found, nothing was submitted" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (("slurm", "no-such-recipe", "--dry-run"), "no-such-recipe"),
         (("slurm", "quickstart", "--nodes", "0"), "--nodes"),
+        (("k8s", "quickstart", "--dry-run"), "--image"),
+        (("k8s", "quickstart", "--image", "i", "--claim", "c", "--kind", "pod"), "--kind pod"),
         (("ssh", "quickstart", "--hosts", "a;b"), "is no host name"),
         (("ssh", "quickstart", "no.such.key=1", "--hosts", "a"), "unknown key"),
     ],

@@ -63,5 +63,5 @@ def test_submit__returns_the_id_or_why_there_is_none(
     sbatch.chmod(0o755)
     assert submit("#!/bin/bash\n") == "81"
     sbatch.write_text("#!/bin/sh\necho 'invalid partition' >&2; exit 1\n")
-    with pytest.raises(SetupError, match="sbatch refuses the script: invalid partition"):
+    with pytest.raises(SetupError, match="sbatch refuses it: invalid partition"):
         submit("#!/bin/bash\n")
