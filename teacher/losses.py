@@ -16,7 +16,6 @@ from torch import Tensor
 
 from teacher.batch import NUM_GLOBAL, Features, StudentBatch
 from teacher.peers import waiting_for_peers
-from teacher.shapes import KOLEO_GROUP
 
 KOLEO_EPS = 1e-8  # fp32; keeps the logarithm finite for duplicate images
 
@@ -62,13 +61,13 @@ class Losses:
 
 
 def koleo_loss(
-    globals_: Features, batch: StudentBatch, group: dist.ProcessGroup | None
+    globals_: Features, batch: StudentBatch, group_size: int, group: dist.ProcessGroup | None
 ) -> Float[Tensor, ""]:
-    """Sums KoLeo over both global crops, divided by the images of the global batch. Communication as ``koleo_sum``."""
+    """Sums KoLeo over both global crops, divided by the images of the global batch. Arguments and communication as of ``koleo_sum``."""
     num_images = batch.crops.global_crops.shape[0]
     tokens = globals_.class_token.unflatten(0, (num_images, NUM_GLOBAL))
     total = sum(
-        koleo_sum(tokens[:, crop], KOLEO_GROUP, batch.start, batch.images_global, group)
+        koleo_sum(tokens[:, crop], group_size, batch.start, batch.images_global, group)
         for crop in range(NUM_GLOBAL)
     )
     return torch.as_tensor(total) / batch.images_global
@@ -93,11 +92,14 @@ class KoleoGradient:
 
 
 def koleo_gradient(
-    class_token: Float[Tensor, "rows width"], batch: StudentBatch, group: dist.ProcessGroup | None
+    class_token: Float[Tensor, "rows width"],
+    batch: StudentBatch,
+    group_size: int,
+    group: dist.ProcessGroup | None,
 ) -> KoleoGradient:
     """Differentiates ``koleo_loss`` by its tokens [2 * images, image-major]. Communication as ``koleo_sum``."""
     tokens = class_token.detach().requires_grad_()
-    loss = koleo_loss(Features(tokens, tokens[:, None], (1, 1)), batch, group)
+    loss = koleo_loss(Features(tokens, tokens[:, None], (1, 1)), batch, group_size, group)
     loss.backward()
     assert tokens.grad is not None
     return KoleoGradient(loss.detach(), tokens.grad.unflatten(0, (-1, NUM_GLOBAL)))

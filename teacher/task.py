@@ -26,6 +26,7 @@ from teacher.losses import (
     koleo_loss,
     weigh,
 )
+from teacher.shapes import KOLEO_GROUP
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class TaskOptions:
 
     ``crop_scale``: it sees crops at this part of their size. ``survival``: probability that a row passes
     through a residual branch, below 1 for ViTs only. ``extra``: terms that are added to its loss.
+    ``koleo_group``: images that KoLeo compares with each other, consecutive positions of the global batch.
     """
 
     masks_input: bool
@@ -42,6 +44,7 @@ class TaskOptions:
     crop_scale: float = 1.0
     survival: float = 1.0
     extra: tuple[ExtraTerm, ...] = ()
+    koleo_group: int = KOLEO_GROUP
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class DistillationTask(nn.Module):
         group_ranks: int,
         koleo_is_local: bool,
     ) -> None:
-        """``koleo_is_local``: no KoLeo group of 16 positions is cut by a slice border, so no gathering is needed; ``gather_koleo`` when the batch changes."""
+        """``koleo_is_local``: no KoLeo group is cut by a slice border, so no gathering is needed; ``gather_koleo`` when the batch changes."""
         super().__init__()
         self.backbone = backbone
         self.dino_head = dino_head
@@ -103,7 +106,7 @@ class DistillationTask(nn.Module):
         ]
         group = None if self._koleo_is_local else self._group
         with torch.enable_grad():
-            return koleo_gradient(torch.cat(tokens), batch, group)
+            return koleo_gradient(torch.cat(tokens), batch, self.options.koleo_group, group)
 
     def forward(
         self,
@@ -130,7 +133,7 @@ class DistillationTask(nn.Module):
             parts["koleo"] = koleo.loss(globals_)
         elif weights.koleo:
             group = None if self._koleo_is_local else self._group
-            parts["koleo"] = koleo_loss(globals_, batch, group)
+            parts["koleo"] = koleo_loss(globals_, batch, self.options.koleo_group, group)
         if weights.gram:
             assert batch.targets.anchor_patches is not None, "a Gram weight without anchor features"
             anchor = batch.targets.anchor_patches.flatten(0, 1)

@@ -101,9 +101,12 @@ def task_options(
     crop_scale: float = 1.0,
     survival: float = 1.0,
     extra: tuple[ExtraTerm, ...] = (),
+    koleo_group: int | None = None,
 ) -> TaskOptions:
-    """How a network of this recipe is trained."""
-    return TaskOptions(masks_input, recipe.data.mean, recipe.data.std, crop_scale, survival, extra)
+    """How a network of this recipe is trained; ``koleo_group``: None for the schedule's."""
+    group = koleo_group or recipe.schedule.koleo_group
+    pixels = recipe.data.mean, recipe.data.std, crop_scale
+    return TaskOptions(masks_input, *pixels, survival, extra, group)
 
 
 def build_task(
@@ -116,7 +119,7 @@ def build_task(
         options,
         context.groups.by_network[name],
         len(placement.slices),
-        placement.koleo_is_local,
+        placement.koleo_is_local(options.koleo_group),
     )
 
 

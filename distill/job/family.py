@@ -151,7 +151,8 @@ class Family:
         for student, engine, targets in self._trained:
             name, placement = student.label, context.placement(student.label)
             if isinstance(engine.module, DistillationTask):
-                engine.module.gather_koleo(is_needed=not placement.koleo_is_local)
+                is_local = placement.koleo_is_local(engine.module.options.koleo_group)
+                engine.module.gather_koleo(is_needed=not is_local)
             rates[name] = _student_rates(self.recipe, stage, student, self._first_steps[name])
             steps = None if student.steps is None else student.steps - first_step
             parts = context.parts_of(name)
@@ -203,7 +204,13 @@ def _student(
     spec, generator = student.backbone_spec(), seeded(recipe.seed, student.label)
     backbone = build_backbone(spec, generator, device)
     extra, scale = extra_terms(recipe), student.crop_scale
-    options = task_options(recipe, masks_input=False, crop_scale=scale, extra=extra)
+    options = task_options(
+        recipe,
+        masks_input=False,
+        crop_scale=scale,
+        extra=extra,
+        koleo_group=student.koleo_group,
+    )
     if shape.heads is None:
         teacher_dim = shape.spec.width
         projectors = build_projectors(spec.width, teacher_dim, generator)

@@ -121,7 +121,8 @@ class Pretraining:
         if self._is_sharded:
             self.ema.pad_forwards(max(context.plan.largest_shares))
         placement = context.placement(ONLINE)
-        self._task.gather_koleo(is_needed=not placement.koleo_is_local)
+        group_images = self._task.options.koleo_group
+        self._task.gather_koleo(is_needed=not placement.koleo_is_local(group_images))
         trainer = StudentTrainer(
             ONLINE,
             placement,

@@ -22,7 +22,7 @@ def require_full_groups(recipe: Recipe, plan: Plan) -> None:
         return
     for placement in plan.placements:
         parts = [placement.parts_of(rank) for rank in placement.world_ranks]
-        in_groups = placement.koleo_is_local and all(
+        in_groups = placement.koleo_is_local(KOLEO_GROUP) and all(
             part.start % KOLEO_GROUP == 0 for each in parts for part in each
         )
         if len(parts[0]) > 1 and not in_groups:

@@ -64,7 +64,6 @@ class Placement:
         """Images of the largest micro-batch of all its ranks."""
         return max(map(self.images_at_once, self.world_ranks))
 
-    @property
-    def koleo_is_local(self) -> bool:
-        """No KoLeo group is cut by a slice border."""
-        return all(part.start % KOLEO_GROUP == 0 for part in self.slices)
+    def koleo_is_local(self, group_images: int) -> bool:
+        """No KoLeo group of so many images is cut by a slice border."""
+        return all(part.start % group_images == 0 for part in self.slices)

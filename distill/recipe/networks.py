@@ -242,6 +242,12 @@ class StudentSpec(ArchSpec):
             "from then on. Null means `schedule.steps`."
         ),
     )
+    koleo_group: int | None = science(
+        None,
+        since=3,
+        ge=2,
+        description="Images that KoLeo compares with each other, for this student alone. Null means `schedule.koleo_group`.",
+    )
     crop_scale: float = science(
         1.0,
         gt=0.0,

@@ -114,8 +114,22 @@ def _batch_rules(parts: Parts) -> Iterator[Problem]:
             lonely.add(
                 ("schedule", "batch") if value is None or stage_batch is None else stage_batch
             )
+    yield from _koleo_rules(parts)
     for key_path in lonely:
         yield key_path, "1: koleo compares images, so it needs a batch of at least 2 (or koleo: 0)"
+
+
+def _koleo_rules(parts: Parts) -> Iterator[Problem]:
+    """Micro-batches of a fixed size, and those of ZeRO 3, are cut between groups of 16 images, so KoLeo's must lie within."""
+    fixed = {
+        "engine.zero: 3": parts.get(("engine", "zero")) == 3,
+        "a number as engine.micro_batch": isinstance(parts.get(("engine", "micro_batch")), int),
+    }
+    students = [("students", index) for index in items_of(parts, "students")]
+    for key_path in (("schedule",), *students):
+        size = parts.get((*key_path, "koleo_group"))
+        for cause in [cause for cause, is_so in fixed.items() if is_so and size and 16 % size]:
+            yield (*key_path, "koleo_group"), f"{size}: with {cause} it must be 2, 4, 8 or 16"
 
 
 def _source_rules(parts: Parts) -> Iterator[Problem]:

@@ -220,6 +220,12 @@ class ScheduleSpec(Section):
         since=2,
         description="What `clip` is the norm of: all of a network, or its backbone and each head by itself, as released.",
     )
+    koleo_group: int = science(
+        16,
+        since=3,
+        ge=2,
+        description="Images that KoLeo compares with each other, consecutive ones of a batch. The default is the report's; released networks had those of a GPU.",
+    )
     ema: float = science(
         0.994,
         ge=0.0,

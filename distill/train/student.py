@@ -218,11 +218,11 @@ class StudentTrainer:
         """KoLeo of the slice where micro-batches cut its groups; None where each part computes its share of it."""
         if len(self._parts) == 1 or not numbers.scalars.objective.koleo:
             return None
-        borders = [self.images[part].start for part in self._parts]
-        if self.placement.koleo_is_local and not any(b % KOLEO_GROUP for b in borders):
-            return None
         task = self.engine.module
         if not isinstance(task, DistillationTask):  # the objective of features has no KoLeo
+            return None
+        size, borders = task.options.koleo_group, [self.images[p].start for p in self._parts]
+        if self.placement.koleo_is_local(size) and not any(b % size for b in borders):
             return None
         return task.koleo_before(batch, self._parts, numbers.scalars)
 

@@ -24,6 +24,7 @@ from students.shapes import CustomSpec
 from teacher.batch import CropBatch, PatchMasks
 from teacher.frozen import FrozenTeacher
 from teacher.losses import ExtraTerm, Objective
+from teacher.shapes import KOLEO_GROUP
 from teacher.task import DistillationTask, StepScalars, TaskOptions
 from tests.support.tiny import MEAN, STD, network, teacher
 
@@ -77,7 +78,7 @@ def take(tensor: Tensor, parts: tuple[range, ...]) -> Tensor:
 
 @dataclass(frozen=True)
 class Ways:
-    """How a family is trained, apart from what it learns; ``ends``: students that finish early; ``has_norms``: students have BatchNorm; ``crop_scale``: all networks see larger crops at this part of their size; ``images``: of a batch."""
+    """How a family is trained, apart from what it learns; ``ends``: students that finish early; ``has_norms``: students have BatchNorm; ``crop_scale``: all networks see larger crops at this part of their size; ``images``: of a batch; ``koleo_group``: images that KoLeo compares."""
 
     has_heads: bool = True
     lookahead: int = 0
@@ -88,6 +89,7 @@ class Ways:
     has_norms: bool = False
     crop_scale: float = 1.0
     images: int = IMAGES
+    koleo_group: int = KOLEO_GROUP
 
     @property
     def side(self) -> int:
@@ -134,7 +136,8 @@ def make_pupil(
     group, group_ranks = groups.by_network[name], len(placement.slices)
     relational = ExtraTerm("relational", 0.5, relational_term("softmax", 0.07))
     extra = () if ways.has_heads else (relational,)
-    options = TaskOptions(False, MEAN, STD, ways.crop_scale, extra=extra)
+    size = ways.koleo_group
+    options = TaskOptions(False, MEAN, STD, ways.crop_scale, extra=extra, koleo_group=size)
     backbone, *heads = network(sum(map(ord, name)))
     if ways.has_norms:
         backbone = normed_backbone(sum(map(ord, name)))
@@ -144,7 +147,7 @@ def make_pupil(
         taught = teacher()
         assert taught.dino_head is not None and taught.ibot_head is not None
         task = DistillationTask(
-            backbone, *heads, options, group, group_ranks, placement.koleo_is_local
+            backbone, *heads, options, group, group_ranks, placement.koleo_is_local(size)
         )
         targets = SinkhornTargets(taught.dino_head, taught.ibot_head)
     else:

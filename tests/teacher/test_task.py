@@ -1,5 +1,6 @@
 """The whole objective against plain loops over images, crops and patches in float64, and where gradients go."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -96,9 +97,12 @@ def test_normalise__by_each_images_own_colours() -> None:
         )
 
 
-@pytest.mark.parametrize("masks_input", [False, True])
-def test_task__parts_that_cut_a_koleo_group_add_up_to_the_slice(masks_input: bool) -> None:
+@pytest.mark.parametrize(("masks_input", "size"), [(False, 16), (True, 16), (False, 2)])
+def test_task__parts_that_cut_a_koleo_group_add_up_to_the_slice(
+    masks_input: bool, size: int
+) -> None:
     taught, learner = teacher().double(), task(masks_input=masks_input).double()
+    learner.options = replace(learner.options, koleo_group=size)
     batch = student_batch(taught)
     targets = assignments(batch, taught)
     scalars = StepScalars(Objective(dino=1.0, ibot=0.7, koleo=10.0, local=0.5), 1.1, 0.9)
@@ -120,6 +124,25 @@ def test_task__parts_that_cut_a_koleo_group_add_up_to_the_slice(masks_input: boo
         if grad is not None:
             largest = float(grad.abs().max())
             torch.testing.assert_close(each.grad, grad, rtol=1e-6, atol=1e-6 * largest)
+
+
+@pytest.mark.parametrize("size", [2, 3, 16])
+def test_task__koleo_compares_the_images_of_a_group_of_any_size(size: int) -> None:
+    taught, learner = teacher().double(), task().double()
+    learner.options = replace(learner.options, koleo_group=size)
+    batch = student_batch(taught)
+    scalars = StepScalars(Objective(1.0, 0.0, 0.1, 1.0), 1.0, 1.0)
+    losses = learner(batch, assignments(batch, taught), scalars)
+    pixels = normalise(batch.crops.global_crops, MEAN, STD, torch.float64)
+    expected = 0.0
+    for crop in range(2):
+        unit = nn.functional.normalize(learner.backbone(pixels[:, crop]).class_token, dim=1)
+        for i in range(IMAGES):
+            others = [j for j in range(IMAGES) if j != i and j // size == i // size]
+            if others:
+                nearest = min((unit[i] - unit[j]).norm().item() for j in others)
+                expected -= math.log(nearest) / IMAGES
+    assert losses.parts["koleo"].item() == pytest.approx(expected, rel=1e-5)  # RoPE is in fp32
 
 
 def test_task__loss_equals_loops_over_images_crops_and_patches() -> None:

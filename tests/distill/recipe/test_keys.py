@@ -575,6 +575,23 @@ def test_load_job__koleo_needs_two_images(tmp_path: Path) -> None:
     load_job(write_pair(tmp_path, edited(text, "koleo: 0.1", "koleo: 0")))
 
 
+@pytest.mark.parametrize(
+    ("engine", "cause"),
+    [("zero: 3", "engine.zero: 3"), ("micro_batch: 16", "a number as engine.micro_batch")],
+)
+def test_load_job__koleo_groups_that_fixed_parts_would_cut(
+    tmp_path: Path, engine: str, cause: str
+) -> None:
+    text = edited(PAIR_FAMILY, "batch: 32", "batch: 32\n  koleo_group: 40")
+    path = write_pair(tmp_path, text)
+    load_job(path)
+    override = "engine." + engine.replace(": ", "=")
+    message = f"schedule.koleo_group: 40: with {re.escape(cause)} it must be 2, 4, 8 or 16"
+    with pytest.raises(RecipeError, match=message):
+        load_job(path, [override])
+    load_job(path, [override, "schedule.koleo_group=8"])
+
+
 def test_load_job__local_crops_that_are_not_made_may_have_any_size(tmp_path: Path) -> None:
     text = edited(PAIR_FAMILY, "count: 2, size: 32", "count: 0, size: 30")
     load_job(write_pair(tmp_path, text))

@@ -301,6 +301,23 @@ def test_family__a_rank_with_a_group_less_has_an_empty_micro_batch(zero: int) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [None, 5])
+def test_family__koleo_groups_of_another_size_are_those_of_one_process(
+    micro_batch: int | None,
+) -> None:
+    """Groups of 12 of 32 images, which slices of ranks and micro-batches cut."""
+    works, ways = [NetworkCost("a", 1.0)], Ways(koleo_group=12)
+    whole = on_ranks(1, train_family, works, 3, 1, "fp32", None, ways)[0]
+    cut = replace(ways, micro_batch=micro_batch)
+    results = on_ranks(3, train_family, [NetworkCost("a", 1.0, 3)], 3, 1, "fp32", None, cut)
+    assert merged(results, "losses", "a") == pytest.approx(whole["losses"]["a"], rel=2e-6)
+    for key, tensor in merged(results, "ema", "a").items():
+        torch.testing.assert_close(tensor, whole["ema"]["a"][key], rtol=0, atol=2e-5)
+    other = on_ranks(1, train_family, works, 3, 1, "fp32", None, Ways())[0]
+    assert other["losses"]["a"] != pytest.approx(whole["losses"]["a"], rel=1e-4)
+
+
+@pytest.mark.slow
 def test_family__micro_batches_in_bf16_add_up_in_fp32(alone: dict[str, Any]) -> None:
     results = on_ranks(2, train_family, FAMILY, 4, 1, "bf16", None, Ways(micro_batch=16))
     for name in "abc":
