@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from students.shapes import STEM, ConvNeXtSpec
-from teacher.batch import Features
+from teacher.batch import Features, RopeScale
 from teacher.init import SMALLEST_FAN_IN, init_matrix_
 
 NARROWEST_PUBLISHED = 96  # channels of the first stage of ConvNeXt-T and -S
@@ -93,7 +93,7 @@ class ConvNeXt(nn.Module):
         pixels: Float[Tensor, "rows channels height width"],
         masks: Bool[Tensor, "rows patches"] | None = None,
         *,
-        rope_scale: float = 1.0,  # noqa: ARG002  # part of the protocol; there is no RoPE here
+        rope_scale: RopeScale = 1.0,  # noqa: ARG002  # part of the protocol; there is no RoPE here
         is_local: bool = False,  # noqa: ARG002  # part of the protocol; one norm serves all crops
     ) -> Features:
         """Normalised pooled feature and patch map.

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from students.batch_norm import counting, group_norms
 from students.shapes import CustomSpec
-from teacher.batch import Features
+from teacher.batch import Features, RopeScale
 
 # Arguments by which a library runs code, reads pickles or fetches files that are named elsewhere
 LEADS_OUTSIDE = re.compile(
@@ -55,7 +55,7 @@ class Adapted(nn.Module):
         pixels: Float[Tensor, "rows channels height width"],
         masks: Bool[Tensor, "rows patches"] | None = None,
         *,
-        rope_scale: float = 1.0,  # noqa: ARG002  # part of the protocol; there is no RoPE here
+        rope_scale: RopeScale = 1.0,  # noqa: ARG002  # part of the protocol; there is no RoPE here
         is_local: bool = False,
     ) -> Features:
         """Class feature and patch map.

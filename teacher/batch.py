@@ -250,6 +250,10 @@ def student_batch(
     return full.part(slice(first, first + len(wanted)))
 
 
+RopeScale = float | tuple[float, ...]
+"""What the box of RoPE coordinates is stretched by: one factor for all blocks, or one for each."""
+
+
 class Backbone(Protocol):
     """A network that turns pixels into one class feature and a map of patch features."""
 
@@ -261,7 +265,7 @@ class Backbone(Protocol):
         pixels: Float[Tensor, "rows channels height width"],
         masks: Bool[Tensor, "rows patches"] | None = None,
         *,
-        rope_scale: float = 1.0,
+        rope_scale: RopeScale = 1.0,
         is_local: bool = False,
     ) -> Features:
         """Class token and patch tokens of each crop; masked patches are replaced by the mask token."""

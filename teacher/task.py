@@ -12,7 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from teacher.batch import CROPS_PER_IMAGE, NUM_GLOBAL, Features, StudentBatch, normalise, shrunk
+from teacher.batch import (
+    CROPS_PER_IMAGE,
+    NUM_GLOBAL,
+    Features,
+    RopeScale,
+    StudentBatch,
+    normalise,
+    shrunk,
+)
 from teacher.drop_path import ActiveRows, active_rows
 from teacher.gram import gram_sum
 from teacher.heads import Head, SoftAssignment
@@ -61,11 +69,11 @@ class SoftAssignments:
 
 @dataclass(frozen=True)
 class StepScalars:
-    """Numbers of one step that every rank draws the same: RoPE box scales for the two crop kinds, the objective."""
+    """Numbers of one step that every rank draws the same: RoPE box scales for the two crop kinds, of all blocks or of each, and the objective."""
 
     objective: Objective
-    rope_scale_global: float
-    rope_scale_local: float
+    rope_scale_global: RopeScale
+    rope_scale_local: RopeScale
 
 
 class DistillationTask(nn.Module):
@@ -182,7 +190,7 @@ def _see(
     depth: Tensor | None,
     options: TaskOptions,
     masks: Tensor | None,
-    rope_scale: float,
+    rope_scale: RopeScale,
     *,
     is_local: bool,
 ) -> Features:

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from teacher.batch import Features
+from teacher.batch import Features, RopeScale
 from teacher.drop_path import BRANCHES, ActiveRows
 from teacher.init import fill_random_, init_matrix_
 from teacher.shapes import ROPE_BASE, ViTSpec
@@ -243,7 +243,7 @@ class ViT(nn.Module):
         pixels: Float[Tensor, "rows channels height width"],
         masks: Bool[Tensor, "rows patches"] | None = None,
         *,
-        rope_scale: float = 1.0,
+        rope_scale: RopeScale = 1.0,
     ) -> Float[Tensor, "rows tokens embed"]:
         """All tokens after the final norm: class, registers, patches.
 
@@ -257,14 +257,14 @@ class ViT(nn.Module):
         pixels: Float[Tensor, "rows channels height width"],
         masks: Bool[Tensor, "rows patches"] | None = None,
         *,
-        rope_scale: float = 1.0,
+        rope_scale: RopeScale = 1.0,
         is_local: bool = False,
         active_rows: ActiveRows | None = None,
         tile: Tile | None = None,
     ) -> Features:
         """Normalised class and patch tokens; masked patches are replaced by the mask token.
 
-        ``is_local`` uses the separate class norm of local crops where the network has one. ``active_rows``
+        ``rope_scale``: of all blocks, or of each. ``is_local`` uses the separate class norm of local crops where the network has one. ``active_rows``
         are the rows that pass through each residual branch (stochastic depth); all without it. ``tile``:
         where the pixels lie in a larger image, whose coordinates they then have.
 
@@ -295,17 +295,22 @@ class ViT(nn.Module):
         self,
         pixels: Tensor,
         masks: Tensor | None,
-        rope_scale: float,
+        rope_scale: RopeScale,
         active_rows: ActiveRows | None = None,
         tile: Tile | None = None,
     ) -> Tensor:
         head_dim = self.spec.width // self.spec.heads
         grid_hw, base = self._grid_hw(pixels), self.spec.rope_base
-        angles = rope_angles(grid_hw, head_dim, rope_scale, pixels.device, base, tile)
+        is_each = isinstance(rope_scale, tuple)
+        scales = rope_scale if isinstance(rope_scale, tuple) else (rope_scale,)
+        angles = [
+            rope_angles(grid_hw, head_dim, scale, pixels.device, base, tile)
+            for scale in scales[: len(self.layer)]
+        ]
         tokens = self.embeddings(pixels, masks)
         keeps_less = self._is_checkpointing and tokens.requires_grad
         for index, block in enumerate(self.layer):
-            inputs = (tokens, angles, active_rows, index)
+            inputs = (tokens, angles[index if is_each else 0], active_rows, index)
             if keeps_less:  # no comparison of shapes: ZeRO-3 empties weights between the passes
                 tokens = checkpoint(
                     block,

@@ -248,10 +248,12 @@ class ScheduleSpec(Section):
     )
     rope_rescale: Pair | None = science(
         None,
-        description=(
-            "Smallest and largest random factor of the RoPE coordinates, one draw per step. Null "
-            "means no rescaling."
-        ),
+        description="Smallest and largest random factor of the RoPE coordinates. Null means no rescaling.",
+    )
+    rope_draws: Literal["step", "block"] = science(
+        "step",
+        since=3,
+        description="What each has a separate factor by `rope_rescale`, for global and for local crops: every step, or every block in every step, as released.",
     )
 
 

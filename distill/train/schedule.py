@@ -18,6 +18,7 @@ from distill.recipe.schedules import (
     TeacherScheduleSpec,
 )
 from students.shapes import BackboneSpec
+from teacher.batch import RopeScale
 from teacher.losses import Objective
 from teacher.task import StepScalars
 
@@ -85,13 +86,24 @@ def lr_factors(
     return factor
 
 
-def rope_scales(bounds: tuple[float, float] | None, seed: int, step: int) -> tuple[float, float]:
-    """One log-uniform RoPE box scale for the global and one for the local crops; the same on every rank, 1 without bounds."""
+def rope_scales(
+    bounds: tuple[float, float] | None, seed: int, step: int, num_blocks: int | None = None
+) -> tuple[RopeScale, RopeScale]:
+    """Log-uniform RoPE box scales of the global and of the local crops, one each or one for each of ``num_blocks``; the same on every rank, 1 without bounds.
+
+    A block's do not depend on how many there are.
+    """
     if bounds is None:
         return 1.0, 1.0
     low, high = (math.log(bound) for bound in bounds)
     draw = random.Random(f"rope/{seed}/{step}")
-    return math.exp(draw.uniform(low, high)), math.exp(draw.uniform(low, high))
+    pairs = [
+        (math.exp(draw.uniform(low, high)), math.exp(draw.uniform(low, high)))
+        for _ in range(1 if num_blocks is None else num_blocks)
+    ]
+    if num_blocks is None:
+        return pairs[0]
+    return tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
 
 
 @dataclass(frozen=True)
@@ -156,7 +168,7 @@ class StepNumbers:
 
 @dataclass(frozen=True)
 class StepSchedule:
-    """All numbers of every step of a phase. ``teacher_grid``: the patch grid that masks are on, by the size of global crops; ``ramp``: how its objective begins."""
+    """All numbers of every step of a phase. ``teacher_grid``: the patch grid that masks are on, by the size of global crops; ``ramp``: how its objective begins; ``most_blocks``: of its networks."""
 
     settings: ScheduleSpec
     seed: int
@@ -165,10 +177,12 @@ class StepSchedule:
     teacher_grid: Callable[[int], tuple[int, int]]
     rates: Mapping[str, RateSchedule]
     ramp: ObjectiveRamp | None = None
+    most_blocks: int = 0
 
     def at(self, run_step: int) -> StepNumbers:
         """The numbers of a step in the stream of samples."""
-        scales = rope_scales(self.settings.rope_rescale, self.seed, run_step)
+        num_blocks = self.most_blocks if self.settings.rope_draws == "block" else None
+        scales = rope_scales(self.settings.rope_rescale, self.seed, run_step, num_blocks)
         objective = self.objective
         if self.ramp is not None:
             objective = self.ramp.at(run_step, objective)

@@ -9,7 +9,7 @@ import torch
 
 from students.shapes import CATALOG
 from teacher.shapes import ViTSpec
-from teacher.vit import Embeddings, ViT, init_vit_
+from teacher.vit import Embeddings, ViT, init_vit_, rope_angles
 from tests.support.oracles import (
     assert_gradient_parity,
     assert_parity,
@@ -103,6 +103,25 @@ def test_vit__rope_scale_changes_patches() -> None:
     vit = shuffled_(ViT(SMALL))
     pixels = torch.randn(1, 3, 16, 16)
     assert not torch.equal(vit(pixels).patch_tokens, vit(pixels, rope_scale=1.5).patch_tokens)
+
+
+def test_vit__every_block_may_have_its_own_rope_scale() -> None:
+    vit = shuffled_(ViT(SMALL)).double()
+    pixels = torch.randn(1, 3, 16, 24, dtype=torch.float64)
+    scales = (0.7, 1.6)
+    assert len(vit.layer) == len(scales)
+    tokens = vit.embeddings(pixels, None)
+    grid_hw = 16 // SMALL.patch, 24 // SMALL.patch
+    for block, scale in zip(vit.layer, scales, strict=True):
+        angles = rope_angles(grid_hw, SMALL.width // SMALL.heads, scale, pixels.device)
+        tokens = block(tokens, angles)
+    wanted = vit.norm(tokens)[:, 1 + SMALL.registers :]
+    # a deeper network of the same job has more
+    assert torch.equal(vit(pixels, rope_scale=(*scales, 9.0)).patch_tokens, wanted)
+    same = vit(pixels, rope_scale=(0.7, 0.7))
+    assert torch.equal(same.patch_tokens, vit(pixels, rope_scale=0.7).patch_tokens)
+    vit.checkpoint_activations()
+    assert torch.equal(vit(pixels, rope_scale=scales).patch_tokens, wanted)
 
 
 def test_vit__bf16_weights_stay_close_to_fp32() -> None:

@@ -61,6 +61,17 @@ def test_pretraining__equals_a_plain_loop_without_an_engine(
         torch.testing.assert_close(alone["ema"][name], tensor, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
+def test_pretraining__with_a_rope_box_for_every_block_equals_a_plain_loop(
+    images: Path, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    words = ("schedule.rope_draws=block",)
+    found = on_ranks(1, pretrain, images, tmp_path, *words)[0]
+    losses, _ = plain(recipe_of(images, *words), images)
+    assert found["losses"] == pytest.approx(losses, rel=2e-5)
+    assert found["losses"] != pytest.approx(alone["losses"], rel=1e-4)
+
+
 @pytest.fixture(scope="module")
 def two(images: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Two processes, ZeRO 1."""
@@ -285,7 +296,9 @@ def plain_loss(
         rows = [(i, c) for i in range(count) for c in range(2) if counts[i, c]]
         ibot = torch.cat([ema[2](taught[c].patch_tokens[i][masks[i, c]]) for i, c in rows])
         p_ibot = plain_sinkhorn(ibot @ ema[2].prototypes.weight.T / temperature)
-    scales = schedule.rope_scales(settings.rope_rescale, recipe.seed, step)
+    blocks = 2 if settings.rope_draws == "block" else None
+    drawn = schedule.rope_scales(settings.rope_rescale, recipe.seed, step, blocks)
+    scales = [each if isinstance(each, tuple) else (each, each) for each in drawn]
     found = [
         plain_vit(online[0], seen.globals[:, c], masks[:, c], kept[:, c] / keep, scales[0])
         for c in range(2)
@@ -340,15 +353,19 @@ def plain_sinkhorn(logits: Tensor) -> Tensor:
 
 
 def plain_vit(
-    vit: nn.Module, pixels: Tensor, masks: Tensor | None, kept: Tensor, scale: float
+    vit: nn.Module,
+    pixels: Tensor,
+    masks: Tensor | None,
+    kept: Tensor,
+    scales: tuple[float, ...],
 ) -> tuple[Tensor, Tensor]:
     """Class and patch tokens; every branch is computed for every row and multiplied by its flag."""
     assert isinstance(vit, ViT)
     side = pixels.shape[-1] // 8
-    angles = rope_angles((side, side), 16, scale, pixels.device)
     tokens = vit.embeddings(pixels, masks)
     for number, block in enumerate(vit.layer):
         flags = kept[:, number].float()[:, :, None, None]  # [images, 2, 1, 1]
+        angles = rope_angles((side, side), 16, scales[number], pixels.device)
         branch = block.layer_scale1(block.attention(block.norm1(tokens), angles))
         tokens = tokens + flags[:, 0] * branch
         tokens = tokens + flags[:, 1] * block.layer_scale2(block.mlp(block.norm2(tokens)))

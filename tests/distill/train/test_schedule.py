@@ -142,7 +142,7 @@ def test_learning_rate__rises_along_half_a_cosine() -> None:
 
 
 def test_rope_scales__are_log_uniform_and_the_same_everywhere() -> None:
-    draws = [scale for step in range(500) for scale in rope_scales((0.5, 2.0), 3, step)]
+    draws = [cast(float, s) for step in range(500) for s in rope_scales((0.5, 2.0), 3, step)]
     assert min(draws) >= 0.5 and max(draws) <= 2.0
     assert abs(sum(map(math.log, draws)) / len(draws)) < 0.05  # standard error 0.013
     assert (
@@ -151,6 +151,23 @@ def test_rope_scales__are_log_uniform_and_the_same_everywhere() -> None:
         != rope_scales((0.5, 2.0), 4, 7)
     )
     assert rope_scales(None, 3, 7) == (1.0, 1.0)
+
+
+def test_rope_scales__of_blocks_do_not_depend_on_how_many_there_are() -> None:
+    of_two, of_five = (rope_scales((0.5, 2.0), 3, 7, count) for count in (2, 5))
+    for few, many in zip(of_two, of_five, strict=True):
+        assert isinstance(few, tuple) and isinstance(many, tuple)
+        assert len(few) == 2 and len(set(many)) == 5 and many[:2] == few
+    draws = [
+        scale
+        for step in range(50)
+        for scales in rope_scales((0.5, 2.0), 3, step, 10)
+        if isinstance(scales, tuple)
+        for scale in scales
+    ]
+    assert len(draws) == 1000 and min(draws) >= 0.5 and max(draws) <= 2.0
+    assert abs(sum(map(math.log, draws)) / len(draws)) < 0.05  # standard error 0.013
+    assert rope_scales(None, 3, 7, 5) == (1.0, 1.0)
 
 
 def test_objective_ramp__goes_along_half_a_cosine_and_never_leaves_a_term_out() -> None:
