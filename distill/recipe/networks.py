@@ -89,6 +89,18 @@ class ArchSpec(Section):
             "`vit`, 1e-6 for `convnext`."
         ),
     )
+    norm_eps: float | None = science(
+        None,
+        since=3,
+        gt=0.0,
+        le=0.01,
+        description="Epsilon of every LayerNorm. Null means the published value: 1e-5 for a ViT, 1e-6 for a ConvNeXt.",
+    )
+    key_bias: bool | None = science(
+        None,
+        since=3,
+        description="Whether the keys of a ViT's attention have a bias, as queries and values have. Null means no, as published.",
+    )
     untie_local_norm: bool | None = science(
         None,
         description=(
@@ -147,9 +159,12 @@ class ArchSpec(Section):
             except ValueError as error:
                 fix = "See docs/custom-students.md for what a factory returns."
                 raise RecipeError(str(error), fix=fix) from error
+        stated: dict[str, Any] = {"norm_eps": self.norm_eps, "key_bias": self.key_bias}
+        stated = {name: value for name, value in stated.items() if value is not None}
         if self.arch == "convnext":
             assert self.depths is not None and self.widths is not None, "checked by the rules"
-            return ConvNeXtSpec(self.depths, self.widths, layerscale_init=self.layerscale or 1e-6)
+            layerscale = self.layerscale or 1e-6
+            return ConvNeXtSpec(self.depths, self.widths, layerscale_init=layerscale, **stated)
         if self.arch == "vit":
             assert self.width is not None and self.depth is not None and self.heads is not None, (
                 "checked by the rules"
@@ -164,11 +179,14 @@ class ArchSpec(Section):
                 self.ffn or "mlp",
                 untie_local_norm=bool(self.untie_local_norm),
                 layerscale_init=self.layerscale or 1e-5,
+                **stated,
             )
         known = CATALOG[self.arch]
         if isinstance(known, ViTSpec):
-            return replace(known, patch=self.stride, untie_local_norm=bool(self.untie_local_norm))
-        return known
+            stated |= {"patch": self.stride, "untie_local_norm": bool(self.untie_local_norm)}
+            return replace(known, **stated)
+        assert isinstance(known, ConvNeXtSpec), "the catalogue has no other"
+        return replace(known, **stated)
 
 
 class HeadSpec(Section):

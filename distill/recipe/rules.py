@@ -27,9 +27,9 @@ Parts = Mapping[Loc, Any]
 FREE_SIZE_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # needed, optional
     "vit": (
         ("width", "depth", "heads"),
-        ("patch", "ffn", "ffn_width", "layerscale", "untie_local_norm"),
+        ("patch", "ffn", "ffn_width", "layerscale", "norm_eps", "key_bias", "untie_local_norm"),
     ),
-    "convnext": (("depths", "widths"), ("layerscale",)),
+    "convnext": (("depths", "widths"), ("layerscale", "norm_eps")),
 }
 
 
@@ -334,8 +334,13 @@ def _arch_rules(parts: Parts, key_path: Loc) -> Iterator[Problem]:
     if arch is None:
         return
     needed, optional = FREE_SIZE_KEYS.get(arch, ((), ()))
-    if isinstance(CATALOG.get(arch), ViTSpec):
-        optional = ("patch", "untie_local_norm")
+    known = CATALOG.get(arch)
+    if isinstance(known, ViTSpec):
+        optional = ("patch", "norm_eps", "key_bias", "untie_local_norm")
+        if parts.get((*key_path, "key_bias")) and not known.qv_bias:
+            yield (*key_path, "key_bias"), f"true: queries and values of {arch} have no bias either"
+    elif known is not None:
+        optional = ("norm_eps",)
     if is_custom(arch):
         optional = ("args",)
     absent = [key for key in needed if (*key_path, key) in parts and parts[*key_path, key] is None]

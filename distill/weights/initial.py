@@ -9,6 +9,7 @@ The backbone must be of the network's shape. Two differences can be adapted wher
 Heads and projectors are taken tensor by tensor where the file holds all of one in the shape that it has here.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +38,7 @@ IN_TRAINING = {
     "untie_local_norm",
 }  # of a spec: no tensor of a file differs by it
 ADAPTED = ("patch", "in_channels")
+STATED = ("norm_eps", "key_bias")  # keys of a recipe's network by the same names
 LOCAL_NORM, NORM = "local_cls_norm.", "norm."
 PATCH_EMBEDDING = (
     "embeddings.patch_embeddings.weight",
@@ -217,7 +219,10 @@ def _identify(
     if not differ:
         return container, identity
     fix = "Give the network of the recipe the shape of the weights."
-    if set(differ) <= set(ADAPTED):
+    if set(differ) <= set(STATED):
+        keys = ", ".join(f"{name}: {json.dumps(theirs[name])}" for name in differ)
+        fix = f"Write {keys} for the network of the recipe."
+    elif set(differ) <= set(ADAPTED):
         fix = f"Write the same in the recipe, or {key}.adapt=true to adapt the patch embedding."
     there, here = (_describe(each, differ) for each in (identity.spec, spec))
     raise CheckpointError(f"{key} = {weights}: {there} there, {here} in the recipe", fix=fix)

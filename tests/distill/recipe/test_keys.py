@@ -84,6 +84,8 @@ def test_load_recipe__numbers_are_numbers(tmp_path: Path) -> None:
         (FAMILY, "arch: vit, width: 64, depth: 2, heads: 2, patch: 16", "arch: convnext, depths: [1], widths: [8]", "needs two stages at least"),
         (FAMILY, "arch: vit, width: 64, depth: 2, heads: 2, patch: 16", "arch: convnext, depths: [1, 1], widths: [8]", "1 widths for 2 depths"),
         (FAMILY, "arch: vit, width", "arch: vitb16, width", "'width' does not apply to arch 'vitb16'"),
+        (FAMILY, "arch: vit, width: 64, depth: 2, heads: 2, patch: 16", "arch: convnext_tiny, key_bias: true", "'key_bias' does not apply to arch 'convnext_tiny'"),
+        (TEACHER, "{arch: vit, width: 64, depth: 2, heads: 2, patch: 8}", "{arch: vit7b16, key_bias: true}", "model.key_bias: true: queries and values of vit7b16 have no bias either"),
         (FAMILY, "patch: 16}", "patch: 16, ranks: 0}", "students.1.ranks: 0: at least 1, or auto"),
         (FAMILY, "patch: 16}", "patch: 16, ranks: 3-1}", "students.1.ranks: '3-1': write a number of ranks, FIRST-LAST such as '8-15', or auto"),
         (FAMILY, "patch: 16}", "patch: 16, ranks: 2-3}", "students.0.ranks: auto: other students say which ranks, so write FIRST-LAST here too"),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from distill.errors import CheckpointError
 from distill.recipe.init_keys import InitSpec
+from distill.recipe.networks import ArchSpec
 from distill.weights.initial import (
     Shapes,
     adapted,
@@ -68,6 +69,40 @@ def test_load__features_are_those_of_the_source_bit_for_bit(tmp_path: Path) -> N
             assert all(parameter.requires_grad for parameter in trained.values())
 
 
+@pytest.mark.parametrize(
+    ("keys", "spec"),
+    [
+        ({"key_bias": True, "norm_eps": 0.001}, replace(VIT, norm_eps=1e-3, key_bias=True)),
+        ({"norm_eps": 0.001}, replace(SMALL["convnext"], norm_eps=1e-3)),
+    ],
+)
+def test_load__what_a_source_states_is_written_in_the_recipe(
+    keys: dict[str, Any], spec: ViTSpec | ConvNeXtSpec, tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path / "a", spec)
+    sizes: dict[str, Any] = {"arch": "convnext"}
+    if isinstance(spec, ViTSpec):
+        same = ("width", "depth", "heads", "patch", "ffn", "ffn_width")
+        sizes = {"arch": "vit", **{name: getattr(spec, name) for name in same}}
+    else:
+        sizes |= {"depths": spec.depths, "widths": spec.widths}
+    plain, stated = (
+        ArchSpec.model_validate({**sizes, **each}).backbone_spec() for each in ({}, keys)
+    )
+    with pytest.raises(CheckpointError, match=r"there, .* in the recipe") as caught:
+        check_initial(KEY, starts(folder), plain, {})
+    text = ", ".join(f"{key}: {json.dumps(value)}" for key, value in keys.items())
+    assert text in caught.value.fix
+    task = task_of(stated, HEAD)
+    load_initial(KEY, starts(folder), stated, task)
+    theirs = features(load_backbone(folder)[0])
+    ours = features(task.get_submodule("backbone"))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    other = plain.build()
+    other.load_state_dict(random_weights(spec), strict=False)
+    assert not torch.equal(ours[0], features(other)[0])  # what is stated matters
+
+
 def test_load__the_norm_of_local_crops_starts_as_the_final_norm(tmp_path: Path) -> None:
     spec = replace(VIT, untie_local_norm=True, layerscale_init=0.3)
     weights = initial_backbone(KEY, starts(folder_of(tmp_path / "a")), spec)
@@ -117,6 +152,7 @@ def test_load__heads_that_do_not_fit_are_fresh_and_reported(tmp_path: Path) -> N
         ({}, replace(VIT, depth=3), r"depth 1 there, ViT of depth 3"),
         ({}, replace(VIT, patch=16), r"patch 8 there, ViT of patch 16"),
         ({"adapt": True}, replace(VIT, patch=16, depth=2), r"depth 1 there, ViT of depth 2"),
+        ({}, replace(VIT, norm_eps=1e-3), r"norm_eps 1e-05 there, ViT of norm_eps 0.001"),
         ({}, replace(VIT, rope_base=50.0), r"rope_base 100.0 there, ViT of rope_base 50.0"),
         ({}, ConvNeXtSpec((1, 1), (8, 16)), r"ViT of width 16 there, ConvNeXt of width 16"),
         ({"heads": "beside"}, VIT, r"heads = beside: no .*heads.safetensors"),
