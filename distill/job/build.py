@@ -26,14 +26,13 @@ from distill.plan.from_recipe import Recipe
 from distill.plan.plan import Plan
 from distill.plan.slices import Placement
 from distill.recipe.init_keys import InitSpec
-from distill.recipe.keys import FamilyRecipe
 from distill.recipe.schedules import FamilyStageSpec, ObjectiveSpec
 from distill.train.by_step import PlanSchedule
 from distill.train.exchange import AllGather, Slices
 from distill.train.groups import Groups
 from distill.train.masking import StepMasks
 from distill.train.phase import Phase, Teacher, Trainer
-from distill.train.schedule import ObjectiveRamp, RateSchedule, StepSchedule
+from distill.train.schedule import ObjectiveRamp, RateSchedule, StepSchedule, most_blocks
 from distill.train.student import Stopwatch
 from students.shapes import BackboneSpec
 from teacher.frozen import FrozenTeacher
@@ -225,10 +224,8 @@ def build_phase(
     loader = build_loader(recipe, feed, crops, plan_schedule.most_images(rank), rank_context.device)
     numbers = recipe.schedule, recipe.seed, spec.objective
     grid = partial(teacher_grid, recipe, context.teacher_spec)
-    students = recipe.students if isinstance(recipe, FamilyRecipe) else ()
-    specs = [context.teacher_spec, *(student.backbone_spec() for student in students)]
-    most_blocks = max(each.equal_blocks for each in specs)
-    schedule = StepSchedule(*numbers, crops, grid, spec.rates, spec.ramp, most_blocks)
+    blocks = most_blocks(recipe, context.teacher_spec)
+    schedule = StepSchedule(*numbers, crops, grid, spec.rates, spec.ramp, blocks)
     return Phase(
         name=spec.name,
         num_steps=len(spec.steps),

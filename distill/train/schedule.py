@@ -11,6 +11,7 @@ from functools import cached_property
 
 from distill.data.crops import CropSchedule
 from distill.engine.engine import StepRates
+from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.schedules import (
     FamilyScheduleSpec,
     LrSpec,
@@ -104,6 +105,12 @@ def rope_scales(
     if num_blocks is None:
         return pairs[0]
     return tuple(pair[0] for pair in pairs), tuple(pair[1] for pair in pairs)
+
+
+def most_blocks(recipe: FamilyRecipe | TeacherRecipe, teacher: BackboneSpec) -> int:
+    """Blocks of the deepest network of a job, its teacher's shape included."""
+    students = recipe.students if isinstance(recipe, FamilyRecipe) else ()
+    return max(each.equal_blocks for each in (teacher, *(s.backbone_spec() for s in students)))
 
 
 @dataclass(frozen=True)
