@@ -203,13 +203,9 @@ def _student(
     assert isinstance(recipe, FamilyRecipe), "students are a family's"
     spec, generator = student.backbone_spec(), seeded(recipe.seed, student.label)
     backbone = build_backbone(spec, generator, device)
-    extra, scale = extra_terms(recipe), student.crop_scale
+    extra, scale, koleo = extra_terms(recipe), student.crop_scale, student.koleo_group
     options = task_options(
-        recipe,
-        masks_input=False,
-        crop_scale=scale,
-        extra=extra,
-        koleo_group=student.koleo_group,
+        recipe, masks_input=False, crop_scale=scale, extra=extra, koleo_group=koleo
     )
     if shape.heads is None:
         teacher_dim = shape.spec.width

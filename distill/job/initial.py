@@ -16,7 +16,7 @@ from distill.job.stored_recipes import Recipes, read_recipes
 from distill.plan.from_recipe import ONLINE, heads_of_student, shape_of_recipe
 from distill.plan.teacher_source import teacher_shape
 from distill.recipe.init_keys import InitSpec
-from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+from distill.recipe.keys import FamilyRecipe, TeacherRecipe, with_inputs
 from distill.recipe.networks import StudentSpec
 from distill.runfolder.manifest import checkpoints
 from distill.runfolder.status import write_json
@@ -29,6 +29,7 @@ from distill.weights.initial import (
     init_key,
     projector_parts,
 )
+from distill.weights.stated_inputs import inputs_of_init
 from distill.weights.teacher_files import Checksums, teacher_facts
 from students.shapes import BackboneSpec
 
@@ -42,12 +43,13 @@ class Beginning:
     name: str
     init: InitSpec
     taken: Taken
+    inputs: str = ""
 
     def describe(self) -> str:
         """In one line."""
         sha = f" (sha256 {self.init.fingerprint[:16]})" if self.init.fingerprint else ""
         change = ", adapted where sizes differ" if self.init.adapt else ""
-        return f"{self.name}: starts from {self.init.from_}{sha}: {self.taken.describe()}{change}"
+        return f"{self.name}: starts from {self.init.from_}{sha}: {self.taken.describe()}{change}{self.inputs}"
 
 
 def inits_of(recipes: Recipes) -> dict[str, InitSpec]:
@@ -84,7 +86,8 @@ def check_inits(recipes: Recipes, gone: Collection[str] = ()) -> list[Beginning]
                 f"{init_key(name)}: licence of {contradiction[0]}",
                 fix="Find out which holds, and correct the others in that folder.",
             )
-        starts.append(Beginning(name, init, taken))
+        inputs = recipes[0].data.describe_inputs(inputs_of_init(init))
+        starts.append(Beginning(name, init, taken, inputs))
     return starts
 
 
@@ -123,12 +126,13 @@ def _network(recipes: Recipes, name: str) -> tuple[BackboneSpec, Shapes]:
 def with_fingerprints(
     recipes: Recipes, run_folder: Path | None, checksums: Checksums
 ) -> tuple[Recipes, frozenset[str]]:
-    """Returns the recipes with the checksum of every ``init``, and the names of those whose files are gone since a checkpoint; adds what was hashed to ``checksums``. ``run_folder`` is None for a fresh start.
+    """Returns the recipes with the checksum of every ``init`` and the mean and std of its source, and the names of those whose files are gone since a checkpoint; adds what was hashed to ``checksums``. ``run_folder`` is None for a fresh start.
 
     Raises:
         CheckpointError: files are not there, or not those that the recipe gives the checksum of.
     """
-    found, gone, before = dict[str, InitSpec](), set[str](), _stored_inits(run_folder)
+    found, gone, old = dict[str, InitSpec](), set[str](), _stored_recipes(run_folder)
+    before = {} if old is None else inits_of(old)
     for name, init in inits_of(recipes).items():
         key, stored = init_key(name), before.get(name)
         try:
@@ -147,17 +151,17 @@ def with_fingerprints(
                 fix="Give the files that the recipe means, or correct the key.",
             )
         found[name] = init.model_copy(update={"fingerprint": fingerprint})
-    return _with_inits(recipes, found), frozenset(gone)
+    return with_inputs(_with_inits(recipes, found), inputs_of_init, old), frozenset(gone)
 
 
-def _stored_inits(run_folder: Path | None) -> dict[str, InitSpec]:
-    """Those of a run that has a checkpoint; none where it has not, or cannot be read."""
+def _stored_recipes(run_folder: Path | None) -> Recipes | None:
+    """Those of a run that has a checkpoint; None where it has not, or they cannot be read."""
     if run_folder is None or not checkpoints(run_folder / "checkpoints"):
-        return {}
+        return None
     try:
-        return inits_of(read_recipes(run_folder))
+        return read_recipes(run_folder)
     except UserError:
-        return {}
+        return None
 
 
 def _with_inits(recipes: Recipes, inits: dict[str, InitSpec]) -> Recipes:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from distill.errors import CheckpointError
 from distill.plan.from_recipe import TeacherShape, head_shapes, shape_of_recipe
+from distill.recipe.inputs import are_same
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import TeacherSource
 from distill.runfolder.status import TRAINED_HEADS
 from students.shapes import CATALOG
 
 IMAGE_CHANNELS = 3
-SAME_STATS = 5e-4  # two means or deviations that differ by less are one, written with other digits
 
 
 def teacher_shape(
@@ -68,9 +68,7 @@ def with_teacher_stats(recipe: FamilyRecipe | TeacherRecipe) -> FamilyRecipe | T
     stated, update = stated_inputs(weights), dict[str, tuple[float, ...]]()
     for key, theirs in (("mean", stated.mean), ("std", stated.std)):
         ours: tuple[float, ...] = getattr(recipe.data, key)
-        if theirs is None or all(
-            abs(a - b) < SAME_STATS for a, b in zip(ours, theirs, strict=True)
-        ):
+        if theirs is None or are_same(ours, theirs):
             continue
         if key in recipe.data.model_fields_set:
             raise CheckpointError(

@@ -1,7 +1,8 @@
 """Keys that say what the networks see: images, crops, masks."""
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 from pydantic import BeforeValidator, Strict
 
@@ -29,7 +30,27 @@ def _colour(value: object) -> object:
     raise ValueError(f"{value!r}: write {allowed}")
 
 
+SAME_STATS = 5e-4  # two means or deviations that differ by less are one, written with other digits
+Stats = tuple[float, float, float]
 Rgb = Annotated[tuple[int, int, int], Strict(False)]
+
+
+@runtime_checkable
+class ImageStats(Protocol):
+    """What some weights state about their images; None where they do not."""
+
+    @property
+    def mean(self) -> Stats | None:
+        """Mean per RGB channel, 0 to 1."""
+
+    @property
+    def std(self) -> Stats | None:
+        """Standard deviation per RGB channel, 0 to 1."""
+
+
+def are_same(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether two means, or deviations, are one."""
+    return all(abs(a - b) < SAME_STATS for a, b in zip(ours, theirs, strict=True))
 
 
 class GlobalCropsSpec(Section):
@@ -296,3 +317,13 @@ class DataSpec(Section):
     def has_source_stats(self) -> bool:
         """Images are normalised by their source's mean and standard deviation, which travel with them."""
         return any(source.mean or source.std for source in self.sources)
+
+    def describe_inputs(self, theirs: ImageStats | None) -> str:
+        """How the images of some weights were normalised, where that is unlike the default or unlike here, as the end of a line."""
+        if theirs is None or theirs.mean is None or theirs.std is None:
+            return ""
+        text = f"mean {list(theirs.mean)} and std {list(theirs.std)}"
+        if not are_same(self.mean, theirs.mean) or not are_same(self.std, theirs.std):
+            return f"; its images had {text}, here {list(self.mean)} and {list(self.std)}"
+        usual = tuple(DataSpec.model_fields[key].default for key in ("mean", "std"))
+        return "" if (self.mean, self.std) == usual else f"; images have its {text}"

@@ -7,13 +7,14 @@ Two kinds, distinguished by their keys: a *family* recipe has ``students``, a *t
 torch, so that the command line starts fast.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, Strict
 
 from distill.recipe.extension_keys import Extensions, Of, extensions_key
-from distill.recipe.inputs import CropsSpec, DataSpec, MasksSpec
+from distill.recipe.init_keys import InitSpec
+from distill.recipe.inputs import CropsSpec, DataSpec, ImageStats, MasksSpec, are_same
 from distill.recipe.interval_keys import CheckpointSpec, EvaluateSpec
 from distill.recipe.networks import HeadsSpec, Model, Student, TeacherSource
 from distill.recipe.schedules import (
@@ -292,6 +293,7 @@ class TeacherRecipe(Section):
 
 
 Recipe = FamilyRecipe | TeacherRecipe
+Recipes = tuple[Recipe, TeacherRecipe | None]
 Staged = TypeVar("Staged", FamilyRecipe, TeacherRecipe)
 
 
@@ -308,6 +310,32 @@ def _at_stage(recipe: Staged, stages: Sequence[FamilyStageSpec], stage: FamilySt
 def _steps_before(stages: Sequence[FamilyStageSpec], stage: FamilyStageSpec) -> int:
     names = [each.name for each in stages]
     return sum(each.steps for each in stages[: names.index(stage.name)])
+
+
+def with_inputs(
+    recipes: Recipes, stated_by: Callable[[InitSpec], ImageStats | None], old: Recipes | None
+) -> Recipes:
+    """The recipes with the mean and std of what pretraining starts from, where neither recipe gives them; ``old``: of the run that goes on, which hold where that is gone."""
+    trained = _pretrained(recipes)
+    if trained is None or trained.model.init is None:
+        return recipes
+    before = None if old is None else _pretrained(old)
+    theirs = stated_by(trained.model.init) or (None if before is None else before.data)
+    recipe, teacher = recipes
+    given = recipe.data.model_fields_set | trained.data.model_fields_set
+    stated = {key: getattr(theirs, key, None) for key in {"mean", "std"} - given}
+    update = {
+        key: value
+        for key, value in stated.items()
+        if value is not None and not are_same(getattr(recipe.data, key), value)
+    }
+    if teacher is not None:
+        teacher = teacher.model_copy(update={"data": teacher.data.model_copy(update=update)})
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=update)}), teacher
+
+
+def _pretrained(recipes: Recipes) -> TeacherRecipe | None:
+    return next((each for each in recipes if isinstance(each, TeacherRecipe)), None)
 
 
 def extension(recipe: Recipe, kind: type[Of]) -> Of | None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from distill.errors import CheckpointError
 from distill.weights.containers import read_object
+from distill.weights.initial import InitKeys, find_initial
 
 PREPARATION = "preprocessor_config.json"
 SATELLITE = ("sat493m", "eadcf0ff", "a6675841")  # in the names of released files
@@ -56,6 +57,19 @@ def stated_inputs(weights: Path) -> StatedInputs:
     if any(part in weights.name for part in SATELLITE):
         return StatedInputs(None, SATELLITE_MEAN, SATELLITE_STD, weights.name)
     return StatedInputs()
+
+
+def inputs_of_init(init: InitKeys) -> StatedInputs | None:
+    """What is stated about the images of the weights that a network starts from; None where they are gone.
+
+    Raises:
+        CheckpointError: as ``stated_inputs``.
+    """
+    try:
+        weights = find_initial("init", init).weights
+    except CheckpointError:
+        return None
+    return stated_inputs(weights)
 
 
 def _of_processor(path: Path, config: Mapping[str, Any]) -> StatedInputs:

@@ -16,7 +16,7 @@ from distill.job.initial import INITIAL, check_inits, with_fingerprints
 from distill.job.origin import LICENCES, licence_warning, licences_of_network
 from distill.job.prepare import Job, JobRequest, prepare
 from distill.job.recipe_hash import recipe_hash
-from distill.job.stored_recipes import load_from_here
+from distill.job.stored_recipes import load_from_here, read_recipes
 from distill.recipe.keys import FamilyRecipe
 from tests.support.command import Run
 from tests.support.jobs import run_distill, write_images
@@ -152,6 +152,50 @@ def test_with_fingerprints__files_that_are_gone_count_only_with_a_checkpoint(
     assert gone == {"one"} and isinstance(recipe, FamilyRecipe)
     assert recipe_hash(recipe.students[0]) == job.networks["one"]
     assert check_inits((recipe, None), gone) == []
+
+
+PRETRAINING = """\
+name: mine
+model: {arch: vit, width: 16, depth: 1, heads: 2, patch: 8, ffn_width: 32, init: START}
+heads:
+  dino: {hidden: 8, bottleneck: 4, prototypes: 8}
+  ibot: {hidden: 8, bottleneck: 4, prototypes: 8}
+data: {sources: [{path: images}]}
+crops: {global: {size: 32}, local: {count: 2, size: 16}}
+schedule: {batch: 4, lr: {peak: 1.0e-3}}
+stages: [{name: base, steps: 3}]
+engine: {device: cpu, processes: 1, precision: fp32}
+"""
+
+
+def test_prepare__images_are_normalised_as_those_of_the_source(
+    family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family.write_text(PRETRAINING)
+    run = family.parent / "run"
+    job, lines = prepared(family)
+    assert (job.recipe.data.mean, job.recipe.data.std) == (FACTS.mean, FACTS.std)
+    (line,) = (line for line in lines if "starts from" in line)
+    assert "; images have its mean [0.5, 0.5, 0.5] and std [0.2, 0.2, 0.2]" in line
+    stored = read_recipes(run)[0]
+    assert stored.data.mean == FACTS.mean
+    given, lines = prepared(family, "data.mean=[0.4, 0.4, 0.4]", fresh=True)
+    assert (given.recipe.data.mean, given.recipe.data.std) == ((0.4, 0.4, 0.4), FACTS.std)
+    assert any("; its images had mean [0.5, 0.5, 0.5]" in line for line in lines)
+    prepared(family, fresh=True)
+    recipes = load_from_here(str(family), ())
+    shutil.rmtree(family.parent / "START")
+    monkeypatch.setattr("distill.job.initial.checkpoints", lambda _: ["one"])
+    (recipe, _), _ = with_fingerprints(recipes, run, {})  # a resume goes on as it began
+    assert recipe.data.mean == FACTS.mean and recipe_hash(recipe) == recipe_hash(job.recipe)
+
+
+def test_prepare__a_student_whose_source_had_other_images_is_named(family: Path) -> None:
+    family.write_text(FAMILY.replace("std: [0.2, 0.2, 0.2]", "std: [0.3, 0.3, 0.3]"))
+    (family.parent / "TEACHER" / "preprocessor_config.json").unlink()
+    job, lines = prepared(family)
+    assert job.recipe.data.std == (0.3, 0.3, 0.3)
+    assert any("; its images had" in line and "here [0.5, 0.5, 0.5]" in line for line in lines)
 
 
 def test_ranks__compare_what_each_starts_from(family: Path) -> None:

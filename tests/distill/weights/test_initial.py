@@ -1,6 +1,7 @@
 """What networks start from: bit-equal features, adapted embeddings, and one line for what does not fit."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,8 +58,12 @@ def test_load__features_are_those_of_the_source_bit_for_bit(tmp_path: Path) -> N
         folder = folder_of(tmp_path / f"hf{index}", spec)
         meta = tmp_path / f"meta{index}.pth"
         torch.save(translate(random_weights(spec), spec, "hf", "meta"), meta)
+        run = tmp_path / f"run{index}"
+        (run / "students").mkdir(parents=True)
+        (run / "job.json").write_text("{}")
+        shutil.copytree(folder, run / "students" / "small")
         theirs = features(load_backbone(folder)[0])
-        for source in (folder, folder / "model.safetensors", meta):
+        for source in (folder, folder / "model.safetensors", meta, f"{run}:small"):
             task = task_of(spec, HEAD)
             before = sum(p.numel() for p in task.parameters())
             load_initial(KEY, starts(source), spec, task)
