@@ -21,9 +21,10 @@ from teacher.batch import (
     normalise,
     shrunk,
 )
+from teacher.chunks import SoftAssignment
 from teacher.drop_path import ActiveRows, active_rows
 from teacher.gram import gram_sum
-from teacher.heads import Head, SoftAssignment
+from teacher.heads import Head
 from teacher.losses import (
     ExtraTerm,
     KoleoGradient,

@@ -134,6 +134,7 @@ COVERED_BY = {
     "distill.export.to_timm": "tests/distill/export/test_export.py",
     "distill.export.verify": "tests/distill/export/test_export.py",
     "teacher.batch": "tests/teacher/test_task.py",
+    "teacher.chunks": "tests/teacher/test_sinkhorn.py",
     "teacher.frozen": "tests/teacher/test_task.py",
     "teacher.init": "tests/teacher/test_heads.py",
     "teacher.peers": "tests/distill/train/test_stopwatch.py",

@@ -57,7 +57,7 @@ SETS_FROM_OUTSIDE = {
     "distill/train/faults.py": "a plain record of the same module",
     "distill/export/onnx.py": "a graph of onnx",
     "distill/export/graphs.py": "options of onnxruntime",
-    "teacher/heads.py": "the context of an autograd function",
+    "teacher/chunks.py": "the context of an autograd function",
     "teacher/losses.py": "the context of an autograd function",
 }
 # Writes without the one writer of distill/runfolder/files.py: files that write so, and why they may

@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from distill.bench.trace import LAUNCHES, MATMULS, Counts, count
 from distill.engine.compiled import BLOCKS, allow_shapes
-from teacher.heads import AS_WRITTEN, ChunkSteps, Prototypes
+from teacher.chunks import AS_WRITTEN, ChunkSteps
+from teacher.heads import Prototypes
 
 CPU_NAMES = {  # of a library's calls, to those of a GPU
     "_scaled_dot_product_flash_attention_for_cpu": "_scaled_dot_product_flash_attention",

@@ -25,7 +25,8 @@ from distill.train.student import SinkhornTargets
 from students.objective import FeatureNormalizer, FeatureTask
 from students.student import build_empty
 from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets
-from teacher.heads import AS_WRITTEN, ChunkSteps, Head
+from teacher.chunks import AS_WRITTEN, ChunkSteps
+from teacher.heads import Head
 from teacher.shapes import HeadShape, scaled_size
 from teacher.task import DistillationTask, StepScalars, TaskOptions, see_crops
 

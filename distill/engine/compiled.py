@@ -24,7 +24,8 @@ from torch import nn
 from distill.runfolder.events import Event, note
 from students.convnext import ConvNeXtBlock
 from students.custom import PROBE_STRIDES, Adapted
-from teacher.heads import AS_WRITTEN, ChunkSteps, Prototypes
+from teacher.chunks import AS_WRITTEN, ChunkSteps
+from teacher.heads import Prototypes
 from teacher.vit import Block
 
 BLOCKS = (Block, ConvNeXtBlock)

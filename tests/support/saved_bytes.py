@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from students.shapes import BackboneSpec
 from teacher import vit
 from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets
-from teacher.heads import Head, SoftAssignment
+from teacher.chunks import SoftAssignment
+from teacher.heads import Head
 from teacher.losses import Objective
 from teacher.shapes import HeadShape
 from teacher.task import DistillationTask, SoftAssignments, TaskOptions

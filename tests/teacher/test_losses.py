@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from teacher import heads
+from teacher import chunks
 from teacher.heads import cross_entropy, sinkhorn
 from teacher.losses import koleo_sum
 
@@ -42,7 +42,7 @@ def make(rows: int = 3, crops: int = 4, num_prototypes: int = 11) -> tuple[Tenso
 def test_cross_entropy__value_and_gradients_equal_nested_loop(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(heads, "PROTOTYPES_AT_ONCE", chunk)
+    monkeypatch.setattr(chunks, "PROTOTYPES_AT_ONCE", chunk)
     student, prototypes, bottleneck, teacher_prototypes, mixture, weights = make()
     assignment = sinkhorn(bottleneck, teacher_prototypes, 0.07)
     targets = assignment.columns(0, 11).view(2, 3, 11)

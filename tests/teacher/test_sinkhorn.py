@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from teacher import heads as module
+from teacher import chunks as module
 from teacher.heads import sinkhorn
 
 
