@@ -139,4 +139,5 @@ COVERED_BY = {
     "teacher.init": "tests/teacher/test_heads.py",
     "teacher.peers": "tests/distill/train/test_stopwatch.py",
     "teacher.shapes": "tests/teacher/test_heads.py",
+    "teacher.tiles": "tests/teacher/test_kernels.py",
 }

@@ -39,7 +39,7 @@ MOST_ROOMS = 20  # packages of the product: those of distill/, teacher/ and stud
 MOST_LINES_OF_A_PACKAGE = 3000
 MOST_LINES_OF_A_MODULE = 400
 MOST_LINES_OF_A_FUNCTION = 60
-MOST_PARAMETERS = 7  # beside self; a command has one for each of its options
+MOST_PARAMETERS = 7  # beside self; a command has one for each of its options, a kernel of Triton for each pointer and size
 FLAT = {"__init__.py", "__main__.py", "errors.py"}  # all that lies in distill/ itself
 # Files that set an attribute of another object, and whose it is
 SETS_FROM_OUTSIDE = {
@@ -58,6 +58,7 @@ SETS_FROM_OUTSIDE = {
     "distill/export/onnx.py": "a graph of onnx",
     "distill/export/graphs.py": "options of onnxruntime",
     "teacher/chunks.py": "the context of an autograd function",
+    "teacher/kernels.py": "the context of an autograd function",
     "teacher/losses.py": "the context of an autograd function",
 }
 # Writes without the one writer of distill/runfolder/files.py: files that write so, and why they may
@@ -188,7 +189,8 @@ def test_functions__are_short_and_take_little(path: Path) -> None:
         assert num_lines <= MOST_LINES_OF_A_FUNCTION, f"{node.name} has {num_lines} lines"
         arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
         names = [argument.arg for argument in arguments if argument.arg not in ("self", "cls")]
-        assert is_command or len(names) <= MOST_PARAMETERS, f"{node.name} takes {len(names)}"
+        is_free = is_command or any("triton.jit" in ast.unparse(d) for d in node.decorator_list)
+        assert is_free or len(names) <= MOST_PARAMETERS, f"{node.name} takes {len(names)}"
 
 
 def test_groups__are_made_in_one_file() -> None:
