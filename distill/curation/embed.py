@@ -5,7 +5,6 @@ The first rank lists the images and names the shards that are missing; only that
 """
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +29,7 @@ from distill.data.build_index import build_index
 from distill.data.file_sizes import file_bytes, refuse_changed
 from distill.data.index import ImageIndex
 from distill.data.locations import Location, Reader
+from distill.engine.device import cores_of_rank
 from distill.errors import DataError, UserError
 from distill.evaluate.files import named_networks, network_of
 from distill.evaluate.scoring import Network
@@ -279,11 +279,10 @@ class _Pixels:
 
     def batches(self) -> Iterator[UInt8[Tensor, "batch 3 side side"]]:
         """Full batches as far as they go; files are decoded while the network runs."""
-        cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         images = range(len(self._locations))
         for start in range(0, len(images), BATCHES_AHEAD * BATCH):
             ahead = images[start : start + BATCHES_AHEAD * BATCH]
-            pixels = in_order(self._pixels, ahead, max(READERS, cores))
+            pixels = in_order(self._pixels, ahead, max(READERS, cores_of_rank()))
             for begin in range(0, len(ahead), BATCH):
                 yield torch.stack([next(pixels) for _ in ahead[begin : begin + BATCH]])
 

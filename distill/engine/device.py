@@ -91,6 +91,11 @@ def take_device(wanted: str, *, is_deterministic: bool = False) -> torch.device:
     return device
 
 
+def cores_of_rank() -> int:
+    """This rank's part of the cores, which the ranks of a node share evenly: one at least."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def _switch_to_deterministic() -> None:
     """Operators of a GPU give the same bits every time or raise; before CUDA starts, since cuBLAS reads its variable once.
 

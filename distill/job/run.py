@@ -10,7 +10,6 @@ A checkpoint names the phase and the step to resume at; phases before it are not
 
 import gc
 import json
-import os
 import socket
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from distill.data.index import ImageIndex
-from distill.engine.device import take_device
+from distill.engine.device import cores_of_rank, take_device
 from distill.engine.engine import prepare_deepspeed
 from distill.engine.held_copies import Target, open_memory, remove_where_saved
 from distill.engine.join import MeetingPlace, join_ranks
@@ -83,9 +82,8 @@ def work(
     """
     engine = job.recipe.engine
     device = take_device(engine.device, is_deterministic=engine.deterministic)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if device.type == "cpu":
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_ranks))
+        torch.set_num_threads(cores_of_rank())
     else:
         heartbeat.set_memory(partial(torch.cuda.max_memory_reserved, device))
     join_ranks(device.type, COLLECTIVE_TIMEOUT, store)

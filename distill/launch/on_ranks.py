@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore  # type: ignore[attr-defined]  # public, not listed
 
-from distill.engine.device import take_device
+from distill.engine.device import cores_of_rank, take_device
 from distill.engine.forkserver import choose_start_method
 from distill.engine.join import MeetingPlace, join_ranks
 from distill.engine.local_ranks import LocalRanks
@@ -99,8 +99,7 @@ def _run_rank(task: Task, store: MeetingPlace) -> Any:
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = take_device("auto")
     if device.type == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+        torch.set_num_threads(cores_of_rank())
     try:
         join_ranks("cpu", TIMEOUT, store)
     except dist.DistError as error:
