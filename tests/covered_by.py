@@ -3,6 +3,8 @@
 COVERED_BY = {
     "distill.curation.choice": "tests/distill/curation/test_embeddings.py",
     "distill.cli.curation": "tests/distill/curation/test_embeddings.py",
+    "distill.cli.curation_choices": "tests/distill/curation/test_deduplicate.py",
+    "distill.curation.chosen": "tests/distill/curation/test_deduplicate.py",
     "distill.curation.rows": "tests/distill/curation/test_kmeans.py",
     "distill.bench.meta_work": "tests/distill/bench/test_step.py",
     "distill.cli.bench_step": "tests/distill/cli/test_app.py",

@@ -15,6 +15,7 @@ import typer
 from distill.cli.before import check, doctor, plan
 from distill.cli.bench import bench_app
 from distill.cli.curation import curate, embed
+from distill.cli.curation_choices import dedup
 from distill.cli.data import data_app
 from distill.cli.export import export
 from distill.cli.launch import launch_app
@@ -40,6 +41,7 @@ app = typer.Typer(
     help=HELP, no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_enable=False
 )
 data_app.command("embed")(embed)
+data_app.command("dedup")(dedup)
 data_app.command("curate")(curate)
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Before you train")
 app.add_typer(data_app, name="data", rich_help_panel="Data and weights")

@@ -93,6 +93,10 @@ def curate(
         Literal["random", "closest"], typer.Option("--leaves", help="What a cluster gives first.")
     ] = "random",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of an image, at most.")] = 1,
+    among: Annotated[
+        Path | None,
+        typer.Option("--among", metavar="CHOSEN", help="Only of these, as dedup EMB wrote them."),
+    ] = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -104,7 +108,7 @@ def curate(
     wanted = None if levels is None else _levels(levels)
     choice = CurationTarget(target, wanted, seed, leaves, repeats)
     with ProgressBar("clusters") as bar:
-        facts = choose(StoredEmbeddings.open(embeddings), choice, out, bar)
+        facts = choose(StoredEmbeddings.open(embeddings), choice, out, bar, among)
     if as_json:
         print_json(facts)
         return

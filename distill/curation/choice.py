@@ -1,9 +1,6 @@
-"""A chosen part of embedded images, as a source that training reads: an index of them, and how they were chosen.
+"""A balanced choice of embedded images, as a folder of chosen images (``distill.curation.chosen``).
 
-index/                        the chosen images, as in a packed folder: ``data.sources: [FOLDER]``
-choice.json                   target, levels, seed, network, fingerprints
-times.npy, clusters.npy, similarity.npy    of every embedded image, by row
-clusters/                     centroids, kept while they are made
+Beside what every such folder has there is ``clusters/``: centroids, kept while they are made.
 """
 
 from dataclasses import asdict, replace
@@ -11,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
+from distill.curation.chosen import Chosen, require_free, write_chosen
 from distill.curation.curate import CurationTarget, curate
 from distill.curation.embeddings import StoredEmbeddings
 from distill.curation.hierarchy import Fitted
-from distill.curation.rows import write_array
-from distill.listing.sources import INDEX_FOLDER
+from distill.errors import DataError
 from distill.runfolder.files import make_folder
-from distill.runfolder.status import write_json
 
-CHOICE = "choice.json"
 CLUSTERS = "clusters"
 
 
@@ -29,30 +25,45 @@ def choose(
     target: CurationTarget,
     folder: Path,
     progress: Fitted | None = None,
+    among: Path | None = None,
 ) -> dict[str, Any]:
     """Chooses images and writes the folder; the same call goes on after a kill, and writes the same bytes.
+
+    ``among`` is a folder of images chosen from the same ones, such as those without copies: others are not chosen.
 
     Returns:
         What ``choice.json`` holds.
 
     Raises:
-        DataError: as ``curate``.
+        DataError: as ``curate``; ``among`` is of other images; the folder has something else.
     """
+    require_free(folder, "curate")
     meta, pool = embeddings.meta, embeddings.usable()
+    if among is not None:
+        pool &= chosen_before(embeddings, among)
     target = replace(target, made_from=f"{meta.weights} {meta.images} {meta.size}")
     make_folder(folder)
     found = curate(embeddings, target, folder / CLUSTERS, pool=pool, progress=progress)
-    images = np.repeat(np.arange(meta.rows, dtype=np.int64), found.times)
-    write_array(folder / "times.npy", found.times)
-    write_array(folder / "clusters.npy", found.paths)
-    write_array(folder / "similarity.npy", found.similarity)
     facts = {
-        "format": 1,
+        "by": "curate",
         **asdict(replace(target, levels=found.levels)),
         "embeddings": asdict(meta),
         "pool": int(pool.sum()),
-        "chosen": len(images),
     }
-    embeddings.index.subset(images).save(folder / INDEX_FOLDER)
-    write_json(folder / CHOICE, facts)
-    return facts
+    arrays = {"clusters": found.paths, "similarity": found.similarity}
+    return write_chosen(folder, embeddings.index, found.times, facts, arrays)
+
+
+def chosen_before(embeddings: StoredEmbeddings, folder: Path) -> Bool[np.ndarray, " images"]:
+    """Which embedded images another choice from the same images has.
+
+    Raises:
+        DataError: the folder holds no choice, or one from other images.
+    """
+    before = Chosen.open(folder)
+    if before.pool.fingerprint != embeddings.meta.images:
+        raise DataError(
+            f"{folder}: chosen from other images than {embeddings.folder} has",
+            fix=f"Choose from the same: distill data dedup {embeddings.folder} -o FOLDER.",
+        )
+    return before.times > 0

@@ -106,7 +106,7 @@ def curate(
     levels = choice.levels or default_levels(len(chosen), choice.target)
     check_levels(levels, len(chosen))
     vectors = UnitVectors(embeddings, None if pool is None else chosen)
-    _check_lengths(vectors, chosen)
+    check_lengths(vectors, chosen)
     made_from = f"{choice.made_from} {hashlib.sha256(chosen.tobytes()).hexdigest()}"
     settings = Settings(levels, choice.seed, default_rounds(len(chosen)), made_from=made_from)
     found = build(vectors, settings, folder, progress)
@@ -142,7 +142,12 @@ def _check_target(choice: CurationTarget, num_images: int) -> None:
         )
 
 
-def _check_lengths(vectors: UnitVectors, chosen: Int64[np.ndarray, " chosen"]) -> None:
+def check_lengths(vectors: UnitVectors, chosen: Int64[np.ndarray, " chosen"]) -> None:
+    """Refuses rows that have no direction; ``chosen`` are their numbers in the pool.
+
+    Raises:
+        DataError: embeddings are zero or not finite.
+    """
     wrong = torch.zeros(vectors.num_rows, dtype=torch.int32)
     for begin, end in rank_blocks(vectors.num_rows):
         lengths = vectors.block(begin, end).norm(dim=1)

@@ -22,7 +22,7 @@ from tests.support.third_party import PROJECT, direct_dependencies
 
 ROOT = Path(__file__).parents[2]
 TEACHER = "teacher:"
-FOLDERS = ("DIR", "SRC...", "pictures")  # of images, which must be there when a command is read
+FOLDERS = ("DIR", "SRC...", "EMB", "pictures")  # which must be there when a command is read
 
 
 def blocks(page: str, *languages: str) -> list[str]:
