@@ -15,7 +15,7 @@ import typer
 from distill.cli.before import check, doctor, plan
 from distill.cli.bench import bench_app
 from distill.cli.curation import curate, embed
-from distill.cli.curation_choices import dedup
+from distill.cli.curation_choices import dedup, retrieve
 from distill.cli.data import data_app
 from distill.cli.export import export
 from distill.cli.launch import launch_app
@@ -43,6 +43,7 @@ app = typer.Typer(
 data_app.command("embed")(embed)
 data_app.command("dedup")(dedup)
 data_app.command("curate")(curate)
+data_app.command("retrieve")(retrieve)
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Before you train")
 app.add_typer(data_app, name="data", rich_help_panel="Data and weights")
 app.add_typer(weights_app, name="weights", rich_help_panel="Data and weights")

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from distill.cli.curation_choices import AmongOption, EmbArgument, OutFolder
 from distill.cli.data import ProgressBar, SourcesArgument
 from distill.cli.options import (
     AllowCodeOption,
@@ -81,9 +82,9 @@ def _usual_network() -> Path:
 
 
 def curate(
-    embeddings: Annotated[Path, typer.Argument(metavar="EMB", help="Of distill data embed.")],
+    embeddings: EmbArgument,
     target: Annotated[int, typer.Option("--target", help="Images to choose.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The folder for data.sources.")],
+    out: OutFolder,
     levels: Annotated[
         str | None,
         typer.Option("--levels", metavar="N,N,...", help="Clusters, from the images up."),
@@ -93,10 +94,7 @@ def curate(
         Literal["random", "closest"], typer.Option("--leaves", help="What a cluster gives first.")
     ] = "random",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of an image, at most.")] = 1,
-    among: Annotated[
-        Path | None,
-        typer.Option("--among", metavar="CHOSEN", help="Only of these, as dedup EMB wrote them."),
-    ] = None,
+    among: AmongOption = None,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
@@ -104,8 +102,9 @@ def curate(
     from distill.curation.choice import choose
     from distill.curation.curate import CurationTarget
     from distill.curation.embeddings import StoredEmbeddings
+    from distill.curation.hierarchy import levels_of
 
-    wanted = None if levels is None else _levels(levels)
+    wanted = None if levels is None else levels_of(levels)
     choice = CurationTarget(target, wanted, seed, leaves, repeats)
     with ProgressBar("clusters") as bar:
         facts = choose(StoredEmbeddings.open(embeddings), choice, out, bar, among)
@@ -115,12 +114,3 @@ def curate(
     counts = " / ".join(f"{count:,}" for count in facts["levels"])
     say(f"{facts['chosen']:,} of {facts['pool']:,} images in {out}, by {counts} clusters")
     say(f"train on them: data.sources=[{out}]")
-
-
-def _levels(text: str) -> tuple[int, ...]:
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise RecipeError(
-            f"--levels {text}: not numbers above 0", fix="Write --levels 1000,500,250."
-        )
-    return tuple(int(part) for part in parts)

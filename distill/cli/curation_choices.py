@@ -1,4 +1,4 @@
-"""``distill data dedup``: images without their copies, found by bytes, by pixels and by features."""
+"""``distill data dedup`` and ``retrieve``: images without their copies, and images like some others."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -8,9 +8,14 @@ from typing import Annotated
 import typer
 
 from distill.cli.data import ProgressBar, SourcesArgument
-from distill.cli.options import DebugOption, JsonOption, print_json, say
+from distill.cli.options import DebugOption, JsonOption, print_json, progress, say
 
 OutFolder = Annotated[Path, typer.Option("-o", "--out", help="The folder for data.sources.")]
+AmongOption = Annotated[
+    Path | None,
+    typer.Option("--among", metavar="CHOSEN", help="Only of these, as dedup EMB wrote them."),
+]
+EmbArgument = Annotated[Path, typer.Argument(metavar="EMB", help="Of distill data embed.")]
 
 
 class Bars(ExitStack):
@@ -48,3 +53,43 @@ def dedup(
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in facts["dropped"].items())
     say(f"{facts['chosen']:,} of {facts['pool']:,} images in {out}; dropped: {dropped or 'none'}")
     say(f"each dropped one and its twin: {out}/dropped.jsonl")
+
+
+def retrieve(
+    embeddings: EmbArgument,
+    seed: Annotated[Path, typer.Option("--seed", metavar="SRC|EMB", help="Pictures to look for.")],
+    out: OutFolder,
+    per_seed: Annotated[int, typer.Option("--per-seed", min=1, help="Images, at most.")] = 4,
+    least: Annotated[
+        float, typer.Option("--least", min=-1, max=1, help="Cosine to a seed, at least.")
+    ] = -1.0,
+    most: Annotated[
+        float, typer.Option("--most", help="Cosine above which an image is a copy of a seed.")
+    ] = 1.1,
+    not_like: Annotated[
+        Path | None,
+        typer.Option("--not-like", metavar="SRC|EMB", help="Such as an evaluation set."),
+    ] = None,
+    above: Annotated[
+        float, typer.Option("--above", help="Cosine to one of --not-like that leaves out.")
+    ] = 0.45,
+    among: AmongOption = None,
+    network: Annotated[
+        Path | None, typer.Option("--with", metavar="NETWORK", help="That of EMB, for pictures.")
+    ] = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Choose the embedded images nearest to given ones, as a source for training; nothing is copied."""
+    from distill.curation.retrieve import Retrieval, Sought
+    from distill.curation.retrieve import retrieve as write
+
+    sought, wanted = Sought(seed, not_like, network), Retrieval(per_seed, least, most, above)
+    with ProgressBar("comparing") as bar:
+        facts = write(embeddings, sought, out, wanted, say=progress, among=among, progress=bar)
+    if as_json:
+        print_json(facts)
+        return
+    avoided = f", {facts['avoided']:,} left out by --not-like" if not_like else ""
+    say(f"{facts['chosen']:,} of {facts['pool']:,} images in {out}{avoided}")
+    say(f"train on them: data.sources=[{out}]")

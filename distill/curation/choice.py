@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
-from distill.curation.chosen import Chosen, require_free, write_chosen
+from distill.curation.chosen import CLUSTERS, Chosen, require_free, write_chosen
 from distill.curation.curate import CurationTarget, curate
 from distill.curation.embeddings import StoredEmbeddings
 from distill.curation.hierarchy import Fitted
 from distill.errors import DataError
 from distill.runfolder.files import make_folder
-
-CLUSTERS = "clusters"
 
 
 def choose(

@@ -25,8 +25,10 @@ from distill.listing.sources import INDEX_FOLDER
 from distill.runfolder.files import make_folder, replace_text
 from distill.runfolder.status import write_json
 
-CHOICE, POOL, TIMES, DROPPED = "choice.json", "pool", "times.npy", "dropped.jsonl"
-ENTRIES = {CHOICE, POOL, TIMES, DROPPED, INDEX_FOLDER, "clusters.npy", "similarity.npy", "clusters"}
+CHOICE, POOL, DROPPED = "choice.json", "pool", "dropped.jsonl"
+SEEDS, AVOIDED, CLUSTERS = "seeds", "avoid", "clusters"  # folders that some verbs keep
+ARRAYS = {"times.npy", "similarity.npy", "clusters.npy"}
+ENTRIES = ARRAYS | {CHOICE, POOL, DROPPED, INDEX_FOLDER, SEEDS, AVOIDED, CLUSTERS}
 FORMAT = 1
 
 
@@ -53,7 +55,7 @@ class Chosen:
             facts = json.loads((folder / CHOICE).read_text(encoding="utf-8"))
             if facts["format"] != FORMAT:
                 raise ValueError(f"format {facts['format']}, this version reads {FORMAT}")
-            times = np.load(folder / TIMES, allow_pickle=False)
+            times = np.load(folder / "times.npy", allow_pickle=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             fix = "Remove the folder, and choose again."
             raise DataError(f"{folder}: cannot be read ({error})", fix=fix) from error

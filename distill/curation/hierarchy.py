@@ -22,7 +22,7 @@ from torch import Tensor
 
 from distill.curation.kmeans import assign, fit
 from distill.curation.rows import Vectors, VectorsInMemory, in_memory, is_shared, write_array
-from distill.errors import DataError
+from distill.errors import DataError, RecipeError
 from distill.runfolder.files import make_folder, remove
 from distill.runfolder.status import write_json
 
@@ -79,6 +79,20 @@ def default_levels(num_images: int, target: int) -> tuple[int, ...]:
 def default_rounds(num_images: int) -> int:
     """Rounds of resampling: three for a folder of pictures, ten beyond ``SMALL_POOL``."""
     return 3 if num_images <= SMALL_POOL else 10
+
+
+def levels_of(text: str) -> tuple[int, ...]:
+    """The levels of an option, such as ``1000,500,250``.
+
+    Raises:
+        RecipeError: they are not numbers above 0.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) for part in parts):
+        raise RecipeError(
+            f"--levels {text}: not numbers above 0", fix="Write --levels 1000,500,250."
+        )
+    return tuple(int(part) for part in parts)
 
 
 def check_levels(levels: tuple[int, ...], num_images: int) -> None:

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from distill.curation import embed as module
 from distill.curation.embed import EmbedRequest, embed
-from distill.curation.embeddings import Features, StoredEmbeddings
+from distill.curation.embeddings import Features, StoredEmbeddings, shard_path
 from tests.support.scored_run import CPU, TINY_VIT, export, write_splits
 
 SHARD_ROWS = 8
@@ -31,3 +32,10 @@ def embedded(
 def use_small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes shards of ``SHARD_ROWS`` rows."""
     monkeypatch.setattr(module, "shard_rows", lambda _: SHARD_ROWS)
+
+
+def write_features(folder: Path, features: np.ndarray) -> None:
+    """Puts other numbers into a folder of embeddings."""
+    meta = StoredEmbeddings.open(folder).meta
+    for shard in range(meta.num_shards):
+        np.save(shard_path(folder, shard), features[list(meta.rows_of(shard))])

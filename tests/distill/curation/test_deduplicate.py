@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from distill.curation.chosen import Chosen, require_free
-from distill.curation.embeddings import StoredEmbeddings, shard_path
+from distill.curation.embeddings import StoredEmbeddings
 from distill.data.build_index import build_index
 from distill.errors import DataError
 from tests.support.command import Run
+from tests.support.heap import write_features
 from tests.support.long_tail import judge, write_heap
 from tests.support.scored_run import TINY_VIT, export
 
@@ -76,8 +77,7 @@ def test_dedup__of_embeddings_has_three_tiers_and_curate_chooses_among_them(
     meta = StoredEmbeddings.open(emb).meta
     features = np.random.default_rng(0).normal(size=(meta.rows, meta.width)).astype(np.float16)
     features[rows[4]] = features[rows[1]] * 2  # the same direction: a copy by features alone
-    for shard in range(meta.num_shards):
-        np.save(shard_path(emb, shard), features[list(meta.rows_of(shard))])
+    write_features(emb, features)
     found = distill("data", "dedup", emb, "--semantic", 0.01, "-o", kept, "--json")
     counts = json.loads(plain.out)["dropped"] | {"semantic": 1}
     assert found.code == 0 and json.loads(found.out)["dropped"] == counts
