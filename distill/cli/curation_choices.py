@@ -1,4 +1,4 @@
-"""``distill data dedup`` and ``retrieve``: images without their copies, and images like some others."""
+"""``distill data dedup``, ``retrieve`` and ``report``: images without their copies, images like some others, a page about a choice."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -93,3 +93,20 @@ def retrieve(
     avoided = f", {facts['avoided']:,} left out by --not-like" if not_like else ""
     say(f"{facts['chosen']:,} of {facts['pool']:,} images in {out}{avoided}")
     say(f"train on them: data.sources=[{out}]")
+
+
+def report(
+    chosen: Annotated[
+        Path, typer.Argument(metavar="CHOSEN", help="Of data dedup, curate or retrieve.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The page; else report.html in CHOSEN.")
+    ] = None,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Write one HTML page of a choice beside a random draw of the same size; it loads nothing and sends nothing."""
+    from distill.curation.chosen import PAGE
+    from distill.curation.evidence_page import write_evidence
+
+    page = out or chosen / PAGE
+    say(f"wrote {page} ({write_evidence(chosen, page) / 1e6:.2f} MB)")

@@ -25,10 +25,10 @@ from distill.listing.sources import INDEX_FOLDER
 from distill.runfolder.files import make_folder, replace_text
 from distill.runfolder.status import write_json
 
-CHOICE, POOL, DROPPED = "choice.json", "pool", "dropped.jsonl"
+CHOICE, POOL, DROPPED, PAGE = "choice.json", "pool", "dropped.jsonl", "report.html"
 SEEDS, AVOIDED, CLUSTERS = "seeds", "avoid", "clusters"  # folders that some verbs keep
 ARRAYS = {"times.npy", "similarity.npy", "clusters.npy"}
-ENTRIES = ARRAYS | {CHOICE, POOL, DROPPED, INDEX_FOLDER, SEEDS, AVOIDED, CLUSTERS}
+ENTRIES = ARRAYS | {CHOICE, POOL, DROPPED, PAGE, INDEX_FOLDER, SEEDS, AVOIDED, CLUSTERS}
 FORMAT = 1
 
 

@@ -103,8 +103,10 @@ def thinned(points: Sequence[tuple[float, float]], most: int) -> list[tuple[floa
     return found
 
 
-def line_chart(title: str, curves: Sequence[Curve], *, may_be_log: bool = True) -> Html | None:
-    """Curves over steps; None where no value is finite."""
+def line_chart(
+    title: str, curves: Sequence[Curve], *, may_be_log: bool = True, x_label: str = "step"
+) -> Html | None:
+    """Curves over steps, or over what ``x_label`` names; None where no value is finite."""
     finite = [
         (curve, [p for p in curve.points if math.isfinite(p[0]) and math.isfinite(p[1])])
         for curve in curves
@@ -115,7 +117,7 @@ def line_chart(title: str, curves: Sequence[Curve], *, may_be_log: bool = True) 
     everything = [point for _, points in finite for point in points]
     x = axis_of([p[0] for p in everything], LEFT, WIDTH - RIGHT, may_be_log=False)
     y = axis_of([p[1] for p in everything], HEIGHT - BOTTOM, TOP, may_be_log=may_be_log)
-    parts = [*_frame(title + (" (log)" if y.is_log else ""), x, y)]
+    parts = [*_frame(title + (" (log)" if y.is_log else ""), x, y, x_label=x_label)]
     for curve, points in finite:
         pixels = " ".join(f"{x.at(a):.1f},{y.at(b):.2f}" for a, b in points)
         look: dict[str, Content] = {"stroke": curve.colour, "stroke_dasharray": curve.dash or None}
