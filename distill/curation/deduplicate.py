@@ -30,7 +30,7 @@ def deduplicate(
         sources: folders, shards, lists or tables; or one folder of embeddings, whose images are taken.
         folder: where the choice lies.
         bar: gives what is called with images done, of how many.
-        hamming: bits in which a perceptual copy may differ.
+        hamming: bits in which perceptual and cropped copies may differ.
         eps: of semantic copies, which need embeddings; None leaves them out.
 
     Raises:

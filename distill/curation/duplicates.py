@@ -1,7 +1,8 @@
-"""Copies among images, in three tiers; each looks at what the tier before kept, and every dropped image has its twin.
+"""Copies among images, in four tiers; each looks at what the tier before kept, and every dropped image has its twin.
 
 exact         the same bytes; the first stays
 perceptual    64 bits that differ in a few, and thumbnails that agree; groups are connected components, the largest picture stays
+cropped       the same for all of one and the inside of the other (``distill.curation.hashes``)
 semantic      features of cosine above 1 - eps to an image before, the largest pictures first; an image before counts though it
               was dropped itself. SemDeDup (arXiv 2303.09540), which has the images farthest from their centroid first
 
@@ -16,7 +17,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, UInt8, UInt64
 
 from distill.curation.curate import UnitVectors, check_lengths
 from distill.curation.hashes import ImageHashes, Progress
@@ -24,7 +25,7 @@ from distill.curation.kmeans import assign, fit
 from distill.curation.rows import Vectors, in_memory
 from distill.errors import DataError
 
-Reason = Literal["exact", "perceptual", "semantic", "broken"]
+Reason = Literal["exact", "perceptual", "cropped", "semantic", "broken"]
 HAMMING = 10  # of 64 bits: finds 96% of JPEGs of quality 50, where 0 finds a third
 THUMBNAIL_RMS = 4.0  # of 255 levels
 RMS_OF_SPREAD = 0.7  # and at most this share of the spread of a thumbnail: nearly black pictures differ in little
@@ -41,7 +42,7 @@ class Duplicates:
     Attributes:
         reasons: Empty for an image that is kept.
         twins: The row of the image that it is a copy of; -1 for none. A twin may be a copy itself.
-        similarity: 1 for the same bytes, the share of equal bits, or the cosine.
+        similarity: 1 for the same bytes, the share of equal bits with the nearest of its group, or the cosine.
     """
 
     reasons: list[Reason | Literal[""]]
@@ -60,7 +61,7 @@ class Duplicates:
 def find_copies(
     hashes: ImageHashes, pixels: Int64[np.ndarray, " images"], hamming: int = HAMMING
 ) -> Duplicates:
-    """The first two tiers; ``pixels`` is height times width of each. Images that cannot be used are dropped as broken."""
+    """The tiers but the last; ``pixels`` is height times width of each. Images that cannot be used are dropped as broken."""
     count = len(pixels)
     found = Duplicates([""] * count, np.full(count, -1, np.int64), np.zeros(count))
     for row in np.flatnonzero(~hashes.usable):
@@ -70,25 +71,47 @@ def find_copies(
         twin = first.setdefault(hashes.sha256[row].tobytes(), row)
         if twin != row:
             found.drop(row, "exact", twin, 1.0)
-    order = _largest_first(found.remaining(), pixels, hashes.num_bytes)
-    rank = {row: at for at, row in enumerate(order.tolist())}
-    leader = {row: row for row in rank}
-
-    def root(row: int) -> int:
-        while leader[row] != row:
-            leader[row] = leader[leader[row]]
-            row = leader[row]
-        return row
-
-    for one, other in _close_pairs(hashes, found.remaining(), hamming):
-        larger, smaller = sorted((root(one), root(other)), key=rank.__getitem__)
-        leader[smaller] = larger
-    for row in order.tolist():
-        twin = root(row)
-        if twin != row:
-            differing = int(np.bitwise_count(hashes.bits[row] ^ hashes.bits[twin]))
-            found.drop(row, "perceptual", twin, 1 - differing / 64)
+    tiers: tuple[tuple[Reason, int], ...] = ("perceptual", 1), ("cropped", 2)
+    for reason, parts in tiers:
+        order = _largest_first(found.remaining(), pixels, hashes.num_bytes)
+        rows = np.tile(order, parts)
+        part = np.repeat(np.arange(parts), len(order))
+        bits, thumbnails = hashes.bits[part, rows], hashes.thumbnails[part, rows]
+        pairs = (
+            (one % len(order), other % len(order), similarity)
+            for one, other, similarity in _close_pairs(bits, thumbnails, hamming)
+            if part[one] + part[other] < 2
+        )
+        _drop_smaller(found, order, pairs, reason)
     return found
+
+
+def _drop_smaller(
+    found: Duplicates,
+    order: Int64[np.ndarray, " rows"],
+    pairs: Iterator[tuple[int, int, float]],
+    reason: Reason,
+) -> None:
+    """Drops all but the first in ``order`` of each connected group of pairs, which are positions in it.
+
+    The similarity is that of the most similar pair.
+    """
+    leader, highest = list(range(len(order))), np.zeros(len(order))
+
+    def root(at: int) -> int:
+        while leader[at] != at:
+            leader[at] = leader[leader[at]]
+            at = leader[at]
+        return at
+
+    for one, other, similarity in pairs:
+        if one != other:
+            first, second = sorted((root(one), root(other)))
+            leader[second] = first
+            highest[[one, other]] = np.maximum(highest[[one, other]], similarity)
+    for at, row in enumerate(order.tolist()):
+        if root(at) != at:
+            found.drop(row, reason, int(order[root(at)]), float(highest[at]))
 
 
 def _largest_first(
@@ -99,28 +122,32 @@ def _largest_first(
 
 
 def _close_pairs(
-    hashes: ImageHashes, rows: Int64[np.ndarray, " rows"], hamming: int
-) -> Iterator[tuple[int, int]]:
-    """Pairs of rows whose bits differ in at most ``hamming`` and whose thumbnails agree."""
-    means = hashes.thumbnails[rows].mean(axis=1)
+    bits: UInt64[np.ndarray, " entries"],
+    thumbnails: UInt8[np.ndarray, "entries 192"],
+    hamming: int,
+) -> Iterator[tuple[int, int, float]]:
+    """Positions of entries whose bits differ in at most ``hamming`` and whose thumbnails agree, and the share of equal bits."""
+    means = thumbnails.mean(axis=1)
     order = np.argsort(means, kind="stable")
-    rows, means = rows[order], means[order]
-    bits, thumbnails = hashes.bits[rows], hashes.thumbnails[rows].astype(np.float32)
-    spread = thumbnails.reshape(len(rows), -1, 3).std(axis=1).mean(axis=1)
+    bits, thumbnails, means = bits[order], thumbnails[order].astype(np.float32), means[order]
+    spread = thumbnails.reshape(len(order), -1, 3).std(axis=1).mean(axis=1)
     limits = np.minimum(THUMBNAIL_RMS, RMS_OF_SPREAD * spread)
     ends = np.searchsorted(means, means + THUMBNAIL_RMS, side="right")
-    for begin in range(0, len(rows), BLOCK):
-        end = min(begin + BLOCK, len(rows))
+    for begin in range(0, len(order), BLOCK):
+        end = min(begin + BLOCK, len(order))
         last = int(ends[end - 1])
         differing = np.bitwise_count(bits[begin:end, None] ^ bits[None, begin:last])
         one, other = np.nonzero(differing <= hamming)
         is_later = other > one
-        one, other = begin + one[is_later], begin + other[is_later]
+        one, other = one[is_later], other[is_later]
         for start in range(0, len(one), BLOCK):
-            left, right = one[start : start + BLOCK], other[start : start + BLOCK]
+            some = slice(start, start + BLOCK)
+            left, right = begin + one[some], begin + other[some]
             rms = np.sqrt(np.square(thumbnails[left] - thumbnails[right]).mean(axis=1))
             close = rms <= np.minimum(limits[left], limits[right])
-            yield from zip(rows[left[close]].tolist(), rows[right[close]].tolist(), strict=True)
+            equal = 1 - differing[one[some], other[some]] / 64
+            found = order[left], order[right], equal
+            yield from zip(*(values[close].tolist() for values in found), strict=True)
 
 
 def find_semantic_copies(
@@ -131,7 +158,7 @@ def find_semantic_copies(
     has_features: Bool[np.ndarray, " images"],
     progress: Progress | None = None,
 ) -> None:
-    """Notes the third tier in ``found``, of the images that it keeps and that have features. Holds these in memory, in fp32.
+    """Notes the last tier in ``found``, of the images that it keeps and that have features. Holds these in memory, in fp32.
 
     Up to ``FULL_POOL`` images all pairs are compared: images x images / 2 products. Beyond, k-means makes clusters of about
     ``CLUSTER_IMAGES``, and copies in two of them are missed. ``sizes``: pixels and bytes of every image.

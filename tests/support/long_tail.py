@@ -28,6 +28,8 @@ ZIPF = 1.3
 FLAT_SPREAD = 2.0  # of 255 levels in every channel
 QUALITIES = (50, 96)  # of a JPEG: from, to before
 CROPPED = 0.05  # of each side
+PARTS = ("bank", "query")  # of the test tiles
+TEST_TILES = 20  # of a photograph
 COPIED = 0.2  # of the tiles, by each kind
 
 
@@ -44,10 +46,12 @@ class Evidence:
         return self.found / self.of if self.of else 1.0
 
 
-def write_heap(folder: Path, seed: int, tile: int = 64) -> int:
+def write_heap(folder: Path, seed: int, tile: int = 64, test: Path | None = None) -> int:
     """Writes the heap and returns its number of files; the same seed writes the same.
 
     Every kind of copy is made of a fifth of the tiles, drawn separately, so that a tile may have several.
+    With ``test`` a third of the tiles of each photograph, TEST_TILES at most, are no part of the heap: they are written there,
+    half of them under ``bank`` and half under ``query``.
     """
     random = np.random.default_rng([seed, tile])
     tiles = {name: _tiles(path, tile) for name, path in photograph_paths().items()}
@@ -58,7 +62,11 @@ def write_heap(folder: Path, seed: int, tile: int = 64) -> int:
         for rank, name in enumerate(names, start=1):
             wanted = max(2, round(most / rank**ZIPF))
             (heap / name).mkdir()
-            for index in random.permutation(len(tiles[name]))[:wanted].tolist():
+            order = random.permutation(len(tiles[name])).tolist()
+            if test is not None:
+                held_out = [order.pop() for _ in range(min(TEST_TILES, len(order) // 3))]
+                _write_test(test, name, [tiles[name][index] for index in held_out])
+            for index in order[:wanted]:
                 pixels = tiles[name][index]
                 digest = hashlib.sha256(pixels.tobytes()).digest()
                 if digest not in known:
@@ -75,6 +83,13 @@ def _tiles(path: Path, tile: int) -> list[np.ndarray]:
     tiles = cut.swapaxes(1, 2).reshape(-1, tile, tile, 3)
     spread = tiles.reshape(len(tiles), tile * tile, 3).astype(np.float32).std(axis=1).max(axis=1)
     return list(tiles[spread >= FLAT_SPREAD])
+
+
+def _write_test(folder: Path, name: str, tiles: Sequence[np.ndarray]) -> None:
+    for at, pixels in enumerate(tiles):
+        part = folder / PARTS[at % 2] / name
+        part.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(part / f"{at}.png")
 
 
 def _write(stem: Path, picture: Image.Image, random: np.random.Generator) -> int:

@@ -32,7 +32,7 @@ def test_dedup__finds_the_copies_of_a_heap_and_writes_a_source(
     facts = json.loads(result.out)
     chosen = Chosen.open(out)
     assert facts["chosen"] == chosen.times.sum() < facts["pool"] == len(chosen.pool)
-    assert facts["dropped"].keys() == {"exact", "perceptual"}
+    assert facts["dropped"].keys() == {"exact", "perceptual", "cropped"}
     twins = np.full(len(chosen.pool), -1)
     for each in chosen.dropped():
         twins[each["row"]] = each["duplicate_of"]
@@ -44,6 +44,7 @@ def test_dedup__finds_the_copies_of_a_heap_and_writes_a_source(
     evidence = judge(paths, twins.tolist())
     assert evidence["exact"].share == 1.0 and evidence["exact"].of > 12
     assert evidence["encoded"].share >= 0.95 and evidence["encoded"].of > 12
+    assert evidence["cropped"].share >= 0.7 and evidence["cropped"].of > 12
     assert evidence["precision"].share >= 0.98
     trained_on = build_index([out], max_bad_fraction=0.0)
     kept = [path for path, times in zip(paths, chosen.times, strict=True) if times]
