@@ -38,7 +38,7 @@ test: format lint types unit
 	then echo $(COMMIT) > .test-passed; fi
 
 test-slow: setup
-	$(PYTEST) -m slow
+	$(PYTEST) -m slow -rs
 
 docs: setup
 	$(BIN)/python -m sphinx -W --keep-going -q -c docs . docs/_build
