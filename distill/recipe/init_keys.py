@@ -40,18 +40,12 @@ class InitSpec(Section):
     heads: str | None = machine(
         None,
         since=2,
-        description=(
-            "`none` for fresh heads, `beside` where they must lie beside the weights, or a file, which "
-            "must fit. Null takes those that are there and fit."
-        ),
+        description="`none` for fresh heads, `beside` where they must lie beside the weights, or a file, which must fit. Null takes those that are there and fit.",
     )
     adapt: bool = science(
         False,
         since=2,
-        description=(
-            "Whether the patch embedding is resampled to another patch size (bicubic) and averaged to "
-            "other input channels. The default refuses both."
-        ),
+        description="Whether the patch embedding is resampled to another patch size (bicubic) and averaged to other input channels. The default refuses both.",
     )
     freeze_backbone: int = science(
         0,

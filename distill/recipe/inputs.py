@@ -62,17 +62,11 @@ class GlobalCropsSpec(Section):
     size: int = science(
         256,
         ge=8,
-        description=(
-            "Side of a global crop in pixels, a multiple of every patch size. The default is the "
-            "published one."
-        ),
+        description="Side of a global crop in pixels, a multiple of every patch size. The default is the published one.",
     )
     scale: Pair = science(
         (0.32, 1.0),
-        description=(
-            "Smallest and largest part of the image's area that a global crop covers. The default "
-            "is the published one."
-        ),
+        description="Smallest and largest part of the image's area that a global crop covers. The default is the published one.",
     )
 
 
@@ -88,17 +82,11 @@ class LocalCropsSpec(Section):
     size: int = science(
         112,
         ge=8,
-        description=(
-            "Side of a local crop in pixels, a multiple of every patch size. The default is the "
-            "published one."
-        ),
+        description="Side of a local crop in pixels, a multiple of every patch size. The default is the published one.",
     )
     scale: Pair = science(
         (0.05, 0.32),
-        description=(
-            "Smallest and largest part of the image's area that a local crop covers. The default "
-            "is the published one."
-        ),
+        description="Smallest and largest part of the image's area that a local crop covers. The default is the published one.",
     )
 
 
@@ -121,25 +109,16 @@ class CropsSpec(Section):
         0.0,
         ge=0.0,
         le=1.0,
-        description=(
-            "Probability that a crop is mirrored left to right. The default 0 keeps left and "
-            "right apart, as published."
-        ),
+        description="Probability that a crop is mirrored left to right. The default 0 keeps left and right apart, as published.",
     )
     blur_sigma: Pair = science(
         (0.1, 2.0),
-        description=(
-            "Smallest and largest standard deviation of the blur, in pixels of the crop. The "
-            "default suits crops of about 256 px."
-        ),
+        description="Smallest and largest standard deviation of the blur, in pixels of the crop. The default suits crops of about 256 px.",
     )
     blur: Probabilities = science(
         (1.0, 0.1, 0.5),
         since=2,
-        description=(
-            "Probabilities that the first and second global crop and a local crop are blurred. The default "
-            "is the papers'; the released networks had [0, 0.9, 0.5]."
-        ),
+        description="Probabilities that the first and second global crop and a local crop are blurred. The default is the papers'; the released networks had [0, 0.9, 0.5].",
     )
     contrast_about: Literal["mean", "middle"] = science(
         "mean",
@@ -150,10 +129,7 @@ class CropsSpec(Section):
     eval_size: int | None = machine(
         None,
         ge=8,
-        description=(
-            "Side in pixels at which finished networks are scored and exported. Null means the "
-            "size of global crops."
-        ),
+        description="Side in pixels at which finished networks are scored and exported. Null means the size of global crops.",
     )
 
     @property
@@ -173,10 +149,7 @@ class MasksSpec(Section):
     )
     ratio: Pair = science(
         (0.1, 0.5),
-        description=(
-            "Smallest and largest part of a masked crop's patches that is masked. The default is "
-            "the published one."
-        ),
+        description="Smallest and largest part of a masked crop's patches that is masked. The default is the published one.",
     )
 
 
@@ -190,34 +163,22 @@ class SourceSpec(Section):
     lister: str | None = machine(
         None,
         since=2,
-        description=(
-            "What lists the images of `path`: `tar`, `parquet`, or a lister of an installed package. "
-            "Null means by the suffix of each file."
-        ),
+        description="What lists the images of `path`: `tar`, `parquet`, or a lister of an installed package. Null means by the suffix of each file.",
     )
     weight: float | None = science(
         None,
         gt=0.0,
-        description=(
-            "Share of all images that come from this source, relative to the others. Null for all "
-            "sources means one pool."
-        ),
+        description="Share of all images that come from this source, relative to the others. Null for all sources means one pool.",
     )
     batches: Literal["mixed", "pure"] = science(
         "mixed",
-        description=(
-            "`pure`: the source fills separate batches, in the share of its weight. `mixed`: it "
-            "shares batches with others, the common case."
-        ),
+        description="`pure`: the source fills separate batches, in the share of its weight. `mixed`: it shares batches with others, the common case.",
     )
     label_depth: int | None = machine(
         None,
         since=2,
         ge=0,
-        description=(
-            "Which folder of an image's path below `path` names its class: 1 for the first, 0 for none. "
-            "Null means the first, or the one below `train/` and `val/`."
-        ),
+        description="Which folder of an image's path below `path` names its class: 1 for the first, 0 for none. Null means the first, or the one below `train/` and `val/`.",
     )
     mean: Triple | None = science(
         None, description="Mean per RGB channel, 0 to 1, for this source. Null means `data.mean`."
@@ -243,36 +204,24 @@ class DataSpec(Section):
     index: str | None = machine(
         None,
         min_length=1,
-        description=(
-            "Folder for the index of the images, reused by later runs. Null means that each run "
-            "indexes again."
-        ),
+        description="Folder for the index of the images, reused by later runs. Null means that each run indexes again.",
     )
     max_bad_fraction: float = machine(
         0.01,
         ge=0.0,
         le=1.0,
-        description=(
-            "Fraction of samples that may be unreadable before the run ends. The default "
-            "tolerates a few broken files, not a wrong folder."
-        ),
+        description="Fraction of samples that may be unreadable before the run ends. The default tolerates a few broken files, not a wrong folder.",
     )
     max_megapixels: float = machine(
         64.0,
         gt=0.0,
-        description=(
-            "Largest image that is decoded, in millions of pixels. The default bounds memory and "
-            "keeps out decompression bombs."
-        ),
+        description="Largest image that is decoded, in millions of pixels. The default bounds memory and keeps out decompression bombs.",
     )
     held_out: float = science(
         0.2,
         ge=0.0,
         lt=1.0,
-        description=(
-            "Fraction of each class that is not trained on and scores the networks. The default "
-            "leaves four fifths for training; 0 trains on all images, without scores."
-        ),
+        description="Fraction of each class that is not trained on and scores the networks. The default leaves four fifths for training; 0 trains on all images, without scores.",
     )
     mean: Triple = science(
         (0.485, 0.456, 0.406),
@@ -280,10 +229,7 @@ class DataSpec(Section):
     )
     std: Triple = science(
         (0.229, 0.224, 0.225),
-        description=(
-            "Standard deviation per RGB channel, 0 to 1, that pixels are divided by. The default "
-            "is ImageNet's."
-        ),
+        description="Standard deviation per RGB channel, 0 to 1, that pixels are divided by. The default is ImageNet's.",
     )
     background: Annotated[
         Literal["mean", "stored"] | Rgb,
@@ -291,26 +237,17 @@ class DataSpec(Section):
     ] = science(
         "mean",
         since=2,
-        description=(
-            "What transparent pixels are laid on: a colour, `[red, green, blue]` from 0 to 255 or "
-            "`'#rrggbb'`; `mean` for `data.mean`; or `stored`, the colours hidden below them."
-        ),
+        description="What transparent pixels are laid on: a colour, `[red, green, blue]` from 0 to 255 or `'#rrggbb'`; `mean` for `data.mean`; or `stored`, the colours hidden below them.",
     )
     decode: Literal["cpu", "gpu"] = science(
         "cpu",
         since=2,
-        description=(
-            "What decodes images. The default feeds a GPU with a core or two; `gpu` gives pixels "
-            "that differ by a level or two."
-        ),
+        description="What decodes images. The default feeds a GPU with a core or two; `gpu` gives pixels that differ by a level or two.",
     )
     num_threads: int = machine(
         1,
         ge=1,
-        description=(
-            "Threads per rank that decode and resize images. The default 1 suits machines with "
-            "one core per rank."
-        ),
+        description="Threads per rank that decode and resize images. The default 1 suits machines with one core per rank.",
     )
 
     @property

@@ -13,18 +13,12 @@ class CheckpointSpec(Section):
 
     every: Every = machine(
         "5min",
-        description=(
-            "Time or steps between two checkpoints, such as `30min` or 500. The default loses "
-            "five minutes at most."
-        ),
+        description="Time or steps between two checkpoints, such as `30min` or 500. The default loses five minutes at most.",
     )
     keep: int = machine(
         3,
         ge=1,
-        description=(
-            "How many of the newest checkpoints stay on disk. The default survives two damaged "
-            "ones."
-        ),
+        description="How many of the newest checkpoints stay on disk. The default survives two damaged ones.",
     )
     milestones: int | None = machine(
         None,
@@ -40,18 +34,12 @@ class CheckpointSpec(Section):
         50,
         since=2,
         ge=1,
-        description=(
-            "Steps that are lost at most: copies are so far apart, less the steps that one takes until it "
-            "is complete, but never nearer than half of it."
-        ),
+        description="Steps that are lost at most: copies are so far apart, less the steps that one takes until it is complete, but never nearer than half of it.",
     )
     export: bool = machine(
         False,
         since=2,
-        description=(
-            "Write every student of a milestone as a folder with its scores, `milestones/family-STEP/NAME`, in a "
-            "process beside training."
-        ),
+        description="Write every student of a milestone as a folder with its scores, `milestones/family-STEP/NAME`, in a process beside training.",
     )
 
     @property
@@ -70,10 +58,7 @@ class EvaluateSpec(Section):
 
     every: Every | None = machine(
         None,
-        description=(
-            "Time or steps between two scorings of the students beside training, such as `30min` or 500; each saves a "
-            "checkpoint. Null means none: scoring takes time of a CPU core."
-        ),
+        description="Time or steps between two scorings of the students beside training, such as `30min` or 500; each saves a checkpoint. Null means none: scoring takes time of a CPU core.",
     )
 
     @property

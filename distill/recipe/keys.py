@@ -50,24 +50,15 @@ class EngineSpec(Section):
     )
     precision: Literal["fp32", "bf16"] = science(
         "bf16",
-        description=(
-            "Number format of the forward and backward pass. The default is the one that modern "
-            "GPUs are made for."
-        ),
+        description="Number format of the forward and backward pass. The default is the one that modern GPUs are made for.",
     )
     zero: Literal[1, 2, 3] = machine(
         1,
-        description=(
-            "What is sharded over a network's ranks: 1 optimizer state, 2 gradients too, 3 "
-            "weights too. The default 1 sends least."
-        ),
+        description="What is sharded over a network's ranks: 1 optimizer state, 2 gradients too, 3 weights too. The default 1 sends least.",
     )
     activation_checkpointing: bool = machine(
         False,
-        description=(
-            "Whether each block is computed again in the backward pass instead of stored. Off by "
-            "default, since it costs a third more time."
-        ),
+        description="Whether each block is computed again in the backward pass instead of stored. Off by default, since it costs a third more time.",
     )
     teacher_micro_batch: int = machine(
         16,
@@ -76,17 +67,11 @@ class EngineSpec(Section):
     )
     teacher_sharding: Literal["auto", "replicated", "sharded"] = machine(
         "auto",
-        description=(
-            "Full teacher on every rank, or a part of it (ZeRO-3). `auto` takes the full one "
-            "where it fits."
-        ),
+        description="Full teacher on every rank, or a part of it (ZeRO-3). `auto` takes the full one where it fits.",
     )
     micro_batch: Annotated[int, Field(ge=16, multiple_of=16)] | Literal["auto"] | None = machine(
         None,
-        description=(
-            "Images that a trained network takes at once, in KoLeo groups of 16. Null means all "
-            "of a rank's slice; `auto` as many as memory holds, network by network."
-        ),
+        description="Images that a trained network takes at once, in KoLeo groups of 16. Null means all of a rank's slice; `auto` as many as memory holds, network by network.",
     )
     lookahead: int = machine(
         2,
@@ -96,18 +81,12 @@ class EngineSpec(Section):
     )
     exchange: Literal["slices", "all_gather"] = machine(
         "slices",
-        description=(
-            "How targets travel: to each rank its slice, or all to all ranks as published. The "
-            "default sends less."
-        ),
+        description="How targets travel: to each rank its slice, or all to all ranks as published. The default sends less.",
     )
     placed_by: Literal["flops", "measured"] = machine(
         "flops",
         since=2,
-        description=(
-            "What divides the ranks among students: FLOPs, or at a restart the seconds that the run measured. The "
-            "default keeps the bits of a resumed run, whose sums depend on a student's number of ranks."
-        ),
+        description="What divides the ranks among students: FLOPs, or at a restart the seconds that the run measured. The default keeps the bits of a resumed run, whose sums depend on a student's number of ranks.",
     )
     balance: int = machine(
         200,
@@ -117,60 +96,39 @@ class EngineSpec(Section):
     deterministic: bool = machine(
         False,
         since=2,
-        description=(
-            "Whether a GPU takes only operators that give the same bits every time. Off by default, "
-            "since they are slower; a CPU always does."
-        ),
+        description="Whether a GPU takes only operators that give the same bits every time. Off by default, since they are slower; a CPU always does.",
     )
     compile: bool | Literal["auto"] = machine(
         "auto",
         since=3,
-        description=(
-            "Whether torch's compiler joins the operators of blocks and of the loss. `auto` does on a "
-            "GPU, with triton; a CPU needs `true` and a C++ compiler."
-        ),
+        description="Whether torch's compiler joins the operators of blocks and of the loss. `auto` does on a GPU, with triton; a CPU needs `true` and a C++ compiler.",
     )
     log_every: int = machine(
         10,
         ge=1,
         since=2,
-        description=(
-            "Steps between two rows of metrics, when ranks also agree to save or stop: a request "
-            "waits that long. The default 10 seldom waits for the device."
-        ),
+        description="Steps between two rows of metrics, when ranks also agree to save or stop: a request waits that long. The default 10 seldom waits for the device.",
     )
     ranks_per_node: int | None = machine(
         None,
         ge=1,
         since=2,
-        description=(
-            "Ranks on each machine; groups of ranks are laid out so that few cross from one to the "
-            "next. Null takes it from the launcher; `distill plan --ranks` takes at most 8."
-        ),
+        description="Ranks on each machine; groups of ranks are laid out so that few cross from one to the next. Null takes it from the launcher; `distill plan --ranks` takes at most 8.",
     )
     hang_limit_s: float = machine(
         30.0,
         ge=2.0,
-        description=(
-            "Seconds after which a rank that does not move is named and the job ended. Steps and "
-            "saves that took longer before may again."
-        ),
+        description="Seconds after which a rank that does not move is named and the job ended. Steps and saves that took longer before may again.",
     )
     launcher: str = machine(
         "auto",
         since=2,
-        description=(
-            "What starts the ranks: `local`, `external`, or a launcher of an installed package. `auto` is "
-            "`external` under another launcher, else `local`."
-        ),
+        description="What starts the ranks: `local`, `external`, or a launcher of an installed package. `auto` is `external` under another launcher, else `local`.",
     )
     metric_sinks: Annotated[tuple[str, ...], Strict(False)] = machine(
         (),
         since=2,
-        description=(
-            "Sinks of installed packages that get every row of metrics, beside `metrics/NAME.jsonl`. "
-            "The default is none."
-        ),
+        description="Sinks of installed packages that get every row of metrics, beside `metrics/NAME.jsonl`. The default is none.",
     )
 
 
@@ -207,10 +165,7 @@ class FamilyRecipe(Section):
         None,
         since=3,
         min_length=1,
-        description=(
-            "Stages of the family, in order; their steps add up to `schedule.steps`. Null means one "
-            "stretch of steps."
-        ),
+        description="Stages of the family, in order; their steps add up to `schedule.steps`. Null means one stretch of steps.",
     )
     engine: EngineSpec = science(EngineSpec(), description="Where the job runs and how fast.")
     checkpoint: CheckpointSpec = machine(

@@ -46,48 +46,31 @@ class ArchSpec(Section):
     depth: int | None = science(
         None,
         ge=1,
-        description=(
-            "Number of transformer blocks of a free `vit`. Null where the catalogue knows the size."
-        ),
+        description="Number of transformer blocks of a free `vit`. Null where the catalogue knows the size.",
     )
     heads: int | None = science(
         None,
         ge=1,
-        description=(
-            "Attention heads per block of a free `vit`; `width` over `heads` must be a multiple "
-            "of 4. Null where the catalogue knows it."
-        ),
+        description="Attention heads per block of a free `vit`; `width` over `heads` must be a multiple of 4. Null where the catalogue knows it.",
     )
     patch: int | None = science(
         None,
         ge=2,
-        description=(
-            "Side of a patch in pixels, for a ViT. Null means the catalogue's, or 16 for a free "
-            "`vit`."
-        ),
+        description="Side of a patch in pixels, for a ViT. Null means the catalogue's, or 16 for a free `vit`.",
     )
     ffn: Literal["mlp", "swiglu"] | None = science(
         None,
-        description=(
-            "Feed-forward layer of a free `vit`. Null means `mlp`, the layer of the small "
-            "published networks."
-        ),
+        description="Feed-forward layer of a free `vit`. Null means `mlp`, the layer of the small published networks.",
     )
     ffn_width: int | None = science(
         None,
         ge=8,
-        description=(
-            "Hidden channels of the feed-forward layer of a free `vit`. Null means 4 times "
-            "`width`, as published."
-        ),
+        description="Hidden channels of the feed-forward layer of a free `vit`. Null means 4 times `width`, as published.",
     )
     layerscale: float | None = science(
         None,
         gt=0.0,
-        description=(
-            "Initial LayerScale factor of a free size. Null means the published value: 1e-5 for "
-            "`vit`, 1e-6 for `convnext`."
-        ),
+        description="Initial LayerScale factor of a free size. Null means the published value: 1e-5 for `vit`, 1e-6 for `convnext`.",
     )
     norm_eps: float | None = science(
         None,
@@ -103,24 +86,15 @@ class ArchSpec(Section):
     )
     untie_local_norm: bool | None = science(
         None,
-        description=(
-            "Whether class tokens of local crops have a separate final norm, in training only. "
-            "Null means no."
-        ),
+        description="Whether class tokens of local crops have a separate final norm, in training only. Null means no.",
     )
     depths: Ints | None = science(
         None,
-        description=(
-            "Blocks in each stage of a free `convnext`, at least two stages. Null for every other "
-            "network."
-        ),
+        description="Blocks in each stage of a free `convnext`, at least two stages. Null for every other network.",
     )
     widths: Ints | None = science(
         None,
-        description=(
-            "Channels in each stage of a free `convnext`, as many as `depths`. Null for every "
-            "other network."
-        ),
+        description="Channels in each stage of a free `convnext`, as many as `depths`. Null for every other network.",
     )
     args: dict[str, Any] | None = science(
         None,
@@ -218,18 +192,12 @@ class StudentHeadsSpec(Section):
     dino_hidden: int = science(
         2048,
         ge=1,
-        description=(
-            "Channels of the hidden layers of the student's class head; the default is the "
-            "published one."
-        ),
+        description="Channels of the hidden layers of the student's class head; the default is the published one.",
     )
     ibot_hidden: int = science(
         2048,
         ge=1,
-        description=(
-            "Channels of the hidden layers of the student's patch head; the default is the "
-            "published one."
-        ),
+        description="Channels of the hidden layers of the student's patch head; the default is the published one.",
     )
 
 
@@ -242,10 +210,7 @@ class StudentSpec(ArchSpec):
     )
     head_widths: StudentHeadsSpec = science(
         StudentHeadsSpec(),
-        description=(
-            "Hidden channels of the student's two heads; bottlenecks and prototypes are the "
-            "teacher's."
-        ),
+        description="Hidden channels of the student's two heads; bottlenecks and prototypes are the teacher's.",
     )
     lr: float | None = science(
         None,
@@ -255,10 +220,7 @@ class StudentSpec(ArchSpec):
     steps: int | None = science(
         None,
         ge=1,
-        description=(
-            "Steps after which this student is finished; its ranks only compute teacher targets "
-            "from then on. Null means `schedule.steps`."
-        ),
+        description="Steps after which this student is finished; its ranks only compute teacher targets from then on. Null means `schedule.steps`.",
     )
     koleo_group: int | None = science(
         None,
@@ -274,10 +236,7 @@ class StudentSpec(ArchSpec):
     )
     ranks: Annotated[int | str, AfterValidator(ranks_or_range)] = machine(
         "auto",
-        description=(
-            "Number of ranks that train the student, or which ones, as FIRST-LAST. `auto` leaves "
-            "both to the plan."
-        ),
+        description="Number of ranks that train the student, or which ones, as FIRST-LAST. `auto` leaves both to the plan.",
     )
 
     @property
@@ -299,18 +258,12 @@ class FitSpec(Section):
     steps: int = science(
         10_000,
         ge=1,
-        description=(
-            "Steps for which the heads are trained on the frozen teacher. The default is a "
-            "starting point for catalogue sizes."
-        ),
+        description="Steps for which the heads are trained on the frozen teacher. The default is a starting point for catalogue sizes.",
     )
     lr: float = science(
         4.0e-4,
         gt=0.0,
-        description=(
-            "Peak learning rate of the heads; it falls to 0 along a cosine. The default is a "
-            "starting point."
-        ),
+        description="Peak learning rate of the heads; it falls to 0 along a cosine. The default is a starting point.",
     )  # falls to zero along a cosine
     warmup: int = science(
         500, ge=0, description="Steps in which the rate rises from 0 to its peak."
@@ -319,10 +272,7 @@ class FitSpec(Section):
         0.994,
         ge=0.0,
         le=1.0,
-        description=(
-            "Momentum per step of the heads' average, which gives the targets. The default is the "
-            "same as for a family."
-        ),
+        description="Momentum per step of the heads' average, which gives the targets. The default is the same as for a family.",
     )
     heads: HeadsSpec = science(
         HeadsSpec(), description="Sizes of the heads to fit. The defaults are the 7B teacher's."
@@ -337,31 +287,19 @@ class TeacherSource(Section):
 
     train: str | None = science(
         None,
-        description=(
-            "Teacher recipe that is trained first, relative to this file. Null where `weights` "
-            "are given."
-        ),
+        description="Teacher recipe that is trained first, relative to this file. Null where `weights` are given.",
     )
     weights: str | None = machine(
         None,
-        description=(
-            "Folder or file of the teacher's weights, any supported layout. Null where `train` is "
-            "given."
-        ),
+        description="Folder or file of the teacher's weights, any supported layout. Null where `train` is given.",
     )
     arch: CatalogueName | None = machine(
         None,
-        description=(
-            "Catalogue name of the weights, so that a plan can be made before the file is there. "
-            "Null means: look into the file."
-        ),
+        description="Catalogue name of the weights, so that a plan can be made before the file is there. Null means: look into the file.",
     )
     heads: str | None = machine(
         None,
-        description=(
-            "File of the teacher's heads, `fit` to train them first, or `none` to learn from "
-            "features. Null means the heads beside the weights."
-        ),
+        description="File of the teacher's heads, `fit` to train them first, or `none` to learn from features. Null means the heads beside the weights.",
     )
     licence: Licence | None = machine(
         None,

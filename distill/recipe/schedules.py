@@ -18,18 +18,12 @@ class ObjectiveSpec(Section):
     ibot: float = science(
         1.0,
         ge=0.0,
-        description=(
-            "Weight of the iBOT loss on masked patches; 0 turns it off. The default is the "
-            "published one."
-        ),
+        description="Weight of the iBOT loss on masked patches; 0 turns it off. The default is the published one.",
     )
     koleo: float = science(
         0.1,
         ge=0.0,
-        description=(
-            "Weight of the KoLeo loss, which spreads class features apart; 0 turns it off. The "
-            "default is the published one."
-        ),
+        description="Weight of the KoLeo loss, which spreads class features apart; 0 turns it off. The default is the published one.",
     )
     local: float = science(
         1.0,
@@ -39,18 +33,12 @@ class ObjectiveSpec(Section):
     cosine: float = science(
         1.0,
         gt=0.0,
-        description=(
-            "Weight of the cosine distance of features, for a teacher without heads. The default "
-            "makes it the main term."
-        ),
+        description="Weight of the cosine distance of features, for a teacher without heads. The default makes it the main term.",
     )
     smooth_l1: float = science(
         0.1,
         ge=0.0,
-        description=(
-            "Weight of the smooth L1 distance of features, for a teacher without heads. The "
-            "default keeps it below the cosine."
-        ),
+        description="Weight of the smooth L1 distance of features, for a teacher without heads. The default keeps it below the cosine.",
     )
 
 
@@ -78,10 +66,7 @@ class FamilyObjectiveSpec(ObjectiveSpec):
     extra: dict[str, Annotated[float, Field(gt=0.0)]] | None = science(
         None,
         since=2,
-        description=(
-            "Weight of each further loss term, by its name in an installed package; no plan counts "
-            "its cost. Null means none."
-        ),
+        description="Weight of each further loss term, by its name in an installed package; no plan counts its cost. Null means none.",
     )
 
 
@@ -97,27 +82,18 @@ class GramSpec(Section):
     refresh: int = science(
         10_000,
         ge=1,
-        description=(
-            "Steps between two replacements of the anchor by the current average. The default is "
-            "the published one."
-        ),
+        description="Steps between two replacements of the anchor by the current average. The default is the published one.",
     )
     max_refreshes: int = science(
         3,
         ge=0,
-        description=(
-            "How often the anchor is replaced at most; 0 keeps the first. The default is the "
-            "published one."
-        ),
+        description="How often the anchor is replaced at most; 0 keeps the first. The default is the published one.",
     )
     resolution: float = science(
         2.0,
         ge=1.0,
         le=4.0,
-        description=(
-            "Factor of the global crop's side at which the anchor sees it, in full patches. The "
-            "default is the published one."
-        ),
+        description="Factor of the global crop's side at which the anchor sees it, in full patches. The default is the published one.",
     )
 
 
@@ -133,10 +109,7 @@ class LrSpec(Section):
     warmup: int = science(
         0,
         ge=0,
-        description=(
-            "Steps in which the rate rises from 0 to its peak. The default is none, since a good "
-            "value depends on the length of the run."
-        ),
+        description="Steps in which the rate rises from 0 to its peak. The default is none, since a good value depends on the length of the run.",
     )
     ramp: Literal["linear", "cosine"] = science(
         "linear", description="Shape of the warm-up. The default is the common one."
@@ -153,10 +126,7 @@ class LrSpec(Section):
     )
     scale: Literal["none", "sqrt_1024", "sqrt_1024_peak"] = science(
         "none",
-        description=(
-            "Factor of the rates: `sqrt_1024` is 4 * sqrt(batch / 1024), the released rule, "
-            "`sqrt_1024_peak` the same for `peak` alone. The default takes the rates as written."
-        ),
+        description="Factor of the rates: `sqrt_1024` is 4 * sqrt(batch / 1024), the released rule, `sqrt_1024_peak` the same for `peak` alone. The default takes the rates as written.",
     )
 
 
@@ -166,10 +136,7 @@ class TemperatureSpec(Section):
     start: float = science(
         0.04,
         gt=0.0,
-        description=(
-            "Teacher temperature at step 0; lower makes sharper targets. The default is the "
-            "published one."
-        ),
+        description="Teacher temperature at step 0; lower makes sharper targets. The default is the published one.",
     )
     end: float = science(
         0.07,
@@ -179,10 +146,7 @@ class TemperatureSpec(Section):
     warmup: int = science(
         0,
         ge=0,
-        description=(
-            "Steps from `start` to `end`, along a line. The default 0 is `end` from the first "
-            "step on."
-        ),
+        description="Steps from `start` to `end`, along a line. The default 0 is `end` from the first step on.",
     )
 
 
@@ -205,10 +169,7 @@ class ScheduleSpec(Section):
     clip: float = science(
         3.0,
         gt=0.0,
-        description=(
-            "Largest norm of a network's gradient; a longer one is scaled down. The default is "
-            "the published one."
-        ),
+        description="Largest norm of a network's gradient; a longer one is scaled down. The default is the published one.",
     )
     token_decay: bool = science(
         False,
@@ -230,10 +191,7 @@ class ScheduleSpec(Section):
         0.994,
         ge=0.0,
         le=1.0,
-        description=(
-            "Momentum per step of the network's average, which is what is exported; it goes to "
-            "`ema_end`. The default is the published one."
-        ),
+        description="Momentum per step of the network's average, which is what is exported; it goes to `ema_end`. The default is the published one.",
     )
     teacher_temperature: TemperatureSpec = science(
         TemperatureSpec(), description="Temperature of the teacher's softmax over the steps."
@@ -241,10 +199,7 @@ class ScheduleSpec(Section):
     freeze_prototypes: int = science(
         0,
         ge=0,
-        description=(
-            "Steps at the start in which the prototypes are not trained. The default 0 trains "
-            "them from the first step on."
-        ),
+        description="Steps at the start in which the prototypes are not trained. The default 0 trains them from the first step on.",
     )
     rope_rescale: Pair | None = science(
         None,
@@ -263,9 +218,7 @@ def _ema_end(default: float | None, since: int) -> Any:
         since=since,
         ge=0.0,
         le=1.0,
-        description=(
-            "Momentum of the average at the last step, reached along a cosine. Null means constant."
-        ),
+        description="Momentum of the average at the last step, reached along a cosine. Null means constant.",
     )
 
 
@@ -275,10 +228,7 @@ def _layer_decay(since: int) -> Any:
         since=since,
         gt=0.0,
         le=1.0,
-        description=(
-            "Factor of the rate from each block of a ViT to the one before it. The default 1 "
-            "gives all blocks the same rate."
-        ),
+        description="Factor of the rate from each block of a ViT to the one before it. The default 1 gives all blocks the same rate.",
     )
 
 
@@ -316,9 +266,7 @@ class TeacherScheduleSpec(ScheduleSpec):
         0.0,
         ge=0.0,
         lt=1.0,
-        description=(
-            "Probability that a row skips a residual branch. The default 0 is no stochastic depth."
-        ),
+        description="Probability that a row skips a residual branch. The default 0 is no stochastic depth.",
     )
     layer_decay: float = _layer_decay(since=1)
     patch_embed_lr: float = _patch_embed_lr(since=1)
@@ -334,10 +282,7 @@ class StageCropsSpec(Section):
     ratio: float = science(
         1.0,
         gt=0.0,
-        description=(
-            "Share of the stage's batches with these sizes, relative to the others. The default "
-            "counts all alike."
-        ),
+        description="Share of the stage's batches with these sizes, relative to the others. The default counts all alike.",
     )
 
 
@@ -348,10 +293,7 @@ class FamilyStageSpec(Section):
     steps: int = science(ge=1, description="Steps of the stage.")
     lr: LrSpec | None = science(
         None,
-        description=(
-            "Learning rate of this stage, counted from its first step. Null means that the "
-            "schedule's continues."
-        ),
+        description="Learning rate of this stage, counted from its first step. Null means that the schedule's continues.",
     )
     batch: int | None = science(
         None, ge=1, description="Images per step in this stage. Null means `schedule.batch`."
@@ -387,10 +329,7 @@ class StageSpec(FamilyStageSpec):
         0,
         ge=0,
         since=3,
-        description=(
-            "Steps at the start of the stage in which the weights of the loss terms go from those of "
-            "the stage before to this one's, along half a cosine. The default takes them at once."
-        ),
+        description="Steps at the start of the stage in which the weights of the loss terms go from those of the stage before to this one's, along half a cosine. The default takes them at once.",
     )
 
     @property
