@@ -36,10 +36,14 @@ def cut(
     pairs = zip(parameters.windows[index], parameters.photometric[index], strict=True)
     for crop, (window, photometric) in enumerate(pairs):
         is_global = crop < NUM_GLOBAL
-        resized = _resize(image, window, spec.global_size if is_global else spec.local_size)
-        crops.append(np.asarray(_distort(resized, photometric, blur)))
+        size = spec.global_size if is_global else spec.local_size
+        resized = _resize(image, window, size)
         if is_global and spec.anchor_size is not None:
-            anchors.append(np.asarray(_resize(image, window, spec.anchor_size)))
+            larger = _resize(image, window, spec.anchor_size)
+            anchors.append(np.asarray(larger))
+            if spec.reduces_anchors:
+                resized = larger.resize((size, size), Image.Resampling.BICUBIC)
+        crops.append(np.asarray(_distort(resized, photometric, blur)))
     return [*crops, *anchors]
 
 

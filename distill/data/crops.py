@@ -33,7 +33,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class CropSpec:
-    """Sizes (pixels), numbers and area ranges of the crops of one image."""
+    """Sizes (pixels), numbers and area ranges of the crops of one image; ``reduces_anchors``: global crops are made of the anchor crops."""
 
     global_size: int
     global_scale: tuple[float, float]
@@ -45,6 +45,7 @@ class CropSpec:
     blur_sigma: tuple[float, float]
     blur: tuple[float, float, float] = BLUR_PROBABILITIES
     contrast_about: Literal["mean", "middle"] = "mean"
+    reduces_anchors: bool = False
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -38,13 +38,15 @@ def build_pipeline(
 ) -> Any:
     """A built pipeline whose outputs are global, local and anchor crops, those there are, each uint8 [images, crops, 3, height, width].
 
-    ``source`` gives what ``source_outputs`` makes of a batch; of ``spec`` only the numbers of crops
-    and ``contrast_about`` count, sizes come with each batch. ``resizing``: threads that resize beside the calling one's, on a CPU.
+    ``source`` gives what ``source_outputs`` makes of a batch; of ``spec`` only the numbers of crops,
+    ``contrast_about`` and ``reduces_anchors`` count, sizes come with each batch. ``resizing``: threads that resize beside the calling one's, on a CPU.
     """
     num_crops, num_sizes = spec.num_crops, len(spec.sizes)
     num_anchors = NUM_GLOBAL if spec.anchor_size is not None else 0
+    num_reduced = num_anchors if spec.reduces_anchors else 0
     # made out here: what is made inside the graph DALI rewrites too
-    on_cpu = resizer(num_crops + num_anchors, resizing) if device_id is None else None
+    make = resizer(num_crops + num_anchors, resizing, num_reduced)
+    on_cpu = make if device_id is None else None
 
     @pipeline_def(
         batch_size=batch,
@@ -63,7 +65,7 @@ def build_pipeline(
         wanted = [sizes[0 if crop < NUM_GLOBAL else 1] for crop in range(num_crops)]
         wanted += [sizes[-1]] * num_anchors
         cut = [*windows, *windows[:num_anchors]]
-        resized = _resize(_decode(encoded, device_id), wanted, cut, on_cpu)
+        resized = _resize(_decode(encoded, device_id), wanted, cut, on_cpu, num_reduced)
         crops = [  # height, width, channel
             _distort(
                 _recolour(resized[crop], photometric[crop], spec.contrast_about, device_id),
@@ -83,8 +85,13 @@ def build_pipeline(
 
 @no_type_check
 def _resize(
-    image: Any, sizes: list[Any], windows: list[Any], on_cpu: Callable[..., Any] | None
+    image: Any,
+    sizes: list[Any],
+    windows: list[Any],
+    on_cpu: Callable[..., Any] | None,
+    num_reduced: int,
 ) -> list[Any]:
+    """Every window at its size; the first ``num_reduced`` are made of as many last ones."""
     if on_cpu is not None:
         count = len(windows)
         return fn.python_function(
@@ -96,7 +103,7 @@ def _resize(
             batch_processing=True,
             output_layouts=["HWC"] * count,
         )
-    return [
+    made = [
         fn.resize(
             image,
             roi_start=window[:2],
@@ -105,8 +112,13 @@ def _resize(
             interp_type=types.INTERP_CUBIC,
             antialias=True,
         )
-        for size, window in zip(sizes, windows)  # noqa: B905  # DALI's zip takes no `strict`
+        for size, window in list(zip(sizes, windows))[num_reduced:]  # noqa: B905  # DALI's zip takes no `strict`
     ]
+    larger = made[len(made) - num_reduced :]
+    return [
+        fn.resize(crop, size=size, interp_type=types.INTERP_CUBIC, antialias=True)
+        for crop, size in zip(larger, sizes)  # noqa: B905  # as above
+    ] + made
 
 
 @no_type_check

@@ -17,10 +17,13 @@ Pixels = NDArray[np.uint8]  # height, width, channel
 Floats = NDArray[np.float32]
 
 
-def resizer(num_crops: int, pool: Executor | None) -> Callable[..., tuple[list[Pixels], ...]]:
+def resizer(
+    num_crops: int, pool: Executor | None, num_reduced: int = 0
+) -> Callable[..., tuple[list[Pixels], ...]]:
     """A function for DALI: images, sizes of each crop, windows of each crop, all by image; gives the crops by crop and image.
 
     A window is (top, left, bottom, right) in pixels; with left and right swapped the crop is mirrored.
+    The first ``num_reduced`` crops are made of as many last ones, which are larger and have their windows.
     ``pool``: threads that share the images; without it the calling one takes them all.
     """
 
@@ -35,7 +38,10 @@ def resizer(num_crops: int, pool: Executor | None) -> Callable[..., tuple[list[P
         image, *rest = one
         sizes, windows = rest[:num_crops], rest[num_crops:]
         planes = torch.from_numpy(image).permute(2, 0, 1)[None]
-        return [resize_window(planes, w, s) for w, s in zip(windows, sizes, strict=True)]
+        pairs = list(zip(windows, sizes, strict=True))
+        made = [resize_window(planes, *pair) for pair in pairs[num_reduced:]]
+        larger = made[len(made) - num_reduced :]
+        return [reduced(*pair) for pair in zip(larger, sizes, strict=False)] + made
 
     return resize
 
@@ -50,3 +56,9 @@ def resize_window(planes: torch.Tensor, window: Floats, size_hw: Floats) -> Pixe
         crop = crop.flip(3)
     pixels: Pixels = crop[0].permute(1, 2, 0).contiguous().numpy()
     return pixels
+
+
+def reduced(crop: Pixels, size_hw: Floats) -> Pixels:
+    """A crop at a smaller size."""
+    planes = torch.from_numpy(crop).permute(2, 0, 1)[None]
+    return resize_window(planes, np.array([0, 0, *crop.shape[:2]], np.float32), size_hw)

@@ -19,7 +19,7 @@ def crop_schedule(
     kinds: Sequence[tuple[int, int, float]] = ((crops.global_.size, crops.local.size, 1.0),)
     if stage is not None and stage.crops is not None:
         kinds = [(kind.global_, kind.local, kind.ratio) for kind in stage.crops]
-    times = None if stage is None else stage.anchor_resolution
+    anchor = None if stage is None else stage.anchor
     specs = [
         CropSpec(
             global_size=global_size,
@@ -27,11 +27,12 @@ def crop_schedule(
             num_local=crops.local.count,
             local_size=local_size,
             local_scale=crops.local.scale,
-            anchor_size=None if times is None else round(times * global_size),
+            anchor_size=None if anchor is None else round(anchor.resolution * global_size),
             flip_probability=crops.flip,
             blur_sigma=crops.blur_sigma,
             blur=crops.blur,
             contrast_about=crops.contrast_about,
+            reduces_anchors=anchor is not None and anchor.global_crops == "reduced",
         )
         for global_size, local_size, _ in kinds
     ]

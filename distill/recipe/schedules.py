@@ -95,6 +95,11 @@ class GramSpec(Section):
         le=4.0,
         description="Factor of the global crop's side at which the anchor sees it, in full patches. The default is the published one.",
     )
+    global_crops: Literal["cut", "reduced"] = science(
+        "cut",
+        since=3,
+        description="Whether global crops are cut from the picture, or reduced from the larger crops of the anchor, as released.",
+    )
 
 
 class LrSpec(Section):
@@ -311,8 +316,8 @@ class FamilyStageSpec(Section):
     )
 
     @property
-    def anchor_resolution(self) -> float | None:
-        """How many times the side of the global crops an anchor gets; None without one."""
+    def anchor(self) -> GramSpec | None:
+        """The anchor; None without one."""
         return None
 
 
@@ -333,6 +338,6 @@ class StageSpec(FamilyStageSpec):
     )
 
     @property
-    def anchor_resolution(self) -> float | None:
-        """How many times the side of the global crops the anchor gets; None without one."""
-        return None if self.gram is None else self.gram.resolution
+    def anchor(self) -> GramSpec | None:
+        """The anchor; None without one."""
+        return self.gram

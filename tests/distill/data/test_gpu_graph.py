@@ -2,6 +2,7 @@
 
 import io
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,11 +41,13 @@ EXISTING = {
 }
 
 
+@pytest.mark.parametrize("reduces", [False, True])
 def test_build_pipeline__puts_every_operator_where_there_is_one(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, *, reduces: bool
 ) -> None:
     monkeypatch.setattr(Pipeline, "build", Pipeline._build_graph)  # no more than Python's part
-    pipeline = build_pipeline(SPEC, lambda: (), batch=4, num_threads=2, device_id=0, prefetch=2)
+    spec = replace(SPEC, reduces_anchors=reduces)
+    pipeline = build_pipeline(spec, lambda: (), batch=4, num_threads=2, device_id=0, prefetch=2)
     placed = {(operator._op.device, _schema_of(operator._op)) for operator in pipeline._ops}
     assert {("mixed", "decoders__Image"), ("gpu", "Resize"), ("gpu", "GaussianBlur")} <= placed
     (decoding,) = (each for each in pipeline._ops if _schema_of(each._op) == "decoders__Image")

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
@@ -167,6 +168,23 @@ def test_fetch__a_batch_keeps_its_pixels_while_others_are_made(index: ImageIndex
         images.fetch(step)
     images.close()
     assert [digest(batch) for batch in held] == digests and len(set(digests)) == 6
+
+
+def test_fetch__global_crops_reduced_from_those_of_the_anchor(index: ImageIndex) -> None:
+    """Anchor and local crops are as without it, whatever the number of threads; and so is everything where sides are equal."""
+    spec = replace(SPEC, anchor_size=64)
+    plain = loader(index, range(8), spec).fetch(0)
+    made = [
+        loader(index, range(8), replace(spec, reduces_anchors=True), num_threads).fetch(0)
+        for num_threads in (1, 2)
+    ]
+    assert same(*made) and not torch.equal(made[0].global_crops, plain.global_crops)
+    assert torch.equal(made[0].local_crops, plain.local_crops)
+    assert plain.anchor_crops is not None and made[0].anchor_crops is not None
+    assert torch.equal(made[0].anchor_crops, plain.anchor_crops)
+    level = replace(spec, anchor_size=32)
+    reduced = loader(index, range(8), replace(level, reduces_anchors=True)).fetch(1)
+    assert same(loader(index, range(8), level).fetch(1), reduced)
 
 
 def test_fetch__shapes_and_anchor_crops(index: ImageIndex) -> None:
@@ -416,6 +434,19 @@ def test_graph__resize_is_pillows_bicubic(tmp_path: Path) -> None:
     )  # rounding of mirrored coordinates
 
 
+def test_graph__a_reduced_crop_is_the_anchors_at_the_smaller_size(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    Image.fromarray(picture(1)).save(path)
+    spec = replace(SPEC, num_local=0, anchor_size=48, reduces_anchors=True)
+    windows = np.array([[[4, 8, 36, 56], [2, 60, 30, 20]]], np.float32)  # the second is mirrored
+    neutral = CropParameters(windows, np.array([[NEUTRAL, NEUTRAL]], np.float32))
+    batch = source_outputs([np.fromfile(path, np.uint8)], neutral, spec)
+    outputs = build_pipeline(spec, lambda: batch, 1, 1, None, 1).run()
+    crops, anchors = (torch.from_dlpack(output.as_tensor())[0] for output in outputs)
+    smaller = F.interpolate(anchors, (32, 32), mode="bicubic", antialias=True)
+    assert crops.shape == (2, 3, 32, 32) and torch.equal(crops, smaller)
+
+
 def exact_crop(image: NDArray[np.uint8]) -> NDArray[np.float64]:
     return image[:32, :32].astype(np.float64)
 
@@ -511,12 +542,13 @@ def test_graph__solarise_inverts_from_the_threshold_and_on_the_second_crop_only(
     assert np.array_equal(run_graph(image, [0, 0, 32, 32], photometric, tmp_path), pixels)
 
 
-def test_reference__gives_what_the_graph_gives(index: ImageIndex) -> None:
+@pytest.mark.parametrize("reduces", [False, True])
+def test_reference__gives_what_the_graph_gives(index: ImageIndex, *, reduces: bool) -> None:
     """To 3 levels of 255, but for hue, whose definition differs, contrast, which turns about another grey,
 
     and what Pillow clips between two operations where DALI clips once.
     """
-    spec = replace(SPEC, anchor_size=48)
+    spec = replace(SPEC, anchor_size=48, reduces_anchors=reduces)
     positions = np.arange(6)
     hw = index.hw[:6]
     parameters = draw_parameters(

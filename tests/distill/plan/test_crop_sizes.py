@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from distill.errors import PlanError, RecipeError
-from distill.plan.crop_sizes import teacher_grid
+from distill.plan.crop_sizes import crop_schedule, teacher_grid
 from distill.plan.flops import DEVICES
 from distill.plan.from_recipe import family_footprint, plan_family, plan_fitting
 from distill.plan.teacher_source import teacher_shape
-from distill.recipe.keys import FamilyRecipe
+from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.reader import load_job
 from tests.support.jobs import differing, run_distill, write_recipes
 
@@ -151,3 +151,12 @@ def run(recipe: Path, out: Path, *words: str) -> Path:
     ended = run_distill("train", str(recipe), *words, "--out", str(out))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return out / "tiny"
+
+
+def test_crop_schedule__global_crops_are_reduced_where_a_stage_says_so() -> None:
+    for word, reduces in (("cut", False), ("reduced", True)):
+        recipe, _ = load_job("teacher_7b", [f"stages.1.gram.global_crops={word}"])
+        assert isinstance(recipe, TeacherRecipe)
+        kinds = [crop_schedule(recipe, stage).specs for stage in recipe.stages]
+        assert [each[0].reduces_anchors for each in kinds] == [False, reduces, False]
+        assert kinds[1][0].anchor_size == 512
