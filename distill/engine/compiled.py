@@ -2,7 +2,9 @@
 
     blocks of ViT and ConvNeXt    one code for all blocks of a kind; a graph for each shape of their input
     a custom student              all of it, where it is one graph
-    chunks of logits              few shapes (``teacher.heads``); temperatures are tensors
+    chunks of logits              few shapes (``teacher.chunks``); temperatures are tensors
+
+On a GPU logits are not written at all where kernels serve (``distill.engine.logit_kernels``).
 
 Everything else stays as written: embeddings, last norm, heads' layers, KoLeo, the optimizer. The forward
 *function* of a block is compiled, not its call, so hooks around it (FSDP) stay outside.
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from distill.engine.logit_kernels import logit_steps
 from distill.runfolder.events import Event, note
 from students.convnext import ConvNeXtBlock
 from students.custom import PROBE_STRIDES, Adapted
@@ -57,7 +60,9 @@ def compile_parts(network: nn.Module, backend: str = "inductor") -> list[str]:
     steps, lines = compiled_steps(backend), []
     for module in network.modules():
         if isinstance(module, Prototypes):
-            module.use_steps(steps)
+            chosen, why = logit_steps(module.weight, steps)
+            module.use_steps(chosen)
+            lines += [why] if why and why not in lines else []
         elif isinstance(module, Adapted):
             lines += _compile_custom(module, backend)
         elif isinstance(module, BLOCKS) and not has_depth:

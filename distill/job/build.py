@@ -174,9 +174,10 @@ def freeze(
         micro_images=recipe.engine.teacher_micro_batch,
         crop_scale=teacher_scale(recipe),
     )
+    teacher = teacher.to(device, compute_dtype(recipe))
     if _compiling(recipe, device).frozen:
         compile_parts(teacher)
-    return teacher.to(device, compute_dtype(recipe))
+    return teacher
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,8 @@ PAUSE_S = (
 )
 SELDOM = frozenset({"starting", BETWEEN_PHASES, "post-step", "saving"})  # now and then very long
 WAITING = frozenset({"exchange", "agreeing"})  # activities that are nothing but waiting for others
-COMPILER = (
-    "torch/_dynamo/convert_frame.py"  # on the stack while a graph is compiled, never while it runs
-)
+# On the stack while something is compiled, never while it runs
+COMPILERS = ("torch/_dynamo/convert_frame.py", "triton/compiler/compiler.py")
 COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 DEVICE_WAITS = ("torch/cuda/streams.py", "torch/cuda/__init__.py")  # where ``synchronize`` is
 # Functions of ours that wait for a device inside a call of C, which leaves no frame: what is copied has to be
@@ -290,9 +289,9 @@ def _frame_of(frame: FrameType | None) -> tuple[str, bool]:
 
 
 def _is_compiling(frame: FrameType | None) -> bool:
-    """Whether a thread stands in torch's compiler: a shape is new, which may be at any step."""
+    """Whether a thread stands in a compiler: a shape is new, which may be at any step."""
     while frame is not None:
-        if frame.f_code.co_filename.endswith(COMPILER):
+        if frame.f_code.co_filename.endswith(COMPILERS):
             return True
         frame = frame.f_back
     return False

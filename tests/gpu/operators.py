@@ -6,6 +6,7 @@ the reference, of all outputs and gradients of an operator.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,15 +129,26 @@ def _head(inputs: Inputs) -> list[Tensor]:
     return with_gradients([head(tokens)], [tokens, *head.mlp.parameters()])
 
 
-def _cross_entropy(inputs: Inputs) -> list[Tensor]:
+def _kernels(inputs: Inputs) -> list[Tensor]:
+    """On a GPU, in bf16, without logits in memory."""
+    from teacher.chunks import AS_WRITTEN
+    from teacher.kernels import KernelSteps
+
+    is_gpu = inputs.device.type == "cuda"
+    return _cross_entropy(inputs, KernelSteps(AS_WRITTEN) if is_gpu else AS_WRITTEN)
+
+
+def _cross_entropy(inputs: Inputs, steps: Any = None) -> list[Tensor]:
+    from teacher.chunks import AS_WRITTEN
     from teacher.heads import cross_entropy, sinkhorn
 
+    steps = steps or AS_WRITTEN
     prototypes, student = inputs.draw(48, 16), inputs.draw(3, IMAGES, 16)
     targets = inputs.draw(2 * IMAGES, 16, has_grad=False)
-    assignment = sinkhorn(targets / 4, prototypes.detach(), 1.0)
+    assignment = sinkhorn(targets / 4, prototypes.detach(), 1.0, None, steps)
     mixture = torch.full((3, 2), 0.5, device=inputs.device)
     weights = torch.full((IMAGES,), 1.0 / IMAGES, device=inputs.device)
-    loss = cross_entropy(student, prototypes, assignment, mixture, weights)
+    loss = cross_entropy(student, prototypes, assignment, mixture, weights, steps)
     return [
         *with_gradients([loss], [student, prototypes]),
         assignment.log_rows / assignment.log_rows.norm(),
@@ -224,6 +236,7 @@ OPERATORS: dict[str, Operator] = {
     "convnext": _backbone(ConvNeXtSpec((1, 1), (8, 16))),
     "head": _head,
     "sinkhorn and cross-entropy": _cross_entropy,
+    "the same in kernels": _kernels,
     "koleo": _koleo,
     "gram": _gram,
     "resize bilinear": _resize("bilinear"),

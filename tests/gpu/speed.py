@@ -136,7 +136,18 @@ def _student_step(name: str, device: torch.device, sizes: Sizes) -> Figures:
 
 
 def losses(device: torch.device, sizes: Sizes) -> Figures:
-    """Milliseconds per image of Sinkhorn and of the cross-entropies alone, forward and both ways."""
+    """Milliseconds per image of Sinkhorn and of the cross-entropies alone, forward and both ways, in chunks and in kernels without logits."""
+    from teacher.chunks import AS_WRITTEN
+    from teacher.kernels import KernelSteps
+
+    figures = _losses(device, sizes, AS_WRITTEN)
+    if device.type == "cuda":
+        found = _losses(device, sizes, KernelSteps(AS_WRITTEN))
+        figures |= {f"{name} in kernels": value for name, value in found.items()}
+    return figures
+
+
+def _losses(device: torch.device, sizes: Sizes, steps: LogitSteps) -> Figures:
     from teacher.heads import cross_entropy, sinkhorn
 
     images, crops = sizes.images_default, sizes.crops
@@ -151,16 +162,18 @@ def losses(device: torch.device, sizes: Sizes) -> Figures:
         targets = unit_rows(num_targets * rows, head.bottleneck, device, 5)
         rows_of = unit_rows(num_crops * rows, head.bottleneck, device, 6)
         student_rows = rows_of.view(num_crops, rows, -1).requires_grad_()
-        assigned = sinkhorn(targets, prototypes.detach(), TEMPERATURE)
+        assigned = sinkhorn(targets, prototypes.detach(), TEMPERATURE, None, steps)
         mixture = torch.full((num_crops, num_targets), 1.0 / num_targets, device=device)
         weights = torch.full((rows,), 1.0 / rows, device=device)
         works: dict[str, Callable[[], object]] = {
-            "sinkhorn": lambda t=targets, p=prototypes: sinkhorn(t, p.detach(), TEMPERATURE),
+            "sinkhorn": lambda t=targets, p=prototypes: sinkhorn(
+                t, p.detach(), TEMPERATURE, None, steps
+            ),
             "forward": lambda a=(student_rows, prototypes, assigned, mixture, weights): (
-                cross_entropy(*a).detach()
+                cross_entropy(*a, steps).detach()
             ),
             "both ways": lambda a=(student_rows, prototypes, assigned, mixture, weights): (
-                cross_entropy(*a).backward()
+                cross_entropy(*a, steps).backward()
             ),
         }
         for work_name, work in works.items():

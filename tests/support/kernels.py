@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from distill.engine.logit_kernels import trial
 from teacher import kernels
 from teacher.chunks import AS_WRITTEN, LogitSteps, SoftAssignment
 from teacher.heads import cross_entropy, sinkhorn
@@ -127,13 +128,15 @@ def values() -> dict[str, Any]:
             TILINGS[F32] = SMALL_TILES if case.rows == 1 else LARGE_TILES
             found = run(exact.to(dtype), case.temperature, TILED)
             facts[f"{name}, {str(dtype).removeprefix('torch.')}"] = apart(found, expected)
+        chunked = run(exact.to(BF16), case.temperature, AS_WRITTEN)
+        facts[f"{name}, bfloat16 in chunks"] = apart(chunked, expected)
     facts["near its targets"] = _near_targets()
     facts["claims"] = {claim.__name__.strip("_"): claim() for claim in CLAIMS}
     return facts
 
 
 def loops() -> dict[str, float]:
-    """Against the nested loops, which know no logarithms and no chunks."""
+    """Against the nested loops, which know no logarithms and no chunks; and what a GPU is tried with."""
     case = Case(3, 11, 5, 6, 3, 2, 0.07)
     exact = inputs_of(case)
     student, prototypes = (each.requires_grad_() for each in (exact.student, exact.prototypes))
@@ -150,7 +153,8 @@ def loops() -> dict[str, float]:
         (found, found_loss, by_student, by_prototypes), (targets, loss, *gradients), strict=True
     )
     names = "assignment", *NAMES[2:]
-    return {name: _apart(*pair) for name, pair in zip(names, pairs, strict=True)}
+    differences = {name: _apart(*pair) for name, pair in zip(names, pairs, strict=True)}
+    return {**differences, "trial": trial(torch.device("cpu"), 16)}
 
 
 def _near_targets() -> dict[str, float]:

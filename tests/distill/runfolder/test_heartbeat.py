@@ -168,12 +168,18 @@ def test_record__a_collective_and_a_synchronize_wait_whatever_the_activity(
     assert allowed_s == wanted
 
 
-def test_record__a_step_that_compiles_may_take_long_whenever_it_comes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "function"),
+    [("/lib/torch/_dynamo/convert_frame.py", "_compile"), ("/triton/compiler/compiler.py", "make")],
+)
+def test_record__a_step_that_compiles_may_take_long_whenever_it_comes(
+    tmp_path: Path, file: str, function: str
+) -> None:
     heartbeat, standing = Heartbeat(tmp_path, 0), Standing()
     heartbeat.set_limit(5.0)
     for step in range(4):
         heartbeat.enter("learning", step)
-    compile_frame = inside("/lib/torch/_dynamo/convert_frame.py", "_compile")
+    compile_frame = inside(file, function)
     _, is_waiting, allowed_s = standing.frame_of(lambda: compile_frame(standing), heartbeat)
     assert not is_waiting and allowed_s == FIRST_ALLOWED_S
     assert heartbeat.record().allowed_s == 5.0
