@@ -73,7 +73,7 @@ COVERED_BY = {
     "distill.job.run": "tests/distill/engine/test_devices.py",
     "distill.report.step_sheet": "tests/distill/cli/test_data.py",
     "distill.job.to_data": "tests/distill/job/test_pretraining.py",
-    "distill.cli.override_words": "tests/distill/cli/test_messages.py",
+    "distill.recipe.override_words": "tests/distill/cli/test_messages.py",
     "distill.cli.usage_errors": "tests/distill/cli/test_messages.py",
     "distill.listing.yaml_causes": "tests/distill/cli/test_messages.py",
     "distill.data.sources": "tests/test_extending.py",

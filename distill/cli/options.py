@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from distill.cli.override_words import check_form
 from distill.errors import RecipeError
+from distill.recipe.override_words import check_form
 from distill.screen.console import make_console, printable
 
 RecipeArgument = Annotated[
