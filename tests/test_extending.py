@@ -12,11 +12,11 @@ import pytest
 
 from distill.errors import RecipeError
 from distill.job.family import extra_terms
-from distill.job.recipe_hash import recipe_hash
 from distill.job.resolved_yaml import resolved_yaml
 from distill.listing.extensions import ExtensionKind, find
 from distill.recipe.keys import FamilyRecipe, extension
 from distill.recipe.reader import load_job
+from distill.recipe.recipe_hash import recipe_hash
 from tests.support.command import Run
 from tests.support.jobs import ENVIRONMENT, write_images
 

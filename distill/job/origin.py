@@ -34,10 +34,10 @@ from distill.export.licences import (
     write_licences,
 )
 from distill.export.network_names import HUB_NAME, base_model, teacher_name
-from distill.job.recipe_hash import recipe_hash
 from distill.job.stored_recipes import Recipes
 from distill.recipe.init_keys import InitSpec, LicenceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+from distill.recipe.recipe_hash import recipe_hash
 from distill.runfolder.files import is_full, make_folder, remove, replace_text
 from distill.runfolder.status import TEACHER, write_json
 from distill.weights.identity import catalogue_name

@@ -25,7 +25,6 @@ from distill.errors import CheckpointError, DataError
 from distill.job.changes import with_changes
 from distill.job.initial import check_inits, describe_starts, note_inits, with_fingerprints
 from distill.job.origin import licences_of_students, licences_of_teacher, store_licences
-from distill.job.recipe_hash import recipe_hash
 from distill.job.resume import describe_resume, find_saved, joining_steps
 from distill.job.stored_recipes import load_from_here, read_recipes, write_recipes
 from distill.listing.extensions import BUILTIN, ExtensionKind, find
@@ -40,6 +39,7 @@ from distill.plan.job import check_job, main_plan
 from distill.plan.teacher_source import describe_teacher, heads_file
 from distill.recipe.inputs import DataSpec, SourceSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
+from distill.recipe.recipe_hash import recipe_hash
 from distill.recipe.types import BUILTIN_PHOTOGRAPHS
 from distill.runfolder.files import make_folder, remove
 from distill.runfolder.manifest import ChangedError, TeacherFacts

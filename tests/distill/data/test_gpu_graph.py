@@ -23,11 +23,11 @@ from distill.data.loader import Loader
 from distill.data.pipeline import build_pipeline, find_refused
 from distill.data.sampler import Pool, Sampler
 from distill.errors import SetupError
-from distill.job.recipe_hash import recipe_hash
 from distill.job.to_data import build_loader
 from distill.launch import doctor
 from distill.listing.decode import Decoding
 from distill.recipe.reader import load_recipe
+from distill.recipe.recipe_hash import recipe_hash
 from tests.support.gpu import ON_GPU
 from tests.support.pictures import picture
 from tests.support.pretend_gpu import GPU

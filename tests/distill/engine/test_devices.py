@@ -17,9 +17,9 @@ from distill.engine.device import take_device
 from distill.engine.engine import prepare_deepspeed
 from distill.errors import SetupError
 from distill.job.prepare import JobRequest, prepare, read_job
-from distill.job.recipe_hash import recipe_hash
 from distill.job.run import _Run
 from distill.recipe.reader import load_recipe
+from distill.recipe.recipe_hash import recipe_hash
 from distill.report.summary import finish
 from distill.runfolder.heartbeat import Heartbeat
 from distill.runfolder.requests import StopSaveRequests

@@ -132,7 +132,7 @@ def test_load_job__a_stage_that_cannot_be(word: str) -> None:
 
 
 def test_hash__is_as_before_without_stages() -> None:
-    from distill.job.recipe_hash import recipe_hash
+    from distill.recipe.recipe_hash import recipe_hash
 
     recipe, _ = load_job(str(builtin_recipes()["family_vit"]), [])
     assert isinstance(recipe, FamilyRecipe)

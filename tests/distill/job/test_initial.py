@@ -15,9 +15,9 @@ from distill.job.agreement import facts_of
 from distill.job.initial import INITIAL, check_inits, with_fingerprints
 from distill.job.origin import LICENCES, licence_warning, licences_of_network
 from distill.job.prepare import Job, JobRequest, prepare
-from distill.job.recipe_hash import recipe_hash
 from distill.job.stored_recipes import load_from_here, read_recipes
 from distill.recipe.keys import FamilyRecipe
+from distill.recipe.recipe_hash import recipe_hash
 from tests.support.command import Run
 from tests.support.jobs import run_distill, write_images
 from tests.support.weights import FACTS, VIT, folder_of, random_weights

@@ -22,8 +22,8 @@ from distill.job.origin import (
     student_record,
 )
 from distill.job.prepare import JobRequest, prepare
-from distill.job.recipe_hash import recipe_hash
 from distill.job.stored_recipes import load_from_here
+from distill.recipe.recipe_hash import recipe_hash
 from tests.support.command import Run
 from tests.support.exports import INPUTS, VIT, write_network
 from tests.support.jobs import write_images

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 
 from distill.errors import CheckpointError
-from distill.job.recipe_hash import recipe_hash
 from distill.job.resume import describe_resume, find_saved, joining_steps
 from distill.listing.document import builtin_recipes
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_recipe
+from distill.recipe.recipe_hash import recipe_hash
 from distill.runfolder.manifest import FORMAT_VERSION, ChangedError, Manifest, NetworkFacts
 
 LOADED = load_recipe(builtin_recipes()["family_vit"])

@@ -6,13 +6,13 @@ import pytest
 from pydantic import BeforeValidator, Strict
 
 from distill.errors import RecipeError
-from distill.job.recipe_hash import recipe_hash
 from distill.job.resolved_yaml import _without_null
 from distill.listing.document import builtin_recipes
 from distill.recipe import formats
 from distill.recipe.formats import has_changed_since, with_defaults_of
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.reader import load_job
+from distill.recipe.recipe_hash import recipe_hash
 from distill.recipe.types import RECIPE_FORMAT, Section, facts_of, machine, science, size_mapping
 from distill.screen.usage import _sections_below
 

@@ -14,7 +14,6 @@ from distill.data.locations import Location
 from distill.data.sampler import Pool
 from distill.data.sources import Found
 from distill.errors import RecipeError
-from distill.job.recipe_hash import recipe_hash
 from distill.job.resolved_yaml import resolved_yaml
 from distill.job.to_data import decoding_of, pools_of
 from distill.listing.document import RESOLVED, builtin_recipes, find_recipe
@@ -23,6 +22,7 @@ from distill.recipe.interval_keys import CheckpointSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import ArchSpec
 from distill.recipe.reader import load_job, load_recipe, names_teacher_recipe
+from distill.recipe.recipe_hash import recipe_hash
 from distill.recipe.types import Section
 from students.shapes import CATALOG, ConvNeXtSpec
 from teacher.shapes import ViTSpec

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from distill.job.recipe_hash import recipe_hash
 from distill.listing.document import RESOLVED, builtin_recipes
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job
+from distill.recipe.recipe_hash import recipe_hash
 from distill.recipe.types import Section, facts_of
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
