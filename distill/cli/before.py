@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from distill.bench.assumed import assumptions_of, chances_of
 from distill.cli.options import (
     AllowCodeOption,
     CostsOption,
@@ -30,8 +31,6 @@ from distill.cli.simulate import (
     MtbfOption,
     SeedOption,
     SimulateOption,
-    assumptions_of,
-    chances_of,
     refuse_alone,
     show_simulation,
 )

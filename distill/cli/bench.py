@@ -15,6 +15,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
+from distill.bench.assumed import read_jitter
 from distill.cli.bench_step import bench_step
 from distill.cli.options import (
     AllowCodeOption,
@@ -26,7 +27,6 @@ from distill.cli.options import (
     count_ranks,
     print_json,
 )
-from distill.cli.simulate import read_jitter
 from distill.errors import DataError, RecipeError
 from distill.runfolder.files import replace_text
 from distill.screen.console import make_console
