@@ -105,7 +105,7 @@ def evaluate(
 
 
 def _open(paths: Sequence[Path], allow: bool, *, are_runs: bool) -> None:
-    """Refuses what is no run where runs are wanted; applies ``--allow-code`` to each run."""
+    """Refuses what is no run where runs are wanted; applies ``--allow-code`` to each run or network."""
     for path in paths:
         if are_runs:
             _require_run(path)

@@ -89,7 +89,7 @@ class Choice:
                 kind = f"a custom student, made by {factory}" if factory else "no custom student"
                 raise RecipeError(
                     f"--to {form}: {name} is {kind}",
-                    fix=f"Use --to {' or '.join(forms)}, or leave it out by --student.",
+                    fix=f"Use --to {', '.join(forms[:-1])} or {forms[-1]}, or leave it out by --student.",
                 )
 
     @property

@@ -15,7 +15,7 @@ import transformers
 from safetensors import safe_open
 
 from distill.errors import CheckpointError, SetupError, UserError
-from distill.export import to_hf, to_meta, to_onnx, to_timm
+from distill.export import to_factory, to_hf, to_meta, to_onnx, to_timm
 from distill.export.card import Background
 from distill.export.export import DTYPES, Dtype, Exported, export_network
 from distill.export.exporter import Exporter
@@ -324,7 +324,7 @@ def test_largest_differences__nan_and_shapes_are_not_agreement() -> None:
 def test_largest_differences__are_in_parts_of_the_features_size() -> None:
     ours = [(torch.tensor([[3.0, -4.0]]), torch.zeros(1, 3, 2))] * 2
     near = [(torch.tensor([[3.0, -4.5]]), torch.full((1, 3, 2), 0.25)), ours[0]]
-    wanted = 0.5 / math.sqrt(12.5), 0.25  # where all of ours are 0, what differs counts as it is
+    wanted = 0.125, 0.25  # where all of ours are 0, what differs counts as it is
     assert largest_differences(ours, near) == pytest.approx(wanted, rel=1e-12)
     large, close = (
         [(1e3 * each, 1e3 * patches) for each, patches in part] for part in (ours, near)
@@ -333,7 +333,13 @@ def test_largest_differences__are_in_parts_of_the_features_size() -> None:
 
 
 def test_exporters__every_name_of_the_table() -> None:
-    modules = {"hf": to_hf, "timm": to_timm, "meta": to_meta, "onnx": to_onnx}
+    modules = {
+        "hf": to_hf,
+        "timm": to_timm,
+        "meta": to_meta,
+        "onnx": to_onnx,
+        "factory": to_factory,
+    }
     assert {name: exporter_of(name) for name in BUILTIN[ExtensionKind.EXPORTER]} == {
         name: module.EXPORTER for name, module in modules.items()
     }
