@@ -1,6 +1,7 @@
-"""A custom student from the command line, as a user types it: trained, exported, read in another process, scored."""
+"""Custom students from the command line, as a user types it: trained, exported, read in another process, scored."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from tests.support.custom_nets import ARGS, forget, write_module
 from tests.support.exports import VIT, write_network
 from tests.support.jobs import ENVIRONMENT
 from tests.support.scored_run import write_splits
+from tests.support.timm_shim import INSTALL, write_startup
 
 ROOT = Path(__file__).parents[3]
 RECIPE = """\
@@ -22,12 +24,14 @@ name: mine
 format: 3
 teacher: {weights: teacher, heads: none}
 students:
-  - {name: edge, arch: "edgenets:Normed", args: ARGS}
+STUDENTS
 data: {sources: [{path: images/train}]}
 crops: {global: 64, local: {count: 2, size: 32}}
 schedule: {batch: 32, steps: 6, lr: {peak: 1.0e-3}}
 engine: {device: cpu, processes: 2, precision: fp32}
 """
+EDGE = f'  - {{name: edge, arch: "edgenets:Normed", args: {json.dumps(ARGS)}}}'
+OF_TIMM = '  - {name: mobile, arch: "timm:mobilenetv3_small_050"}'
 READER = """\
 import json, sys, torch
 from edgenets import Normed
@@ -43,11 +47,12 @@ assert "distill" not in sys.modules
 
 
 def typed(here: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, in a folder; the tree is found from anywhere."""
+    """The command in a process of its own, in a folder; the tree is found from anywhere, and what ``shim`` declares."""
+    paths = (str(here / "shim"), str(ROOT), os.environ.get("PYTHONPATH", ""))
     return subprocess.run(
         [sys.executable, *words],
         cwd=here,
-        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+        env={**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(paths)},
         capture_output=True,
         text=True,
         check=False,
@@ -62,7 +67,7 @@ def test_custom_student__from_training_to_another_process(
     factory = write_module(tmp_path, "edgenets")
     write_network(tmp_path / "teacher", VIT)
     write_splits(tmp_path / "images", (40, 8))
-    (tmp_path / "mine.yaml").write_text(RECIPE.replace("ARGS", json.dumps(ARGS)))
+    (tmp_path / "mine.yaml").write_text(RECIPE.replace("STUDENTS", EDGE))
     program = ("-m", "distill")
     for words in (
         ("train", "mine.yaml", "--plain"),
@@ -94,6 +99,30 @@ def test_custom_student__from_training_to_another_process(
     ended = typed(tmp_path / "elsewhere", *program, *words, "--allow-code")
     assert ended.returncode == 0, ended.stderr
     assert 0.0 <= json.loads(ended.stdout)["students"]["edge"]["knn"] <= 1.0
+
+
+@pytest.mark.slow  # six processes that import torch, one of which trains on two ranks
+def test_student_of_timm__is_trained_exported_and_scored(tmp_path: Path) -> None:
+    write_startup(tmp_path / "shim")
+    ended = typed(tmp_path, "-c", "import timm")
+    if ended.returncode != 0:
+        reason = ended.stderr.strip().splitlines()[-1]
+        pytest.skip(f"timm does not import here ({reason}); {INSTALL}")
+    write_network(tmp_path / "teacher", VIT)
+    write_splits(tmp_path / "images", (40, 8))
+    (tmp_path / "mine.yaml").write_text(RECIPE.replace("STUDENTS", OF_TIMM))
+    program = ("-m", "distill")
+    for words in (
+        ("train", "mine.yaml", "--plain"),
+        ("export", "runs/mine", "--to", "factory"),
+        ("export", "runs/mine", "--to", "onnx"),
+    ):
+        ended = typed(tmp_path, *program, *words)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+    folder = str(tmp_path / "runs/mine/export/factory/mobile")
+    ended = typed(tmp_path, *program, "eval", folder, "--data", str(tmp_path / "images"), "--json")
+    assert ended.returncode == 0, ended.stderr
+    assert 0.0 <= json.loads(ended.stdout)["students"]["mobile"]["knn"] <= 1.0
 
 
 @torch.no_grad()
