@@ -9,6 +9,9 @@ built or run.
                for each operator that it leaves to a library: matrix products, convolutions, attention
     bytes      of the buffers that each of them reads and writes, once each; their sum is inductor's ``num_bytes_accessed``
 
+Loss and Sinkhorn in bf16 are kernels without logits (``teacher.kernels``), counted as operators: a launch each, products by their
+FLOPs, and the bytes of inputs and outputs among those of products.
+
 Inductor's ``generated_kernel_count`` is not taken for the kernels: for a CPU it has the loops of each by themselves, main
 part and rest, and is two to three times the number of kernels of a GPU.
 """
@@ -29,6 +32,7 @@ from distill.bench.trace import LAUNCHES, MATMULS, Counts, count
 from distill.engine.compiled import BLOCKS, allow_shapes
 from teacher.chunks import AS_WRITTEN, ChunkSteps
 from teacher.heads import Prototypes
+from teacher.kernels import KernelSteps
 
 CPU_NAMES = {  # of a library's calls, to those of a GPU
     "_scaled_dot_product_flash_attention_for_cpu": "_scaled_dot_product_flash_attention",
@@ -71,9 +75,10 @@ class Parts:
             elif isinstance(module, BLOCKS):
                 self._watch(module)
 
-    def steps(self) -> ChunkSteps:
-        """What is done with a chunk of logits, noted."""
-        return ChunkSteps(*(self._noting(step) for step in vars(AS_WRITTEN).values()))
+    def steps(self) -> KernelSteps:
+        """As on a GPU: kernels without logits, which are counted as operators, and where they do not serve chunks, noted."""
+        chunks = ChunkSteps(*(self._noting(step) for step in vars(AS_WRITTEN).values()))
+        return KernelSteps(chunks)
 
     def _watch(self, module: nn.Module) -> None:
         forward = type(module).forward

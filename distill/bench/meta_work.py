@@ -25,7 +25,7 @@ from distill.train.student import SinkhornTargets
 from students.objective import FeatureNormalizer, FeatureTask
 from students.student import build_empty
 from teacher.batch import CropBatch, PatchMasks, StudentBatch, TeacherTargets
-from teacher.chunks import AS_WRITTEN, ChunkSteps
+from teacher.chunks import AS_WRITTEN, LogitSteps
 from teacher.heads import Head
 from teacher.shapes import HeadShape, scaled_size
 from teacher.task import DistillationTask, StepScalars, TaskOptions, see_crops
@@ -200,7 +200,7 @@ def _task(family: FamilyWork, student: StudentSpec) -> Any:
     return DistillationTask(backbone, dino, ibot, options, None, 1, koleo_is_local=True)
 
 
-def _targets(family: FamilyWork, batch: StudentBatch, steps: ChunkSteps) -> Callable[[], Any]:
+def _targets(family: FamilyWork, batch: StudentBatch, steps: LogitSteps) -> Callable[[], Any]:
     """Makes what a student is compared with: of a micro-batch, where a job makes it of the slice at once."""
     builder: FeatureNormalizer | SinkhornTargets
     if family.teacher.heads is None:

@@ -87,7 +87,7 @@ def assumptions(hardware: Hardware, *, is_compiled: bool) -> list[str]:
     rates = ", ".join(f"{hardware.rate(width):.0f} at width {width}" for width in RATES)
     how = "counted on the meta device by operators, eager"
     if is_compiled:
-        how = "blocks and chunks of logits by inductor's schedule for a CPU, the rest by operators, eager"
+        how = "blocks by inductor's schedule for a CPU, loss and Sinkhorn in bf16 by kernels without logits (in fp32 chunks by inductor), the rest by operators, eager"
     return [
         f"Estimated: {how}; nothing ran on a GPU.",
         f"Products of {hardware.name} in TFLOP/s: {rates}.",

@@ -33,7 +33,8 @@ FREE = frozenset(
         "alias",
     ]
 )
-MATMULS = frozenset(["mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"])
+TILED = frozenset(["gather_tiles", "scatter_tiles"])  # of ``teacher.kernels``: products in tiles
+MATMULS = TILED | {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
 # Kernels of one call in torch's CUDA code, where it is not one
 LAUNCHES: Mapping[str, int] = {
     "logsumexp": 5,
@@ -161,7 +162,7 @@ def _size(tensor: Tensor) -> int:
 
 def _fill_of(name: str, made: Any) -> float:
     """The part of its tiles' work that a matrix product does, with the best tiles: their edges and the last wave are not full."""
-    if name.startswith("convolution"):
+    if name in TILED or name.startswith("convolution"):
         return 1.0
     *batch, rows, columns = made.shape
     if not made.numel():

@@ -34,7 +34,7 @@ def bench_step(
         bool,
         typer.Option(
             "--compiled",
-            help="Count the kernels that torch's compiler makes of blocks, loss and Sinkhorn (`engine.compile`), beside those as written. Needs a C++ compiler.",
+            help="Count what `engine.compile` gives a GPU, beside the step as written: torch's compiler for blocks, kernels without logits for loss and Sinkhorn. Needs a C++ compiler.",
         ),
     ] = False,
     allow: AllowCodeOption = False,

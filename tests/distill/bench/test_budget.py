@@ -35,8 +35,7 @@ def test_budget__of_compiled_parts_grows_by_no_more_than_two_percent() -> None:
     for name, figures in now.items():
         assert figures["other_bytes"] < 0.6 * written[name]["other_bytes"], name
         assert figures["launches"] < 0.85 * written[name]["launches"], name
-        products = figures["matmul_bytes"] / written[name]["matmul_bytes"]
-        assert products == pytest.approx(1.0, rel=0.02), name  # rows of the loss are padded
+        assert figures["matmul_bytes"] <= written[name]["matmul_bytes"], name
 
 
 def test_budget__a_growth_is_named_with_the_way_to_accept_it() -> None:

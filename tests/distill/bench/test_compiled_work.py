@@ -1,5 +1,6 @@
 """Parts are noted as they are called. What a compiler makes of them: ``test_budget``, in a process of its own."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from distill.bench.compiled_work import Parts, as_written
 from distill.bench.trace import count
 from students.student import build_empty
 from teacher.chunks import AS_WRITTEN
-from teacher.heads import sinkhorn
+from teacher.heads import cross_entropy, sinkhorn
 from teacher.shapes import ViTSpec
 
 META = torch.device("meta")
@@ -60,6 +61,31 @@ def test_parts__of_sinkhorn_are_full_chunks_of_rows() -> None:
     sinkhorn(rows, prototypes, 0.07, None, parts.steps())
     calls = {part.function: 0 for part in parts.take()}
     assert calls.keys() == {AS_WRITTEN.balance_columns, AS_WRITTEN.balance_rows}
+
+
+def test_kernels__of_the_released_heads_keep_within_sixty_launches_and_400_mb() -> None:
+    """Sinkhorn and both losses of 16 images, with the bytes of the kernels themselves; in chunks 3,902 launches and 4,500 MB."""
+
+    def bf16(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, dtype=torch.bfloat16, device=META)
+
+    images, launches, size = 16, 0, 0
+    steps = Parts(torch.nn.Module()).steps()
+    for crops, rows, targets, columns, width in (
+        (10, images, 2, 262_144, 512),
+        (1, 77 * images, 1, 98_304, 384),
+    ):
+        student, weight = bf16(crops, rows, width), bf16(columns, width)
+        student.requires_grad_(), weight.requires_grad_()
+        bottleneck, prototypes = bf16(targets * rows, width), bf16(columns, width)
+        factors = torch.empty(crops, targets, device=META), torch.empty(rows, device=META)
+        balanced, found = count(partial(sinkhorn, bottleneck, prototypes, 0.07, None, steps))
+        forward, loss = count(partial(cross_entropy, student, weight, found, *factors, steps))
+        backward, _ = count(loss.backward)
+        launches += forward.launches + backward.launches
+        size += sum(each.other_bytes + each.matmul_bytes for each in (balanced, forward, backward))
+    assert launches <= 60
+    assert size <= 400e6 * images
 
 
 def test_bench_step__compiled_without_a_compiler_is_one_line(
