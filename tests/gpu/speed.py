@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from students.shapes import student_heads
+from teacher.chunks import LogitSteps
 from tests.gpu.clock import (
     Figures,
     measure_s,

@@ -3,6 +3,7 @@
 TRITON_INTERPRET=1 python -m tests.support.kernels loops      differences to nested loops
 TRITON_INTERPRET=1 python -m tests.support.kernels values     differences to float64, and reruns
 python -m tests.support.kernels compiled WIDTH [WIDTH...]     registers, spills and shared memory for sm_80 and sm_90
+python -m tests.support.kernels launched                      how many kernels steps of two sizes make, on a GPU that is only said to be there
 
 In a process of its own: the interpreter is chosen when a kernel is defined, and the suite's shape checks would wrap kernels.
 """
@@ -284,6 +285,43 @@ def _size(kernel: Any, fixed: dict[str, Any], capability: int) -> dict[str, int]
     }
 
 
+class _SaidToBeThere:
+    """A driver for which Triton makes kernels as at a launch."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+
+def launched() -> dict[str, list[int]]:
+    """By kernel how many were made after a step, and after one of other numbers of rows. Nothing runs."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from teacher import tiles
+
+    driver.set_active(_SaidToBeThere())
+    start = JITFunction.run
+
+    def make(kernel: Any, *args: Any, warmup: bool, **fixed: Any) -> Any:
+        return start(kernel, *args, warmup=True, **fixed)
+
+    JITFunction.run = make
+    counts: dict[str, list[int]] = {"gather": [], "merge": [], "scatter": []}
+    for rows in (70, 71):
+        run(inputs_of(Case(rows, 300, 40, 24, 10, 2, 0.04)).to(BF16), 0.04, TILED)
+        for name, found in counts.items():
+            found.append(len(getattr(tiles, name).device_caches[0][0]))
+    return counts
+
+
 FP32_POINTERS = {
     *("log_rows", "log_keys", "peaks", "totals", "sums", "levels"),
     *("log_student", "factors", "log_columns"),
@@ -305,6 +343,8 @@ if __name__ == "__main__":
             facts = loops()
         case ["values"]:
             facts = values()
+        case ["launched"]:
+            facts = launched()
         case ["compiled", *widths]:
             facts = compiled([int(width) for width in widths])
         case _:

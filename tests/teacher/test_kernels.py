@@ -27,7 +27,10 @@ needs_triton = pytest.mark.skipif(
 
 @cache
 def facts_of(*words: str) -> dict[str, Any]:
-    environment = {**ENVIRONMENT, "TRITON_INTERPRET": "0" if words[0] == "compiled" else "1"}
+    environment = {
+        **ENVIRONMENT,
+        "TRITON_INTERPRET": "1" if words[0] in ("loops", "values") else "0",
+    }
     command = [sys.executable, "-m", "tests.support.kernels", *words]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert ended.returncode == 0, ended.stderr
@@ -89,6 +92,12 @@ def test_kernels__of_the_widest_heads_fit_on_a_gpu() -> None:
     for name, size in facts_of("compiled", "384", "512").items():
         assert size["shared"] <= SHARED_MEMORY[name.split(", ")[-1]], name
         assert size["spilled"] <= 160, name
+
+
+@needs_triton
+def test_kernels__are_made_once_for_all_numbers_of_rows() -> None:
+    """Log sums with and without factors, student and teacher; a step with other numbers of masked patches compiles nothing."""
+    assert facts_of("launched") == {"gather": [4, 4], "merge": [3, 3], "scatter": [1, 1]}
 
 
 def test_kernel_steps__leave_other_inputs_to_the_chunks() -> None:
