@@ -33,6 +33,7 @@ COVERED_BY = {
     "distill.runfolder.saver": "tests/chaos/test_disk.py",
     "distill.cli.before": "tests/distill/cli/test_app.py",
     "distill.screen.key_text": "tests/distill/screen/test_json_schema.py",
+    "distill.screen.counted": "tests/distill/cli/test_data.py",
     "distill.screen.keys": "tests/distill/screen/test_json_schema.py",
     "distill.cli.recipes": "tests/distill/cli/test_app.py",
     "distill.cli.results": "tests/distill/cli/test_app.py",

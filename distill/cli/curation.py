@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from distill.cli.curation_choices import AmongOption, EmbArgument, OutFolder
-from distill.cli.data import ProgressBar, SourcesArgument
+from distill.cli.data import SourcesArgument
 from distill.cli.options import (
     AllowCodeOption,
     DebugOption,
@@ -22,6 +22,7 @@ from distill.cli.options import (
 )
 from distill.engine.variables import is_first
 from distill.errors import RecipeError
+from distill.screen.counted import ProgressBar
 
 QUICKSTART = Path("runs/quickstart")
 

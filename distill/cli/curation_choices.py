@@ -1,14 +1,13 @@
 """``distill data dedup``, ``retrieve`` and ``report``: images without their copies, images like some others, a page about a choice."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from distill.cli.data import ProgressBar, SourcesArgument
+from distill.cli.data import SourcesArgument
 from distill.cli.options import DebugOption, JsonOption, print_json, progress, say
+from distill.screen.counted import Bars, ProgressBar
 
 OutFolder = Annotated[Path, typer.Option("-o", "--out", help="The folder for data.sources.")]
 AmongOption = Annotated[
@@ -16,14 +15,6 @@ AmongOption = Annotated[
     typer.Option("--among", metavar="CHOSEN", help="Only of these, as dedup EMB wrote them."),
 ]
 EmbArgument = Annotated[Path, typer.Argument(metavar="EMB", help="Of distill data embed.")]
-
-
-class Bars(ExitStack):
-    """One progress bar after the other."""
-
-    def __call__(self, what: str) -> Callable[[int, int], None]:
-        self.close()
-        return self.enter_context(ProgressBar(what))
 
 
 def dedup(

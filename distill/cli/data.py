@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from distill.cli.options import (
@@ -19,6 +18,7 @@ from distill.cli.options import (
     say,
 )
 from distill.screen.console import make_console
+from distill.screen.counted import ProgressBar
 
 if TYPE_CHECKING:
     from distill.data.dataset_report import DatasetReport
@@ -37,26 +37,6 @@ SourcesArgument = Annotated[
 LimitOption = Annotated[
     float, typer.Option("--max-megapixels", help="Larger images are not decoded.")
 ]
-
-
-class ProgressBar:
-    """A progress bar on standard error with counts and the time left."""
-
-    def __init__(self, what: str) -> None:
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=make_console(to_stderr=True), transient=True)
-        self._task = self._progress.add_task(what, total=None)
-
-    def __enter__(self) -> "ProgressBar":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, done: int, total: int) -> None:
-        """Shows the bar from the first count on: what is refused before has its line alone."""
-        self._progress.start()
-        self._progress.update(self._task, completed=done, total=total)
 
 
 @data_app.command("check")
