@@ -5,6 +5,7 @@ COVERED_BY = {
     "distill.cli.curation": "tests/distill/curation/test_embeddings.py",
     "distill.cli.curation_choices": "tests/distill/curation/test_deduplicate.py",
     "distill.curation.chosen": "tests/distill/curation/test_deduplicate.py",
+    "distill.curation.manifest": "tests/distill/data/test_manifest.py",
     "distill.curation.rows": "tests/distill/curation/test_kmeans.py",
     "distill.bench.assumed": "tests/distill/cli/test_simulate.py",
     "distill.bench.meta_work": "tests/distill/bench/test_step.py",

@@ -5,8 +5,8 @@
 
 Three seeds. The heap has tiles of the bundled photographs by a Zipf law with copies (``tests.support.long_tail``). Copies are
 dropped, once by bytes and pixels and once by features too; then a balanced part is chosen of what the first left, beside a random
-part of the heap of the same size, and a student is trained on each. Its k-NN is on tiles that the heap has not, as many of each
-photograph as there are; the teacher was trained on tiles of all photographs.
+part of the heap of the same size, and a student is trained on each. Its k-NN is on tiles that the heap has not, up to ten of
+each photograph; the teacher was trained on tiles of all photographs.
 """
 
 import json

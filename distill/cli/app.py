@@ -15,7 +15,7 @@ import typer
 from distill.cli.before import check, doctor, plan
 from distill.cli.bench import bench_app
 from distill.cli.curation import curate, embed
-from distill.cli.curation_choices import dedup, retrieve
+from distill.cli.curation_choices import dedup, manifest, retrieve
 from distill.cli.curation_choices import report as report_choice
 from distill.cli.data import data_app
 from distill.cli.export import export
@@ -45,6 +45,7 @@ data_app.command("embed")(embed)
 data_app.command("dedup")(dedup)
 data_app.command("curate")(curate)
 data_app.command("retrieve")(retrieve)
+data_app.command("manifest")(manifest)
 data_app.command("report")(report_choice)
 app.add_typer(recipes_app, name="recipes", rich_help_panel="Before you train")
 app.add_typer(data_app, name="data", rich_help_panel="Data and weights")

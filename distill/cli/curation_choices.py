@@ -14,6 +14,9 @@ AmongOption = Annotated[
     Path | None,
     typer.Option("--among", metavar="CHOSEN", help="Only of these, as dedup EMB wrote them."),
 ]
+ChosenArgument = Annotated[
+    Path, typer.Argument(metavar="CHOSEN", help="Of data dedup, curate or retrieve.")
+]
 EmbArgument = Annotated[Path, typer.Argument(metavar="EMB", help="Of distill data embed.")]
 
 
@@ -87,9 +90,7 @@ def retrieve(
 
 
 def report(
-    chosen: Annotated[
-        Path, typer.Argument(metavar="CHOSEN", help="Of data dedup, curate or retrieve.")
-    ],
+    chosen: ChosenArgument,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="The page; else report.html in CHOSEN.")
     ] = None,
@@ -101,3 +102,14 @@ def report(
 
     page = out or chosen / PAGE
     say(f"wrote {page} ({write_evidence(chosen, page) / 1e6:.2f} MB)")
+
+
+def manifest(
+    chosen: ChosenArgument,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .parquet file.")],
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
+    """Write a choice as one Parquet file, a row for each image that was looked at; data.sources reads it."""
+    from distill.curation.manifest import save_manifest
+
+    say(f"{save_manifest(chosen, out):,} rows in {out}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from distill.data.bad_images import MAX_MEGAPIXELS, Header, measure
 from distill.data.file_sizes import refuse_changed
 from distill.data.index import ImageIndex, make_index
+from distill.data.manifest import read_manifest
 from distill.errors import DataError
 from distill.listing.headers import Decoder
 from distill.listing.locations import Reader
@@ -138,17 +139,21 @@ def list_images(
 
 
 def _packed_index(source: Path, lister: Lister | None) -> ImageIndex | None:
-    """The index that a packed source brings; None where it was not packed.
+    """The index that a packed source or a manifest brings; None for other sources.
 
     Raises:
         DataError: the index is damaged, or images or shards were added beside it.
     """
-    folder = source / INDEX_FOLDER
-    if lister is not None or not (folder / "index.json").is_file():
+    if lister is not None:
         return None
-    index = ImageIndex.load(folder)
-    refuse_added(source, [path for _, path in index.containers], folder)
-    refuse_changed(index, source, "Bring back what it was, or embed and choose again.")
+    folder, index = source / INDEX_FOLDER, None
+    if (folder / "index.json").is_file():
+        index = ImageIndex.load(folder)
+        refuse_added(source, [path for _, path in index.containers], folder)
+    elif source.suffix == ".parquet" and source.is_file():
+        index = read_manifest(source)
+    if index is not None:
+        refuse_changed(index, source, "Bring back what it was, or embed and choose again.")
     return index
 
 
