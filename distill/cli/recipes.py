@@ -41,7 +41,7 @@ def copy_recipe(
     recipe: RecipeArgument, target: Annotated[Path, typer.Argument(metavar="FILE")]
 ) -> None:
     """Copy a recipe, and the teacher recipe it names, to new files."""
-    from distill.cli.recipe_copy import copy_recipe as copy
+    from distill.recipe.recipe_copy import copy_recipe as copy
 
     for path in copy(recipe, target):
         say(f"wrote {path}")

@@ -20,7 +20,7 @@ def schema(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Print the JSON Schema of a recipe, which editors complete and check keys with."""
-    from distill.screen.json_schema import KINDS, schema_text
+    from distill.recipe.json_schema import KINDS, schema_text
     from distill.screen.key_text import markdown
 
     if kind not in KINDS:

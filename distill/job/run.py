@@ -73,10 +73,7 @@ def work(
 ) -> bool:
     """Runs one rank of a prepared job; the launcher has set the usual rank variables, ``store`` is as in ``join_ranks``.
 
-    ``report_save`` gets the result of every save on rank 0, empty for a good one.
-
-    Returns:
-        False where the job was stopped before its end.
+    ``report_save`` gets the result of every save on rank 0, empty for a good one. Returns False where the job was stopped before its end.
 
     After an error the process group still stands: the caller writes down the cause, then leaves it.
     """

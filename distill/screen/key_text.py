@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from distill.errors import RecipeError
 from distill.recipe.extension_keys import find_section, with_sections
-from distill.screen.json_schema import KINDS
+from distill.recipe.json_schema import KINDS
 from distill.screen.keys import Key, keys
 from distill.screen.usage import reads_of_distill
 

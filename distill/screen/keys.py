@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from distill.listing.document import Loc
+from distill.recipe.json_schema import KINDS, Kinds, schema
 from distill.recipe.types import Section, facts_of, fields_of, section_in
-from distill.screen.json_schema import KINDS, Kinds, schema
 
 Reads = dict[tuple[type[Section], str], set[str]]  # modules that read a field of a section
 BOUNDS = {

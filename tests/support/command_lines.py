@@ -15,8 +15,8 @@ from distill.cli.app import app
 from distill.cli.usage_errors import is_usage
 from distill.errors import RecipeError, UserError
 from distill.listing.document import builtin_recipes
+from distill.recipe.json_schema import KINDS
 from distill.recipe.reader import load_recipe
-from distill.screen.json_schema import KINDS
 from distill.screen.keys import keys
 from tests.support.third_party import PROJECT, direct_dependencies
 

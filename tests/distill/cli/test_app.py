@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from distill.cli.app import main
-from distill.cli.recipe_copy import copy_recipe
 from distill.errors import DataError, SetupError, UserError
 from distill.job import prepare
 from distill.launch import doctor
@@ -21,6 +20,7 @@ from distill.launch import local as launch
 from distill.launch.doctor import Finding
 from distill.launch.local import Options
 from distill.recipe.reader import load_job
+from distill.recipe.recipe_copy import copy_recipe
 from distill.report import summary as finish
 from tests.support.command import Result, Run
 from tests.support.scored_run import write_run, write_splits

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from distill.cli.recipe_copy import copy_recipe
 from distill.job.prepare import Job, JobRequest, prepare, read_job
 from distill.job.stored_recipes import load_from_here, read_recipes, write_recipes
 from distill.listing.document import RESOLVED, RESOLVED_TEACHER, builtin_recipes
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job
+from distill.recipe.recipe_copy import copy_recipe
 from distill.recipe.recipe_hash import recipe_hash
 from tests.support.jobs import FAMILY, TEACHER, write_images
 

@@ -8,7 +8,6 @@ import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from distill.cli.recipe_copy import copy_recipe
 from distill.data.index import make_index
 from distill.data.locations import Location
 from distill.data.sampler import Pool
@@ -22,6 +21,7 @@ from distill.recipe.interval_keys import CheckpointSpec
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
 from distill.recipe.networks import ArchSpec
 from distill.recipe.reader import load_job, load_recipe, names_teacher_recipe
+from distill.recipe.recipe_copy import copy_recipe
 from distill.recipe.recipe_hash import recipe_hash
 from distill.recipe.types import Section
 from students.shapes import CATALOG, ConvNeXtSpec

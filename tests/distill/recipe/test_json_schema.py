@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from distill.cli.recipe_copy import EDITOR_LINE
 from distill.listing.document import builtin_recipes
+from distill.recipe.json_schema import schema
 from distill.recipe.keys import FamilyRecipe, TeacherRecipe
-from distill.screen.json_schema import schema
+from distill.recipe.recipe_copy import EDITOR_LINE
 from distill.screen.key_text import markdown
 from distill.screen.keys import keys
 from distill.screen.usage import _sections_below

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from distill.errors import RecipeError
 from distill.listing.document import find_recipe
+from distill.recipe.json_schema import MARK, schema_name, schema_text
 from distill.recipe.keys import FamilyRecipe, Recipe, TeacherRecipe
 from distill.recipe.reader import load_recipe, teacher_recipe_of
 from distill.runfolder.files import make_folder, replace_text
-from distill.screen.json_schema import MARK, schema_name, schema_text
 
 EDITOR_LINE = "# yaml-language-server: $schema="  # read by the YAML language server, in any editor
 
