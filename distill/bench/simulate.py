@@ -15,9 +15,9 @@ import numpy as np
 from distill.bench.modes import OURS, PUBLISHED, modes_of
 from distill.bench.timeline import StepTimes, Timeline, drawn
 from distill.engine.peer_copies import copy_distance
+from distill.plan.copies import COPY_GB_PER_S, DISK_GB_PER_S, largest_state_gb
 from distill.plan.flops import Device
 from distill.plan.from_recipe import TeacherShape, family_footprint, plan_family
-from distill.plan.memory import GIB, Footprint
 from distill.plan.plan import Plan
 from distill.recipe.keys import FamilyRecipe
 
@@ -41,9 +41,9 @@ class Assumptions:
     detect: float = 15.0
     restart: float = 60.0
     requeue: float = 0.0
-    copy: float = 6.8
+    copy: float = COPY_GB_PER_S
     send: float = 2.0
-    disk: float = 1.0
+    disk: float = DISK_GB_PER_S
     net: float = 25.0
 
 
@@ -233,17 +233,6 @@ def simulate_steps(
     first = WARMUP_STEPS + 2 * engine.balance
     count = max(LEAST_STEPS, 2 * engine.balance)
     return timeline.run(0, first + count + engine.lookahead).between(first, first + count)
-
-
-def largest_state_gb(plan: Plan, footprint: Footprint) -> float:
-    """What the rank that gathers most has to copy: master weights, moments and average of the largest network.
-
-    Of a rank that holds several networks all are counted.
-    """
-    state = [each.optimizer + each.ema for each in footprint.memory]
-    return (
-        max(sum(state[rank] for rank in each.world_ranks) for each in plan.placements) * GIB / 1e9
-    )
 
 
 def ways_of_saving(

@@ -63,7 +63,7 @@ def slurm(
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Submit the run as a batch job, which saves, is queued again and goes on by itself."""
-    from distill.launch.slurm import SlurmJob, script_of, submit
+    from distill.launch.slurm import GRACE_S, SlurmJob, script_of, submit
     from distill.recipe.reader import load_job
 
     texts = list(overrides or [])
@@ -88,6 +88,7 @@ def slurm(
             cpus_per_task,
             container,
             {key: value for key, value in passed_on.items() if value is not None},
+            parsed.checkpoint.grace or GRACE_S,
         )
     )
     if dry_run:
@@ -133,14 +134,25 @@ def k8s(
         recipes_of,
         resources_of,
     )
+    from distill.launch.slurm import GRACE_S
     from distill.recipe.reader import load_job
 
-    run = name or load_job(recipe, list(overrides or []))[0].name
+    parsed, _ = load_job(recipe, list(overrides or []))
+    run, grace_s = name or parsed.name, parsed.checkpoint.grace or GRACE_S
     texts, needed = recipes_of(recipe, list(overrides or []))
     words = _words(RECIPE_PATH, needed, mount / "runs", name, gpus_per_node)
     resources = resources_of(resource or [], gpus_per_node)
     job = PodJob(
-        name_of(run), tuple(words), texts, image, claim, str(mount), nodes, resources, namespace
+        name_of(run),
+        tuple(words),
+        texts,
+        image,
+        claim,
+        str(mount),
+        nodes,
+        resources,
+        namespace,
+        grace_s,
     )
     manifest = manifest_of(job, kind)
     if dry_run:

@@ -52,6 +52,7 @@ class PodJob:
     nodes: int
     resources: Mapping[str, str] = field(default_factory=dict)  # of each pod
     namespace: str | None = None
+    grace_s: int = GRACE_S
 
 
 def recipes_of(recipe: str, overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
@@ -162,7 +163,7 @@ def _job(job: PodJob) -> dict[str, Any]:
     pod = {
         "subdomain": job.name,
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": GRACE_S,
+        "terminationGracePeriodSeconds": job.grace_s,
         "automountServiceAccountToken": False,
         "containers": [container],
         "volumes": _volumes(job),
@@ -198,7 +199,7 @@ def _service(job: PodJob) -> dict[str, Any]:
 
 def _train_job(job: PodJob) -> dict[str, Any]:
     pod = {
-        "terminationGracePeriodSeconds": GRACE_S,
+        "terminationGracePeriodSeconds": job.grace_s,
         "containers": [{"name": "node", "volumeMounts": _mounts(job)}],
         "volumes": _volumes(job),
     }

@@ -25,6 +25,7 @@ class SlurmJob:
     cpus_per_task: int | None = None
     container: str | None = None
     passed_on: dict[str, str] = field(default_factory=dict)
+    grace_s: int = GRACE_S
 
 
 def script_of(job: SlurmJob) -> str:
@@ -41,7 +42,7 @@ def script_of(job: SlurmJob) -> str:
         "chdir": str(job.folder),
         "output": str(out),
         "open-mode": "append",
-        "signal": f"TERM@{GRACE_S}",
+        "signal": f"TERM@{job.grace_s}",
     }
     if job.gpus_per_node is not None:
         options["gpus-per-node"] = str(job.gpus_per_node)

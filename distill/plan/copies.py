@@ -1,4 +1,4 @@
-"""Memory that copies of the state take on a node (``checkpoint.peer``), and whether this one has it. Imports no torch."""
+"""What copies of the state take: memory of a node (``checkpoint.peer``), the time of a save. Imports no torch."""
 
 import os
 import shutil
@@ -8,9 +8,40 @@ from pathlib import Path
 
 from distill.engine.node_memory import PREFIX, memory_folder
 from distill.plan.job import JobPlan
+from distill.plan.memory import GIB, Footprint
+from distill.plan.plan import Plan
 from distill.recipe.keys import Recipe
 
 NUM_COPIES = 2  # of which one is complete at any time
+COPY_GB_PER_S, DISK_GB_PER_S = (
+    6.8,
+    1.0,
+)  # into host memory; to a shared disk, verified (docs/planning.md)
+STEPS_TO_STOP = 2  # at most, from SIGTERM to the save
+
+
+def largest_state_gb(plan: Plan, footprint: Footprint) -> float:
+    """What the rank that gathers most has to copy: master weights, moments and average of the largest network.
+
+    Of a rank that holds several networks all are counted.
+    """
+    state = [each.optimizer + each.ema for each in footprint.memory]
+    return (
+        max(sum(state[rank] for rank in each.world_ranks) for each in plan.placements) * GIB / 1e9
+    )
+
+
+def late_stop(job: JobPlan, step_s: float, grace: int | None) -> str | None:
+    """A line where a part of the job cannot stop and save within ``checkpoint.grace``; None where it can, or there is none."""
+    size = largest_state_gb(job.plan, job.footprint)
+    save_s = size / COPY_GB_PER_S + size / DISK_GB_PER_S
+    takes_s = STEPS_TO_STOP * step_s + save_s
+    if grace is None or takes_s <= grace:
+        return None
+    return (
+        f"checkpoint.grace = {grace}: {job.name} takes about {takes_s:.0f} s to stop, two steps of {step_s:.3g} s and a "
+        f"save of {size:.2g} GB at {DISK_GB_PER_S:g} GB/s; what is killed before goes on from the checkpoint before it"
+    )
 
 
 def copies_gib(plans: Sequence[JobPlan], num_nodes: int) -> float:

@@ -25,6 +25,13 @@ class CheckpointSpec(Section):
         ge=1,
         description="Steps of a phase between checkpoints that are never removed. Null means none.",
     )
+    grace: int | None = machine(
+        None,
+        since=3,
+        ge=1,
+        le=65535,
+        description="Seconds from SIGTERM to SIGKILL that the site gives: `distill launch` asks for them, `check` warns where a stop takes longer. Null: 300, and no warning.",
+    )
     peer: bool = machine(
         False,
         since=2,

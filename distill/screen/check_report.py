@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from distill.listing.passed_over import PassedOver
-from distill.plan.copies import lacking_memory
+from distill.plan.copies import lacking_memory, late_stop
 from distill.plan.flops import DEFAULT_DEVICE, Device
 from distill.plan.here import THIS_CPU, device_here, estimate_basis, has_gpu_here
 from distill.plan.job import JobPlan, main_plan
@@ -80,6 +80,7 @@ class CheckReport:
         here = [
             *self._of_machine(),
             *lacking_memory(self.recipe, self.plans, self.num_ranks, None),
+            *self._late_stops(),
         ]
         if self.licence_warning is not None:
             here.append(self.licence_warning)
@@ -155,6 +156,13 @@ class CheckReport:
         gib = max((phase["memory_gib"] for phase in self.phases), default=0.0)
         if gib > self.device.memory_gib:
             yield f"{gib:.1f} GiB a rank: {self.device.name} has {self.device.memory_gib:.1f} for each of {self.num_ranks} ranks"
+
+    def _late_stops(self) -> Iterator[str]:
+        """Parts that cannot stop within ``checkpoint.grace``."""
+        for job, phase in zip(self.plans, self.phases, strict=True):
+            step_s = phase["seconds"] / phase["steps"]
+            if line := late_stop(job, step_s, self.recipe.checkpoint.grace):
+                yield line
 
 
 def _length(seconds: float) -> str:

@@ -11,10 +11,19 @@ def test_slurm__a_dry_run_prints_the_script_and_makes_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ("quickstart", "schedule.batch=32", "--nodes", "2", "--gpus-per-node", "4")
+    words = (
+        "quickstart",
+        "schedule.batch=32",
+        "checkpoint.grace=90",
+        "--nodes",
+        "2",
+        "--gpus-per-node",
+        "4",
+    )
     assert exit_code_of("launch", "slurm", *words, "--qos", "high", "--dry-run") == 0
     script = capsys.readouterr().out
     assert script.startswith("#!/bin/bash\n") and "#SBATCH --qos=high" in script
+    assert "#SBATCH --signal=TERM@90" in script
     assert "train quickstart schedule.batch=32" in script and "--gpus 4" in script
     assert list(tmp_path.iterdir()) == []
 
@@ -24,10 +33,22 @@ def test_k8s__a_dry_run_prints_the_manifest_and_contacts_no_one(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))  # no kubectl
-    words = ("quickstart", "--image", "i", "--claim", "c", "--name", "My_Run", "--nodes", "2")
+    words = (
+        "quickstart",
+        "checkpoint.grace=90",
+        "--image",
+        "i",
+        "--claim",
+        "c",
+        "--name",
+        "My_Run",
+        "--nodes",
+        "2",
+    )
     assert exit_code_of("launch", "k8s", *words, "--dry-run") == 0
     manifest = capsys.readouterr().out
     assert "name: my-run" in manifest and '- "My_Run"' in manifest and "completions: 2" in manifest
+    assert "terminationGracePeriodSeconds: 90" in manifest
     assert list(tmp_path.iterdir()) == []
     assert exit_code_of("launch", "k8s", *words) == 3
     assert "kubectl: not found, nothing was submitted" in capsys.readouterr().err

@@ -7,7 +7,14 @@ from types import SimpleNamespace
 import pytest
 
 from distill.engine.node_memory import VARIABLE
-from distill.plan.copies import copies_gib, lacking_memory
+from distill.plan.copies import (
+    COPY_GB_PER_S,
+    DISK_GB_PER_S,
+    copies_gib,
+    lacking_memory,
+    largest_state_gb,
+    late_stop,
+)
 from distill.plan.job import check_job
 from distill.recipe.keys import FamilyRecipe
 from distill.recipe.reader import load_job
@@ -47,3 +54,18 @@ def test_lacking_memory__is_one_line_with_both_figures(
         in line
     )
     assert line.endswith("--shm-size=1m")
+
+
+def test_late_stop__is_a_line_where_two_steps_and_a_save_take_longer(tmp_path: Path) -> None:
+    recipe = str(write_recipes(tmp_path, stage_steps=10, steps=10, save_every=5))
+    job = check_job(*load_job(recipe, []), 2)[-1]
+    size = largest_state_gb(job.plan, job.footprint)
+    assert size > 0.0
+    save_s = size / COPY_GB_PER_S + size / DISK_GB_PER_S
+    assert late_stop(job, 30.0, None) is None
+    assert late_stop(job, 30.0 - save_s, 60) is None
+    line = late_stop(job, 31.0, 60)
+    assert line is not None
+    assert line.startswith(
+        f"checkpoint.grace = 60: {job.name} takes about 62 s to stop, two steps of 31 s"
+    )
