@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,22 @@ def wait_for(cluster: Cluster, job: str, state: str, output: Path) -> None:
         time.sleep(0.2)
 
 
+def processes_with(word: str) -> list[str]:
+    """Command lines that have a word."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found += [line for line in [path.read_text(errors="replace")] if word in line]
+    return found
+
+
+def wait_for_phase(run: Path, phase: str, output: Path) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while jobs.status_of(run).get("phase") != phase:
+        assert time.monotonic() < deadline, output.read_text() if output.is_file() else "no output"
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_slurm__a_requeued_batch_job_ends_with_the_bits_of_srun(
     cluster: Cluster, tmp_path: Path
@@ -47,15 +64,36 @@ def test_slurm__a_requeued_batch_job_ends_with_the_bits_of_srun(
     job, run = printed.split()[1], tmp_path / jobs.RUN
     assert f"distill watch {run}" in printed
     output = tmp_path / f"{jobs.RUN}-{job}.out"
-    deadline = time.monotonic() + WAIT_S
-    while jobs.status_of(run).get("phase") != "gram":
-        assert time.monotonic() < deadline, output.read_text()
-        time.sleep(0.05)
+    wait_for_phase(run, "gram", output)
     cluster.call("scontrol", "requeue", job)
     wait_for(cluster, job, "PENDING", output)
     saved = jobs.status_of(run)
-    assert saved["state"] == "stopped" and saved["last_checkpoint"]["phase"] == "gram"
+    assert saved["state"] == "stopped" and saved["last_checkpoint"], saved
     cluster.call("scontrol", "update", f"JobId={job}", "StartTime=now")  # not in two minutes
     wait_for(cluster, job, "COMPLETED", output)
     assert jobs.status_of(run)["state"] == "finished"
     jobs.assert_equal_students(tmp_path / "srun" / jobs.RUN, run)
+
+
+@pytest.mark.slow
+def test_slurm__a_cancelled_job_saves_and_leaves_no_process(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    family = jobs.write_recipes(tmp_path, stage_steps=5000, steps=4, save_every=5000)
+    words = (str(family.with_name("teacher.yaml")), "engine.processes=1", "engine.log_every=1")
+    submit = ("launch", "slurm", *words, "--nodes", "2", "--cpus-per-task", "1")
+    printed = cluster.call(sys.executable, "-m", "distill", *submit, "--out", str(tmp_path))
+    job, run = printed.split()[1], tmp_path / "tiny-teacher"
+    output = tmp_path / f"tiny-teacher-{job}.out"
+    wait_for_phase(run, "base", output)
+    assert len(processes_with(words[0])) >= 2
+    cluster.call("scancel", job)
+    wait_for(cluster, job, "CANCELLED", output)
+    deadline = time.monotonic() + WAIT_S
+    while left := processes_with(words[0]):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+    status = jobs.status_of(run)
+    assert status["state"] == "stopped" and status["last_checkpoint"]["step"] > 0, (
+        output.read_text()
+    )
