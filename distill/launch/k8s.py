@@ -20,7 +20,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString, LiteralScalarString
 
 from distill.errors import RecipeError
-from distill.launch.slurm import GRACE_S
+from distill.launch.slurm import GRACE_S, STARTS
 from distill.launch.submit import hand_over
 from distill.listing.document import find_recipe
 from distill.recipe.keys import FamilyRecipe
@@ -29,7 +29,6 @@ from distill.runfolder.parked import PARKED_EXIT_CODE
 
 STOPPED = 75  # "try again later" of sysexits.h
 HOPELESS = sorted([RecipeError.exit_code, PARKED_EXIT_CODE])  # of no use to start again
-STARTS = 10  # failures of each pod that count; lost nodes and stops do not
 PORT = 29400
 INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 LONGEST_NAME = 52  # a pod's has a hyphen and its number behind it, and 63 letters at most
@@ -178,7 +177,8 @@ def _job(job: PodJob) -> dict[str, Any]:
         "completionMode": "Indexed",
         "completions": job.nodes,
         "parallelism": job.nodes,
-        "backoffLimit": STARTS * job.nodes,
+        "backoffLimit": STARTS
+        * job.nodes,  # failures of all pods that count; lost nodes and stops do not
         "podReplacementPolicy": "Failed",
         "podFailurePolicy": {"rules": rules},
         "template": {"spec": pod},

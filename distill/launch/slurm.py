@@ -7,8 +7,10 @@ from pathlib import Path
 
 from distill.errors import RecipeError
 from distill.launch.submit import hand_over
+from distill.runfolder.failure import LOST_EXIT_CODE
 
 GRACE_S = 300  # from the signal to the end of the time limit
+STARTS = 10  # after which a job that loses ranks is not started again
 PLAIN = re.compile(r"[\w.,:/@%+=&|()\[\]*~-]+")  # of a value in a line that sbatch reads
 
 
@@ -66,8 +68,9 @@ def script_of(job: SlurmJob) -> str:
             "",
             shlex.join([*_srun(job), *job.command]),
             "code=$?",
-            "# saved because the time was nearly over: queued again, and the same command goes on; scancel ends it for good",
-            f'if [ $code = 0 ] && grep -q \'"state": "stopped"\' {status}; then',
+            "# saved because the time was nearly over, or a rank was lost: queued again, and the same command goes on; scancel ends it for good",
+            f'if {{ [ $code = 0 ] && grep -q \'"state": "stopped"\' {status}; }} ||',
+            f'   {{ {{ [ $code = {LOST_EXIT_CODE} ] || [ $code -gt 128 ]; }} && [ "${{SLURM_RESTART_COUNT:-0}}" -lt {STARTS} ]; }}; then',
             '  scontrol requeue "$SLURM_JOB_ID"',
             "fi",
             "exit $code",

@@ -40,6 +40,36 @@ def test_script__has_what_a_requeue_needs_and_quotes_the_command() -> None:
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
 
 
+@pytest.mark.parametrize(
+    ("code", "state", "restarts", "is_again"),
+    [
+        (0, "finished", "", False),
+        (0, "stopped", "30", True),
+        (4, "failed", "", True),
+        (137, "training", "9", True),  # a node was lost with its task
+        (4, "failed", "10", False),
+        (1, "failed", "", False),
+        (2, "failed", "", False),
+    ],
+)
+def test_script__queues_again_what_stopped_or_lost_a_rank(
+    code: int, state: str, restarts: str, is_again: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "status.json").write_text(f'{{\n  "state": "{state}"\n}}')
+    for name, text in (("srun", f"exit {code}"), ("scontrol", f'echo "$@" > {tmp_path}/asked')):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\n{text}\n")
+        program.chmod(0o755)
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+    variables |= {"SLURM_RESTART_COUNT": restarts} if restarts else {}
+    done = subprocess.run(
+        ["bash"], input=script_of(replace(JOB, run_folder=tmp_path)), text=True, env=variables
+    )
+    assert done.returncode == code
+    asked = tmp_path / "asked"
+    assert (asked.read_text() == "requeue 7\n") if is_again else not asked.exists()
+
+
 def test_script__shares_a_node_and_runs_in_a_container() -> None:
     script = script_of(replace(JOB, cpus_per_task=16, container="nvcr.io#nvidia/pytorch:25.01"))
     assert "--exclusive" not in script and "srun --kill-on-bad-exit=1 --cpus-per-task=16" in script
