@@ -121,6 +121,7 @@ def gather(
     if log_rows is not None:
         peak = -tl.load(log_rows + row, mask=row < num_rows, other=0.0)
     total = tl.zeros([block], tl.float32)
+    rounded = total
     if sums is not None:
         sum_main, sum_rest = _empty_sums(block, value_shape)
     start = tl.program_id(1) * share
@@ -137,6 +138,7 @@ def gather(
             fade = tl.exp(peak - level)
             peak = new_peak
             total = total * fade
+            rounded = rounded * fade
             if sums is not None:
                 sum_main = sum_main * fade[:, None]
                 sum_rest = sum_rest * fade[:, None]
@@ -145,6 +147,7 @@ def gather(
         if sums is not None:
             if values is not None:
                 value_main, value_rest = _load(values, at, stop, key_block, value_shape)
+            rounded += tl.sum(weight.to(value_main.dtype).to(tl.float32), 1)
             sum_main, sum_rest = _add(
                 sum_main, sum_rest, weight, value_main, value_rest, value_shape
             )
@@ -152,7 +155,10 @@ def gather(
     if log_rows is None:
         tl.store(peaks + offset + row, peak, mask=row < num_rows)
     tl.store(totals + offset + row, total, mask=row < num_rows)
-    if sums is not None:
+    if sums is not None:  # of rounded weights, which are to add up to the total
+        ratio = tl.where(rounded > 0.0, total / rounded, 1.0)[:, None]
+        sum_main = sum_main * ratio
+        sum_rest = sum_rest * ratio
         out = sums + offset * value_shape[0]
         _store(out, first, num_rows, sum_main, sum_rest, block, value_shape)
 
