@@ -39,7 +39,7 @@ def choose(
     meta, pool = embeddings.meta, embeddings.usable()
     if among is not None:
         pool &= chosen_before(embeddings, among)
-    target = replace(target, made_from=f"{meta.weights} {meta.images} {meta.size}")
+    target = replace(target, made_from=f"{meta.weights} {meta.images} {meta.size} {meta.features}")
     make_folder(folder)
     found = curate(embeddings, target, folder / CLUSTERS, pool=pool, progress=progress)
     facts = {

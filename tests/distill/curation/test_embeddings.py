@@ -3,14 +3,19 @@
 import json
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from distill.curation.choice import choose
+from distill.curation.curate import CurationTarget
+from distill.curation.embeddings import Features, StoredEmbeddings
 from distill.data.build_index import build_index
 from distill.data.split import split
+from distill.errors import DataError
 from tests.support.command import Run
-from tests.support.heap import SHARD_ROWS, embedded, make_heap, use_small_shards
+from tests.support.heap import SHARD_ROWS, embedded, make_heap, use_small_shards, write_features
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +101,17 @@ def test_curate__what_cannot_be_is_one_line(
     result = distill("data", "curate", tmp_path / "emb", *words, "-o", tmp_path / "chosen")
     assert result.code in (1, 2) and result.err.strip().startswith(message)
     assert not (tmp_path / "chosen" / "index").exists()
+
+
+def test_curate__goes_on_with_no_clusters_of_other_features(
+    made: tuple[Path, Path], tmp_path: Path
+) -> None:
+    heap, network = made
+    target, first, second = CurationTarget(6, (4, 2)), tmp_path / "first", tmp_path / "second"
+    for folder, features in zip((first, second), get_args(Features), strict=True):
+        stored = embedded(heap, network, folder, features)
+        values = np.random.default_rng(stored.width).normal(size=(stored.num_rows, stored.width))
+        write_features(folder, values.astype(np.float16))
+    choose(StoredEmbeddings.open(first), target, tmp_path / "out")
+    with pytest.raises(DataError, match="holds clusters of other embeddings"):
+        choose(StoredEmbeddings.open(second), target, tmp_path / "out")
