@@ -22,7 +22,6 @@ from distill.cli.options import (
 )
 from distill.engine.variables import is_first
 from distill.errors import RecipeError
-from distill.screen.counted import ProgressBar
 
 QUICKSTART = Path("runs/quickstart")
 
@@ -96,19 +95,24 @@ def curate(
     ] = "random",
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of an image, at most.")] = 1,
     among: AmongOption = None,
+    ranks: RanksOption = 1,
     as_json: JsonOption = False,
     debug: DebugOption = False,  # noqa: ARG001  # read by main
 ) -> None:
     """Choose a balanced part of embedded images, as a source for training; nothing is copied."""
-    from distill.curation.choice import choose
+    from distill.curation.choice import choose_on_rank
     from distill.curation.curate import CurationTarget
-    from distill.curation.embeddings import StoredEmbeddings
     from distill.curation.hierarchy import levels_of
+    from distill.launch.local import resume_command
+    from distill.launch.on_ranks import run_on_ranks
 
+    join_launch()
     wanted = None if levels is None else levels_of(levels)
     choice = CurationTarget(target, wanted, seed, leaves, repeats)
-    with ProgressBar("clusters") as bar:
-        facts = choose(StoredEmbeddings.open(embeddings), choice, out, bar, among)
+    task = partial(choose_on_rank, embeddings, choice, out, among)
+    facts = run_on_ranks(task, ranks, resume_command())
+    if not is_first(os.environ):
+        return
     if as_json:
         print_json(facts)
         return

@@ -8,14 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Bool
 
 from distill.curation.chosen import CLUSTERS, Chosen, require_free, write_chosen
 from distill.curation.curate import CurationTarget, curate
 from distill.curation.embeddings import StoredEmbeddings
 from distill.curation.hierarchy import Fitted
+from distill.curation.rows import is_first_rank
 from distill.errors import DataError
+from distill.protocols.sharing import Sharing
 from distill.runfolder.files import make_folder
+from distill.screen.counted import ProgressBar
+
+
+def choose_on_rank(
+    embeddings: Path,
+    target: CurationTarget,
+    folder: Path,
+    among: Path | None,
+    _device: torch.device,
+    sharing: Sharing,
+) -> dict[str, Any]:
+    """As ``choose``, of a folder of embeddings; the first rank shows how far it is."""
+    with ProgressBar("clusters") as bar:
+        progress = bar if sharing.is_first else None
+        return choose(StoredEmbeddings.open(embeddings), target, folder, progress, among)
 
 
 def choose(
@@ -27,10 +45,12 @@ def choose(
 ) -> dict[str, Any]:
     """Chooses images and writes the folder; the same call goes on after a kill, and writes the same bytes.
 
+    Collective over the ranks of the default group where there is one; the first writes. Any number gives the same bytes.
+
     ``among`` is a folder of images chosen from the same ones, such as those without copies: others are not chosen.
 
     Returns:
-        What ``choice.json`` holds.
+        What ``choice.json`` holds; nothing on other ranks.
 
     Raises:
         DataError: as ``curate``; ``among`` is of other images; the folder has something else.
@@ -42,6 +62,8 @@ def choose(
     target = replace(target, made_from=f"{meta.weights} {meta.images} {meta.size} {meta.features}")
     make_folder(folder)
     found = curate(embeddings, target, folder / CLUSTERS, pool=pool, progress=progress)
+    if not is_first_rank():
+        return {}
     facts = {
         "by": "curate",
         **asdict(replace(target, levels=found.levels)),

@@ -21,7 +21,14 @@ from jaxtyping import Float, Int32
 from torch import Tensor
 
 from distill.curation.kmeans import assign, fit
-from distill.curation.rows import Vectors, VectorsInMemory, in_memory, is_shared, write_array
+from distill.curation.rows import (
+    Vectors,
+    VectorsInMemory,
+    in_memory,
+    is_first_rank,
+    is_shared,
+    write_array,
+)
 from distill.errors import DataError, RecipeError
 from distill.runfolder.files import make_folder, remove
 from distill.runfolder.status import write_json
@@ -194,7 +201,7 @@ class _Store:
 
     folder: Path
     settings: Settings
-    _first: bool = field(default_factory=lambda: not is_shared() or dist.get_rank() == 0)
+    _first: bool = field(default_factory=is_first_rank)
 
     def open(self) -> None:
         made_from = {**asdict(self.settings), "levels": list(self.settings.levels)}

@@ -74,6 +74,11 @@ def is_shared() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first_rank() -> bool:
+    """Whether this rank writes what all have."""
+    return not is_shared() or dist.get_rank() == 0
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum over ranks in place: one all-reduce. Exact for integers, and where all ranks but one hold zeros."""
     if is_shared():

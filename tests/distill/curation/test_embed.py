@@ -203,7 +203,7 @@ def test_shard_rows__are_full_batches_of_a_thousandth_of_the_heap(rows: int, sha
 
 @pytest.mark.slow
 def test_embed__ranks_write_the_bytes_of_one_process(
-    made: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Path, Path], tmp_path: Path, distill: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # ranks are other processes, with shards of 64 rows
     heap = tmp_path / "heap"
@@ -246,3 +246,7 @@ def test_embed__ranks_write_the_bytes_of_one_process(
     assert tasks[1].communicate(timeout=120)[0] == "" and not tasks[1].returncode
     assert files("alone") == files("local") == files("slurm")
     assert sum(name.startswith("features") for name in files("alone")) == 3
+    for ranks in ("1", "2"):
+        words = ("data", "curate", tmp_path / "alone", "--target", "40", "--levels", "20,8")
+        assert distill(*words, "-o", tmp_path / f"by {ranks}", "--ranks", ranks).code == 0
+    assert files("by 1") == files("by 2") and "choice.json" in files("by 1")
