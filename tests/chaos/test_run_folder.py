@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distill.launch import presence
+from distill.runfolder import presence
 from distill.runfolder.failure import LOST_EXIT_CODE
 from distill.runfolder.presence import FolderPresence
 from tests.support import jobs

@@ -46,7 +46,7 @@ def test_require_fit__offers_smaller_micro_batches_first() -> None:
 
 def test_require_fit__then_more_ranks_then_nothing() -> None:
     grouped = family("engine.micro_batch=16")
-    error = refused(grouped, 8, replace(H100, memory_gib=40.0))
+    error = refused(grouped, 8, replace(H100, memory_gib=42.0))
     assert error.fix.startswith("engine.micro_batch=16 on ")
     error = refused(grouped, 8, replace(H100, memory_gib=8.0))
     assert error.fix.startswith("No number of ranks tried makes room")
@@ -57,7 +57,7 @@ def test_plan_family__a_teacher_that_does_not_fit_is_sharded() -> None:
     shape = teacher_shape(recipe, None, has_files=False)
     whole = plan_family(recipe, shape, 8, H100)
     assert not whole.is_teacher_sharded
-    device = replace(H100, memory_gib=54.0)
+    device = replace(H100, memory_gib=60.0)
     sharded = plan_family(recipe, shape, 8, device)
     assert sharded.is_teacher_sharded and len(set(sharded.exact_shares)) == 1
     saved = (
