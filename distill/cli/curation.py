@@ -16,6 +16,7 @@ from distill.cli.options import (
     RanksOption,
     allow_code_of,
     join_launch,
+    on_ranks,
     print_json,
     progress,
     say,
@@ -51,15 +52,13 @@ def embed(
 ) -> None:
     """Write the features of every image. Run the same command again to go on after a stop."""
     from distill.curation.embed import EmbedRequest, embed_on_rank
-    from distill.launch.local import resume_command
-    from distill.launch.on_ranks import run_on_ranks
 
     join_launch()
     network = network or _usual_network()
     allow_code_of(network, allow)
     request = EmbedRequest(tuple(sources), network, out, size, features)
     task = partial(embed_on_rank, request, progress)
-    facts = run_on_ranks(task, ranks, resume_command())
+    facts = on_ranks(task, ranks)
     if not is_first(os.environ):
         return
     if as_json:
@@ -103,14 +102,12 @@ def curate(
     from distill.curation.choice import choose_on_rank
     from distill.curation.curate import CurationTarget
     from distill.curation.hierarchy import levels_of
-    from distill.launch.local import resume_command
-    from distill.launch.on_ranks import run_on_ranks
 
     join_launch()
     wanted = None if levels is None else levels_of(levels)
     choice = CurationTarget(target, wanted, seed, leaves, repeats)
     task = partial(choose_on_rank, embeddings, choice, out, among)
-    facts = run_on_ranks(task, ranks, resume_command())
+    facts = on_ranks(task, ranks)
     if not is_first(os.environ):
         return
     if as_json:

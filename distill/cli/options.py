@@ -4,13 +4,16 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from distill.errors import RecipeError
 from distill.recipe.override_words import check_form
 from distill.screen.console import make_console, printable
+
+if TYPE_CHECKING:
+    from distill.launch.on_ranks import Task
 
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a built-in one.")
@@ -146,6 +149,15 @@ def join_launch() -> None:
     from distill.launch.on_ranks import become_rank
 
     become_rank(resume_command())
+
+
+def on_ranks(task: "Task", num_ranks: int) -> dict[str, Any]:
+    """What the task returns: on ranks that another launcher started, else on ``num_ranks`` of this machine."""
+    from distill.launch.local import resume_command
+    from distill.launch.on_ranks import run_on_ranks
+
+    found: dict[str, Any] = run_on_ranks(task, num_ranks, resume_command())
+    return found
 
 
 def require_run(run: Path) -> None:

@@ -17,6 +17,7 @@ from distill.cli.options import (
     RanksOption,
     allow_code_of,
     join_launch,
+    on_ranks,
     print_json,
     progress,
     require_run,
@@ -29,7 +30,6 @@ from distill.screen.console import make_console, printable
 
 if TYPE_CHECKING:
     from distill.evaluate.scoring import Wanted
-    from distill.launch.on_ranks import Task
     from distill.protocols.images import Precision
     from distill.protocols.score import Protocol
 
@@ -181,11 +181,11 @@ def _score_run(run: Path, wanted: "Wanted", num_ranks: int, *, as_json: bool) ->
 
     task = partial(finish_on_rank, run, wanted)
     if not is_first(os.environ):
-        return _on_ranks(task, num_ranks)
+        return on_ranks(task, num_ranks)
     with redirect_stdout(sys.stderr if as_json else sys.stdout), run_lock(run) as lock:
         lock.alone(wait_s=0.0)  # a job at work writes the same files
         is_alone = num_ranks == 1 and not is_launched(os.environ)
-        summary = finish(run, wanted) if is_alone else _on_ranks(task, num_ranks)
+        summary = finish(run, wanted) if is_alone else on_ranks(task, num_ranks)
     status = StatusFile(run).read()
     if status is not None and status.message:
         sys.stderr.write(printable(status.message) + "\n")
@@ -201,19 +201,10 @@ def _score_files(
     require_there([data])
     with redirect_stdout(sys.stderr):
         task = partial(evaluate_files, paths, data, wanted, progress)
-        summary = _on_ranks(task, num_ranks)
+        summary = on_ranks(task, num_ranks)
     if is_first(os.environ):
         print_json(summary) if as_json else _print(summary, "")
     return 0
-
-
-def _on_ranks(task: "Task", num_ranks: int) -> dict[str, Any]:
-    """What the task returns: on ranks that another launcher started, else on ``num_ranks`` of this machine."""
-    from distill.launch.local import resume_command
-    from distill.launch.on_ranks import run_on_ranks
-
-    summary: dict[str, Any] = run_on_ranks(task, num_ranks, resume_command())
-    return summary
 
 
 def _print(summary: dict[str, Any], heading: str) -> None:
