@@ -53,6 +53,7 @@ COVERED_BY = {
     "distill.data.pipeline": "tests/distill/data/test_loader.py",
     "distill.data.resize": "tests/distill/data/test_loader.py",
     "distill.data.stateless_random": "tests/distill/data/test_sampler.py",
+    "distill.engine.finding": "tests/distill/launch/test_doctor.py",
     "distill.engine.config": "tests/distill/train/test_ranks.py",
     "distill.engine.engine": "tests/distill/train/test_ranks.py",
     "distill.engine.group_as_world": "tests/distill/train/test_ranks.py",

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from distill.engine.finding import Finding
 from distill.errors import DataError, PlanError, RecipeError, SetupError, UserError
-from distill.launch.doctor import Finding
 from distill.launch.local import STOPPED_EXIT_CODE
 from distill.runfolder.failure import LOST_EXIT_CODE
 from distill.runfolder.parked import PARKED_EXIT_CODE

@@ -1,10 +1,12 @@
 """``distill doctor``, ``check`` and ``plan``: what can be checked before anything is trained."""
 
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,9 +19,12 @@ from distill.cli.options import (
     GpusOption,
     JsonOption,
     OverridesArgument,
+    RanksOption,
     RecipeArgument,
     allow_code,
     count_ranks,
+    join_launch,
+    on_ranks,
     print_json,
     say,
     with_data,
@@ -34,6 +39,7 @@ from distill.cli.simulate import (
     refuse_alone,
     show_simulation,
 )
+from distill.engine.variables import is_first
 from distill.errors import DataError, RecipeError
 from distill.screen.console import make_console
 
@@ -43,20 +49,48 @@ if TYPE_CHECKING:
     from distill.recipe.keys import Recipe, TeacherRecipe
 
 
-def doctor(as_json: JsonOption = False, debug: DebugOption = False) -> None:  # noqa: ARG001  # read by main
+def doctor(
+    nodes: Annotated[
+        bool,
+        typer.Option(
+            "--nodes", help="Compare all ranks of a launch: versions, clocks, disk, speed, network."
+        ),
+    ] = False,
+    folder: Annotated[
+        Path, typer.Option("--folder", help="With --nodes: where runs will be.")
+    ] = Path("runs"),
+    ranks: RanksOption = 1,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,  # noqa: ARG001  # read by main
+) -> None:
     """Check devices, libraries, decoders and disk; say how to fix what fails."""
+    findings = _examine_nodes(folder, ranks) if nodes else _examine_machine()
+    if not findings:
+        return  # another rank reports
+    if as_json:
+        print_json(findings)
+    else:
+        for each in findings:
+            say(f"{'ok  ' if each['is_ok'] else 'FAIL'}  {each['what']}: {each['found']}")
+            if each["fix"]:
+                say(f"      Fix: {each['fix']}")
+    if not all(each["is_ok"] for each in findings):
+        raise typer.Exit(3)
+
+
+def _examine_machine() -> list[dict[str, Any]]:
     from distill.launch.doctor import examine
 
-    findings = examine()
-    if as_json:
-        print_json([finding.to_json() for finding in findings])
-    else:
-        for finding in findings:
-            say(f"{'ok  ' if finding.is_ok else 'FAIL'}  {finding.what}: {finding.found}")
-            if finding.fix:
-                say(f"      Fix: {finding.fix}")
-    if not all(finding.is_ok for finding in findings):
-        raise typer.Exit(3)
+    return [finding.to_json() for finding in examine()]
+
+
+def _examine_nodes(folder: Path, ranks: int) -> list[dict[str, Any]]:
+    """The findings of all ranks, on the first one."""
+    from distill.engine.nodes import examine_nodes
+
+    join_launch()
+    found: list[dict[str, Any]] = on_ranks(partial(examine_nodes, folder.absolute()), ranks)
+    return found if is_first(os.environ) else []
 
 
 def check(

@@ -151,13 +151,12 @@ def join_launch() -> None:
     become_rank(resume_command())
 
 
-def on_ranks(task: "Task", num_ranks: int) -> dict[str, Any]:
+def on_ranks(task: "Task", num_ranks: int) -> Any:
     """What the task returns: on ranks that another launcher started, else on ``num_ranks`` of this machine."""
     from distill.launch.local import resume_command
     from distill.launch.on_ranks import run_on_ranks
 
-    found: dict[str, Any] = run_on_ranks(task, num_ranks, resume_command())
-    return found
+    return run_on_ranks(task, num_ranks, resume_command())
 
 
 def require_run(run: Path) -> None:

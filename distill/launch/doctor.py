@@ -10,11 +10,12 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from distill.engine.finding import Finding
 
 MIN_FREE_GIB = 2.0
 PICTURE_WH = (8, 6)
@@ -34,20 +35,6 @@ LIBRARIES = (
     "scikit-image",
     "matplotlib",
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing looked at."""
-
-    what: str
-    found: str
-    is_ok: bool
-    fix: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """The finding as plain data."""
-        return asdict(self)
 
 
 def examine() -> list[Finding]:

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from distill.cli.app import main
+from distill.engine.finding import Finding
 from distill.errors import DataError, SetupError, UserError
 from distill.job import prepare
 from distill.launch import doctor
 from distill.launch import local as launch
-from distill.launch.doctor import Finding
 from distill.launch.local import Options
 from distill.recipe.reader import load_job
 from distill.recipe.recipe_copy import copy_recipe

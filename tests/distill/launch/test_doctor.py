@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from distill.engine import device
+from distill.engine.finding import Finding
 from distill.errors import SetupError
 from distill.launch import doctor
-from distill.launch.doctor import Finding, examine
+from distill.launch.doctor import examine
 
 
 class Usage(NamedTuple):
