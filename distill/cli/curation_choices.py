@@ -68,6 +68,12 @@ def retrieve(
         float, typer.Option("--above", help="Cosine to one of --not-like that leaves out.")
     ] = 0.45,
     among: AmongOption = None,
+    clusters: Annotated[
+        Path | None,
+        typer.Option(
+            "--cluster", metavar="CHOSEN", help="By curate: take from the clusters of the seeds."
+        ),
+    ] = None,
     network: Annotated[
         Path | None, typer.Option("--with", metavar="NETWORK", help="That of EMB, for pictures.")
     ] = None,
@@ -78,7 +84,8 @@ def retrieve(
     from distill.curation.retrieve import Retrieval, Sought
     from distill.curation.retrieve import retrieve as write
 
-    sought, wanted = Sought(seed, not_like, network), Retrieval(per_seed, least, most, above)
+    sought = Sought(seed, not_like, network, clusters)
+    wanted = Retrieval(per_seed, least, most, above)
     with ProgressBar("comparing") as bar:
         facts = write(embeddings, sought, out, wanted, say=progress, among=among, progress=bar)
     if as_json:

@@ -1,4 +1,4 @@
-"""Images of a pool that are like some others, the seeds: of each seed the nearest by cosine, every pair compared.
+"""Images of a pool that are like some others, the seeds: of each seed the nearest by cosine, every pair compared; or from the clusters in which seeds lie.
 
 Images that are like those of an evaluation set can be left out, and copies of the seeds. DINOv2 (arXiv 2304.07193, appendix A)
 takes 4 for each seed, and leaves out what has a cosine above 0.45 to an evaluation image.
@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Integer
 from torch import Tensor
 
 from distill.curation.choice import chosen_before
-from distill.curation.chosen import AVOIDED, SEEDS, require_free, write_chosen
+from distill.curation.chosen import AVOIDED, SEEDS, Chosen, require_free, write_chosen
 from distill.curation.curate import UnitVectors, check_lengths
 from distill.curation.embed import EmbedRequest, embed
 from distill.curation.embeddings import StoredEmbeddings, read_meta
@@ -48,18 +48,20 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Sought:
-    """Pictures to look for and pictures to avoid: sources, embedded by ``network``, or folders of embeddings."""
+    """Pictures to look for and pictures to avoid: sources, embedded by ``network``, or folders of embeddings; ``clusters``: a choice by ``curate`` from the same images, from whose first clusters to take."""
 
     seeds: Path
     avoid: Path | None = None
     network: Path | None = None
+    clusters: Path | None = None
 
 
 @dataclass(frozen=True)
 class Retrieved:
-    """Rows of the pool that seeds ask for, ascending; of every row the highest cosine to a seed, and to an image to avoid."""
+    """Rows of the pool that seeds ask for, ascending, and the nearest of each seed; of every row the highest cosine to a seed, and to an image to avoid."""
 
     rows: Int64[np.ndarray, " retrieved"]
+    nearest: Int64[np.ndarray, " seeds"]
     similarity: Float[np.ndarray, " images"]
     avoided: Float[np.ndarray, " images"]
 
@@ -93,7 +95,27 @@ def nearest(
         if progress:
             progress(end, total)
     taken = rows[best >= wanted.least]
-    return Retrieved(np.unique(taken.numpy()), similarity.numpy(), avoided.numpy())
+    firsts = rows[:, 0][best[:, 0] >= wanted.least]
+    return Retrieved(np.unique(taken.numpy()), firsts.numpy(), similarity.numpy(), avoided.numpy())
+
+
+def from_clusters(
+    found: Retrieved, clusters: Integer[np.ndarray, " images"], wanted: Retrieval
+) -> Int64[np.ndarray, " retrieved"]:
+    """Rows of the clusters of the seeds, ascending: of each ``per_seed`` times its seeds, those nearest to any seed.
+
+    ``clusters`` has that of every row, -1 for none. A seed lies where the nearest image lies that may be taken.
+    DINOv2 (arXiv 2304.07193, appendix A) draws from clusters at random.
+    """
+    able = (found.similarity <= wanted.most) & (found.avoided <= wanted.above)
+    able &= found.similarity >= wanted.least
+    of_seeds = clusters[found.nearest]
+    taken = [np.zeros(0, np.int64)]
+    for cluster, seeds in zip(*np.unique(of_seeds[of_seeds >= 0], return_counts=True), strict=True):
+        rows = np.flatnonzero(able & (clusters == cluster))
+        order = np.argsort(-found.similarity[rows], kind="stable")
+        taken.append(rows[order[: seeds * wanted.per_seed]])
+    return np.sort(np.concatenate(taken))
 
 
 def _highest(
@@ -137,33 +159,45 @@ def retrieve(
     avoid = None
     if sought.avoid is not None:
         avoid = _embeddings_of(sought.avoid, of_pool, sought.network, folder / AVOIDED, say)
-    usable = of_pool.usable()
-    if among is not None:
-        usable &= chosen_before(of_pool, among)
+    usable = of_pool.usable() & (True if among is None else chosen_before(of_pool, among))
     pool = np.flatnonzero(usable)
     vectors = UnitVectors(of_pool, pool)
     check_lengths(vectors, pool)
     unwanted = torch.zeros(0, of_pool.width) if avoid is None else _unit(avoid, of_pool)
     found = nearest(vectors, _unit(seeds, of_pool), unwanted, wanted, progress)
-    if not len(found.rows):
+    rows = found.rows
+    if clusters := sought.clusters:
+        rows = from_clusters(found, _clusters_of(of_pool, clusters)[pool], wanted)
+    if not len(rows):
         highest = found.similarity.max(initial=NONE)
         raise DataError(
             f"{embeddings}: none of {len(pool):,} images may be taken; the highest cosine to a seed is {highest:.3f}",
             fix="Give other limits, or other seeds.",
         )
     times, similarity = np.zeros(len(usable), np.int64), np.zeros(len(usable), np.float32)
-    times[pool[found.rows]] = 1
+    times[pool[rows]] = 1
     similarity[pool] = found.similarity
     facts = {
         "by": "retrieve",
         **asdict(wanted),
         "embeddings": asdict(of_pool.meta),
         "seeds": asdict(seeds.meta),
+        "clusters": None if sought.clusters is None else str(sought.clusters.absolute()),
         "avoid": None if avoid is None else asdict(avoid.meta),
         "pool": len(pool),
         "avoided": int((found.avoided > wanted.above).sum()),
     }
     return write_chosen(folder, of_pool.index, times, facts, {"similarity": similarity})
+
+
+def _clusters_of(pool: StoredEmbeddings, folder: Path) -> Integer[np.ndarray, " images"]:
+    """The cluster of every image on the first level; -1 for none."""
+    chosen_before(pool, folder)  # from the same images
+    clusters = Chosen.open(folder).array("clusters")
+    if clusters is None:
+        fix = "Name a folder that distill data curate wrote."
+        raise DataError(f"{folder}: a choice without clusters", fix=fix)
+    return clusters[0]
 
 
 def _embeddings_of(

@@ -11,7 +11,7 @@ from distill.curation import retrieve as module
 from distill.curation.chosen import Chosen
 from distill.curation.curate import UnitVectors
 from distill.curation.embeddings import StoredEmbeddings
-from distill.curation.retrieve import Retrieval, nearest
+from distill.curation.retrieve import Retrieval, Retrieved, from_clusters, nearest
 from distill.curation.rows import VectorsInMemory
 from distill.data.build_index import build_index
 from tests.support.command import Run
@@ -49,6 +49,18 @@ def test_nearest__equals_the_nested_loop(monkeypatch: pytest.MonkeyPatch) -> Non
     assert counted[-1] == (100, 100)
 
 
+def test_from_clusters__takes_the_nearest_of_the_clusters_that_seeds_lie_in() -> None:
+    clusters = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2, -1])
+    similarity = np.array([0.1, 0.9, 0.5, 0.7, 0.2, 0.99, 0.3, 0.8, 0.8, 0.95], np.float32)
+    avoided = np.zeros(10, np.float32)
+    avoided[3] = 0.6
+    found = Retrieved(np.array([1]), np.array([1, 2, 6, 9]), similarity, avoided)
+    rows = from_clusters(found, clusters, Retrieval(per_seed=1, most=0.98, above=0.5))
+    assert rows.tolist() == [1, 2, 6]  # two of the first; of the second a copy is left out
+    rows = from_clusters(found, clusters, Retrieval(per_seed=2, least=0.25, above=0.5))
+    assert rows.tolist() == [1, 2, 5, 6]
+
+
 def test_retrieve__is_a_source_of_the_nearest_and_embeds_pictures_as_the_pool_was(
     tmp_path: Path, distill: Run
 ) -> None:
@@ -78,6 +90,17 @@ def test_retrieve__is_a_source_of_the_nearest_and_embeds_pictures_as_the_pool_wa
     assert not Chosen.open(tmp_path / "b").times[[5, 30]].any()
     avoiding = ("--not-like", out / "seeds", "--above", 0.99)
     assert json.loads(distill(*words, tmp_path / "c", *seeds, *avoiding).out)["avoided"] == 2
+    curated = tmp_path / "curated"
+    assert (
+        distill("data", "curate", emb, "--target", 12, "--levels", "4,2", "-o", curated).code == 0
+    )
+    assert distill(*words, tmp_path / "d", *seeds, "--cluster", curated).code == 0
+    clusters = Chosen.open(curated).array("clusters")
+    assert clusters is not None
+    taken = np.flatnonzero(Chosen.open(tmp_path / "d").times)
+    assert set(clusters[0][taken]) == set(clusters[0][[5, 30]]) and {5, 30} <= set(taken)
+    other = distill(*words, tmp_path / "e", *seeds, "--cluster", tmp_path / "a")
+    assert other.code == 1 and "a choice without clusters" in other.err
     among = distill(*words, tmp_path / "d", *seeds, "--among", tmp_path / "a", "--per-seed", 9)
     assert json.loads(among.out)["pool"] == json.loads(among.out)["chosen"] == 2
 
