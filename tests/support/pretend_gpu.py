@@ -5,7 +5,7 @@
     asking such a tensor for its value            counted in ``asked``, by the package that asks
 
 Every operator of forward and backward passes is seen, DeepSpeed's and those of collectives too. Speed,
-streams, kernels and NCCL are not pretended.
+streams, kernels and NCCL are not pretended, and nothing is compiled.
 """
 
 import sys
@@ -27,6 +27,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from distill.engine import compile_choice
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 ASKING = {"item", "tolist", "numpy", "__bool__", "__float__", "__int__", "__index__", "nonzero"}
@@ -245,6 +247,7 @@ def pretending() -> Iterator[PretendedGpu]:
             torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30)
         ),
         mock.patch.object(torch.cuda, "synchronize", lambda *_: None),
+        mock.patch.object(compile_choice, "what_is_lacking", lambda _: "the GPU is pretended"),
     ]
     with ExitStack() as stack:
         for each in (*replaced, gpu, _Operators(gpu, host_groups)):
