@@ -61,6 +61,14 @@ class CropBatch:
     anchor_crops: UInt8[Tensor, "images 2 3 anchor_height anchor_width"] | None = None
     pixel_stats: Float32[Tensor, "images 2 3"] | None = None
 
+    def pixels(
+        self, mean: Sequence[float], std: Sequence[float], scale: float, *, is_local: bool
+    ) -> Float[Tensor, "rows 3 height width"]:
+        """Global or local crops as a network wants them, fp32: normalised, at a part of their size; image by image."""
+        crops = self.local_crops if is_local else self.global_crops
+        pixels = normalise(crops, mean, std, torch.float32, self.pixel_stats).flatten(0, 1)
+        return pixels if scale == 1.0 else shrunk(pixels, scale)
+
 
 @dataclass(frozen=True)
 class PatchMasks:

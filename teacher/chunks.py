@@ -1,4 +1,11 @@
-"""Sinkhorn's and the cross-entropy's work on logits, chunk by chunk, and the assignment that both are about.
+"""Sinkhorn's assignment, and its and the cross-entropy's work on logits, chunk by chunk.
+
+Targets are Sinkhorn-Knopp assignments of features to prototypes, kept as two vectors instead of a
+[rows, prototypes] matrix. The assignment factors:
+``p[n, k] = exp(x_n . v_k / temperature + log_rows[n] + log_columns[k])``. So three iterations need
+only one pass over the logits each, in chunks of rows, and what remains is one number per row and one
+per prototype. The caller that uses ``p`` rebuilds the chunk at hand from the bottleneck (512 numbers a
+row, against 262,144 logits).
 
 Sinkhorn walks over rows in chunks, the cross-entropy over prototypes with a running log-sum-exp; it recomputes the
 chunk in the backward pass, so memory is [rows, chunk] and never [rows, prototypes] (six matrix products instead of
@@ -15,14 +22,17 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from teacher.shapes import PROTOTYPES_AT_ONCE
+from teacher.peers import waiting_for_peers
+from teacher.shapes import PROTOTYPES_AT_ONCE, HeadShape
 
 ROWS_AT_ONCE = 256  # a chunk of logits is [256, prototypes]: 256 MiB in fp32 for 262,144 prototypes
 STUDENT_TEMPERATURE = 0.1
+ITERATIONS = 3
 
 
 @dataclass(frozen=True)
@@ -235,6 +245,78 @@ def _factor_zeros(rows: Tensor) -> Tensor:
 
 
 AS_WRITTEN = ChunkSteps()
+
+
+@torch.no_grad()
+def sinkhorn(
+    bottleneck: Float[Tensor, "rows bottleneck"],
+    prototypes: Float[Tensor, "prototypes bottleneck"],
+    temperature: float,
+    group: dist.ProcessGroup | None = None,
+    steps: LogitSteps = AS_WRITTEN,
+) -> SoftAssignment:
+    """SoftAssignment of all rows of the group to the prototypes, each prototype used equally often.
+
+    for each of 3 iterations:
+        columns: every prototype gets the same total weight over all rows of the group
+        rows: the weights of each row sum to one
+
+    Runs in fp32 (float64 if the input is) and in the log domain: no overflow at temperature 0.04.
+    Communication: per iteration two all-reduces of [prototypes] over ``group`` (maximum, sum), none
+    when it is None. A rank without rows must still call.
+
+    Source: DINOv3 report, section 3.1 (Sinkhorn-Knopp in place of centring); Cuturi 2013.
+    """
+    log_columns = None
+    for _ in range(ITERATIONS):
+        peak, total = steps.columns(bottleneck, prototypes, log_columns, temperature)
+        log_columns = -_log_total_over_group(peak, total, group)
+    assert log_columns is not None
+    log_rows = steps.rows(bottleneck, prototypes, log_columns, temperature)
+    return SoftAssignment(bottleneck, prototypes, log_rows, log_columns, temperature)
+
+
+def _log_total_over_group(
+    peak: Float[Tensor, " prototypes"],
+    total: Float[Tensor, " prototypes"],
+    group: dist.ProcessGroup | None,
+) -> Float[Tensor, " prototypes"]:
+    """Logarithm of ``total * exp(peak)`` summed over the ranks of the group."""
+    if group is None or dist.get_world_size(group) == 1:
+        return peak + total.log()
+    highest = peak.clone()
+    with waiting_for_peers(peak.device):
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    total = total * (peak - highest).exp()
+    with waiting_for_peers(peak.device):
+        dist.all_reduce(total, group=group)
+    return highest + total.log()
+
+
+class Prototypes(nn.Module):
+    """The last layer of a head, and the cross-entropy taken against it.
+
+    The loss is this module's forward so that a sharding engine gathers the weight around it.
+    """
+
+    def __init__(self, shape: HeadShape) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape.prototypes, shape.bottleneck))
+        self.steps: LogitSteps = AS_WRITTEN
+
+    def use_steps(self, steps: LogitSteps) -> None:
+        """From now on logits are worked on in this way."""
+        self.steps = steps
+
+    def forward(
+        self,
+        student: Float[Tensor, "crops rows bottleneck"],
+        assignment: SoftAssignment,
+        mixture: Float[Tensor, "crops targets"],
+        weights: Float[Tensor, " rows"],
+    ) -> Float[Tensor, ""]:
+        """Weighted sum of cross-entropies to the assignment; see ``teacher.heads.cross_entropy``."""
+        return self.steps.cross_entropy(student, self.weight, assignment, mixture, weights)
 
 
 class PrototypeCrossEntropy(torch.autograd.Function):

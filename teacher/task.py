@@ -18,8 +18,6 @@ from teacher.batch import (
     Features,
     RopeScale,
     StudentBatch,
-    normalise,
-    shrunk,
 )
 from teacher.chunks import SoftAssignment
 from teacher.drop_path import ActiveRows, active_rows
@@ -129,15 +127,13 @@ class DistillationTask(nn.Module):
         globals_, locals_ = see_crops(self.backbone, batch, self.options, scalars)
         tokens, mixture, image_weights = batch.class_pairs(globals_, locals_, weights.local)
         masked = batch.masked_rows(globals_) if weights.ibot else None
-        parts = {
-            "dino": self.dino_head.cross_entropy(tokens, assignments.dino, mixture, image_weights)
-        }
+        of_class = self.dino_head(tokens)
+        of_patches = None if masked is None else self.ibot_head(masked[0][None])
+        compare = self.dino_head.prototypes
+        parts = {"dino": compare(of_class, assignments.dino, mixture, image_weights)}
         if masked is not None:
-            rows, row_weights = masked
-            alone = mixture.new_ones(1, 1)
-            parts["ibot"] = self.ibot_head.cross_entropy(
-                rows[None], assignments.ibot, alone, row_weights
-            )
+            alone, compare = mixture.new_ones(1, 1), self.ibot_head.prototypes
+            parts["ibot"] = compare(of_patches, assignments.ibot, alone, masked[1])
         if koleo is not None:
             parts["koleo"] = koleo.loss(globals_)
         elif weights.koleo:
@@ -157,11 +153,15 @@ def see_crops(
     backbone: nn.Module, batch: StudentBatch, options: TaskOptions, scalars: StepScalars
 ) -> tuple[Features, Features]:
     """What a network in training sees of its slice: features of global and of local crops."""
-    globals_ = see_global_crops(backbone, batch, options, scalars)
-    pixels = _pixels(batch.crops.local_crops, batch, options)
+    wanted = options.mean, options.std, options.crop_scale
+    pixels = batch.crops.pixels(*wanted, is_local=False)
+    local_pixels = batch.crops.pixels(*wanted, is_local=True)
+    globals_ = _see_global(backbone, pixels, batch, options, scalars)
     depth = None if batch.active_rows is None else batch.active_rows[:, NUM_GLOBAL:]
     before = CROPS_PER_IMAGE.set(batch.crops.local_crops.shape[1])
-    locals_ = _see(backbone, pixels, depth, options, None, scalars.rope_scale_local, is_local=True)
+    locals_ = _see(
+        backbone, local_pixels, depth, options, None, scalars.rope_scale_local, is_local=True
+    )
     CROPS_PER_IMAGE.reset(before)
     return globals_, locals_
 
@@ -170,19 +170,24 @@ def see_global_crops(
     backbone: nn.Module, batch: StudentBatch, options: TaskOptions, scalars: StepScalars
 ) -> Features:
     """The features of its global crops, [2 * images, image-major]."""
-    pixels = _pixels(batch.crops.global_crops, batch, options)
+    wanted = options.mean, options.std, options.crop_scale
+    pixels = batch.crops.pixels(*wanted, is_local=False)
+    return _see_global(backbone, pixels, batch, options, scalars)
+
+
+def _see_global(
+    backbone: nn.Module,
+    pixels: Tensor,
+    batch: StudentBatch,
+    options: TaskOptions,
+    scalars: StepScalars,
+) -> Features:
     masks = batch.masks.flags.flatten(0, 1) if options.masks_input else None
     depth = None if batch.active_rows is None else batch.active_rows[:, :NUM_GLOBAL]
     before = CROPS_PER_IMAGE.set(NUM_GLOBAL)
     found = _see(backbone, pixels, depth, options, masks, scalars.rope_scale_global, is_local=False)
     CROPS_PER_IMAGE.reset(before)
     return found
-
-
-def _pixels(crops: Tensor, batch: StudentBatch, options: TaskOptions) -> Tensor:
-    stats = batch.crops.pixel_stats
-    pixels = normalise(crops, options.mean, options.std, torch.float32, stats).flatten(0, 1)
-    return pixels if options.crop_scale == 1.0 else shrunk(pixels, options.crop_scale)
 
 
 def _see(

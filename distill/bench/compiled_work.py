@@ -30,8 +30,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from distill.bench.trace import LAUNCHES, MATMULS, Counts, count
 from distill.engine.compiled import BLOCKS, allow_shapes
-from teacher.chunks import AS_WRITTEN, ChunkSteps
-from teacher.heads import Prototypes
+from teacher.chunks import AS_WRITTEN, ChunkSteps, Prototypes
 from teacher.kernels import KernelSteps
 
 CPU_NAMES = {  # of a library's calls, to those of a GPU

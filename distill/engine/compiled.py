@@ -27,8 +27,7 @@ from distill.engine.logit_kernels import logit_steps
 from distill.runfolder.events import Event, note
 from students.convnext import ConvNeXtBlock
 from students.custom import PROBE_STRIDES, Adapted
-from teacher.chunks import AS_WRITTEN, ChunkSteps
-from teacher.heads import Prototypes
+from teacher.chunks import AS_WRITTEN, ChunkSteps, Prototypes
 from teacher.vit import Block
 
 BLOCKS = (Block, ConvNeXtBlock)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from teacher.chunks import AS_WRITTEN, ChunkSteps, LogitSteps
-from teacher.heads import cross_entropy, sinkhorn
+from teacher.chunks import AS_WRITTEN, ChunkSteps, LogitSteps, sinkhorn
+from teacher.heads import cross_entropy
 from teacher.kernels import WIDEST, KernelSteps
 
 LOWEST_CAPABILITY = (8, 0)  # products of bf16 in tensor cores

@@ -17,7 +17,8 @@ from distill.plan.slices import Placement
 from distill.train.schedule import StepNumbers
 from students.batch_norm import RunningStatistics
 from teacher.batch import StudentBatch
-from teacher.heads import Head, sinkhorn
+from teacher.chunks import sinkhorn
+from teacher.heads import Head
 from teacher.losses import KoleoGradient, Losses
 from teacher.peers import StreamMark, StreamMarks, mark, timing_peers
 from teacher.shapes import KOLEO_GROUP

@@ -118,7 +118,7 @@ class TeacherPrototypes:
 
     def assign(self, batch: "StudentBatch") -> "SoftAssignments":
         """The targets of a batch."""
-        from teacher.heads import sinkhorn
+        from teacher.chunks import sinkhorn
         from teacher.task import SoftAssignments
 
         rows = batch.targets.class_features.transpose(0, 1).flatten(0, 1)

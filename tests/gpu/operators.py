@@ -139,8 +139,8 @@ def _kernels(inputs: Inputs) -> list[Tensor]:
 
 
 def _cross_entropy(inputs: Inputs, steps: Any = None) -> list[Tensor]:
-    from teacher.chunks import AS_WRITTEN
-    from teacher.heads import cross_entropy, sinkhorn
+    from teacher.chunks import AS_WRITTEN, sinkhorn
+    from teacher.heads import cross_entropy
 
     steps = steps or AS_WRITTEN
     prototypes, student = inputs.draw(48, 16), inputs.draw(3, IMAGES, 16)

@@ -149,7 +149,8 @@ def losses(device: torch.device, sizes: Sizes) -> Figures:
 
 
 def _losses(device: torch.device, sizes: Sizes, steps: LogitSteps) -> Figures:
-    from teacher.heads import cross_entropy, sinkhorn
+    from teacher.chunks import sinkhorn
+    from teacher.heads import cross_entropy
 
     images, crops = sizes.images_default, sizes.crops
     figures: Figures = {"images": images}

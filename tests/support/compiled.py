@@ -33,8 +33,8 @@ from students.custom import probe
 from students.shapes import CATALOG, ConvNeXtSpec
 from students.student import build_backbone, seeded
 from teacher.batch import PatchMasks
-from teacher.chunks import AS_WRITTEN
-from teacher.heads import cross_entropy, sinkhorn
+from teacher.chunks import AS_WRITTEN, sinkhorn
+from teacher.heads import cross_entropy
 from teacher.losses import Objective
 from teacher.shapes import ViTSpec
 from teacher.task import DistillationTask, StepScalars, TaskOptions

@@ -24,8 +24,8 @@ from torch.nn.functional import normalize
 
 from distill.engine.logit_kernels import trial
 from teacher import kernels
-from teacher.chunks import AS_WRITTEN, LogitSteps, SoftAssignment
-from teacher.heads import cross_entropy, sinkhorn
+from teacher.chunks import AS_WRITTEN, LogitSteps, SoftAssignment, sinkhorn
+from teacher.heads import cross_entropy
 from teacher.kernels import TILINGS, KernelSteps, shape_of
 from tests.teacher.test_losses import cross_entropy_oracle
 from tests.teacher.test_sinkhorn import oracle

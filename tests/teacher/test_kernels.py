@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from distill.engine.logit_kernels import LIMIT
-from teacher.chunks import AS_WRITTEN
-from teacher.heads import cross_entropy, sinkhorn
+from teacher.chunks import AS_WRITTEN, sinkhorn
+from teacher.heads import cross_entropy
 from teacher.kernels import OPERATORS, PROGRAMS, TILINGS, KernelSteps, shape_of, shares_of
 from tests.support.jobs import ENVIRONMENT
 

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from teacher import chunks
-from teacher.heads import cross_entropy, sinkhorn
+from teacher.chunks import sinkhorn
+from teacher.heads import cross_entropy
 from teacher.losses import koleo_sum
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from teacher import chunks as module
-from teacher.heads import sinkhorn
+from teacher.chunks import sinkhorn
 
 
 def oracle(logits: list[list[float]], temperature: float) -> list[list[float]]:

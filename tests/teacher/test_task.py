@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from teacher.batch import CropBatch, Features, PatchMasks, StudentBatch, normalise, onto
+from teacher.chunks import sinkhorn
 from teacher.frozen import FrozenTeacher
-from teacher.heads import sinkhorn
 from teacher.losses import ExtraTerm, Objective
 from teacher.task import DistillationTask, SoftAssignments, StepScalars, TaskOptions
 from teacher.vit import ViT, init_vit_

@@ -9,8 +9,8 @@ import torch
 from distill.bench.compiled_work import Parts, as_written
 from distill.bench.trace import count
 from students.student import build_empty
-from teacher.chunks import AS_WRITTEN
-from teacher.heads import cross_entropy, sinkhorn
+from teacher.chunks import AS_WRITTEN, sinkhorn
+from teacher.heads import cross_entropy
 from teacher.shapes import ViTSpec
 
 META = torch.device("meta")

@@ -24,7 +24,7 @@ from distill.train.phase import Decision, Phase, Trainer
 from distill.train.schedule import StepNumbers
 from distill.train.student import Attempt, StudentTrainer
 from teacher.batch import StudentBatch
-from teacher.heads import sinkhorn
+from teacher.chunks import sinkhorn
 from teacher.losses import koleo_sum
 from tests.support.families import (
     IMAGES,
